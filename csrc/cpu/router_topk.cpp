@@ -1,0 +1,57 @@
+// logits = x W^T;  p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
+#include "router.h"
+
+namespace lora_moe {
+namespace {
+
+using Routing = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Routing router_topk(Tensor x, Tensor w, MaybeTensor bias, int64_t top_k, std::string gate,
+                    bool renormalize) {
+  return dispatch(x, w, [&]<class T, class W>() -> Routing {
+    Router<T, W> router(x, w, bias, top_k, Gate(gate, renormalize));
+    for_blocks(router.tokens, [&](int64_t n, int64_t b, int64_t e) { router.block(n, b, e); });
+    router.finish();
+    return {router.indices,   router.weights, router.logits,
+            router.mean_prob, router.lse,     router.counts};
+  });
+}
+
+template <class C>
+Tensor backward(const MaybeTensor& dweights, const MaybeTensor& dlogits,
+                const MaybeTensor& dmean_prob, const MaybeTensor& dlse, const Tensor& indices,
+                const Tensor& weights, const Tensor& logits, Gate gate) {
+  const int64_t T = logits.size(0), E = logits.size(1), K = indices.size(1);
+  const RoutingGrad<C> grad(dweights, dlogits, dmean_prob, dlse, T, E, K);
+  const int32_t* ids = contiguous<int32_t>("indices", indices, {T, K});
+  const C* weight = contiguous<C>("weights", weights, {T, K});
+  const C* logit = contiguous<C>("logits", logits, {T, E});
+  check_ids(ids, T * K, E);
+  Tensor out = empty<C>(logits, {T, E});
+  for_blocks(T, [&](int64_t, int64_t begin, int64_t end) {
+    std::vector<C> scratch(2 * E);
+    for (int64_t t = begin; t < end; ++t)
+      gate.backward(logit + t * E, ids + t * K, weight + t * K,
+                    grad.weights ? grad.weights + t * K : nullptr, grad.mean_prob, C(1) / C(T),
+                    grad.lse ? grad.lse + t : nullptr, grad.logits ? grad.logits + t * E : nullptr,
+                    E, K, scratch.data(), scratch.data() + E, mutable_data<C>(out) + t * E);
+  });
+  return out;
+}
+
+Tensor router_topk_backward(MaybeTensor dweights, MaybeTensor dlogits, MaybeTensor dmean_prob,
+                            MaybeTensor dlse, Tensor indices, Tensor weights, Tensor logits,
+                            std::string gate, bool renormalize) {
+  const bool wide = logits.scalar_type() == ScalarType::Double;
+  return (wide ? backward<double> : backward<float>)(dweights, dlogits, dmean_prob, dlse, indices,
+                                                     weights, logits, Gate(gate, renormalize));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lora_moe, CPU, m) {
+  m.impl("router_topk", TORCH_BOX(&router_topk));
+  m.impl("router_topk_backward", TORCH_BOX(&router_topk_backward));
+}
+
+}  // namespace lora_moe

@@ -1,0 +1,191 @@
+// Portable SIMD in GCC/Clang vector types: one width per instruction set, four storage types.
+//
+// Arithmetic happens in acc_t<T>: fp64 for fp64, fp32 for everything else.  bf16 and fp16 are
+// widened when loaded and rounded to nearest even, once, when stored.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a function that is not inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own AVX-512 intrinsics
+
+#define LORA_MOE_INLINE inline __attribute__((always_inline))
+
+namespace lora_moe {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class C>
+struct VectorOf {
+  typedef C type __attribute__((vector_size(kVectorBytes)));
+};
+template <class C>
+using Vec = typename VectorOf<C>::type;
+template <class C>
+constexpr int kLanes = kVectorBytes / sizeof(C);
+
+typedef uint16_t Half16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Word32 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Mask32 __attribute__((vector_size(kVectorBytes)));
+
+// --- one number ----------------------------------------------------------------------------------
+
+LORA_MOE_INLINE float widen(float v) { return v; }
+LORA_MOE_INLINE double widen(double v) { return v; }
+LORA_MOE_INLINE float widen(bf16 v) {
+  uint32_t bits = uint32_t(v.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+LORA_MOE_INLINE float widen(f16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  // Shift the exponent into place, then rescale by 2^112: subnormals come out right on their own.
+  const uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13;
+  const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 | (magnitude & 0x7fffff) : 0;
+  float out;
+  std::memcpy(&out, &magnitude, sizeof out);
+  out *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &out, sizeof bits);
+  bits = (special ? special : bits) | uint32_t(v.bits & 0x8000) << 16;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+#endif
+}
+
+template <class T>
+LORA_MOE_INLINE T narrow(acc_t<T> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    if (v != v) return bf16{uint16_t(bits >> 16 | 0x40)};
+    return bf16{uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+  } else if constexpr (std::is_same_v<T, f16>) {
+#if defined(__F16C__)
+    return f16{uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT))};
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    const uint16_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return f16{uint16_t(sign | 0x7e00 | (bits >> 13 & 0x3ff))};
+    if (bits >= 0x477ff000) return f16{uint16_t(sign | 0x7c00)};
+    if (bits < 0x38800000) {  // subnormal: let the fp32 adder round at 2^-24
+      float magnitude;
+      std::memcpy(&magnitude, &bits, sizeof magnitude);
+      magnitude += 0.5f;
+      std::memcpy(&bits, &magnitude, sizeof bits);
+      return f16{uint16_t(sign | (bits - 0x3f000000))};
+    }
+    return f16{uint16_t(sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13))};
+#endif
+  } else {
+    return v;
+  }
+}
+
+// --- one vector ----------------------------------------------------------------------------------
+
+template <class T>
+LORA_MOE_INLINE Vec<acc_t<T>> load(const T* p) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    Half16 half;
+    std::memcpy(&half, p, sizeof half);
+    return (Vec<float>)(__builtin_convertvector(half, Word32) << 16);
+  } else if constexpr (std::is_same_v<T, f16>) {
+#if defined(__AVX512F__)
+    return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    Vec<float> out;
+    for (int i = 0; i < kLanes<float>; ++i) out[i] = widen(p[i]);
+    return out;
+#endif
+  } else {
+    Vec<T> out;
+    std::memcpy(&out, p, sizeof out);
+    return out;
+  }
+}
+
+template <class T>
+LORA_MOE_INLINE void store(T* p, Vec<acc_t<T>> v) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const Word32 bits = (Word32)v;
+    const Mask32 is_nan = v != v;
+    const Word32 rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Word32 quiet = bits >> 16 | 0x40;
+    const Half16 half = __builtin_convertvector(is_nan ? quiet : rounded, Half16);
+    std::memcpy(p, &half, sizeof half);
+  } else if constexpr (std::is_same_v<T, f16>) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes<float>; ++i) p[i] = narrow<f16>(v[i]);
+#endif
+  } else {
+    std::memcpy(p, &v, sizeof v);
+  }
+}
+
+// The first n < kLanes elements; the other lanes are zero and their memory is not touched.
+template <class T>
+LORA_MOE_INLINE Vec<acc_t<T>> load_tail(const T* p, int64_t n) {
+  T padded[kLanes<acc_t<T>>] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+}
+
+template <class T>
+LORA_MOE_INLINE void store_tail(T* p, Vec<acc_t<T>> v, int64_t n) {
+  T padded[kLanes<acc_t<T>>];
+  store(padded, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+// Sum of the lanes by halves: always the same tree, so always the same bits.
+template <class V, size_t... I>
+LORA_MOE_INLINE auto fold_halves(V v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (I + sizeof...(I))...);
+}
+
+template <class V>
+LORA_MOE_INLINE auto sum_lanes(V v) {
+  constexpr size_t lanes = sizeof(V) / sizeof(v[0]);
+  if constexpr (lanes == 2) {
+    return v[0] + v[1];
+  } else {
+    return sum_lanes(fold_halves(v, std::make_index_sequence<lanes / 2>{}));
+  }
+}
+
+}  // namespace lora_moe

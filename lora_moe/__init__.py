@@ -1,0 +1,25 @@
+"""Fast mixtures of LoRA experts: router, top-k and experts in one pass over x, forward and backward."""
+
+from pathlib import Path
+
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "triton_kernels").is_dir() and not (_checkout / "lora_moe/triton_kernels").exists():
+    # run from a checkout: the kernels lie beside this folder and are imported as lora_moe.triton_kernels
+    __path__.append(str(_checkout))
+
+from . import backend  # noqa: E402
+
+backend.load()
+
+from . import autograd, functional  # noqa: E402
+from .backend import backend_info  # noqa: E402
+from .routing import Routing  # noqa: E402
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "Routing",
+    "autograd",
+    "backend_info",
+    "functional",
+]

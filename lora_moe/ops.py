@@ -1,0 +1,248 @@
+"""Operator schemas, their shapes for tracing, and the reference implementation behind every device.
+
+Nine operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels of one backend per
+device; whatever has none runs reference.py.  Gradients live in autograd.py, outside the operators.
+
+Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, W saved columns.
+Contract: x (T, D_in), base and dy (T, D_out) have unit stride along columns; a (R or r, D_in) and
+b (R, D_out) have x's dtype; w (E, D_in) has x's dtype or fp32; scaling (E,), weights (T, K), logits
+and every h, S and gradient of a parameter are fp32 (all fp64 when x is); indices (T, K) int32.
+Gradients that are not needed come back empty, with shape (0,).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import reference
+from .plan import RANK_DENSE, saved_ranks
+
+_ROUTER = "int top_k, str gate, bool renormalize"
+_EXPERTS = "Tensor scaling, int[] offsets, bool shared_a"
+_ROUTING = "Tensor indices, Tensor weights"
+_SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
+_NEEDS = "int[] frozen, bool need_x, bool need_w, bool need_a, bool need_b, str plan"
+_AUX = "Tensor? dweights, Tensor? dlogits, Tensor? dmean_prob, Tensor? dlse"
+
+SCHEMAS = {
+    # indices, weights, logits, mean_prob, lse, counts
+    "router_topk": f"(Tensor x, Tensor w, Tensor? bias, {_ROUTER})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # the total gradient of the logits
+    "router_topk_backward": f"({_AUX}, {_ROUTING}, Tensor logits, str gate, bool renormalize) -> Tensor",
+    # S (T, R), logits (T, E or 0)
+    "shrink": "(Tensor x, Tensor a, Tensor? w) -> (Tensor, Tensor)",
+    "expand": "(Tensor h, Tensor b, Tensor? h2, Tensor? b2, Tensor? base, ScalarType dtype) -> Tensor",
+    "gram": "(Tensor h, Tensor x) -> Tensor",
+    # y, S
+    "grouped_lora": f"(Tensor x, Tensor a, Tensor b, Tensor? base, {_ROUTING}, {_EXPERTS}, str plan)"
+    " -> (Tensor, Tensor)",
+    # dx, dweights, da, db
+    "grouped_lora_backward": f"(Tensor dy, {_SAVED.format(w='')}, {_ROUTING}, {_EXPERTS}, {_NEEDS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    # y, indices, weights, logits, mean_prob, lse, counts, S
+    "routed_lora": "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? base, Tensor? bias,"
+    f" {_EXPERTS}, {_ROUTER}, str plan)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # dx, dw, da, db
+    "routed_lora_backward": f"(Tensor dy, {_AUX}, {_SAVED.format(w='Tensor w, ')}, {_ROUTING},"
+    f" Tensor logits, {_EXPERTS}, str gate, bool renormalize, {_NEEDS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+}
+
+
+# --- the reference behind every device ---------------------------------------------------------
+
+
+def _reference_plan(plan):
+    if plan != RANK_DENSE:
+        raise ValueError(f"plan: the reference backend runs {RANK_DENSE!r} only, got {plan!r}")
+
+
+def check_ids(indices: torch.Tensor, num_experts: int) -> None:
+    """On a CPU reading the ids costs nothing, so wrong ones raise; on a GPU they are masked."""
+    if indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = (int(bound) for bound in indices.aminmax())
+    if low < -1 or high >= num_experts:
+        wrong = low if low < -1 else high
+        raise ValueError(f"indices: expected expert ids in [-1, {num_experts}), got {wrong}")
+
+
+def _keep(grad, needed):
+    return grad if needed else grad.new_empty(0)
+
+
+def zero_frozen_rows(da, db, frozen, offsets, shared_a):
+    for expert in frozen:
+        rows = slice(offsets[expert], offsets[expert + 1])
+        if db.numel():
+            db[rows] = 0
+        if da.numel() and not shared_a:
+            da[rows] = 0
+
+
+def _shrink(x, a, w):
+    return reference.shrink(x, a, w)
+
+
+def _expand(h, b, h2, b2, base, dtype):
+    return reference.expand(h, b, h2, b2, base, dtype)
+
+
+def _grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
+    _reference_plan(plan)
+    check_ids(indices, len(scaling))
+    return reference.grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a)
+
+
+def _routed_lora(x, w, a, b, base, bias, *args):
+    _reference_plan(args[-1])
+    return reference.routed_lora(x, w, a, b, base, bias, *args[:-1])
+
+
+def _backward(grads, offsets, shared_a, frozen, need_x, need_w, need_a, need_b, plan):
+    _reference_plan(plan)
+    dx, dw, da, db = map(_keep, grads, (need_x, need_w, need_a, need_b))
+    zero_frozen_rows(da, db, frozen, offsets, shared_a)
+    return dx, dw, da, db
+
+
+def _grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, *needs):
+    grads = reference.grouped_lora_backward(
+        dy, x, a, b, s, indices, weights, scaling, offsets, shared_a
+    )
+    return _backward(grads, offsets, shared_a, *needs)
+
+
+def _routed_lora_backward(
+    dy,
+    dweights,
+    dlogits,
+    dmean_prob,
+    dlse,
+    x,
+    w,
+    a,
+    b,
+    s,
+    indices,
+    weights,
+    logits,
+    scaling,
+    offsets,
+    shared_a,
+    gate,
+    renormalize,
+    *needs,
+):
+    grads = reference.routed_lora_backward(
+        dy,
+        dweights,
+        dlogits,
+        dmean_prob,
+        dlse,
+        x,
+        w,
+        a,
+        b,
+        s,
+        indices,
+        weights,
+        logits,
+        scaling,
+        offsets,
+        shared_a,
+        gate,
+        renormalize,
+    )
+    return _backward(grads, offsets, shared_a, *needs)
+
+
+# --- shapes for tracing -------------------------------------------------------------------------
+
+
+def _acc(x, *shape):
+    return x.new_empty(shape, dtype=reference.accumulator(x.dtype))
+
+
+def _router_topk_fake(x, w, bias, top_k, gate, renormalize):
+    T, E = x.shape[0], w.shape[0]
+    return (
+        x.new_empty((T, top_k), dtype=torch.int32),
+        _acc(x, T, top_k),
+        _acc(x, T, E),
+        _acc(x, E),
+        _acc(x, T),
+        x.new_empty((E,), dtype=torch.int64),
+    )
+
+
+def _router_topk_backward_fake(
+    dweights, dlogits, dmean_prob, dlse, indices, weights, logits, gate, renormalize
+):
+    return torch.empty_like(logits)
+
+
+def _shrink_fake(x, a, w):
+    T = x.shape[0]
+    return _acc(x, T, a.shape[0]), _acc(x, T, 0 if w is None else w.shape[0])
+
+
+def _expand_fake(h, b, h2, b2, base, dtype):
+    return h.new_empty((h.shape[0], b.shape[1]), dtype=dtype)
+
+
+def _gram_fake(h, x):
+    return h.new_empty((h.shape[1], x.shape[1]))
+
+
+def _grouped_lora_fake(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
+    width = saved_ranks(plan, offsets, indices.shape[1], shared_a)
+    return x.new_empty((x.shape[0], b.shape[1])), _acc(x, x.shape[0], width)
+
+
+def _routed_lora_fake(
+    x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize, plan
+):
+    routing = _router_topk_fake(x, w, bias, top_k, gate, renormalize)
+    y, s = _grouped_lora_fake(x, a, b, base, *routing[:2], scaling, offsets, shared_a, plan)
+    return y, *routing, s
+
+
+def _backward_fake(x, dw, a, b, need_x, need_w, need_a, need_b):
+    grads = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        dw,
+        _acc(x, *a.shape),
+        _acc(x, *b.shape),
+    )
+    return tuple(map(_keep, grads, (need_x, need_w, need_a, need_b)))
+
+
+def _grouped_lora_backward_fake(
+    dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, frozen, *needs
+):
+    return _backward_fake(x, torch.empty_like(weights), a, b, *needs[:4])
+
+
+def _routed_lora_backward_fake(dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, *rest):
+    return _backward_fake(x, _acc(x, *w.shape), a, b, *rest[-5:-1])
+
+
+_TABLE = {
+    "router_topk": (reference.router_topk, _router_topk_fake),
+    "router_topk_backward": (reference.router_topk_backward, _router_topk_backward_fake),
+    "shrink": (_shrink, _shrink_fake),
+    "expand": (_expand, _expand_fake),
+    "gram": (reference.gram, _gram_fake),
+    "grouped_lora": (_grouped_lora, _grouped_lora_fake),
+    "grouped_lora_backward": (_grouped_lora_backward, _grouped_lora_backward_fake),
+    "routed_lora": (_routed_lora, _routed_lora_fake),
+    "routed_lora_backward": (_routed_lora_backward, _routed_lora_backward_fake),
+}
+
+for _name, (_implementation, _fake) in _TABLE.items():
+    torch.library.define(f"lora_moe::{_name}", SCHEMAS[_name])
+    torch.library.impl(f"lora_moe::{_name}", "CompositeExplicitAutograd", _implementation)
+    torch.library.register_fake(f"lora_moe::{_name}", _fake)

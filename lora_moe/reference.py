@@ -1,0 +1,198 @@
+"""The mathematics of LoRA-MoE in plain PyTorch: the truth every kernel is compared with.
+
+    y_t = base_t + sum over picked e of  g_te * s_e * B_e A_e x_t
+
+written as one low-rank map with a gate in rank space:  y = base + H @ B,  H = gate(S),  S = x @ A^T.
+
+Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts together,
+r one expert's rank, D_in and D_out the linear's sizes.  Sums are taken in fp32 (fp64 for fp64 inputs),
+outputs are rounded once.  Everything here also serves as the backend of last resort.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def expert_of_row(offsets, device=None) -> torch.Tensor:
+    """Which expert each row of B belongs to.  offsets (E+1) -> (R,)"""
+    ranks = torch.tensor(offsets, device=device).diff()
+    return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=device), ranks)
+
+
+def select_topk(scores, k):
+    """Ids of the k largest scores, largest first, ties to the lower id, NaN last.  (T, E) -> (T, K)"""
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    return torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def gate_values(logits, gate):
+    return torch.softmax(logits, dim=1) if gate == "softmax" else torch.sigmoid(logits)
+
+
+def router_topk(x, w, bias, top_k, gate, renormalize):
+    """logits = x W^T;  p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
+
+    Returns indices (T, K) int32, weights (T, K), logits (T, E), mean_prob (E,), lse (T,), counts (E,).
+    """
+    acc = accumulator(x.dtype)
+    logits = x.to(acc) @ w.to(acc).T  # (T, E)
+    p = gate_values(logits, gate)  # (T, E)
+    ids = select_topk(p if bias is None else p + bias, top_k)  # (T, K)
+    weights = p.gather(1, ids)  # (T, K)
+    if renormalize:
+        weights = weights / _nonzero(weights.sum(1, keepdim=True))
+    mean_prob = p.sum(0) / max(len(x), 1)  # (E,)
+    counts = torch.zeros(len(w), dtype=torch.int64, device=x.device)
+    counts.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
+    return ids.int(), weights, logits, mean_prob, torch.logsumexp(logits, 1), counts
+
+
+def router_topk_backward(
+    dweights, dlogits, dmean_prob, dlse, indices, weights, logits, gate, renormalize
+):
+    """Gradient of the logits from those of weights, logits, mean_prob and lse (each may be None)."""
+    p = gate_values(logits, gate)  # (T, E)
+    ids = indices.long()
+    dp = torch.zeros_like(p)
+    if dweights is not None:
+        if renormalize:  # w = p / z: the part along w itself cancels
+            z = _nonzero(p.gather(1, ids).sum(1, keepdim=True))
+            dweights = (dweights - (dweights * weights).sum(1, keepdim=True)) / z
+        dp = dp.scatter_add(1, ids, dweights)
+    if dmean_prob is not None:
+        dp = dp + dmean_prob / max(len(p), 1)
+    if gate == "softmax":
+        out = p * (dp - (p * dp).sum(1, keepdim=True))
+    else:
+        out = dp * p * (1 - p)
+    if dlse is not None:
+        out = out + torch.softmax(logits, 1) * dlse[:, None]
+    return out if dlogits is None else out + dlogits
+
+
+def shrink(x, a, w=None):
+    """S = x A^T (T, R) and logits = x W^T (T, E), accumulated and returned in fp32 (fp64)."""
+    acc = accumulator(x.dtype)
+    x = x.to(acc)
+    logits = x.new_empty(len(x), 0) if w is None else x @ w.to(acc).T
+    return x @ a.to(acc).T, logits
+
+
+def expand(h, b, h2=None, b2=None, base=None, dtype=None):
+    """y = base + H B + H2 B2, summed in H's dtype and rounded once to `dtype`.  (T, R) -> (T, D_out)"""
+    y = h @ b.to(h.dtype)
+    if h2 is not None:
+        y = y + h2 @ b2.to(h.dtype)
+    if base is not None:
+        y = y + base.to(h.dtype)
+    return y.to(dtype or b.dtype)
+
+
+def gram(h, x):
+    """H^T x, summed over the tokens.  (T, R), (T, D) -> (R, D) in H's dtype"""
+    return h.T @ x.to(h.dtype)
+
+
+def spread_gate(indices, weights, scaling, offsets):
+    """g_te s_e for every row of B, and whether e was picked at all.  (T, K) -> (T, R) twice
+
+    An id of -1 is an empty slot; a repeated id adds up.  The mask keeps a NaN in rows nobody picked
+    out of the sum, which multiplying by a zero gate would not.
+    """
+    valid = (indices >= 0) & (indices < len(scaling))
+    ids = torch.where(valid, indices, 0).long()  # (T, K)
+    zero = weights.new_zeros(len(indices), len(scaling))  # (T, E)
+    gate = zero.scatter_add(1, ids, torch.where(valid, weights, 0)) * scaling
+    picked = zero.scatter_add(1, ids, valid.to(zero.dtype)) > 0
+    rows = expert_of_row(offsets, indices.device)
+    return gate[:, rows], picked[:, rows]
+
+
+def repeat_shared(s, offsets, shared_a):
+    """Row of S that pairs with each row of B: its own, or with a shared A the same r for everyone."""
+    return s.repeat(1, len(offsets) - 1) if shared_a else s
+
+
+def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a):
+    """y = base + gate(x A^T) B with the routing given.  Returns y (T, D_out), S (T, R or r)."""
+    s, _ = shrink(x, a)
+    gate, picked = spread_gate(indices, weights, scaling, offsets)
+    h = torch.where(picked, repeat_shared(s, offsets, shared_a) * gate, 0)  # (T, R)
+    return expand(h, b, base=base, dtype=x.dtype), s
+
+
+def grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a):
+    """Gradients of x, weights, a, b.
+
+    G = dy B^T;  dS = G g s;  dg_te = s_e sum over rows r of e of G_tr S_tr;  dB = H^T dy;
+    dA = dS^T x;  dx = dS A.
+    """
+    ds, dweights, h = rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a)
+    return expand(ds, a, dtype=x.dtype), dweights, gram(ds, x), gram(h, dy)
+
+
+def rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a):
+    """What the backward needs in rank space: dS (T, R or r), dweights (T, K), H (T, R)."""
+    num_experts = len(scaling)
+    gate, picked = spread_gate(indices, weights, scaling, offsets)
+    s_rows = repeat_shared(s, offsets, shared_a)
+    g = dy.to(s.dtype) @ b.to(s.dtype).T  # (T, R)
+    h = torch.where(picked, s_rows * gate, 0)
+    ds = torch.where(picked, g * gate, 0)
+    dgate = s.new_zeros(len(dy), num_experts)
+    dgate = dgate.index_add(
+        1, expert_of_row(offsets, dy.device), torch.where(picked, g * s_rows, 0)
+    )
+    valid = (indices >= 0) & (indices < num_experts)
+    ids = torch.where(valid, indices, 0).long()
+    dweights = torch.where(valid, (dgate * scaling).gather(1, ids), 0)
+    if shared_a:
+        ds = ds.unflatten(1, (num_experts, -1)).sum(1)
+    return ds, dweights, h
+
+
+def routed_lora(x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize):
+    """Router and experts together: grouped_lora of router_topk.  Returns y, the routing, S."""
+    routing = router_topk(x, w, bias, top_k, gate, renormalize)
+    y, s = grouped_lora(x, a, b, base, routing[0], routing[1], scaling, offsets, shared_a)
+    return y, *routing, s
+
+
+def routed_lora_backward(
+    dy,
+    dweights,
+    dlogits,
+    dmean_prob,
+    dlse,
+    x,
+    w,
+    a,
+    b,
+    s,
+    indices,
+    weights,
+    logits,
+    scaling,
+    offsets,
+    shared_a,
+    gate,
+    renormalize,
+):
+    """Gradients of x, w, a, b.  dx = dS A + dlogits W;  [dA ; dW] = [dS | dlogits]^T x."""
+    ds, dgate, h = rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a)
+    dweights = dgate if dweights is None else dgate + dweights
+    dlogits = router_topk_backward(
+        dweights, dlogits, dmean_prob, dlse, indices, weights, logits, gate, renormalize
+    )
+    dx = expand(ds, a, dlogits, w, dtype=x.dtype)
+    return dx, gram(dlogits, x), gram(ds, x), gram(h, dy)
+
+
+def _nonzero(z):
+    """Gates that all underflowed to zero stay zero instead of turning into 0 / 0."""
+    return torch.where(z == 0, 1, z)

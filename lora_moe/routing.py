@@ -1,0 +1,108 @@
+"""Routing: which experts each token takes, with which weights, and what the router losses need.
+
+Letters: T tokens, E experts, K slots a token.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Routing(NamedTuple):
+    """A decision for T tokens, as tensors; fp32, or fp64 when x is fp64.
+
+    indices    (T, K) int32, expert ids; -1 is an empty slot, an id that stands twice counts twice.
+    weights    (T, K), the gate of each slot; differentiable.
+    counts     (E,) int64, slots per expert.
+    logits     (T, E), router outputs; differentiable.
+    mean_prob  (E,), mean over tokens of the gate values (softmax or sigmoid); differentiable.
+    lse        (T,), logsumexp of the logits; differentiable.
+
+    The last three are None where the caller supplied the routing.
+    """
+
+    indices: torch.Tensor
+    weights: torch.Tensor
+    counts: torch.Tensor
+    logits: torch.Tensor | None = None
+    mean_prob: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return self.counts.shape[0]
+
+    @staticmethod
+    def from_ids(indices, weights=None, *, num_experts: int) -> Routing:
+        """Experts chosen by the caller: task ids, segments, tenants.
+
+        Args:
+            indices: (T,) or (T, K) integer expert ids in [0, num_experts), -1 for none.
+            weights: same shape, floating; 1 for every slot by default.
+            num_experts: E.
+        Raises:
+            ValueError, TypeError: on shapes or dtypes.  The ids themselves are checked by the
+            operators on a CPU and masked on a GPU, so that no host synchronisation is needed.
+        """
+        _expect_integer("num_experts", num_experts)
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise TypeError(f"indices: expected integers, got {indices.dtype}")
+        if indices.dim() not in (1, 2):
+            raise ValueError(f"indices: expected (T,) or (T, K), got {tuple(indices.shape)}")
+        if weights is None:
+            weights = torch.ones(indices.shape, device=indices.device)
+        if weights.shape != indices.shape:
+            raise ValueError(
+                f"weights: expected indices' shape {tuple(indices.shape)},"
+                f" got {tuple(weights.shape)}"
+            )
+        if indices.dim() == 1:
+            indices, weights = indices[:, None], weights[:, None]
+        # ids that int32 cannot hold must not wrap around into valid ones
+        ids = indices.clamp(-2, num_experts).int()
+        return Routing(ids, _at_least_fp32(weights), _count(ids, num_experts))
+
+    @staticmethod
+    def from_gates(gates: torch.Tensor) -> Routing:
+        """Dense or soft gates (T, E), differentiable: every token takes every expert."""
+        if gates.dim() != 2 or not gates.is_floating_point():
+            raise ValueError(
+                f"gates: expected floating (T, E), got {gates.dtype} {tuple(gates.shape)}"
+            )
+        T, E = gates.shape
+        ids = torch.arange(E, dtype=torch.int32, device=gates.device).expand(T, E)
+        counts = torch.full((E,), T, dtype=torch.int64, device=gates.device)
+        return Routing(ids.contiguous(), _at_least_fp32(gates), counts)
+
+    def repeat(self, n: int) -> Routing:
+        """One decision per sequence, for its n tokens: row t becomes rows t*n .. t*n + n - 1."""
+        _expect_integer("n", n)
+        rows = (None if v is None else v.repeat_interleave(n, 0) for v in (self.logits, self.lse))
+        logits, lse = rows
+        return Routing(
+            self.indices.repeat_interleave(n, 0),
+            self.weights.repeat_interleave(n, 0),
+            self.counts * n,
+            logits,
+            self.mean_prob,
+            lse,
+        )
+
+
+def _expect_integer(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def _at_least_fp32(weights):
+    return weights if weights.dtype == torch.float64 else weights.float()
+
+
+def _count(ids, num_experts):
+    """Slots per expert; empty and invalid ids fall into a bin that is cut off."""
+    valid = (ids >= 0) & (ids < num_experts)
+    bins = torch.where(valid, ids, num_experts).long().flatten()
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.index_add(0, bins, torch.ones_like(bins))[:num_experts]
