@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -170,6 +170,32 @@ LORA_MOE_INLINE void store_tail(T* p, Vec<acc_t<T>> v, int64_t n) {
   T padded[kLanes<acc_t<T>>];
   store(padded, v);
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+// a * b + c, fused where the CPU can.  Spelled out, because a compiler that contracts on its own does
+// so in one tile and not in the next, and a token's bits would depend on the tile it fell into.
+LORA_MOE_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+LORA_MOE_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class C>
+LORA_MOE_INLINE Vec<C> broadcast(C v) {
+  return v - Vec<C>{};  // all lanes v, a zero's sign included
 }
 
 // Sum of the lanes by halves: always the same tree, so always the same bits.

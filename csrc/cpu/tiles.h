@@ -21,6 +21,9 @@ constexpr int kTileVectors = 4;
 // Columns of fp32 or fp64 accumulators kept in cache while experts add to them.
 constexpr int64_t kChunk = 256;
 
+// Long sums are taken in runs of this many terms, each from zero: fewer roundings at full size.
+constexpr int64_t kRun = 64;
+
 template <int M, int N, bool Tail, class X, class A, class C>
 LORA_MOE_INLINE void dot_step(const X* const (&x)[M], const A* const (&a)[N], int64_t d,
                               int64_t left, Vec<C> (&acc)[M][N]) {
@@ -31,7 +34,7 @@ LORA_MOE_INLINE void dot_step(const X* const (&x)[M], const A* const (&a)[N], in
   for (int m = 0; m < M; ++m) {
     const Vec<C> xv = Tail ? load_tail(x[m] + d, left) : load(x[m] + d);
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[m][n] += xv * av[n];
+    for (int n = 0; n < N; ++n) acc[m][n] = multiply_add(xv, av[n], acc[m][n]);
   }
 }
 
@@ -77,11 +80,7 @@ inline void dot_rows(const X* const* x, C* const* out, int64_t T, const A* a, in
 template <int M, int V, bool Tail, class B, class C>
 inline void expand_tile(const C* const (&h)[M], int64_t R, const B* b, int64_t ldb,
                         C* const (&acc)[M], int64_t c, int64_t left) {
-  Vec<C> sum[M][V];
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[m][v] = load(acc[m] + c + v * kLanes<C>);
+  Vec<C> sum[M][V] = {};
   for (int64_t i = 0; i < R; ++i) {
     Vec<C> bv[V];
 #pragma GCC unroll 4
@@ -90,14 +89,32 @@ inline void expand_tile(const C* const (&h)[M], int64_t R, const B* b, int64_t l
       bv[v] = Tail ? load_tail(p, left) : load(p);
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m) {
+      const Vec<C> hv = broadcast(h[m][i]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[m][v] += h[m][i] * bv[v];
+      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(hv, bv[v], sum[m][v]);
+    }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[m][v] += load(acc[m] + c + v * kLanes<C>);
+  // All loads before any store: the repeated rows of a remainder must not add twice.
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
     for (int v = 0; v < V; ++v) store(acc[m] + c + v * kLanes<C>, sum[m][v]);
+}
+
+template <int M, class B, class C>
+inline void expand_run(const C* const (&hs)[M], C* const (&ys)[M], int64_t R, const B* b,
+                       int64_t ldb, int64_t columns) {
+  constexpr int64_t L = kLanes<C>;
+  int64_t c = 0;
+  for (; c + kTileVectors * L <= columns; c += kTileVectors * L)
+    expand_tile<M, kTileVectors, false>(hs, R, b, ldb, ys, c, 0);
+  for (; c + L <= columns; c += L) expand_tile<M, 1, false>(hs, R, b, ldb, ys, c, 0);
+  if (c < columns) expand_tile<M, 1, true>(hs, R, b, ldb, ys, c, columns - c);
 }
 
 template <int M, class B, class C>
@@ -109,12 +126,11 @@ inline void expand_rows_tile(const C* const* h, C* const* acc, int64_t rows, int
     hs[m] = h[std::min<int64_t>(m, rows - 1)];
     ys[m] = acc[std::min<int64_t>(m, rows - 1)];
   }
-  constexpr int64_t L = kLanes<C>;
-  int64_t c = 0;
-  for (; c + kTileVectors * L <= columns; c += kTileVectors * L)
-    expand_tile<M, kTileVectors, false>(hs, R, b, ldb, ys, c, 0);
-  for (; c + L <= columns; c += L) expand_tile<M, 1, false>(hs, R, b, ldb, ys, c, 0);
-  if (c < columns) expand_tile<M, 1, true>(hs, R, b, ldb, ys, c, columns - c);
+  for (; R > kRun; R -= kRun, b += kRun * ldb) {
+    expand_run<M>(hs, ys, kRun, b, ldb, columns);
+    for (int m = 0; m < M; ++m) hs[m] += kRun;
+  }
+  expand_run<M>(hs, ys, R, b, ldb, columns);
 }
 
 // h: T pointers to rows of R; acc: T pointers to rows of `columns`, padded to whole vectors.
@@ -131,7 +147,7 @@ inline void expand_rows(const C* const* h, C* const* acc, int64_t T, int64_t R, 
   }
 }
 
-template <int M, int V, bool Tail, class X, class C>
+template <int M, int V, bool Tail, bool First, class X, class C>
 inline void gram_tile(const C* const* h, const X* const* x, int64_t T, int64_t i, int64_t c,
                       int64_t left, C* out, int64_t ldo) {
   Vec<C> sum[M][V] = {};
@@ -143,39 +159,49 @@ inline void gram_tile(const C* const* h, const X* const* x, int64_t T, int64_t i
       xv[v] = Tail ? load_tail(p, left) : load(p);
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
+    for (int m = 0; m < M; ++m) {
+      const Vec<C> hv = broadcast(h[t][i + m]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[m][v] += h[t][i + m] * xv[v];
+      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(hv, xv[v], sum[m][v]);
+    }
   }
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) {
       C* p = out + (i + m) * ldo + c + v * kLanes<C>;
       if (Tail)
-        store_tail(p, sum[m][v], left);
+        store_tail(p, First ? sum[m][v] : load_tail(p, left) + sum[m][v], left);
       else
-        store(p, sum[m][v]);
+        store(p, First ? sum[m][v] : load(p) + sum[m][v]);
     }
 }
 
-template <int M, class X, class C>
+template <int M, bool First, class X, class C>
 inline void gram_columns(const C* const* h, const X* const* x, int64_t T, int64_t i, int64_t begin,
                          int64_t end, C* out, int64_t ldo) {
   constexpr int64_t L = kLanes<C>;
   int64_t c = begin;
   for (; c + kTileVectors * L <= end; c += kTileVectors * L)
-    gram_tile<M, kTileVectors, false>(h, x, T, i, c, 0, out, ldo);
-  for (; c + L <= end; c += L) gram_tile<M, 1, false>(h, x, T, i, c, 0, out, ldo);
-  if (c < end) gram_tile<M, 1, true>(h, x, T, i, c, end - c, out, ldo);
+    gram_tile<M, kTileVectors, false, First>(h, x, T, i, c, 0, out, ldo);
+  for (; c + L <= end; c += L) gram_tile<M, 1, false, First>(h, x, T, i, c, 0, out, ldo);
+  if (c < end) gram_tile<M, 1, true, First>(h, x, T, i, c, end - c, out, ldo);
+}
+
+template <bool First, class X, class C>
+inline void gram_run(const C* const* h, const X* const* x, int64_t T, int64_t R, int64_t begin,
+                     int64_t end, C* out, int64_t ldo) {
+  int64_t i = 0;
+  for (; i + kTileRows <= R; i += kTileRows)
+    gram_columns<kTileRows, First>(h, x, T, i, begin, end, out, ldo);
+  for (; i < R; ++i) gram_columns<1, First>(h, x, T, i, begin, end, out, ldo);
 }
 
 // h: T pointers to rows of R; x: T pointers to rows; writes columns [begin, end) of out (R, ldo).
 template <class X, class C>
 inline void gram_rows(const C* const* h, const X* const* x, int64_t T, int64_t R, int64_t begin,
                       int64_t end, C* out, int64_t ldo) {
-  int64_t i = 0;
-  for (; i + kTileRows <= R; i += kTileRows)
-    gram_columns<kTileRows>(h, x, T, i, begin, end, out, ldo);
-  for (; i < R; ++i) gram_columns<1>(h, x, T, i, begin, end, out, ldo);
+  gram_run<true>(h, x, std::min(T, kRun), R, begin, end, out, ldo);
+  for (int64_t t = kRun; t < T; t += kRun)
+    gram_run<false>(h + t, x + t, std::min(kRun, T - t), R, begin, end, out, ldo);
 }
 
 }  // namespace lora_moe

@@ -1,0 +1,106 @@
+"""Wrong arguments raise before anything is computed, and the message names argument and value."""
+
+import math
+
+import pytest
+import torch
+
+from lora_moe import Routing, backend_info
+from lora_moe import functional as F
+
+T, E, K, R, D_IN, D_OUT = 5, 4, 2, 12, 6, 7
+X = torch.randn(T, D_IN)
+GOOD = {
+    "x": X,
+    "router_weight": torch.randn(E, D_IN),
+    "lora_A": torch.randn(R, D_IN),
+    "lora_B": torch.randn(R, D_OUT),
+    "top_k": K,
+    "rank_offsets": 3,
+}
+
+WRONG_VALUES = {
+    "top_k": [0, -1, E + 1, True, 1.0, None],
+    "rank_offsets": [0, -3, True, 2.0, "3", [0, 3, 6, 9], [0, 3, 3, 9, 12], [1, 4, 7, 9, 12], [0.0, 3, 6, 9, 12]],
+    "gate": ["Softmax", "relu", None],
+    "scaling": [math.nan, math.inf, [1.0, 2.0], [1.0, 2.0, math.nan, 1.0], True, "1", torch.ones(3)],
+    "lora_A": [torch.randn(D_IN, R), torch.randn(R, D_IN + 1), torch.randn(R - 1, D_IN), torch.randn(R), torch.ones(R, D_IN, dtype=torch.int32), torch.randn(R, D_IN).to_sparse(), None, torch.randn(R, D_IN, device="meta")],
+    "lora_B": [torch.randn(D_OUT, R), torch.randn(R + 1, D_OUT), torch.randn(R, D_OUT, dtype=torch.complex64)],
+    "router_weight": [torch.randn(E, D_IN - 1), torch.randn(D_IN, E), torch.ones(E, D_IN, dtype=torch.bool)],
+    "base": [torch.randn(T, D_OUT + 1), torch.randn(1, D_OUT), torch.randn(T, D_OUT).double()],
+    "bias": [torch.randn(E + 1), torch.randn(E, 1)],
+    "frozen": [(E,), (-1,), (1.0,)],
+    "x": [torch.ones(T, D_IN, dtype=torch.int64), torch.randn(T, D_IN).to_sparse(), torch.randn(()), torch.randn(T, D_IN, dtype=torch.complex64), None],
+}  # fmt: skip
+WRONG = [(name, value) for name, values in WRONG_VALUES.items() for value in values]
+
+
+def test_the_good_arguments_are_good():
+    y, _ = F.routed_lora(**GOOD)
+    assert y.shape == (T, D_OUT)
+
+
+@pytest.mark.parametrize("index", range(len(WRONG)))
+def test_routed_lora_names_the_wrong_argument(index):
+    name, value = WRONG[index]
+    with pytest.raises((ValueError, TypeError), match=rf"^{name}: .*(expected|takes).*got"):
+        F.routed_lora(**{**GOOD, name: value})
+
+
+def test_shapes_of_both_sides_are_stated():
+    with pytest.raises(ValueError, match=r"lora_B: expected \(12, 7\).*got \(7, 7\)"):
+        F.routed_lora(**{**GOOD, "lora_B": torch.randn(7, 7)})
+
+
+def test_shared_a_wants_equal_ranks_and_r_rows():
+    with pytest.raises(ValueError, match="rank_offsets: expected equal ranks"):
+        F.routed_lora(**{**GOOD, "rank_offsets": [0, 2, 6, 9, 12]}, shared_a=True)
+    with pytest.raises(ValueError, match=r"lora_A: expected \(3, 6\)"):
+        F.routed_lora(**GOOD, shared_a=True)
+
+
+def grouped(ids, **change):
+    routing = Routing.from_ids(ids, num_experts=E)
+    return F.grouped_lora(X, GOOD["lora_A"], GOOD["lora_B"], routing, rank_offsets=3, **change)
+
+
+@pytest.mark.parametrize("bad", [E, -2, -(2**31), 2**31 + 1, 2**40])
+def test_ids_out_of_range_raise_on_a_cpu(bad):
+    ids = torch.zeros(T, K, dtype=torch.int64)
+    ids[3, 1] = bad
+    with pytest.raises((ValueError, RuntimeError), match=rf"indices: expected expert ids in \[-1, {E}\)"):
+        grouped(ids)
+
+
+def test_routing_must_fit_the_tokens():
+    with pytest.raises(ValueError, match="routing.indices: expected"):
+        grouped(torch.zeros(T + 1, K, dtype=torch.int64))
+    with pytest.raises(TypeError, match="routing: expected a lora_moe.Routing, got Tensor"):
+        F.grouped_lora(X, GOOD["lora_A"], GOOD["lora_B"], torch.zeros(T, K), rank_offsets=3)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: Routing.from_ids(torch.zeros(3), num_experts=4), TypeError, "indices: expected integers"),
+        (lambda: Routing.from_ids(torch.zeros(2, 2, 2).int(), num_experts=4), ValueError, "indices: expected"),
+        (lambda: Routing.from_ids(torch.zeros(2).int(), torch.ones(3), num_experts=4), ValueError, "weights: expected"),
+        (lambda: Routing.from_ids(torch.zeros(2).int(), num_experts=0), ValueError, "num_experts: expected"),
+        (lambda: Routing.from_gates(torch.ones(3)), ValueError, "gates: expected"),
+        (lambda: Routing.from_gates(torch.ones(3, 2).int()), ValueError, "gates: expected"),
+        (lambda: Routing.from_ids(torch.zeros(2).int(), num_experts=2).repeat(0), ValueError, "n: expected"),
+        (lambda: F.expand(torch.randn(3, 2), torch.randn(3, 4)), ValueError, "lora_B: expected"),
+        (lambda: F.expand(torch.randn(3, 2), torch.randn(2, 4), torch.randn(3, 5)), ValueError, "base: expected"),
+        (lambda: F.shrink(torch.randn(3, 2), torch.randn(4, 3)), ValueError, "lora_A: expected"),
+        (lambda: F.router_topk(X, torch.randn(E, D_IN), E + 1), ValueError, "top_k: expected"),
+    ],
+)  # fmt: skip
+def test_other_functions(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.skipif(backend_info()["serving"]["cpu"] != "triton", reason="Triton's own limit")
+def test_triton_refuses_double():
+    with pytest.raises((TypeError, RuntimeError), match="float64"):
+        F.routed_lora(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in GOOD.items()})

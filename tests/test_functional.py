@@ -1,0 +1,481 @@
+"""The public functions, black box: the same tests run under every backend (LORA_MOE_BACKEND).
+
+Truth is the stacked formulation of eager.py in fp64 on the same rounded inputs, gradients by
+autograd; the yardstick is the same formulation in the tested dtype.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_moe import Routing, backend_info
+from lora_moe import functional as F
+
+from . import eager
+from .cases import BY_NAME, CASES, every_case, in_double, leaves, sample, some_cases
+from .compare import UNIT, assert_accurate, relative_error
+
+BACKEND = backend_info()["serving"]["cpu"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+if BACKEND != "triton":
+    DTYPES.append(torch.float64)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+PARAMETERS = ("x", "router_weight", "lora_A", "lora_B", "base")
+
+
+def experts_of(case):
+    return {"rank_offsets": case.offsets, "shared_a": case.shared_a}
+
+
+def routed(inputs, case, **more):
+    args = (inputs[k] for k in ("x", "router_weight", "lora_A", "lora_B"))
+    rest = {k: inputs[k] for k in ("scaling", "base", "bias")}
+    return F.routed_lora(*args, case.K, **rest, **experts_of(case), **case.options, **more)
+
+
+def routing_outputs(y, routing):
+    return {
+        "y": y,
+        "weights": routing.weights,
+        "logits": routing.logits,
+        "mean_prob": routing.mean_prob,
+        "lse": routing.lse,
+    }
+
+
+def cotangents(outputs, seed=7):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=g, dtype=torch.float64) for o in outputs]
+
+
+def gradients(outputs, dys, inputs, names):
+    used = {k: inputs[k] for k in names if inputs[k] is not None}
+    grads = torch.autograd.grad(
+        outputs, list(used.values()), [d.to(o.dtype) for d, o in zip(dys, outputs, strict=True)]
+    )
+    return dict(zip(used, grads, strict=True))
+
+
+def forward_bound(case, dtype):
+    """Rounding y once costs 0.42 u; the C++ kernels keep everything before it in fp32."""
+    wide = case.D_in >= 256 and case.R // case.E >= 8
+    low = dtype in (torch.bfloat16, torch.float16)
+    if BACKEND == "cpp" and low and wide:
+        return {"factor": 0.9, "units": 0.5}
+    return {"factor": 1.02 if low and case.K == 1 else None}
+
+
+@every_dtype
+@every_case
+def test_routed_lora(case, dtype):
+    inputs = sample(case, dtype)
+    y, routing = routed(inputs, case)
+    outputs = routing_outputs(y, routing)
+    assert_picks_are_top_k(routing.indices, inputs, case)
+    truth = eager.routed_lora(in_double(inputs), case, routing.indices)
+    plain = eager.routed_lora(inputs, case, routing.indices)
+    for (name, out), want, usual in zip(outputs.items(), truth, plain, strict=True):
+        if name == "y":
+            assert_accurate(name, out, want, usual, **forward_bound(case, dtype))
+        else:  # the router works in fp32 whatever x is
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            assert_accurate(name, out, want, units=16, dtype=wide)
+    want = torch.bincount(routing.indices.flatten().long(), minlength=case.E)
+    assert torch.equal(routing.counts, want)
+
+
+def assert_picks_are_top_k(indices, inputs, case):
+    """Ids are distinct, and no expert left out beats one picked by more than rounding."""
+    p, _ = eager.gates(inputs["x"].double(), inputs["router_weight"], case)
+    score = p if inputs["bias"] is None else p + inputs["bias"].double()
+    picked = torch.zeros_like(score, dtype=torch.bool).scatter(1, indices.long(), True)
+    assert (picked.sum(1) == case.K).all()
+    worst_in = torch.where(picked, score, torch.inf).amin(1)
+    best_out = torch.where(picked, -torch.inf, score).amax(1) if case.T else worst_in
+    assert (best_out <= worst_in + 1e-6).all()
+    ordered = score.gather(1, indices.long())
+    assert (ordered.diff(dim=1) <= 1e-6).all(), "largest first"
+
+
+@every_dtype
+@every_case
+def test_routed_lora_gradients(case, dtype):
+    """Of everything, with every output of the routing in the loss (balance, z-loss, distillation)."""
+    inputs = leaves(sample(case, dtype), *PARAMETERS)
+    y, routing = routed(inputs, case)
+    outputs = list(routing_outputs(y, routing).values())
+    dys = cotangents(outputs)
+    got = gradients(outputs, dys, inputs, PARAMETERS)
+    want, usual = (
+        gradients(eager.routed_lora(v, case, routing.indices), dys, v, PARAMETERS)
+        for v in (leaves(in_double(inputs), *PARAMETERS), leaves(inputs, *PARAMETERS))
+    )
+    for name in got:
+        assert got[name].dtype == inputs[name].dtype
+        assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype)
+
+
+@every_dtype
+@some_cases("odd", "tiles fit", "unequal ranks", "shared A", "many experts", "no rows")
+def test_grouped_lora(case, dtype):
+    """The caller's routing: empty slots, repeated ids, negative weights; values and gradients."""
+    names = ("x", "lora_A", "lora_B", "base", "weights")
+    inputs = sample(case, dtype)
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
+    ids[: case.T // 2, -1] = ids[: case.T // 2, 0]  # repeated: adds up
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs["weights"] = torch.randn(case.T, case.K, generator=g).to(wide)
+
+    def ours(v):
+        return F.grouped_lora(
+            v["x"], v["lora_A"], v["lora_B"], Routing.from_ids(ids, v["weights"], num_experts=case.E),
+            scaling=v["scaling"], base=v["base"], **experts_of(case),
+        )  # fmt: skip
+
+    def theirs(v):
+        return eager.grouped_lora(
+            v["x"], v["lora_A"], v["lora_B"], ids, v["weights"], case, v["base"], v["scaling"]
+        )
+
+    runs = [leaves(v, *names) for v in (inputs, in_double(inputs), inputs)]
+    y, truth, usual = ours(runs[0]), theirs(runs[1]), theirs(runs[2])
+    assert_accurate("y", y, truth, usual, **forward_bound(case, dtype))
+    dys = cotangents([y])
+    got, want, plain = (
+        gradients([out], dys, v, names) for out, v in zip((y, truth, usual), runs, strict=True)
+    )
+    for name in got:
+        assert_accurate(f"d{name}", got[name], want[name], plain[name], dtype=dtype)
+
+
+def test_from_gates_is_the_dense_mixture():
+    case = BY_NAME["dense"]
+    inputs = leaves(sample(case), "x", "lora_A", "lora_B")
+    gates = torch.randn(case.T, case.E, generator=torch.Generator().manual_seed(0))
+    gates.requires_grad_()
+    x, a, b = inputs["x"], inputs["lora_A"], inputs["lora_B"]
+    y = F.grouped_lora(x, a, b, Routing.from_gates(gates), rank_offsets=case.ranks)
+    want = torch.stack([
+        sum(
+            gates[t, e] * (b[4 * e : 4 * e + 4].T @ (a[4 * e : 4 * e + 4] @ x[t]))
+            for e in range(case.E)
+        )
+        for t in range(case.T)
+    ])  # fmt: skip
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    for got, expected in zip(
+        torch.autograd.grad(y, (x, a, b, gates), dy),
+        torch.autograd.grad(want, (x, a, b, gates), dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_repeat_gives_each_sequence_its_decision():
+    case = BY_NAME["tiles fit"]
+    v = sample(case)
+    decision = Routing.from_ids(torch.tensor([3, -1, 0, 7]), num_experts=case.E)
+    tokens = decision.repeat(case.T // 4)
+    assert tokens.indices.flatten().tolist() == [e for e in (3, -1, 0, 7) for _ in range(16)]
+    assert tokens.counts.tolist() == [16, 0, 0, 16, 0, 0, 0, 16]
+    y = F.grouped_lora(v["x"], v["lora_A"], v["lora_B"], tokens, rank_offsets=case.ranks)
+    rows = slice(case.offsets[7], case.offsets[8])
+    want = v["x"][48:] @ v["lora_A"][rows].T @ v["lora_B"][rows]
+    torch.testing.assert_close(y[48:], want, rtol=1e-5, atol=1e-5)
+    assert not y[16:32].any()
+
+
+@every_dtype
+@some_cases("odd", "one past a tile", "unequal ranks", "no rows")
+def test_router_topk(case, dtype):
+    inputs = leaves(sample(case, dtype), "x", "router_weight")
+    x, w = inputs["x"], inputs["router_weight"]
+    routing = F.router_topk(x, w, case.K, bias=inputs["bias"], **case.options)
+    assert_picks_are_top_k(routing.indices, inputs, case)
+    outputs = list(routing_outputs(None, routing).values())[1:]
+    dys = cotangents(outputs)
+    got = gradients(outputs, dys, inputs, ("x", "router_weight"))
+    doubled = leaves(in_double(inputs), "x", "router_weight")
+    truth = eager.router_topk(doubled["x"], doubled["router_weight"], case, routing.indices)
+    plain = eager.router_topk(x, w, case, routing.indices)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for out, want in zip(outputs, truth, strict=True):
+        assert_accurate("routing", out, want, units=16, dtype=wide)
+    want = gradients(truth, dys, doubled, ("x", "router_weight"))
+    usual = gradients(plain, dys, inputs, ("x", "router_weight"))
+    assert_accurate("dx", got["x"], want["x"], usual["x"], dtype=dtype)
+    assert_accurate(
+        "dw", got["router_weight"], want["router_weight"], usual["router_weight"], dtype=dtype
+    )
+
+
+@every_dtype
+@some_cases("odd", "wide", "many experts", "large rank", "no rows")
+def test_shrink_and_expand(case, dtype):
+    inputs = leaves(sample(case, dtype), "x", "router_weight", "lora_A", "lora_B", "base")
+
+    def ours(v):
+        s, logits = F.shrink(v["x"], v["lora_A"], v["router_weight"])
+        return s, logits, F.expand(torch.tanh(s), v["lora_B"], v["base"])
+
+    def theirs(v):
+        s = v["x"] @ v["lora_A"].T
+        logits = v["x"].to(v["router_weight"].dtype) @ v["router_weight"].T
+        return s, logits, v["base"] + torch.tanh(s) @ v["lora_B"]
+
+    runs = [leaves(v, *PARAMETERS) for v in (inputs, in_double(inputs), inputs)]
+    outs = [f(v) for f, v in zip((ours, theirs, theirs), runs, strict=True)]
+    for name, out, truth, usual in zip(("s", "logits", "y"), *outs, strict=True):
+        assert_accurate(name, out, truth, usual, dtype=dtype)
+    dys = cotangents(outs[0])
+    grads = [gradients(out, dys, v, PARAMETERS) for out, v in zip(outs, runs, strict=True)]
+    for name in grads[0]:
+        assert_accurate(f"d{name}", *(g[name] for g in grads), dtype=dtype)
+
+
+def test_shrink_without_router_and_expand_without_base():
+    v = sample(BY_NAME["odd"])
+    s, logits = F.shrink(v["x"], v["lora_A"])
+    assert logits is None
+    torch.testing.assert_close(s, v["x"] @ v["lora_A"].T)
+    torch.testing.assert_close(F.expand(s, v["lora_B"]), s @ v["lora_B"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fp32_adapters_on_a_low_precision_x(dtype):
+    """PEFT's normal case: products in x's dtype, gradients in the adapter's, summed in fp32."""
+    case = BY_NAME["long"]
+    inputs = leaves(sample(case, dtype, adapter_dtype=torch.float32), *PARAMETERS)
+    y, routing = routed(inputs, case)
+    assert y.dtype == dtype
+    dys = cotangents([y])
+    got = gradients([y], dys, inputs, PARAMETERS)
+    rounded = {
+        k: v.to(dtype) if k.startswith("lora") else v for k, v in sample(case, dtype).items()
+    }
+    exact = leaves(in_double(rounded), *PARAMETERS)
+    want = gradients(eager.routed_lora(exact, case, routing.indices)[:1], dys, exact, PARAMETERS)
+    for name in ("lora_A", "lora_B", "router_weight"):
+        assert got[name].dtype == torch.float32
+        # dy and H are rounded to dtype on their way in, the sum over tokens is not
+        assert relative_error(got[name], want[name]) < 1.0 * UNIT[dtype], name
+
+
+def test_leading_dimensions_and_strides_are_free():
+    case = BY_NAME["tiles fit"]
+    v = sample(case)
+    want, _ = routed(v, case)
+    wide = torch.zeros(4, 16, 2 * case.D_in)
+    wide[..., ::2] = v["x"].view(4, 16, -1)
+    shifted = torch.zeros(case.T, case.D_out + 3)
+    shifted[:, 3:] = v["base"]
+    strided = dict(
+        v,
+        x=wide[..., ::2],
+        router_weight=v["router_weight"].T.contiguous().T,
+        lora_A=v["lora_A"].T.contiguous().T,
+        lora_B=v["lora_B"].T.contiguous().T,
+        base=shifted[:, 3:].view(4, 16, -1),
+    )
+    y, routing = routed(strided, case)
+    assert y.shape == (4, 16, case.D_out) and routing.indices.shape == (case.T, case.K)
+    assert torch.equal(y.view(case.T, -1), want)
+    one, _ = routed({**v, "x": v["x"][5], "base": v["base"][5]}, case)
+    assert torch.equal(one, want[5])
+
+
+def test_expanded_gradient_and_repeated_row():
+    case = BY_NAME["odd"]
+    inputs = leaves(sample(case), *PARAMETERS)
+    y, _ = routed({**inputs, "x": inputs["x"][:1].expand(case.T, -1)}, case)
+    got = torch.autograd.grad(y.sum(), [inputs[k] for k in PARAMETERS])
+    y, _ = routed({**inputs, "x": inputs["x"][:1].repeat(case.T, 1)}, case)
+    want = torch.autograd.grad(y, [inputs[k] for k in PARAMETERS], torch.ones(y.shape))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_every_subset_of_gradients():
+    case = BY_NAME["unequal ranks"]
+    full = leaves(sample(case), *PARAMETERS)
+    y, _ = routed(full, case)
+    dys = cotangents([y])
+    want = gradients([y], dys, full, PARAMETERS)
+    for mask in range(1, 2 ** len(PARAMETERS)):
+        names = [n for i, n in enumerate(PARAMETERS) if mask >> i & 1]
+        some = leaves(sample(case), *names)
+        y, _ = routed(some, case)
+        got = gradients([y], dys, some, names)
+        assert all(torch.equal(got[n], want[n]) for n in names), names
+
+
+@pytest.mark.parametrize("shared_a", [False, True])
+def test_frozen_experts_get_exact_zeros(shared_a):
+    case = BY_NAME["shared A" if shared_a else "tiles fit"]
+    full = leaves(sample(case), *PARAMETERS)
+    some = leaves(sample(case), *PARAMETERS)
+    want = gradients([routed(full, case)[0].square().sum()], cotangents([torch.ones(())]), full, PARAMETERS)
+    got = gradients(
+        [routed(some, case, frozen=(1, 6))[0].square().sum()], cotangents([torch.ones(())]), some, PARAMETERS
+    )  # fmt: skip
+    for e in (1, 6):
+        rows = slice(case.offsets[e], case.offsets[e + 1])
+        want["lora_B"][rows] = 0
+        if not shared_a:
+            want["lora_A"][rows] = 0
+    for name in PARAMETERS:
+        assert torch.equal(got[name], want[name]), name
+
+
+def test_top_1_renormalized_has_no_router_gradient():
+    """w = p / p = 1: where the true gradient is zero the bound is absolute."""
+    case = BY_NAME["tiles fit"]
+    v = leaves(sample(case), "router_weight")
+    y, _ = F.routed_lora(
+        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], 1, rank_offsets=case.ranks
+    )
+    (dw,) = torch.autograd.grad(y.square().sum(), v["router_weight"])
+    assert dw.abs().max() < 1e-4
+
+
+# --- edges ---------------------------------------------------------------------------------------
+
+
+def test_tokens_without_experts_equal_base_bit_for_bit():
+    for case in CASES:
+        v = sample(case)
+        if v["base"] is None:
+            continue
+        none = Routing.from_ids(torch.full((case.T, 2), -1), num_experts=case.E)
+        y = F.grouped_lora(
+            v["x"], v["lora_A"], v["lora_B"], none, base=v["base"], **experts_of(case)
+        )
+        assert torch.equal(y, v["base"]) and y.data_ptr() != v["base"].data_ptr() or case.T == 0
+
+
+@every_dtype
+@pytest.mark.parametrize("zero", ["scaling", "lora_B"])
+def test_nothing_added_equals_base_bit_for_bit(zero, dtype):
+    case = BY_NAME["long"]
+    v = sample(case, dtype)
+    v[zero] = torch.zeros_like(v[zero])
+    assert torch.equal(routed(v, case)[0], v["base"])
+
+
+def test_a_nan_row_stays_alone():
+    case = BY_NAME["tiles fit"]
+    v = sample(case)
+    clean, routing = routed(v, case)
+    for bad in (torch.nan, torch.inf):
+        v["x"][11, 3] = bad
+        y, dirty = routed(v, case)
+        others = torch.arange(case.T) != 11
+        assert torch.equal(y[others], clean[others])
+        assert torch.equal(dirty.indices[others], routing.indices[others])
+        ids = dirty.indices[11].tolist()
+        assert len(set(ids)) == case.K and all(0 <= e < case.E for e in ids)
+        assert y[11].isnan().all()
+
+
+def test_nan_in_unused_experts_does_not_reach_y_or_gradients():
+    case = BY_NAME["tiles fit"]
+    v = sample(case)
+    ids = torch.randint(0, 4, (case.T, case.K), generator=torch.Generator().manual_seed(0))
+    routing = Routing.from_ids(ids, num_experts=case.E)
+
+    def run(lora_A):
+        leaf = {**v, "lora_A": lora_A.clone().requires_grad_(), "x": v["x"].clone().requires_grad_()}
+        y = F.grouped_lora(
+            leaf["x"], leaf["lora_A"], v["lora_B"], routing, base=v["base"], rank_offsets=case.ranks
+        )
+        return y, *torch.autograd.grad(y.sum(), leaf["lora_A"])
+
+    poisoned = v["lora_A"].clone()
+    poisoned[case.offsets[4] :] = torch.nan
+    for got, want in zip(run(poisoned), run(v["lora_A"]), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_exact_ties_go_to_the_lower_id():
+    x, w = torch.ones(5, 8), torch.ones(6, 8)
+    for bias in (None, torch.tensor([0.0, 0, 1, 0, 1, 0])):
+        routing = F.router_topk(x, w, 3, bias=bias)
+        want = [0, 1, 2] if bias is None else [2, 4, 0]
+        assert routing.indices.tolist() == [want] * 5
+
+
+@every_dtype
+@some_cases("long", "unequal ranks", "shared A", "many experts")
+def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype):
+    v = sample(case, dtype)
+    whole, routing = routed(v, case)
+    picks = [0, case.T // 2, case.T - 1]
+    parts = [torch.arange(t, t + 1) for t in picks] + [torch.arange(0, case.T, 3)]
+    for rows in parts:
+        y, part = routed({**v, "x": v["x"][rows], "base": v["base"][rows]}, case)
+        assert torch.equal(part.indices, routing.indices[rows])
+        assert torch.equal(part.weights, routing.weights[rows])
+        assert torch.equal(y, whole[rows])
+
+
+@every_dtype
+def test_same_bits_over_repeats_and_thread_counts(dtype):
+    case = BY_NAME["long"]
+
+    def run():
+        inputs = leaves(sample(case, dtype), *PARAMETERS)
+        y, routing = routed(inputs, case)
+        outputs = list(routing_outputs(y, routing).values())
+        return [*outputs, *gradients(outputs, cotangents(outputs), inputs, PARAMETERS).values()]
+
+    threads = torch.get_num_threads()
+    want = run()
+    try:
+        for n in (1, 2, 4) if BACKEND == "cpp" else (threads,):
+            torch.set_num_threads(n)
+            assert all(torch.equal(a, b) for a, b in zip(run(), want, strict=True)), n
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_saved_shapes_do_not_depend_on_the_routing():
+    case = BY_NAME["tiles fit"]
+
+    def saved(skew):
+        shapes = []
+        v = leaves(sample(case), *PARAMETERS)
+        w = v["router_weight"] * 0 if skew else v["router_weight"]
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            routed({**v, "router_weight": w}, case)
+        return shapes[-9:]
+
+    assert saved(False) == saved(True)
+
+
+def test_optimizer_step_between_calls_leaves_no_stale_cache():
+    case = BY_NAME["odd"]
+    v = sample(case)
+    first, _ = routed(v, case)
+    with torch.no_grad():
+        v["lora_B"].mul_(2)
+    second, _ = routed(v, case)
+    torch.testing.assert_close(second - v["base"], 2 * (first - v["base"]), rtol=1e-4, atol=1e-5)
+
+
+def test_changed_saved_tensor_and_second_backward_raise():
+    case = BY_NAME["odd"]
+    v = leaves(sample(case), *PARAMETERS)
+    y, _ = routed(v, case)
+    with torch.no_grad():
+        v["lora_A"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y, _ = routed(v, case)
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
