@@ -172,7 +172,9 @@ def routed_lora(
         )
     else:
         w = autograd.router_operand(router_weight, x)
-        y, *routing, _ = _ops.routed_lora(rows, w, *autograd.rounded(x, lora_A, lora_B), *args, chosen)
+        y, *routing, _ = _ops.routed_lora(
+            rows, w, *autograd.rounded(x, lora_A, lora_B), *args, chosen
+        )
     return y.view(*x.shape[:-1], lora_B.shape[1]), _routing(*routing)
 
 

@@ -78,7 +78,7 @@ def sample(case: Case, dtype=torch.float32, seed: int = 0, adapter_dtype=None) -
 
     rank = case.R / case.E
     rows_a = int(rank) if case.shared_a else case.R
-    w = normal(case.E, case.D_in, scale=2 * case.D_in**-0.5)
+    w = normal(case.E, case.D_in, scale=case.D_in**-0.5)
     x = normal(case.T, case.D_in)
     if case.skew:  # a constant feature that only expert 0's router row looks at
         x[:, 0] = 1

@@ -68,7 +68,9 @@ def grouped(ids, **change):
 def test_ids_out_of_range_raise_on_a_cpu(bad):
     ids = torch.zeros(T, K, dtype=torch.int64)
     ids[3, 1] = bad
-    with pytest.raises((ValueError, RuntimeError), match=rf"indices: expected expert ids in \[-1, {E}\)"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=rf"indices: expected expert ids in \[-1, {E}\)"
+    ):
         grouped(ids)
 
 
@@ -103,4 +105,6 @@ def test_other_functions(call, error, message):
 @pytest.mark.skipif(backend_info()["serving"]["cpu"] != "triton", reason="Triton's own limit")
 def test_triton_refuses_double():
     with pytest.raises((TypeError, RuntimeError), match="float64"):
-        F.routed_lora(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in GOOD.items()})
+        F.routed_lora(
+            **{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in GOOD.items()}
+        )

@@ -317,7 +317,9 @@ def test_frozen_experts_get_exact_zeros(shared_a):
     case = BY_NAME["shared A" if shared_a else "tiles fit"]
     full = leaves(sample(case), *PARAMETERS)
     some = leaves(sample(case), *PARAMETERS)
-    want = gradients([routed(full, case)[0].square().sum()], cotangents([torch.ones(())]), full, PARAMETERS)
+    want = gradients(
+        [routed(full, case)[0].square().sum()], cotangents([torch.ones(())]), full, PARAMETERS
+    )
     got = gradients(
         [routed(some, case, frozen=(1, 6))[0].square().sum()], cotangents([torch.ones(())]), some, PARAMETERS
     )  # fmt: skip
@@ -387,7 +389,11 @@ def test_nan_in_unused_experts_does_not_reach_y_or_gradients():
     routing = Routing.from_ids(ids, num_experts=case.E)
 
     def run(lora_A):
-        leaf = {**v, "lora_A": lora_A.clone().requires_grad_(), "x": v["x"].clone().requires_grad_()}
+        leaf = {
+            **v,
+            "lora_A": lora_A.clone().requires_grad_(),
+            "x": v["x"].clone().requires_grad_(),
+        }
         y = F.grouped_lora(
             leaf["x"], leaf["lora_A"], v["lora_B"], routing, base=v["base"], rank_offsets=case.ranks
         )

@@ -114,7 +114,10 @@ def test_gradcheck_of_the_other_functions():
     assert check(grouped, (x, a, b, base, weights))
     assert check(floats(router), (x, w))
     assert check(lambda x, a, w: F.shrink(x, a, w), (x, a, w))
-    assert check(lambda h, b, base: F.expand(h, b, base), (F.shrink(x, a)[0].detach().requires_grad_(), b, base))
+    assert check(
+        lambda h, b, base: F.expand(h, b, base),
+        (F.shrink(x, a)[0].detach().requires_grad_(), b, base),
+    )
 
 
 def test_compile_fullgraph_and_dynamic_tokens():
@@ -145,7 +148,9 @@ def test_aot_autograd_traces_forward_and_backward():
     case = BY_NAME["unequal ranks"]
     torch._dynamo.reset()
     v = leaves(sample(case), *PARAMETERS)
-    compiled = torch.compile(lambda v: routed(v, case)[0].square().sum(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda v: routed(v, case)[0].square().sum(), fullgraph=True, backend="aot_eager"
+    )
     got = torch.autograd.grad(compiled(v), [v[k] for k in PARAMETERS])
     want = torch.autograd.grad(routed(v, case)[0].square().sum(), [v[k] for k in PARAMETERS])
     for a, b in zip(got, want, strict=True):
@@ -204,7 +209,10 @@ def test_two_hundred_steps_follow_the_reference():
         x = torch.randn(32, 12, generator=g, dtype=torch.float64).to(dtype)
         target = torch.randn(32, 6, generator=g, dtype=torch.float64).to(dtype)
         shapes = {"w": (4, 12), "a": (8, 12), "b": (8, 6)}
-        p = {k: torch.randn(s, generator=g, dtype=torch.float64).mul(0.3).to(dtype).requires_grad_() for k, s in shapes.items()}
+        p = {
+            k: torch.randn(s, generator=g, dtype=torch.float64).mul(0.3).to(dtype).requires_grad_()
+            for k, s in shapes.items()
+        }
         optimizer = torch.optim.SGD(p.values(), lr=0.5)
         curve = []
         for _ in range(200):

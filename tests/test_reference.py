@@ -53,13 +53,22 @@ def test_routed_lora(case):
             v["x"][t], v["router_weight"], v["bias"], case.K, case.gate, case.renormalize
         )
         want = loop_experts(
-            v["x"][t], v["lora_A"], v["lora_B"], ids, gate, v["scaling"], case.offsets, case.shared_a
+            v["x"][t],
+            v["lora_A"],
+            v["lora_B"],
+            ids,
+            gate,
+            v["scaling"],
+            case.offsets,
+            case.shared_a,
         )
         if case.with_base:
             want = want + v["base"][t]
         assert indices[t].tolist() == ids
         torch.testing.assert_close(weights[t], torch.tensor(gate, dtype=DOUBLE), rtol=1e-12, atol=0)
-        torch.testing.assert_close(logits[t], torch.tensor(row, dtype=DOUBLE), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            logits[t], torch.tensor(row, dtype=DOUBLE), rtol=1e-12, atol=1e-12
+        )
         torch.testing.assert_close(y[t], want, rtol=1e-12, atol=1e-12)
         assert math.isclose(lse[t], math.log(sum(math.exp(z) for z in row)), rel_tol=1e-12)
         mean += torch.tensor(p, dtype=DOUBLE) / case.T

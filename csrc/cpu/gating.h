@@ -12,8 +12,8 @@ namespace lora_moe {
 
 inline void check_ids(const int32_t* indices, int64_t n, int64_t E) {
   for (int64_t i = 0; i < n; ++i)
-    check(indices[i] >= -1 && indices[i] < E, "indices: expected expert ids in [-1, ", E,
-          "), got ", indices[i]);
+    check(indices[i] >= -1 && indices[i] < E, "indices: expected expert ids in [-1, ", E, "), got ",
+          indices[i]);
 }
 
 struct Gate {

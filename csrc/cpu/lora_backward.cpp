@@ -41,8 +41,8 @@ struct Backward {
   std::unique_ptr<C[]> ds, h;                 // (T, W), (T, K, max_rank)
 
   Backward(const Tensor& dy_, const Tensor& x_, const Tensor& a_, const Tensor& b_,
-           const Tensor& s_, const Tensor& indices, const Tensor& weights_,
-           const Tensor& scaling_, Ints offsets, bool shared_a, Needs needs_)
+           const Tensor& s_, const Tensor& indices, const Tensor& weights_, const Tensor& scaling_,
+           Ints offsets, bool shared_a, Needs needs_)
       : experts(std::move(offsets), shared_a, scaling_.size(0)), needs(std::move(needs_)) {
     tokens = x_.size(0), D_in = x_.size(1), D_out = b_.size(1), K = indices.size(1);
     W = experts.saved(K);
@@ -139,13 +139,11 @@ struct Backward {
     C* to = ds.get() + slot / K * W + experts.column(slot % K);
     C* h_row = h.get() + slot * experts.max_rank;
     const C gate = weights[slot] * scale;
-    C dot = 0;
     for (int64_t i = 0; i < rank; ++i) {
-      dot += g[i] * from[i];
       to[i] += g[i] * gate;
       h_row[i] = from[i] * gate;
     }
-    dweights[slot] = dot * scale;
+    dweights[slot] = dot(g, from, rank) * scale;
   }
 
   void expert_grams(const Grouping& group, const std::vector<const C*>& left,
@@ -178,8 +176,8 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
                             std::string plan) {
   return dispatch(x, [&]<class T>() -> Grads {
     using C = acc_t<T>;
-    Backward<T, T> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets),
-                            shared_a, {std::move(frozen), need_x, need_w, need_a, need_b});
+    Backward<T, T> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets), shared_a,
+                            {std::move(frozen), need_x, need_w, need_a, need_b});
     const int64_t n = backward.tokens;
     Tensor dx = result<T>(x, need_x, {n, backward.D_in});
     Tensor dweights = empty<C>(x, {n, backward.K});
@@ -208,8 +206,8 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
   return dispatch(x, w, [&]<class T, class W>() -> Grads {
     using C = acc_t<T>;
     const Gate gate(gate_name, renormalize);
-    Backward<T, W> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets),
-                            shared_a, {std::move(frozen), need_x, need_w, need_a, need_b});
+    Backward<T, W> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets), shared_a,
+                            {std::move(frozen), need_x, need_w, need_a, need_b});
     const int64_t n = backward.tokens, E = backward.experts.E, K = backward.K;
     const RoutingGrad<C> grad(dweights, dlogits, dmean_prob, dlse, n, E, K);
     const C* logit = contiguous<C>("logits", logits, {n, E});
@@ -230,9 +228,8 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
       for (int64_t t = begin; t < end; ++t) {
         C* slot = slot_grad.get() + t * K;
         for (int64_t j = 0; grad.weights && j < K; ++j) slot[j] += grad.weights[t * K + j];
-        gate.backward(logit + t * E, backward.ids + t * K, backward.weights + t * K,
-                      (const C*)slot, grad.mean_prob, C(1) / C(n),
-                      grad.lse ? grad.lse + t : nullptr,
+        gate.backward(logit + t * E, backward.ids + t * K, backward.weights + t * K, (const C*)slot,
+                      grad.mean_prob, C(1) / C(n), grad.lse ? grad.lse + t : nullptr,
                       grad.logits ? grad.logits + t * E : nullptr, E, K, scratch.data(),
                       scratch.data() + E, logit_grad.get() + t * E);
       }

@@ -83,14 +83,15 @@ struct Forward {
     const int64_t n = group.slots.size();
     const auto from = pointers(h.data(), experts.max_rank, 0, n);
     std::vector<C*> acc, to(n);
-    write_rows<T>(begin, end, D_out, base, mutable_data<T>(y), acc, [&](int64_t c, int64_t columns) {
-      for (int64_t i = 0; i < n; ++i) to[i] = acc[group.slots[i] / K - begin];
-      for (int64_t e = 0; e < experts.E; ++e) {
-        const int64_t i = group.start[e];
-        expand_rows(from.data() + i, to.data() + i, group.start[e + 1] - i, experts.rank(e),
-                    b.row(experts.offsets[e]) + c, b.stride, columns);
-      }
-    });
+    write_rows<T>(
+        begin, end, D_out, base, mutable_data<T>(y), acc, [&](int64_t c, int64_t columns) {
+          for (int64_t i = 0; i < n; ++i) to[i] = acc[group.slots[i] / K - begin];
+          for (int64_t e = 0; e < experts.E; ++e) {
+            const int64_t i = group.start[e];
+            expand_rows(from.data() + i, to.data() + i, group.start[e + 1] - i, experts.rank(e),
+                        b.row(experts.offsets[e]) + c, b.stride, columns);
+          }
+        });
   }
 };
 
@@ -109,9 +110,8 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
     const C* weight = contiguous<C>("weights", weights, {n, K});
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, K);
     check_ids(ids, n * K, forward.experts.E);
-    for_blocks(n, [&](int64_t, int64_t begin, int64_t end) {
-      forward.block(begin, end, ids, weight);
-    });
+    for_blocks(
+        n, [&](int64_t, int64_t begin, int64_t end) { forward.block(begin, end, ids, weight); });
     return {forward.y, forward.s};
   });
 }

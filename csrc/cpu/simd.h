@@ -172,8 +172,9 @@ LORA_MOE_INLINE void store_tail(T* p, Vec<acc_t<T>> v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
 }
 
-// a * b + c, fused where the CPU can.  Spelled out, because a compiler that contracts on its own does
-// so in one tile and not in the next, and a token's bits would depend on the tile it fell into.
+// a * b + c, fused where the CPU can.  Spelled out, because a compiler that contracts on its own
+// does so in one tile and not in the next, and a token's bits would depend on the tile it fell
+// into.
 LORA_MOE_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);

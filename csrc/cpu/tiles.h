@@ -40,12 +40,25 @@ LORA_MOE_INLINE void dot_step(const X* const (&x)[M], const A* const (&a)[N], in
 
 template <int M, int N, class X, class A, class C>
 inline void dot_tile(const X* const (&x)[M], const A* const (&a)[N], int64_t D, C (&out)[M][N]) {
-  Vec<C> acc[M][N] = {};
-  int64_t d = 0;
-  for (; d + kLanes<C> <= D; d += kLanes<C>) dot_step<M, N, false, X, A, C>(x, a, d, 0, acc);
-  if (d < D) dot_step<M, N, true, X, A, C>(x, a, d, D - d, acc);
+  constexpr int64_t L = kLanes<C>;
+  Vec<C> total[M][N] = {};
+  for (int64_t d = 0; d < D;) {
+    const int64_t end = std::min(D, d + kRun * L);
+    Vec<C> acc[M][N] = {};
+    for (; d + L <= end; d += L) dot_step<M, N, false, X, A, C>(x, a, d, 0, acc);
+    if (d < end) dot_step<M, N, true, X, A, C>(x, a, d, end - d, acc), d = end;
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) total[m][n] += acc[m][n];
+  }
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) out[m][n] = sum_lanes(acc[m][n]);
+    for (int n = 0; n < N; ++n) out[m][n] = sum_lanes(total[m][n]);
+}
+
+template <class C>
+inline C dot(const C* x, const C* a, int64_t n) {
+  C out[1][1];
+  dot_tile<1, 1, C, C, C>({x}, {a}, n, out);
+  return out[0][0];
 }
 
 template <int M, class X, class A, class C>
