@@ -20,7 +20,7 @@ import torch
 from . import ops
 
 BACKENDS = ("triton", "cuda", "cpp", "reference")
-ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
+ISAS = ("avx512", "avx2", "portable")  # best first
 
 _serving: dict[str, str] = {}
 _facts: dict[str, dict] = {}
@@ -52,10 +52,7 @@ def cpu_isas() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine().lower() not in ("x86_64", "amd64") or capability == "DEFAULT":
         return ["portable"]
-    if capability.startswith("AVX512"):
-        has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        return list(ISAS if has_bf16 else ISAS[1:])
-    return list(ISAS[2:])
+    return list(ISAS if capability.startswith("AVX512") else ISAS[1:])
 
 
 def _load_cpp() -> dict:
@@ -87,9 +84,22 @@ def _load_triton() -> dict:
     keys = ("CUDA", "CPU") if interpreted else ("CUDA",)
     for name in ops.SCHEMAS:
         for key in keys:
-            torch.library.impl(f"lora_moe::{name}", key, getattr(kernels, name))
+            kernel = getattr(kernels, name)
+            if key == "CPU" and name == "grouped_lora":
+                kernel = _checking_ids(kernel)
+            torch.library.impl(f"lora_moe::{name}", key, kernel)
     _serving.update({key.lower(): "triton" for key in keys})
     return {"interpreted": interpreted, "version": importlib.import_module("triton").__version__}
+
+
+def _checking_ids(grouped_lora):
+    """The kernels mask wrong ids, as a GPU must; on a CPU every backend raises."""
+
+    def checked(x, a, b, base, indices, weights, scaling, *args):
+        ops.check_ids(indices, len(scaling))
+        return grouped_lora(x, a, b, base, indices, weights, scaling, *args)
+
+    return checked
 
 
 def _load_cuda() -> dict:

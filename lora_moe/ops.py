@@ -242,7 +242,23 @@ _TABLE = {
     "routed_lora_backward": (_routed_lora_backward, _routed_lora_backward_fake),
 }
 
-for _name, (_implementation, _fake) in _TABLE.items():
+
+def _without_autocast(function):
+    """Autocast decided x's dtype before the call; inside, it would round the products themselves."""
+
+    def run(*args):
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return run
+
+
+for _name, (_reference, _fake) in _TABLE.items():
     torch.library.define(f"lora_moe::{_name}", SCHEMAS[_name])
-    torch.library.impl(f"lora_moe::{_name}", "CompositeExplicitAutograd", _implementation)
+    torch.library.impl(
+        f"lora_moe::{_name}", "CompositeExplicitAutograd", _without_autocast(_reference)
+    )
     torch.library.register_fake(f"lora_moe::{_name}", _fake)

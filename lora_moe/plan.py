@@ -1,4 +1,4 @@
-"""Which of the two ways to exploit the sparsity of H a call takes; it depends on the backend and on shapes only.
+"""Which of the two ways to exploit the sparsity of H a call takes: a matter of backend and shapes.
 
 rank_dense  S of all R rank rows is computed and the gate masks it in registers: bandwidth-bound, no gather.
 segmented   only the rows of picked experts are computed: the work is that of K experts, whatever E is.

@@ -14,8 +14,8 @@ UNIT = {
     torch.float32: 2.0**-24,
     torch.float64: 2.0**-53,
 }
-# where eager happens to be this good, on sums of a few terms, being no worse would be asking for luck; in units
-FLOOR = {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 3.0}
+# on sums of a few terms eager may be exact by luck: below this, in units, nobody need be as lucky
+FLOOR = {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 4.0}
 
 
 def relative_error(out, truth) -> float:

@@ -19,19 +19,27 @@ GOOD = {
     "rank_offsets": 3,
 }
 
+FLOAT_OFFSETS = [0.0, 3, 6, 9, 12]
 WRONG_VALUES = {
     "top_k": [0, -1, E + 1, True, 1.0, None],
-    "rank_offsets": [0, -3, True, 2.0, "3", [0, 3, 6, 9], [0, 3, 3, 9, 12], [1, 4, 7, 9, 12], [0.0, 3, 6, 9, 12]],
+    "rank_offsets": [0, -3, True, 2.0, "3", FLOAT_OFFSETS]
+    + [[0, 3, 6, 9], [0, 3, 3, 9, 12], [1, 4, 7, 9, 12]],
     "gate": ["Softmax", "relu", None],
-    "scaling": [math.nan, math.inf, [1.0, 2.0], [1.0, 2.0, math.nan, 1.0], True, "1", torch.ones(3)],
-    "lora_A": [torch.randn(D_IN, R), torch.randn(R, D_IN + 1), torch.randn(R - 1, D_IN), torch.randn(R), torch.ones(R, D_IN, dtype=torch.int32), torch.randn(R, D_IN).to_sparse(), None, torch.randn(R, D_IN, device="meta")],
-    "lora_B": [torch.randn(D_OUT, R), torch.randn(R + 1, D_OUT), torch.randn(R, D_OUT, dtype=torch.complex64)],
-    "router_weight": [torch.randn(E, D_IN - 1), torch.randn(D_IN, E), torch.ones(E, D_IN, dtype=torch.bool)],
+    "scaling": [math.nan, math.inf, [1.0, 2.0], [1.0, 2.0, math.nan, 1.0]]
+    + [True, "1", torch.ones(3)],
+    "lora_A": [torch.randn(s) for s in ((D_IN, R), (R, D_IN + 1), (R - 1, D_IN), (R,))]
+    + [torch.ones(R, D_IN, dtype=torch.int32), torch.randn(R, D_IN).to_sparse(), None]
+    + [torch.randn(R, D_IN, device="meta")],
+    "lora_B": [torch.randn(D_OUT, R), torch.randn(R + 1, D_OUT)]
+    + [torch.randn(R, D_OUT, dtype=torch.complex64)],
+    "router_weight": [torch.randn(E, D_IN - 1), torch.randn(D_IN, E)]
+    + [torch.ones(E, D_IN, dtype=torch.bool)],
     "base": [torch.randn(T, D_OUT + 1), torch.randn(1, D_OUT), torch.randn(T, D_OUT).double()],
     "bias": [torch.randn(E + 1), torch.randn(E, 1)],
     "frozen": [(E,), (-1,), (1.0,)],
-    "x": [torch.ones(T, D_IN, dtype=torch.int64), torch.randn(T, D_IN).to_sparse(), torch.randn(()), torch.randn(T, D_IN, dtype=torch.complex64), None],
-}  # fmt: skip
+    "x": [torch.ones(T, D_IN, dtype=torch.int64), torch.randn(T, D_IN).to_sparse()]
+    + [torch.randn(()), torch.randn(T, D_IN, dtype=torch.complex64), None],
+}
 WRONG = [(name, value) for name, values in WRONG_VALUES.items() for value in values]
 
 
@@ -59,44 +67,48 @@ def test_shared_a_wants_equal_ranks_and_r_rows():
         F.routed_lora(**GOOD, shared_a=True)
 
 
-def grouped(ids, **change):
-    routing = Routing.from_ids(ids, num_experts=E)
+def grouped(chosen, **change):
+    routing = Routing.from_ids(chosen, num_experts=E)
     return F.grouped_lora(X, GOOD["lora_A"], GOOD["lora_B"], routing, rank_offsets=3, **change)
 
 
 @pytest.mark.parametrize("bad", [E, -2, -(2**31), 2**31 + 1, 2**40])
 def test_ids_out_of_range_raise_on_a_cpu(bad):
-    ids = torch.zeros(T, K, dtype=torch.int64)
-    ids[3, 1] = bad
+    wrong = torch.zeros(T, K, dtype=torch.int64)
+    wrong[3, 1] = bad
     with pytest.raises(
         (ValueError, RuntimeError), match=rf"indices: expected expert ids in \[-1, {E}\)"
     ):
-        grouped(ids)
+        grouped(wrong)
 
 
 def test_routing_must_fit_the_tokens():
-    with pytest.raises(ValueError, match="routing.indices: expected"):
+    with pytest.raises(ValueError, match=r"routing\.indices: expected"):
         grouped(torch.zeros(T + 1, K, dtype=torch.int64))
-    with pytest.raises(TypeError, match="routing: expected a lora_moe.Routing, got Tensor"):
+    with pytest.raises(TypeError, match=r"routing: expected a lora_moe\.Routing, got Tensor"):
         F.grouped_lora(X, GOOD["lora_A"], GOOD["lora_B"], torch.zeros(T, K), rank_offsets=3)
 
 
-@pytest.mark.parametrize(
-    "call, error, message",
-    [
-        (lambda: Routing.from_ids(torch.zeros(3), num_experts=4), TypeError, "indices: expected integers"),
-        (lambda: Routing.from_ids(torch.zeros(2, 2, 2).int(), num_experts=4), ValueError, "indices: expected"),
-        (lambda: Routing.from_ids(torch.zeros(2).int(), torch.ones(3), num_experts=4), ValueError, "weights: expected"),
-        (lambda: Routing.from_ids(torch.zeros(2).int(), num_experts=0), ValueError, "num_experts: expected"),
-        (lambda: Routing.from_gates(torch.ones(3)), ValueError, "gates: expected"),
-        (lambda: Routing.from_gates(torch.ones(3, 2).int()), ValueError, "gates: expected"),
-        (lambda: Routing.from_ids(torch.zeros(2).int(), num_experts=2).repeat(0), ValueError, "n: expected"),
-        (lambda: F.expand(torch.randn(3, 2), torch.randn(3, 4)), ValueError, "lora_B: expected"),
-        (lambda: F.expand(torch.randn(3, 2), torch.randn(2, 4), torch.randn(3, 5)), ValueError, "base: expected"),
-        (lambda: F.shrink(torch.randn(3, 2), torch.randn(4, 3)), ValueError, "lora_A: expected"),
-        (lambda: F.router_topk(X, torch.randn(E, D_IN), E + 1), ValueError, "top_k: expected"),
-    ],
-)  # fmt: skip
+def ids(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+OTHER = [
+    (lambda: Routing.from_ids(torch.zeros(3), num_experts=4), TypeError, "indices: expected"),
+    (lambda: Routing.from_ids(ids([[1]]), num_experts=4), ValueError, "indices: expected"),
+    (lambda: Routing.from_ids(ids(1), torch.ones(3), num_experts=4), ValueError, "weights: exp"),
+    (lambda: Routing.from_ids(ids(1), num_experts=0), ValueError, "num_experts: expected"),
+    (lambda: Routing.from_ids(ids(1), num_experts=2).repeat(0), ValueError, "n: expected"),
+    (lambda: Routing.from_gates(torch.ones(3)), ValueError, "gates: expected"),
+    (lambda: Routing.from_gates(torch.ones(3, 2).int()), ValueError, "gates: expected"),
+    (lambda: F.expand(torch.ones(3, 2), torch.ones(3, 4)), ValueError, "lora_B: expected"),
+    (lambda: F.expand(*map(torch.ones, [(3, 2), (2, 4), (3, 5)])), ValueError, "base: expected"),
+    (lambda: F.shrink(torch.ones(3, 2), torch.ones(4, 3)), ValueError, "lora_A: expected"),
+    (lambda: F.router_topk(X, torch.ones(E, D_IN), E + 1), ValueError, "top_k: expected"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", OTHER)
 def test_other_functions(call, error, message):
     with pytest.raises(error, match=message):
         call()

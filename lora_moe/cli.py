@@ -1,0 +1,143 @@
+"""lora-moe info | inspect DIR | doctor: what serves, what an adapter holds, and whether all is right."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import sys
+
+import torch
+
+from . import __version__
+from .backend import BACKENDS, backend_info
+
+TIMEOUT_S = 300  # of one backend's checks
+_DOCTOR_ROW = "{:<10} {:<15} {:<9} {:>10} {:>10} {:>9}  {}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status is 0 where all is right, 1 where not, 2 for wrong usage."""
+    parser = argparse.ArgumentParser(prog="lora-moe", description="Fast mixtures of LoRA experts.")
+    parser.add_argument("--version", action="version", version=f"lora-moe {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    about = "which backend serves each device, and why the others do not"
+    command = commands.add_parser("info", help=about, description=about)
+    command.set_defaults(run=lambda _: info())
+
+    about = "show a saved adapter's configuration and tensors; reads the header, never the weights"
+    command = commands.add_parser("inspect", help=about, description=about)
+    command.add_argument("directory", metavar="DIR", help="where save_adapter wrote")
+    command.set_defaults(run=lambda args: inspect(args.directory))
+
+    about = "check forward and gradients of every backend on this machine against fp64"
+    command = commands.add_parser("doctor", help=about, description=about)
+    command.add_argument(
+        "backends", metavar="BACKEND", nargs="*", help=f"all of {', '.join(BACKENDS)} by default"
+    )
+    command.set_defaults(run=lambda args: doctor(args.backends))
+
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+def info() -> int:
+    facts = backend_info()
+    requested, serving, backends = (facts.pop(k) for k in ("requested", "serving", "backends"))
+    versions = {"lora-moe": __version__, "triton": _version("triton"), **facts}
+    for name, value in versions.items():
+        print(f"{name.replace('_', ' '):<15} {value}")
+    for device, name in serving.items():
+        print(f"{device + ' tensors':<15} {name}")
+    print(f"\nbackends (LORA_MOE_BACKEND={requested})")
+    for name, state in backends.items():
+        available, reason = state.pop("available"), state.pop("reason")
+        about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in state.items())
+        print(f"  {name:<10} {'yes' if available else 'no':<4} {about or reason}".rstrip())
+    return 0
+
+
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def inspect(directory: str) -> int:
+    from .io import adapter_info
+
+    try:
+        adapter = adapter_info(directory)
+    except (OSError, ValueError) as error:
+        print(f"lora-moe inspect: {error}", file=sys.stderr)
+        return 1
+    print(f"saved by lora-moe {adapter['library']!a}, format {adapter['version']!a}")
+    for part in adapter["adapters"]:
+        print()
+        for name, value in dataclasses.asdict(part["config"]).items():
+            print(f"{name:<20} {value!r}")
+        print(f"{'modules':<20} {', '.join(map(_plain, part['modules']))}")
+    _print_tensors(adapter["tensors"])
+    return 0
+
+
+def _plain(text):
+    """What an untrusted file says, without the control characters that a terminal would obey."""
+    return ascii(text)[1:-1]
+
+
+def _print_tensors(tensors):
+    print(f"\n{'tensor':<60} {'dtype':<5} {'shape':<16} {'values':>12}")
+    for name, tensor in tensors.items():
+        row = f"{_plain(name):<60} {_plain(tensor.dtype):<5} {tensor.shape!s:<16}"
+        print(f"{row} {math.prod(tensor.shape):>12,}")
+    print(f"{'all':<83} {sum(math.prod(t.shape) for t in tensors.values()):>12,}")
+
+
+def doctor(backends) -> int:
+    """Each backend in a process of its own: it is chosen at import, and its crash is survived."""
+    print(_DOCTOR_ROW.format("backend", "check", "dtype", "output", "gradients", "limit", ""))
+    results = [_examine(name) for name in backends or BACKENDS]
+    print("errors against fp64, in units of each dtype's rounding error u")
+    # None: not to be had on this machine, which is only wrong where it was asked for by name
+    return 0 if all(passed or (passed is None and not backends) for passed in results) else 1
+
+
+def _examine(name):
+    """Print a backend's rows; whether it is right, None where it is not to be had."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    environment = {**os.environ, "LORA_MOE_BACKEND": name, "PYTHONPATH": path}
+    if name == "triton" and not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "lora_moe.doctor"]
+    try:
+        run = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        print(f"{name:<10} FAIL: not done after {TIMEOUT_S} s")
+        return False
+    passed = [_print_check(name, *json.loads(line)) for line in run.stdout.splitlines()]
+    if run.returncode == 0:
+        return bool(passed) and all(passed)
+    reason = (run.stderr.splitlines() or [f"ended with status {run.returncode}"])[-1]
+    _, _, why = reason.partition("BackendUnavailable: ")
+    print(f"{name:<10} {'not here: ' + why if why else 'FAIL: ' + reason}")
+    return None if why else False
+
+
+def _print_check(name, check, dtype, output, gradients, limit):
+    passed = max(output, gradients) <= limit
+    numbers = [f"{value:.2f} u" for value in (output, gradients, limit)]
+    print(_DOCTOR_ROW.format(name, check, dtype, *numbers, "ok" if passed else "FAIL"))
+    return passed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
