@@ -11,15 +11,32 @@ from . import backend  # noqa: E402
 
 backend.load()
 
-from . import autograd, functional  # noqa: E402
+from . import autograd, functional, losses  # noqa: E402
 from .backend import backend_info  # noqa: E402
+from .config import LoraMoeConfig  # noqa: E402
+from .inject import inject, injected, remove, set_routing  # noqa: E402
+from .io import adapter_info, load_adapter, save_adapter  # noqa: E402
+from .layers import LoraMoeLinear  # noqa: E402
+from .losses import aux_loss, router_stats  # noqa: E402
 from .routing import Routing  # noqa: E402
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "LoraMoeConfig",
+    "LoraMoeLinear",
     "Routing",
+    "adapter_info",
     "autograd",
+    "aux_loss",
     "backend_info",
     "functional",
+    "inject",
+    "injected",
+    "load_adapter",
+    "losses",
+    "remove",
+    "router_stats",
+    "save_adapter",
+    "set_routing",
 ]

@@ -236,6 +236,12 @@ def expand(H: torch.Tensor, lora_B: torch.Tensor, base: torch.Tensor | None = No
     return y if base is None else y.view(base.shape)
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Some devices, meta among them, know no autocast and raise when asked."""
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
+
+
 # --- checks: argument, expected, received --------------------------------------------------------
 
 
@@ -245,9 +251,8 @@ def _input(x, function, name="x"):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, *_FLOATS[1:3]):
-        x = x.to(torch.get_autocast_dtype(device))
+    if x.dtype in _FLOATS and x.dtype != torch.float64 and autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in _FLOATS:
         raise TypeError(
             f"{name}: {function} takes float32, float64, bfloat16 or float16, got {x.dtype}"

@@ -78,7 +78,7 @@ class Routing(NamedTuple):
 
     def repeat(self, n: int) -> Routing:
         """One decision per sequence, for its n tokens: row t becomes rows t*n .. t*n + n - 1."""
-        _expect_integer("n", n)
+        _expect_integer("n", n, least=0)
         rows = (None if v is None else v.repeat_interleave(n, 0) for v in (self.logits, self.lse))
         logits, lse = rows
         return Routing(
@@ -91,9 +91,9 @@ class Routing(NamedTuple):
         )
 
 
-def _expect_integer(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < 1:
-        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+def _expect_integer(name, value, least=1):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)) or value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
 
 
 def _at_least_fp32(weights):
@@ -105,4 +105,4 @@ def _count(ids, num_experts):
     valid = (ids >= 0) & (ids < num_experts)
     bins = torch.where(valid, ids, num_experts).long().flatten()
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    return counts.index_add(0, bins, torch.ones_like(bins))[:num_experts]
+    return counts.index_add(0, bins, torch.ones_like(bins))[:num_experts].clone()

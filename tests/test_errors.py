@@ -98,7 +98,7 @@ OTHER = [
     (lambda: Routing.from_ids(ids([[1]]), num_experts=4), ValueError, "indices: expected"),
     (lambda: Routing.from_ids(ids(1), torch.ones(3), num_experts=4), ValueError, "weights: exp"),
     (lambda: Routing.from_ids(ids(1), num_experts=0), ValueError, "num_experts: expected"),
-    (lambda: Routing.from_ids(ids(1), num_experts=2).repeat(0), ValueError, "n: expected"),
+    (lambda: Routing.from_ids(ids(1), num_experts=2).repeat(-1), ValueError, "n: expected"),
     (lambda: Routing.from_gates(torch.ones(3)), ValueError, "gates: expected"),
     (lambda: Routing.from_gates(torch.ones(3, 2).int()), ValueError, "gates: expected"),
     (lambda: F.expand(torch.ones(3, 2), torch.ones(3, 4)), ValueError, "lora_B: expected"),
