@@ -117,7 +117,11 @@ def _open(directory):
     if directory.is_file():
         safefile.open_regular(directory).close()  # says what is wrong with a pickle
     found = sorted(os.listdir(directory))[:20] if directory.is_dir() else "no directory"
-    hint = "; lora_moe.from_peft reads PEFT's" if "adapter_config.json" in found else ""
+    hint = (
+        "; this is an adapter of PEFT, for PeftModel.from_pretrained"
+        if "adapter_config.json" in found
+        else ""
+    )
     raise FileNotFoundError(f"{directory}: expected {FILE_NAME} in it, found {found}{hint}")
 
 

@@ -14,8 +14,9 @@ UNIT = {
     torch.float32: 2.0**-24,
     torch.float64: 2.0**-53,
 }
-# on sums of a few terms eager may be exact by luck: below this, in units, nobody need be as lucky
-FLOOR = {torch.bfloat16: 0.5, torch.float16: 0.5, torch.float32: 4.0}
+# In units.  H and y rounded once each err by 0.6 u on average; over a few dozen numbers, chance decides
+# which of two such results is closer, and where sums have few terms eager may be exact by luck.
+FLOOR = {torch.bfloat16: 0.8, torch.float16: 0.8, torch.float32: 4.0}
 
 
 def relative_error(out, truth) -> float:

@@ -498,3 +498,33 @@ def test_a_recompute_leaves_no_trace(reentrant):
     y.sum().backward()
     assert layer.routing is routing
     assert int(routing.counts.sum()) == 6 * 2
+
+
+def test_resuming_continues_bit_for_bit(tmp_path):
+    """Twenty steps, or ten, a checkpoint on disk and ten more: the same weights and moments."""
+    config = LoraMoeConfig(num_experts=4, r=2, top_k=2)
+    x = torch.randn(24, 12, generator=torch.Generator().manual_seed(1))
+
+    def fresh():
+        torch.manual_seed(0)
+        layer = LoraMoeLinear(nn.Linear(12, 8), config)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=1e-2)
+
+    def train(layer, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (layer(x) - x[:, :8]).square().mean().backward()
+            optimizer.step()
+
+    whole, optimizer = fresh()
+    train(whole, optimizer, 20)
+    half, optimizer = fresh()
+    train(half, optimizer, 10)
+    torch.save([half.state_dict(), optimizer.state_dict()], tmp_path / "checkpoint.pt")
+    resumed, optimizer = fresh()
+    weights, moments = torch.load(tmp_path / "checkpoint.pt")
+    resumed.load_state_dict(weights)
+    optimizer.load_state_dict(moments)
+    train(resumed, optimizer, 10)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -27,6 +29,12 @@ inline void check(bool ok, const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
+}
+
+inline std::string text(const Ints& sizes) {
+  std::string out = "(";
+  for (int64_t n : sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
+  return out + ")";
 }
 
 template <class T>
@@ -55,12 +63,11 @@ inline const T* data(const char* name, const Tensor& t, Ints shape) {
         int(scalar_type_of<T>()), ", got ", int(t.scalar_type()));
   bool same = t.dim() == int64_t(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape[i];
-  std::ostringstream want, got;
   if (!same) {
-    for (int64_t n : shape) want << n << ' ';
-    for (int64_t i = 0; i < t.dim(); ++i) got << t.size(i) << ' ';
+    Ints got;
+    for (int64_t i = 0; i < t.dim(); ++i) got.push_back(t.size(i));
+    check(false, name, ": expected shape ", text(shape), ", got ", text(got));
   }
-  check(same, name, ": expected shape ", want.str(), ", got ", got.str());
   return static_cast<const T*>(t.const_data_ptr());
 }
 

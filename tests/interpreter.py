@@ -1,0 +1,184 @@
+"""Triton's interpreter for tests: started where no GPU is, made quicker, and with a sanitizer.
+
+The kernels mend by themselves what the interpreter gets wrong about bf16 (triton_kernels/numerics.py), so
+nothing is repaired here: a repair would hide a kernel that forgot to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def interpreting():
+    """What is imported inside, triton itself or a module of kernels, is interpreted for good.
+
+    The variable goes again: tests that start processes get the environment they were given.
+    """
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
+def quicken():
+    """Leave out work the interpreter repeats: half of a kernel's time, and no result changes.
+
+    Every call of a device function patches triton.language anew, and after a launch every CPU tensor is
+    copied onto itself, which also makes lazily mapped memory real.
+    """
+    from triton.runtime import interpreter
+
+    patch, restore = interpreter._patch_lang, interpreter.GridExecutor._restore_args_dev
+    run = interpreter.GridExecutor.__call__
+    patched = set()
+
+    def patch_once(fn):
+        languages = {
+            id(v) for v in fn.__globals__.values() if v in (interpreter.tl, interpreter.tl.core)
+        }
+        if languages <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(languages)
+        return patch(fn)
+
+    def run_patched_anew(self, *args, **kwargs):
+        patched.clear()
+        try:
+            return run(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    def restore_devices(self, args_dev, args_hst, kwargs, kwargs_hst):
+        if any(v.device.type != "cpu" for v in tensors(args_dev)):
+            restore(self, args_dev, args_hst, kwargs, kwargs_hst)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = run_patched_anew
+    interpreter.GridExecutor._restore_args_dev = restore_devices
+
+
+def tensors(args):
+    """All tensors among a kernel's arguments, those in tuples too."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from tensors(arg)
+
+
+class Sanitizer:
+    """Inside `with Sanitizer():` a launch raises if a kernel
+
+    reads or writes an element that no view among its arguments holds (the gap between the rows of a slice
+    counts), writes an element that another program reads or writes, or overflows an int32.
+    """
+
+    def __enter__(self):
+        from triton.runtime import interpreter
+
+        self.builder = interpreter.InterpreterBuilder
+        self.executor = interpreter.GridExecutor
+        self.options = interpreter.interpreter_builder.options
+        self.load, self.store = self.builder.create_masked_load, self.builder.create_masked_store
+        self.call, self.debug = self.executor.__call__, self.options.debug
+        self.launches = 0
+        call, load, store = self.call, self.load, self.store
+        sanitizer = self
+
+        def checked_call(executor, *args, **kwargs):
+            sanitizer.memory = [Storage(views) for views in by_storage(tensors(args))]
+            sanitizer.launches += 1
+            sanitizer.name = executor.fn.__name__
+            return call(executor, *args, **kwargs)
+
+        def checked_load(builder, pointers, mask, *rest):
+            sanitizer.check(pointers, mask, builder.grid_idx, writes=False)
+            return load(builder, pointers, mask, *rest)
+
+        def checked_store(builder, pointers, value, mask, *rest):
+            sanitizer.check(pointers, mask, builder.grid_idx, writes=True)
+            return store(builder, pointers, value, mask, *rest)
+
+        self.executor.__call__ = checked_call
+        self.builder.create_masked_load = checked_load
+        self.builder.create_masked_store = checked_store
+        object.__setattr__(self.options, "debug", True)  # asserts on int32 overflow
+        return self
+
+    def __exit__(self, *exception):
+        self.executor.__call__ = self.call
+        self.builder.create_masked_load, self.builder.create_masked_store = self.load, self.store
+        object.__setattr__(self.options, "debug", self.debug)
+
+    def check(self, pointers, mask, program, *, writes):
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)
+        if not addresses.size:
+            return
+        program = 1 + program[0] + 1024 * (program[1] + 1024 * program[2])
+        left = addresses
+        for storage in self.memory:
+            left = storage.check(left, program, writes, self.name)
+        if left.size:
+            raise AssertionError(f"{self.name}: {left.size} accesses outside of every argument")
+
+
+class Storage:
+    """Memory behind some of a kernel's arguments: which elements their views hold, and who touched them."""
+
+    MANY = -1
+
+    def __init__(self, views):
+        self.itemsize = views[0].element_size()
+        self.start = min(v.data_ptr() for v in views)
+        size = max((v.data_ptr() - self.start) // self.itemsize + span(v) for v in views)
+        held = torch.zeros(size, dtype=torch.bool)
+        for v in views:
+            first = (v.data_ptr() - self.start) // self.itemsize
+            held.as_strided(v.shape, v.stride(), first).fill_(True)
+        self.held = held.numpy()
+        self.reader, self.writer = np.zeros((2, size), np.int64)
+
+    def check(self, addresses, program, writes, name):
+        """Take the addresses that fall in here; return the others."""
+        elements = (addresses - self.start) // self.itemsize
+        here = (elements >= 0) & (elements < len(self.held))
+        at = elements[here]
+        if not at.size:
+            return addresses
+        if not self.held[at].all():
+            raise AssertionError(f"{name}: access between the rows of an argument")
+        writer, reader = self.writer[at], self.reader[at]
+        if ((writer != 0) & (writer != program)).any():
+            raise AssertionError(f"{name}: two programs touch what one of them writes")
+        if writes:
+            if ((reader != 0) & (reader != program)).any():
+                raise AssertionError(f"{name}: a program writes what another has read")
+            self.writer[at] = program
+        else:
+            self.reader[at] = np.where((reader == 0) | (reader == program), program, self.MANY)
+        return addresses[~here]
+
+
+def span(view):
+    """Elements from a view's first to its last."""
+    if view.numel() == 0:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride()))
+
+
+def by_storage(views):
+    groups = {}
+    for view in views:
+        if view.numel():
+            groups.setdefault(view.untyped_storage().data_ptr(), []).append(view)
+    return groups.values()

@@ -1,0 +1,487 @@
+"""The Triton kernels, operator by operator, against the reference in fp64 on the same rounded inputs.
+
+On a GPU they run compiled; elsewhere interpreted, and then under the sanitizer as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import mmap
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+
+from lora_moe import reference
+
+from . import eager
+from .cases import BY_NAME, CASES, Case, in_double, sample
+from .compare import assert_accurate
+from .interpreter import Sanitizer, interpreting
+
+pytest.importorskip("triton")
+INTERPRETED = not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+with interpreting() if INTERPRETED else contextlib.nullcontext():
+    kernels = importlib.import_module("lora_moe.triton_kernels")
+    route_logits = importlib.import_module("lora_moe.triton_kernels.router_topk").route_logits
+
+WIDE = [  # more ranks or experts than a program's registers hold
+    Case("wide: 1024 ranks", 20, 64, 2, 16, 40, 33),
+    Case("wide: unequal", 18, 8, 2, (64, 1, 3, 7, 1, 2, 1, 1), 40, 33, gate="sigmoid"),
+    Case("wide: shared A", 17, 64, 3, 8, 33, 40, shared_a=True),
+    Case("wide: dense", 5, 257, 257, 1, 17, 16, renormalize=False),
+    Case("wide: one rank of 300", 17, 2, 2, (300, 5), 33, 16),
+]
+every_case = pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+# in units of the dtype: 16-bit results carry one rounding of H or dS and one of the output
+UNITS = {torch.float32: 12, torch.bfloat16: 0.85, torch.float16: 0.85}
+ROUTING = ["indices", "weights", "logits", "mean_prob", "lse", "counts"]
+
+
+def some(*names):
+    cases = [BY_NAME[n] if n in BY_NAME else {c.name: c for c in WIDE}[n] for n in names]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def watched():
+    return Sanitizer() if INTERPRETED else contextlib.nullcontext()
+
+
+def on_device(inputs):
+    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def host(outputs):
+    return [v.cpu() for v in outputs]
+
+
+def in_fp64(values):
+    return [v.double() if v is not None and v.is_floating_point() else v for v in values]
+
+
+def compare(names, got, want, dtype):
+    """Integers exactly, the router's numbers as fp32, the others as dtype demands."""
+    for name, g, w in zip(names, host(got), want, strict=True):
+        assert g.shape == w.shape, name
+        if not w.is_floating_point():
+            assert torch.equal(g.long(), w.long()), name
+        else:
+            wide = name in ROUTING or name in ("S", "dweights", "dw")
+            kind = torch.float32 if wide else dtype
+            units = 16 if wide else UNITS[kind] if g.numel() > 100 else 1.5 * UNITS[kind]
+            assert_accurate(name, g, w, dtype=kind, units=units)
+
+
+def noise(*shape, seed=5, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g).to(dtype)
+
+
+def experts(case):
+    return case.offsets, case.shared_a
+
+
+def router(case):
+    return case.K, case.gate, case.renormalize
+
+
+# --- operators ----------------------------------------------------------------------------------
+
+
+def routed(ops, v, case, *plan):
+    return ops.routed_lora(
+        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], v["base"], v["bias"], v["scaling"],
+        *experts(case), *router(case), *plan,
+    )  # fmt: skip
+
+
+def routed_backward(ops, v, case, dy, aux, saved, *rest):
+    ids, weights, logits, s = saved
+    return ops.routed_lora_backward(
+        dy, *aux, v["x"], v["router_weight"], v["lora_A"], v["lora_B"], s, ids, weights, logits,
+        v["scaling"], *experts(case), case.gate, case.renormalize, *rest,
+    )  # fmt: skip
+
+
+def all_needed(frozen=()):
+    return list(frozen), True, True, True, True, "rank_dense"
+
+
+@every_dtype
+@every_case
+def test_routed_lora(case, dtype):
+    """Forward, then backward with gradients of every output of the routing."""
+    inputs = sample(case, dtype)
+    with watched():
+        got = routed(kernels, on_device(inputs), case, "rank_dense")
+    want = routed(reference, in_double(inputs), case)
+    compare(["y", *ROUTING, "S"], got, want, dtype)
+
+    dy, aux = noise(case.T, case.D_out, dtype=dtype), cotangents(case)
+    saved = [want[i] for i in (1, 2, 3, 7)]
+    given = [saved[0], *(v.float() for v in saved[1:])]
+    with watched():
+        got = routed_backward(
+            kernels, on_device(inputs), case, dy.to(DEVICE), [a.to(DEVICE) for a in aux],
+            [v.to(DEVICE) for v in given], *all_needed(),
+        )  # fmt: skip
+    want = routed_backward(
+        reference, in_double(inputs), case, dy.double(), in_fp64(aux), in_fp64(given)
+    )
+    compare(["dx", "dw", "da", "db"], got, want, dtype)
+
+
+def cotangents(case):
+    """Of weights, logits, mean_prob, lse."""
+    T, E = case.T, case.E
+    shapes = (T, case.K), (T, E), (E,), (T,)
+    return [noise(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+
+
+def nasty_routing(case):
+    """Empty slots, ids out of range, repeated ids, negative and zero weights."""
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
+    ids[: case.T // 2, -1] = ids[: case.T // 2, 0]
+    ids[case.T // 2 : case.T // 2 + 1] = torch.iinfo(torch.int32).min
+    weights = noise(case.T, case.K, seed=4)
+    weights[-1:] = 0
+    return ids, weights
+
+
+@every_dtype
+@every_case
+def test_grouped_lora(case, dtype):
+    inputs, (ids, weights) = sample(case, dtype), nasty_routing(case)
+    dy = noise(case.T, case.D_out, dtype=dtype)
+    inputs |= {"ids": ids, "weights": weights, "dy": dy}
+
+    def forward(ops, v, *plan):
+        return ops.grouped_lora(
+            v["x"], v["lora_A"], v["lora_B"], v["base"], v["ids"], v["weights"], v["scaling"],
+            *experts(case), *plan,
+        )  # fmt: skip
+
+    def backward(ops, v, s, *rest):
+        return ops.grouped_lora_backward(
+            v["dy"], v["x"], v["lora_A"], v["lora_B"], s, v["ids"], v["weights"], v["scaling"],
+            *experts(case), *rest,
+        )  # fmt: skip
+
+    exact = {k: v.double() if k != "ids" and v is not None else v for k, v in inputs.items()}
+    with watched():
+        got = forward(kernels, on_device(inputs), "rank_dense")
+    want = forward(reference, exact)
+    compare(["y", "S"], got, want, dtype)
+    s = want[1].float()
+    with watched():
+        got = backward(kernels, on_device(inputs), s.to(DEVICE), *all_needed())
+    compare(["dx", "dweights", "da", "db"], got, backward(reference, exact, s.double()), dtype)
+
+
+@every_case
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
+def test_router_topk(case, adapters):
+    """The router alone, its weight in fp32 or in x's dtype; backward of every subset of outputs."""
+    v = sample(case, torch.bfloat16)
+    v["router_weight"] = v["router_weight"].to(adapters)
+
+    def forward(ops, v):
+        return ops.router_topk(v["x"], v["router_weight"], v["bias"], *router(case))
+
+    with watched():
+        got = forward(kernels, on_device(v))
+    want = forward(reference, in_double(v))
+    compare(ROUTING, got, want, torch.float32)
+    ids, weights, logits = want[0], want[1].float(), want[2].float()
+    for missing in range(5):  # 4: none
+        aux = [None if i == missing else a for i, a in enumerate(cotangents(case))]
+        given = [*aux, ids, weights, logits]
+        with watched():
+            got = kernels.router_topk_backward(
+                *(a if a is None else a.to(DEVICE) for a in given), case.gate, case.renormalize
+            )
+        want = reference.router_topk_backward(*in_fp64(given), case.gate, case.renormalize)
+        compare(["logits"], [got], [want], torch.float32)
+
+
+@every_dtype
+@some("odd", "one past a tile", "no rows", "wide: 1024 ranks", "one expert")
+def test_matmuls(case, dtype):
+    """shrink, expand with one and two pairs, gram, on an fp32 H."""
+    v = sample(case, dtype)
+    x, w, a, b, base = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base"))
+    h, h2 = noise(case.T, case.R), noise(case.T, case.E)
+    b2 = noise(case.E, case.D_out)
+    calls = [
+        ("shrink", (x, a, w), ["S", "logits"]),
+        ("shrink", (x, a, None), ["S", "logits"]),
+        ("expand", (h, b, None, None, base), ["y"]),
+        ("expand", (h, b, h2, b2, None), ["y"]),
+        ("expand", (h, b, h2, b2.to(dtype), base), ["y"]),
+        ("gram", (h, x), ["S"]),  # an fp32 H keeps its bits
+    ]
+    for name, args, names in calls:
+        more = (dtype,) if name == "expand" else ()
+        with watched():
+            got = getattr(kernels, name)(*(v if v is None else v.to(DEVICE) for v in args), *more)
+        more = (torch.float64,) if name == "expand" else ()
+        want = getattr(reference, name)(*in_fp64(args), *more)
+        got, want = ((v,) if isinstance(v, torch.Tensor) else v for v in (got, want))
+        compare(names, got, want, dtype)
+
+
+@every_dtype
+@some("long", "wide", "unequal ranks")
+def test_no_worse_than_eager(case, dtype):
+    """y of plain PyTorch in the same dtype errs at least as much."""
+    inputs = sample(case, dtype)
+    got = routed(kernels, on_device(inputs), case, "rank_dense")
+    ids = got[1].cpu()
+    want = eager.routed_lora(in_double(inputs), case, ids)[0]
+    assert_accurate("y", got[0].cpu(), want, eager.routed_lora(inputs, case, ids)[0])
+
+
+# --- contract -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [7, 40, 70])
+def test_rows_may_lie_anywhere(T):
+    """x, base and dy sliced out of wider tensors or expanded; parameters transposed."""
+    case = replace(BY_NAME["tiles fit"], T=T)
+    v = on_device(sample(case, torch.float32))
+    dy = noise(case.D_out).to(DEVICE).expand(T, -1)
+    saved = [routed(kernels, v, case, "rank_dense")[i] for i in (1, 2, 3, 7)]
+    plain = routed(kernels, v, case, "rank_dense")
+    aux = [a.to(DEVICE) for a in cotangents(case)]
+    grads = routed_backward(kernels, v, case, dy.contiguous(), aux, saved, *all_needed())
+
+    def inside(t):
+        frame = torch.full((t.shape[0] + 2, t.shape[1] + 5), torch.nan, device=DEVICE)
+        frame[1:-1, 3:-2] = t
+        return frame[1:-1, 3:-2]
+
+    v |= {k: inside(v[k]) for k in ("x", "base", "lora_A")}
+    v["lora_B"] = v["lora_B"].T.contiguous().T
+    aux[2] = aux[2][:1].expand(case.E)
+    with watched():
+        again = routed(kernels, v, case, "rank_dense")
+        got = routed_backward(
+            kernels, v, case, dy, aux[:2] + [None] + aux[3:], saved, *all_needed()
+        )
+    for a, b in zip(plain, again):
+        assert torch.equal(a, b)
+    assert torch.equal(got[3], grads[3])  # db does not depend on the router
+
+
+@some("odd", "unequal ranks", "shared A", "wide: unequal")
+def test_only_what_is_needed(case):
+    v = on_device(sample(case))
+    out = routed(kernels, v, case, "rank_dense")
+    saved = [out[i] for i in (1, 2, 3, 7)]
+    dy = noise(case.T, case.D_out).to(DEVICE)
+    none = [None] * 4
+    everything = routed_backward(kernels, v, case, dy, none, saved, *all_needed())
+    for skipped in range(4):
+        needs = [i != skipped for i in range(4)]
+        got = routed_backward(kernels, v, case, dy, none, saved, [], *needs, "rank_dense")
+        for i, (g, full) in enumerate(zip(got, everything)):
+            assert g.shape == (0,) if i == skipped else torch.equal(g, full)
+    frozen = [0, case.E - 1]
+    _, _, da, db = routed_backward(kernels, v, case, dy, none, saved, *all_needed(frozen))
+    for e in range(case.E):
+        rows = slice(*case.offsets[e : e + 2])
+        assert torch.equal(db[rows], 0 * db[rows] if e in frozen else everything[3][rows])
+        if not case.shared_a:
+            assert torch.equal(da[rows], 0 * da[rows] if e in frozen else everything[2][rows])
+
+
+@some("tiles fit", "unequal ranks", "shared A", "wide: 1024 ranks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype):
+    """Interpreted, not even on the size class of the batch."""
+    case = replace(case, T=70)
+    v = on_device(sample(case, dtype))
+    full = routed(kernels, v, case, "rank_dense")
+    for rows in (slice(0, 1), slice(40, 57)) if INTERPRETED else (slice(0, 65),):
+        part = {**v, "x": v["x"][rows], "base": v["base"][rows]}
+        got = routed(kernels, part, case, "rank_dense")
+        for i in (0, 1, 2, 3, 5, 7):  # all but the batch's statistics
+            assert torch.equal(got[i], full[i][rows])
+
+
+def test_deterministic_in_any_order_of_programs(monkeypatch):
+    case = BY_NAME["one past a tile"]
+    v, dy = on_device(sample(case)), noise(case.T, case.D_out).to(DEVICE)
+
+    def everything():
+        out = routed(kernels, v, case, "rank_dense")
+        saved = [out[i] for i in (1, 2, 3, 7)]
+        aux = [a.to(DEVICE) for a in cotangents(case)]
+        return *out, *routed_backward(kernels, v, case, dy, aux, saved, *all_needed())
+
+    first = everything()
+    if INTERPRETED:
+        shuffle_programs(monkeypatch)
+    for a, b in zip(first, everything()):
+        assert torch.equal(a, b)
+
+
+def shuffle_programs(monkeypatch):
+    from triton.runtime import interpreter
+
+    order = random.Random(0)
+
+    def shuffled(n):
+        programs = list(range(n))
+        order.shuffle(programs)
+        return programs
+
+    monkeypatch.setattr(interpreter, "range", shuffled, raising=False)
+
+
+@some("tiles fit", "many experts")
+def test_ties_go_to_the_lower_id(case):
+    v = on_device(sample(case, torch.bfloat16))
+    v["router_weight"] = torch.zeros_like(v["router_weight"])
+    ids = routed(kernels, {**v, "bias": None}, case, "rank_dense")[1]
+    assert torch.equal(ids.cpu(), torch.arange(case.K, dtype=torch.int32).expand(case.T, -1))
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@some("tiles fit", "wide: unequal")
+def test_a_wrong_row_stays_alone(case, value, gate):
+    """Its ids are valid and distinct, and every other token keeps its bits."""
+    case = replace(case, gate=gate)
+    v = on_device(sample(case))
+    clean = routed(kernels, v, case, "rank_dense")
+    v["x"] = v["x"].clone()
+    v["x"][3, 1] = value
+    got = routed(kernels, v, case, "rank_dense")
+    assert all(0 <= i < case.E for i in got[1][3].tolist())
+    assert len(set(got[1][3].tolist())) == case.K
+    others = [t for t in range(case.T) if t != 3]
+    for i in (0, 1, 2, 3, 5, 7):
+        assert torch.equal(got[i][others], clean[i][others])
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_special_logits_as_in_torch(gate):
+    """inf, -inf and NaN, alone and together, ties among them."""
+    values = [0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan]
+    rows = torch.cartesian_prod(*[torch.tensor(values)] * 3)
+    got = host(route_logits(rows.to(DEVICE), None, 2, gate, True))
+    p = reference.gate_values(rows, gate)
+    assert torch.equal(got[0].long(), reference.select_topk(p, 2))
+    weights = p.gather(1, got[0].long())
+    weights = weights / torch.where((z := weights.sum(1, keepdim=True)) == 0, 1, z)
+    assert torch.allclose(got[1], weights, equal_nan=True, rtol=1e-6, atol=0)
+    assert torch.allclose(got[4], torch.logsumexp(rows, 1), equal_nan=True, rtol=1e-6)
+
+
+@some("tiles fit", "wide: unequal")
+def test_nothing_leaks_from_experts_not_picked(case):
+    """NaN in the A of an expert that nobody picked reaches neither y nor a gradient of another."""
+    v = on_device(sample(case))
+    ids = torch.ones(case.T, 1, dtype=torch.int32, device=DEVICE)
+    weights = torch.ones(case.T, 1, device=DEVICE)
+    rows = slice(*case.offsets[2:4])
+    args = ids, weights, v["scaling"], *experts(case)
+    clean, _ = kernels.grouped_lora(v["x"], v["lora_A"], v["lora_B"], None, *args, "rank_dense")
+    a = v["lora_A"].clone()
+    a[rows] = torch.nan
+    y, s = kernels.grouped_lora(v["x"], a, v["lora_B"], None, *args, "rank_dense")
+    assert torch.equal(y, clean)
+    dy = noise(case.T, case.D_out).to(DEVICE)
+    grads = kernels.grouped_lora_backward(
+        dy, v["x"], v["lora_A"], v["lora_B"], s, *args, *all_needed()
+    )
+    assert all(g.isfinite().all() for g in grads)
+
+
+def test_nothing_added_leaves_base_bit_identical():
+    case = BY_NAME["long"]
+    v = on_device(sample(case, torch.bfloat16))
+    ids = torch.full((case.T, 2), -1, dtype=torch.int32, device=DEVICE)
+    weights = torch.ones(case.T, 2, device=DEVICE)
+    for change in ({}, {"scaling": 0 * v["scaling"]}, {"lora_B": 0 * v["lora_B"]}):
+        u, i = {**v, **change}, ids + 3 if change else ids
+        y, _ = kernels.grouped_lora(
+            u["x"], u["lora_A"], u["lora_B"], u["base"], i, weights, u["scaling"],
+            *experts(case), "rank_dense",
+        )  # fmt: skip
+        assert torch.equal(y, v["base"])
+
+
+def test_offsets_beyond_int32():
+    """Rows 2^30 elements apart, in memory that is mapped but never touched in between."""
+    if not INTERPRETED:
+        pytest.skip("needs 13 GB of GPU memory")
+    rows, D, stride = 3, 32, 2**30 + 8
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * ((rows - 1) * stride + D)), dtype=torch.bfloat16)
+    x = memory.as_strided((rows, D), (stride, 1)).copy_(noise(rows, D))
+    a, w = noise(16, D).bfloat16(), noise(2, D)
+    with overflow_checked():
+        got = kernels.shrink(x, a, w)
+        gram = kernels.gram(noise(rows, 4), x)
+        y = kernels.expand(noise(rows, 16), a, None, None, x, torch.bfloat16)
+    for g, want in zip(got, kernels.shrink(x.contiguous(), a, w)):
+        assert torch.equal(g, want)
+    assert torch.equal(gram, kernels.gram(noise(rows, 4), x.contiguous()))
+    want = kernels.expand(noise(rows, 16), a, None, None, x.contiguous(), torch.bfloat16)
+    assert torch.equal(y, want)
+
+
+@contextlib.contextmanager
+def overflow_checked():
+    from triton.runtime.interpreter import interpreter_builder
+
+    before = interpreter_builder.options.debug
+    object.__setattr__(interpreter_builder.options, "debug", True)
+    yield
+    object.__setattr__(interpreter_builder.options, "debug", before)
+
+
+def test_fp64_is_refused():
+    case = BY_NAME["odd"]
+    v = on_device(sample(case, torch.float64))
+    with pytest.raises(TypeError, match="float64"):
+        routed(kernels, v, case, "rank_dense")
+    with pytest.raises(TypeError, match="float64"):
+        kernels.gram(v["x"], v["x"])
+
+
+def test_other_plans_are_refused():
+    case = BY_NAME["odd"]
+    with pytest.raises(ValueError, match="segmented"):
+        routed(kernels, on_device(sample(case)), case, "segmented")
+
+
+def test_import_under_the_bare_name_is_refused():
+    """That name is another project's, which others probe for."""
+    code = "import sys; sys.path.insert(0, '.'); import triton_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "ImportError: import lora_moe.triton_kernels" in done.stderr
+
+
+def test_ranks_from_1_to_1024():
+    """One expert of each rank, whatever the padding."""
+    for rank in (1, 2, 3, 7, 12, 17, 24, 64, 127, 257, 1024):
+        case = Case("", 5, 2, 1, (rank, 1), 17, 16)
+        assert case.offsets == [0, *accumulate((rank, 1))]
+        inputs = sample(case)
+        with watched():
+            got = routed(kernels, on_device(inputs), case, "rank_dense")
+        want = routed(reference, in_double(inputs), case)
+        compare(["y", *ROUTING, "S"], got, want, torch.float32)

@@ -1,0 +1,30 @@
+"""The rank-dense plan in Triton, forward and backward; one kernel with its launcher a file.
+
+Functions with the signatures of the operators in lora_moe/ops.py, for CUDA tensors, and for CPU tensors
+when TRITON_INTERPRET=1 is set before Triton is imported.  fp32, fp16, bf16.
+"""
+
+if __name__ == "triton_kernels":
+    raise ImportError(
+        "import lora_moe.triton_kernels: the name triton_kernels belongs to another project"
+    )
+
+from .expand import expand
+from .gram import gram
+from .lora_backward import grouped_lora_backward, routed_lora_backward
+from .routed_lora import grouped_lora, routed_lora
+from .router_topk import router_topk
+from .router_topk_backward import router_topk_backward
+from .shrink import shrink
+
+__all__ = [
+    "expand",
+    "gram",
+    "grouped_lora",
+    "grouped_lora_backward",
+    "routed_lora",
+    "routed_lora_backward",
+    "router_topk",
+    "router_topk_backward",
+    "shrink",
+]

@@ -1,0 +1,120 @@
+"""Expand:  y = base + H @ B (+ H2 @ B2).
+
+Skinny the other way: y is the only large operand besides base, and each is touched once.  H is
+rounded once, to B's dtype; a pair in fp32 keeps fp32 products.  The second pair makes the gradient
+of x in one pass: dx = dS A + dlogits W.  A loop over ranks serves any R without a spill.
+Reads T*D (base) + (R+R2)*D, writes T*D.
+
+Letters: T tokens, R rank rows, D columns of y.
+"""
+
+import triton
+import triton.language as tl
+
+from .launching import column_rows, launch, padded, precision, require_supported
+from .numerics import INTERPRETED, dot, round_to, widen
+from .tiles import choose
+
+
+@triton.jit(do_not_specialize=["T"])
+def _expand_kernel(
+    h_ptr,  # (T, R)
+    stride_ht,
+    b_ptr,  # (R, D)
+    stride_br,
+    h2_ptr,  # (T, R2) or None
+    stride_h2t,
+    b2_ptr,  # (R2, D)
+    stride_b2r,
+    base_ptr,  # (T, D) or None
+    stride_baset,
+    y_ptr,  # (T, D)
+    T,
+    R,
+    R2,
+    D,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_R2: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+
+    y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    y = _accumulate(
+        y, h_ptr, stride_ht, b_ptr, stride_br, t, t < T, d, d < D, R, BLOCK_R, PRECISION
+    )
+    if h2_ptr is not None:
+        y = _accumulate(
+            y, h2_ptr, stride_h2t, b2_ptr, stride_b2r, t, t < T, d, d < D, R2, BLOCK_R2, "ieee"
+        )
+
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    if base_ptr is not None:
+        base = tl.load(base_ptr + t[:, None] * stride_baset + d[None, :], mask=inside, other=0.0)
+        y += widen(base)
+    y = round_to(y, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + t[:, None] * D + d[None, :], y, mask=inside)
+
+
+@triton.jit
+def _accumulate(
+    y,
+    h_ptr,
+    stride_ht,
+    b_ptr,
+    stride_br,
+    t,
+    t_ok,
+    d,
+    d_ok,
+    R,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    for r0 in range(0, R, BLOCK_R):
+        row = r0 + tl.arange(0, BLOCK_R)
+        h = h_ptr + t[:, None] * stride_ht + row[None, :]
+        h = tl.load(h, mask=t_ok[:, None] & (row < R)[None, :], other=0.0)
+        b = b_ptr + row[:, None].to(tl.int64) * stride_br + d[None, :]
+        b = tl.load(b, mask=(row < R)[:, None] & d_ok[None, :], other=0.0)
+        if h.dtype != b.dtype:
+            h = round_to(widen(h), b.dtype)
+        y = dot(h, b, y, PRECISION)
+    return y
+
+
+def expand(h, b, h2, b2, base, dtype):
+    """y (T, D) in dtype."""
+    require_supported(h, b, *(v for v in (b2, base) if v is not None), dtype=dtype)
+    h, b = column_rows(h), column_rows(b)
+    T, D = len(h), b.shape[1]
+    y = h.new_empty(T, D, dtype=dtype)
+    if y.numel() == 0:
+        return y
+    second = (None, 0, None, 0)
+    if h2 is not None:
+        h2, b2 = column_rows(h2), column_rows(b2)
+        second = (h2, h2.stride(0), b2, b2.stride(0))
+    base = None if base is None else column_rows(base)
+    tile = choose("expand", b, len(b))
+    launch(
+        h,
+        _expand_kernel,
+        (triton.cdiv(T, tile["BLOCK_T"]), triton.cdiv(D, tile["BLOCK_D"])),
+        *(h, h.stride(0), b, b.stride(0), *second),
+        *(base, 0 if base is None else base.stride(0), y),
+        *(T, len(b), 0 if b2 is None else len(b2), D),
+        BLOCK_R=rank_step(b),
+        BLOCK_R2=16 if b2 is None else rank_step(b2),
+        PRECISION=precision(b),
+        **tile,
+    )
+    return y
+
+
+def rank_step(b):
+    """Ranks a dot: more than 16 spill in fp32; 16-bit operands take up to 64."""
+    return 16 if b.itemsize == 4 else padded(len(b), 256 if INTERPRETED else 64)

@@ -1,0 +1,73 @@
+"""The middle of the forward, in rank space:  H = S * gate * scaling, zero for experts not picked.
+
+For more ranks than fit the registers of `routed_lora`: S came from `shrink`, H goes to `expand`.
+A program walks a
+few experts at a time.  Reads 4*T*(R + 2K) bytes, writes T*R in x's dtype.
+
+Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
+"""
+
+import triton
+import triton.language as tl
+
+from .gating import apply_gate, expert_rows, saved_rows, scatter_slots
+from .launching import launch
+from .numerics import round_to, rows_of
+from .tiles import choose
+
+
+@triton.jit(do_not_specialize=["T"])
+def _gate_ranks_kernel(
+    s_ptr,  # (T, R), or (T, r) shared by the experts
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    scaling_ptr,  # (E,)
+    offsets_ptr,  # (E+1,), or None: every expert has `rank` rows
+    rank,
+    h_ptr,  # (T, R)
+    T,
+    E,
+    R,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    EP: tl.constexpr,
+    RP: tl.constexpr,
+):
+    t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
+    t_ok = t < T
+
+    for first in range(0, E, EP):
+        e = first + tl.arange(0, EP)
+        row, row_ok = expert_rows(offsets_ptr, rank, first, E, EP, RP)
+        s_row, s_ok, width = saved_rows(offsets_ptr, rank, first, E, R, EP, RP, SHARED)
+        s = rows_of(s_ptr, t0, width, s_row, BLOCK_T)
+        s = tl.load(s, mask=t_ok[:, None] & s_ok[None, :], other=0.0)
+        gate = scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e < E, K)
+        gate *= tl.load(scaling_ptr + e, mask=e < E, other=0.0)[None, :]
+        h = round_to(apply_gate(s, gate, EP, RP), h_ptr.dtype.element_ty)
+        inside = t_ok[:, None] & row_ok[None, :]
+        tl.store(rows_of(h_ptr, t0, R, row, BLOCK_T), h, mask=inside)
+
+
+def gate_ranks(s, indices, weights, scaling, R, experts, shared_a, dtype):
+    """H (T, R) in dtype."""
+    T = len(s)
+    h = s.new_empty(T, R, dtype=dtype)
+    if T == 0:
+        return h
+    EP = experts.chunk()
+    tile = choose("gate_ranks", s, EP * experts.RP)
+    launch(
+        s,
+        _gate_ranks_kernel,
+        (triton.cdiv(T, tile["BLOCK_T"]),),
+        *(s, indices, weights, scaling, experts.offsets, experts.rank, h, T, len(scaling), R),
+        K=indices.shape[1],
+        SHARED=shared_a,
+        EP=EP,
+        RP=experts.RP,
+        **tile,
+    )
+    return h

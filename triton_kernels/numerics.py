@@ -1,0 +1,140 @@
+"""Products and roundings that every kernel shares.
+
+16-bit operands go to the tensor cores as they are, sums are fp32.  An fp32 operand beside a 16-bit
+one keeps all of its bits: that is how the router's products stay full fp32 at tensor-core speed.
+
+Triton's interpreter holds bf16 as raw bits, multiplies those bits in a dot and truncates when it
+casts.  INTERPRETED is known when the kernels are decorated, so what they do about it costs a
+compiled kernel nothing.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def widen(v):
+    """v in fp32."""
+    if INTERPRETED and v.dtype == tl.bfloat16:
+        bits = v.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        wide = bits.to(tl.float32, bitcast=True)
+    else:
+        wide = v.to(tl.float32)
+    return wide
+
+
+@triton.jit
+def round_to(v, dtype: tl.constexpr):
+    """An fp32 v in dtype, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = v.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(v == v, bits, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = v.to(dtype)
+    return rounded
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b.  (M, K), (K, N), (M, N); PRECISION is that of two fp32 operands.
+
+    Beside a 16-bit operand an fp32 one is split into three bf16 terms, which hold its 24 bits, and an
+    fp16 one into two: every product is exact, at tensor-core speed.
+    """
+    if INTERPRETED:
+        acc = tl.dot(widen(a), widen(b), acc, input_precision=PRECISION)
+    elif a.dtype == b.dtype:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    elif a.dtype == tl.float32:
+        if b.dtype == tl.float16:
+            b, rest, _ = split(b.to(tl.float32))
+            acc = dot_split(a, rest, acc, True)
+        acc = dot_split(a, b, acc, True)
+    else:
+        if a.dtype == tl.float16:
+            a, rest, _ = split(a.to(tl.float32))
+            acc = dot_split(b, rest, acc, False)
+        acc = dot_split(b, a, acc, False)
+    return acc
+
+
+@triton.jit
+def dot_split(wide, narrow, acc, WIDE_IS_LEFT: tl.constexpr):
+    """An fp32 and a bf16 operand."""
+    high, middle, low = split(wide)
+    if WIDE_IS_LEFT:
+        acc = tl.dot(low, narrow, acc)
+        acc = tl.dot(middle, narrow, acc)
+        acc = tl.dot(high, narrow, acc)
+    else:
+        acc = tl.dot(narrow, low, acc)
+        acc = tl.dot(narrow, middle, acc)
+        acc = tl.dot(narrow, high, acc)
+    return acc
+
+
+@triton.jit
+def split(v):
+    """Three bf16 terms whose sum is the fp32 v."""
+    high = v.to(tl.bfloat16)
+    rest = v - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return high, middle, low
+
+
+@triton.jit
+def project(
+    x_ptr,
+    stride_xt,
+    t,
+    t_ok,
+    a_ptr,
+    stride_ar,
+    row,
+    row_ok,
+    w_ptr,
+    stride_we,
+    e,
+    e_ok,
+    first,
+    last,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x A^T and x W^T over columns first..last - 1, in one pass over x; either matrix may be None."""
+    s = tl.zeros((t.shape[0], row.shape[0]), tl.float32)
+    logits = tl.zeros((t.shape[0], e.shape[0]), tl.float32)
+    x_row = x_ptr + t[:, None] * stride_xt
+    for d0 in range(first, last, BLOCK_D):
+        d = (d0 + tl.arange(0, BLOCK_D))[None, :]
+        x = tl.load(x_row + d, mask=t_ok[:, None] & (d < last), other=0.0)
+        if a_ptr is not None:
+            a = a_ptr + row[:, None].to(tl.int64) * stride_ar + d
+            a = tl.load(a, mask=row_ok[:, None] & (d < last), other=0.0)
+            s = dot(x, tl.trans(a), s, PRECISION)
+        if w_ptr is not None:
+            w = w_ptr + e[:, None].to(tl.int64) * stride_we + d
+            w = tl.load(w, mask=e_ok[:, None] & (d < last), other=0.0)
+            logits = dot(x, tl.trans(w), logits, "ieee")
+    return s, logits
+
+
+@triton.jit
+def rows_of(ptr, t0, width, column, BLOCK_T: tl.constexpr):
+    """Where rows t0.. of a contiguous (T, width) tensor are: one 64-bit base, 32-bit offsets, half
+    the registers."""
+    return ptr + t0 * width + (tl.arange(0, BLOCK_T)[:, None] * width + column[None, :])
+
+
+@triton.jit
+def add_parts(parts_ptr, PARTS, T, t0, width, column, inside, BLOCK_T: tl.constexpr):
+    """What `project` would have summed, from the stretches that `shrink` left apart.  (PARTS, T, width)"""
+    total = tl.zeros((BLOCK_T, column.shape[0]), tl.float32)
+    for _part in range(PARTS):
+        total += tl.load(rows_of(parts_ptr, t0, width, column, BLOCK_T), mask=inside, other=0.0)
+        t0 += T
+    return total

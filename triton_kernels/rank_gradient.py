@@ -1,0 +1,162 @@
+"""Backward to rank space:  G = dy @ B^T,  then dS, H, and the gradient of the gate or of the router's logits.
+
+One pass over dy leaves G in registers, where the rest happens beside the saved S (T, R):
+    dS = G g s      dg_te = s_e * sum over rows r of e of G_tr S_tr      dlogits = router backward of dg
+so the gate's gradient needs nothing of size D_out.  H is formed again rather than saved: dB = H^T dy.
+More ranks than fit: `shrink` writes G, `gate_ranks_backward` does the rest.
+Reads T*D_out + R*D_out + 4*T*(R + 3K + E), writes T*(R + R) + 4*T*E.
+
+Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .gate_ranks_backward import gate_ranks_backward
+from .gating import (
+    apply_gate_backward,
+    expert_rows,
+    gather_slots,
+    router_gradient,
+    saved_rows,
+    scatter_slots,
+    share_of_slots,
+)
+from .launching import column_rows, expert_tile, launch, precision
+from .numerics import add_parts, project, round_to, rows_of
+from .router_topk_backward import router_topk_backward
+from .shrink import shrink, shrink_parts
+from .tiles import choose
+
+
+@triton.jit(do_not_specialize=["T"])
+def _rank_gradient_kernel(
+    dy_ptr,  # (T, D_out), or None: `shrink` left G in parts
+    stride_dyt,
+    g_parts_ptr,  # (PARTS, T, R)
+    PARTS,
+    b_ptr,  # (R, D_out)
+    stride_br,
+    s_ptr,  # (T, R), or (T, r) shared by the experts
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    scaling_ptr,  # (E,)
+    offsets_ptr,  # (E+1,), or None: every expert has `rank` rows
+    rank,
+    logits_ptr,  # (T, E), or None: the routing was given
+    aux,
+    ds_ptr,  # as s
+    h_ptr,  # (T, R)
+    dweights_ptr,  # (T, K), zeros, or None
+    dlogits_ptr,  # (T, E)
+    T,
+    E,
+    R,
+    D_out,
+    K: tl.constexpr,
+    GATE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    EP: tl.constexpr,
+    RP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, EP)
+    t_ok, e_ok = t < T, e < E
+    row, row_ok = expert_rows(offsets_ptr, rank, 0, E, EP, RP)
+    s_row, s_ok, width = saved_rows(offsets_ptr, rank, 0, E, R, EP, RP, SHARED)
+    inside, s_inside = t_ok[:, None] & row_ok[None, :], t_ok[:, None] & s_ok[None, :]
+
+    if dy_ptr is None:
+        g = add_parts(g_parts_ptr, PARTS, T, t0, R, row, inside, BLOCK_T)
+    else:
+        g, _ = project(
+            dy_ptr, stride_dyt, t, t_ok, b_ptr, stride_br, row, row_ok, None, 0, e, e_ok,
+            0, D_out, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    g = tl.where(row_ok[None, :], g, 0.0)
+    s = tl.load(rows_of(s_ptr, t0, width, s_row, BLOCK_T), mask=s_inside, other=0.0)
+
+    scaling = tl.load(scaling_ptr + e, mask=e_ok, other=0.0)[None, :]
+    gate = scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e_ok, K)
+    picked = scatter_slots(indices_ptr, None, t, t_ok, e, e_ok, K)
+    ds, h, dgate = apply_gate_backward(g, s, gate * scaling, picked, EP, RP, SHARED)
+    dgate *= scaling
+
+    ds, h = round_to(ds, ds_ptr.dtype.element_ty), round_to(h, h_ptr.dtype.element_ty)
+    tl.store(rows_of(ds_ptr, t0, width, s_row, BLOCK_T), ds, mask=s_inside)
+    tl.store(rows_of(h_ptr, t0, R, row, BLOCK_T), h, mask=inside)
+
+    if dweights_ptr is not None:
+        gather_slots(dgate, dweights_ptr, indices_ptr, t, t_ok, e, e_ok, K)
+    if logits_ptr is not None:
+        e_inside = t_ok[:, None] & e_ok[None, :]
+        logits = tl.load(rows_of(logits_ptr, t0, E, e, BLOCK_T), mask=e_inside, other=0.0)
+        share = tl.sum(dgate * gate, 1)
+        dgate *= picked
+        if aux.dweights is not None:
+            dgate += scatter_slots(indices_ptr, aux.dweights, t, t_ok, e, e_ok, K)
+            share += share_of_slots(weights_ptr, aux.dweights, t, t_ok, K)
+        dlogits = router_gradient(
+            logits, dgate, picked, share, aux, t0, t, t_ok, e, e_ok, T, E, GATE, RENORMALIZE
+        )
+        tl.store(rows_of(dlogits_ptr, t0, E, e, BLOCK_T), dlogits, mask=e_inside)
+
+
+def rank_gradient(
+    dy, b, s, indices, weights, logits, aux, scaling, offsets, shared_a, gate, renormalize
+):  # fmt: skip
+    """dS (T, R or r) and H (T, R) in dy's dtype, and dlogits (T, E), or without logits dweights (T, K)."""
+    experts = expert_tile(offsets, dy.device)
+    if len(dy) == 0 or not experts.in_registers:
+        return _in_memory(
+            dy, b, s, indices, weights, logits, aux, scaling, experts, shared_a, gate, renormalize
+        )
+    T, K, E, R = *indices.shape, len(scaling), len(b)
+    dy, b = column_rows(dy), column_rows(b)
+    ds, h = dy.new_empty(s.shape), dy.new_empty(T, R)
+    dgate = torch.zeros_like(weights) if logits is None else torch.empty_like(logits)
+    kernel = "rank_gradient" if experts.offsets is None else "rank_gradient_unequal"
+    tile = choose(kernel, dy, experts.width)
+    source = (dy, dy.stride(0), None, 0)
+    if tile.pop("IN_PARTS"):
+        g, _ = shrink_parts(dy, b, None)
+        source = (None, 0, g, len(g))
+    launch(
+        dy,
+        _rank_gradient_kernel,
+        (triton.cdiv(T, tile["BLOCK_T"]),),
+        *(*source, b, b.stride(0), s.contiguous(), indices, weights, scaling),
+        *(experts.offsets, experts.rank, logits, aux, ds, h),
+        *((dgate, None) if logits is None else (None, dgate)),
+        *(T, E, R, dy.shape[1]),
+        K=K,
+        GATE=gate,
+        RENORMALIZE=renormalize,
+        SHARED=shared_a,
+        EP=experts.EP,
+        RP=experts.RP,
+        PRECISION=precision(dy),
+        **tile,
+    )
+    return ds, h, dgate
+
+
+def _in_memory(
+    dy, b, s, indices, weights, logits, aux, scaling, experts, shared_a, gate, renormalize
+):  # fmt: skip
+    g, _ = shrink(dy, b, None)
+    ds, h, dweights = gate_ranks_backward(
+        g, s.contiguous(), indices, weights, scaling, experts, shared_a, dy.dtype
+    )
+    if logits is None:
+        return ds, h, dweights
+    if aux.dweights is not None:
+        dweights += aux.dweights
+    dlogits = router_topk_backward(dweights, *aux[1:], indices, weights, logits, gate, renormalize)
+    return ds, h, dlogits

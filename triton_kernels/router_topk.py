@@ -1,0 +1,125 @@
+"""Router top-k:  logits = x W^T,  p = gate(logits),  ids = top-k of p + bias,  weights = p[ids] (/
+their sum).
+
+The decision is taken in registers on the tile of logits that one pass over x left there; the statistics
+for the auxiliary losses leave as one row a tile and are added in order.  More experts than a tile holds:
+`shrink` forms the logits, and the same kernel decides on them.
+Reads T*D_in + E*D_in, writes 4*T*(E + 2K + 1).
+
+Letters: T tokens, E experts, K picked experts a token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .gating import route
+from .launching import column_rows, launch, require_supported
+from .numerics import project, rows_of
+from .shrink import shrink
+from .tiles import choose
+
+MAX_EXPERTS = 256  # whose logits fit a tile that is also the sum of a dot
+
+
+class Routing(NamedTuple):
+    """Where the kernels put a decision; the statistics in one row a tile of tokens."""
+
+    indices: torch.Tensor  # (T, K) int32
+    weights: torch.Tensor  # (T, K)
+    logits: torch.Tensor | None = None  # (T, E)
+    lse: torch.Tensor | None = None  # (T,)
+    mean_prob: torch.Tensor | None = None  # (tiles, E)
+    counts: torch.Tensor | None = None  # (tiles, E) int32
+
+    def results(self):
+        """indices, weights, logits, mean_prob (E,), lse, counts (E,) int64"""
+        mean_prob, counts = self.mean_prob.sum(0), self.counts.sum(0)
+        return self.indices, self.weights, self.logits, mean_prob, self.lse, counts
+
+
+def new_routing(x, E, K, block_t):
+    T, tiles = len(x), triton.cdiv(len(x), block_t)
+    return Routing(
+        x.new_empty(T, K, dtype=torch.int32),
+        x.new_empty(T, K, dtype=torch.float32),
+        x.new_empty(T, E, dtype=torch.float32),
+        x.new_empty(T, dtype=torch.float32),
+        x.new_empty(tiles, E, dtype=torch.float32),
+        x.new_empty(tiles, E, dtype=torch.int32),
+    )
+
+
+@triton.jit(do_not_specialize=["T"])
+def _router_topk_kernel(
+    x_ptr,  # (T, D_in), or None: the logits are given
+    stride_xt,
+    w_ptr,  # (E, D_in)
+    stride_we,
+    logits_ptr,  # (T, E)
+    bias_ptr,  # (E,) or None
+    routing,
+    T,
+    E,
+    D_in,
+    K: tl.constexpr,
+    KP: tl.constexpr,
+    GATE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
+    e = tl.arange(0, BLOCK_E)
+    t_ok, e_ok = t < T, e < E
+
+    if x_ptr is None:
+        inside = t_ok[:, None] & e_ok[None, :]
+        logits = tl.load(rows_of(logits_ptr, t0, E, e, BLOCK_T), mask=inside, other=0.0)
+    else:
+        _, logits = project(
+            x_ptr, stride_xt, t, t_ok, None, 0, e, e_ok, w_ptr, stride_we, e, e_ok, 0, D_in, BLOCK_D, "ieee"
+        )  # fmt: skip
+    route(logits, bias_ptr, routing, t0, t, t_ok, e, e_ok, T, E, K, KP, GATE, RENORMALIZE)
+
+
+def router_topk(x, w, bias, top_k, gate, renormalize):
+    """indices, weights (T, K), logits (T, E), mean_prob (E,), lse (T,), counts (E,)."""
+    require_supported(x, w)
+    if len(w) > MAX_EXPERTS:
+        _, logits = shrink(x, None, w)
+        return route_logits(logits, bias, top_k, gate, renormalize)
+    return _launch(column_rows(x), column_rows(w), None, bias, top_k, gate, renormalize)
+
+
+def route_logits(logits, bias, top_k, gate, renormalize):
+    """The same from logits in memory."""
+    return _launch(None, None, logits, bias, top_k, gate, renormalize)
+
+
+def _launch(x, w, logits, bias, K, gate, renormalize):
+    source, E = (logits, logits.shape[1]) if x is None else (x, len(w))
+    block_e = max(16, triton.next_power_of_2(E))
+    tile = choose("route_logits" if x is None else "router_topk", source, block_e)
+    routing = new_routing(source, E, K, tile["BLOCK_T"])
+    if len(source) == 0:
+        return routing.results()
+    launch(
+        source,
+        _router_topk_kernel,
+        (triton.cdiv(len(source), tile["BLOCK_T"]),),
+        *((None, 0, None, 0) if x is None else (x, x.stride(0), w, w.stride(0))),
+        *(logits, None if bias is None else bias.float(), routing, len(source), E),
+        source.shape[1],
+        K=K,
+        KP=triton.next_power_of_2(K),
+        GATE=gate,
+        RENORMALIZE=renormalize,
+        BLOCK_E=block_e,
+        **tile,
+    )
+    return routing.results()

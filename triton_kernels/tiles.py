@@ -1,0 +1,132 @@
+"""Tile sizes by architecture: no spills, within the shared memory of the part, and no autotuning.
+
+Chosen by reading what the compiler makes of each (tests/test_triton_compile.py), not by timing.  A
+tile depends on
+shapes, dtype and architecture; on T by its size class only, so a token's bits do not depend on its
+batch within a class, and another T never compiles anew.
+"""
+
+import functools
+
+import torch
+import triton
+
+from .numerics import INTERPRETED
+
+FEW, SOME = 64, 4096  # up to here T alone does not fill a device: `shrink` splits D
+
+
+@functools.lru_cache
+def family(device):
+    """interpreter, hopper (227 KB of shared memory a block), ampere and kin (99) or cdna (64)."""
+    if INTERPRETED:
+        return "interpreter"
+    with torch.cuda.device_of(torch.empty(0, device=device)):
+        target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "cdna"
+    return "hopper" if target.arch // 10 in (9, 10) else "ampere"
+
+
+def shrink(part, T, half, width):
+    stretch = {"STRETCH": 512} if T <= FEW else {"STRETCH": 1024} if T <= SOME else {}
+    if T <= FEW and part == "cdna" and half:
+        return {"BLOCK_T": 16, "BLOCK_D": 64, **stretch}
+    if T <= FEW or not half:
+        return {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 8, **stretch}
+    rows, columns = (32, 32) if part == "ampere" else (64, 64)
+    return {"BLOCK_T": rows, "BLOCK_D": columns, **stretch}
+
+
+def routed_lora(part, T, half, width):
+    if T <= SOME or (part == "ampere" and width > 128):
+        return {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "ONE_LAUNCH": False}
+    tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
+    if half:
+        return tile | {"BLOCK_T": 64, "BLOCK_D": 64, "ONE_LAUNCH": width <= 128}
+    return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "ONE_LAUNCH": False}
+
+
+def rank_gradient(part, T, half, width):
+    if T <= SOME:
+        return {"BLOCK_T": 16, "BLOCK_D": 32, "IN_PARTS": True}
+    rows = 16 if not half else 32 if part == "ampere" or width > 128 else 64
+    return {"BLOCK_T": rows, "BLOCK_D": 64 if half else 32, "IN_PARTS": False, "num_warps": 8}
+
+
+def rank_gradient_unequal(part, T, half, width):
+    """A table of rows makes one address of every element of S: half the tokens fit."""
+    tile = rank_gradient(part, T, half, width)
+    return tile | {"BLOCK_T": min(tile["BLOCK_T"], 32)}
+
+
+def expand(part, T, half, width):
+    return {"BLOCK_T": 16 if T <= FEW else 64, "BLOCK_D": 64}
+
+
+def gram(part, T, half, width):
+    warps = 4 if part == "cdna" else 8  # of 64 threads there
+    return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": warps}
+
+
+def router_topk(part, T, half, width):
+    return {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 4 if width <= 64 else 8}
+
+
+def route_logits(part, T, half, width):
+    return {
+        "BLOCK_T": max(1, min(16, 8192 // width)),
+        "BLOCK_D": 16,
+        "num_warps": 4 if width <= 256 else 8,
+    }
+
+
+def router_topk_backward(part, T, half, width):
+    return {"BLOCK_T": max(1, min(32, 4096 // width)), "num_warps": 4 if width <= 256 else 8}
+
+
+def gate_ranks(part, T, half, width):
+    return {"BLOCK_T": max(1, min(16, 4096 // width))}
+
+
+TILES = {
+    tile.__name__: tile
+    for tile in (
+        shrink,
+        routed_lora,
+        rank_gradient,
+        rank_gradient_unequal,
+        expand,
+        gram,
+        router_topk,
+        route_logits,
+        router_topk_backward,
+        gate_ranks,
+    )
+}
+
+
+def interpreted(kernel, T, half):
+    """A program costs milliseconds whatever its tile; the size classes are those that tests can afford."""
+    few, some = T <= 16, T <= 64
+    tile = {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32}
+    if kernel == "shrink" and few:
+        tile["STRETCH"] = tile["BLOCK_D"]
+    elif kernel == "gram":
+        tile["MAX_R"] = 128
+    elif kernel.startswith("rank_gradient"):
+        tile["IN_PARTS"] = few
+    elif kernel == "routed_lora":
+        tile |= {"BLOCK_N": 64, "IN_PARTS": few, "ONE_LAUNCH": half and some and not few}
+    elif kernel in ("router_topk_backward", "gate_ranks"):
+        del tile["BLOCK_D"]
+    return tile
+
+
+def choose(kernel, x, width):
+    """Launch options of `kernel` for operands like x and `width` columns of ranks or experts."""
+    part, T, half = family(x.device), len(x), x.itemsize == 2
+    if part == "interpreter":
+        return interpreted(kernel, T, half)
+    tile = {"num_warps": 4, "num_stages": 2 if part == "cdna" else 3}
+    return tile | TILES[kernel](part, T, half, width)
