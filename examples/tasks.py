@@ -85,14 +85,17 @@ def load_tasks(num_heldout=200):
 
 
 def root_of(words):
-    """word -> its root, coarser than grammar's (a false kinship leaks nothing, a missed one does)."""
+    """word -> its root, coarser than grammar's: a false kinship leaks nothing, a missed one does.
+
+    `happy` and `happiness` -> happ, `cry` and `crying` -> cri, `anger` and `angry` -> ang.
+    """
     stems = {word: _stem(word) for word in words}
     known = set(stems.values())
-    return {w: s[:3] if s[:3] in known else s for w, s in stems.items()}
+    return {word: s[:3] if s[:3] in known else s for word, s in stems.items()}
 
 
 def _stem(word):
-    """Four letters less a last vowel: `crying` -> cri, `happiness` -> happ, `angry`, `anger` -> ang."""
+    """Four letters, three if the fourth is a vowel."""
     start = word.lower().replace("ying", "ie").replace("y", "i")[:4]
     return start[:3] if start[3:] in tuple("aeiou") else start
 
