@@ -46,6 +46,17 @@ def test_our_rounding_to_bf16_is_torchs():
     assert torch.equal(out2.nan_to_num(7), want.float().nan_to_num(7))
 
 
+def test_three_bf16_terms_hold_an_fp32():
+    """The compiled router relies on it; the interpreter's truncating cast loses nothing either."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(1024, generator=g) * 10.0 ** torch.randint(-12, 12, (1024,), generator=g)
+    samples.split_and_add[(1,)](x, out := torch.empty(1024), BLOCK=1024)
+    assert torch.equal(out, x)
+    high = x.bfloat16().float()
+    middle = (x - high).bfloat16().float()
+    assert torch.equal(high + (middle + (x - high - middle).bfloat16().float()), x)
+
+
 def test_sanitizer_passes_a_clean_kernel():
     x, out = torch.randn(100), torch.empty(100)
     with Sanitizer() as sanitizer:

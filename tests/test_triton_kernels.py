@@ -29,7 +29,7 @@ INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 with interpreting() if INTERPRETED else contextlib.nullcontext():
     kernels = importlib.import_module("lora_moe.triton_kernels")
-    route_logits = importlib.import_module("lora_moe.triton_kernels.router_topk").route_logits
+    router_file = importlib.import_module("lora_moe.triton_kernels.router_topk")
 
 WIDE = [  # more ranks or experts than a program's registers hold
     Case("wide: 1024 ranks", 20, 64, 2, 16, 40, 33),
@@ -380,7 +380,8 @@ def test_special_logits_as_in_torch(gate):
     """inf, -inf and NaN, alone and together, ties among them."""
     values = [0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan]
     rows = torch.cartesian_prod(*[torch.tensor(values)] * 3)
-    got = host(route_logits(rows.to(DEVICE), None, 2, gate, True))
+    options = router_file.gate_options(2, gate, True)
+    got = host(router_file.route_logits(rows.to(DEVICE), None, options))
     p = reference.gate_values(rows, gate)
     assert torch.equal(got[0].long(), reference.select_topk(p, 2))
     weights = p.gather(1, got[0].long())

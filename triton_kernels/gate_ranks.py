@@ -1,8 +1,7 @@
 """The middle of the forward, in rank space:  H = S * gate * scaling, zero for experts not picked.
 
 For more ranks than fit the registers of `routed_lora`: S came from `shrink`, H goes to `expand`.
-A program walks a
-few experts at a time.  Reads 4*T*(R + 2K) bytes, writes T*R in x's dtype.
+A program walks the experts, a few at a time.  Reads 4*T*(R + 2K) bytes, writes T*R in x's dtype.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
 """
@@ -51,23 +50,22 @@ def _gate_ranks_kernel(
         tl.store(rows_of(h_ptr, t0, R, row, BLOCK_T), h, mask=inside)
 
 
-def gate_ranks(s, indices, weights, scaling, R, experts, shared_a, dtype):
+def gate_ranks(s, routing, experts, dtype):
     """H (T, R) in dtype."""
-    T = len(s)
+    T, R, E = len(s), len(experts.b), len(experts.scaling)
     h = s.new_empty(T, R, dtype=dtype)
     if T == 0:
         return h
-    EP = experts.chunk()
-    tile = choose("gate_ranks", s, EP * experts.RP)
+    options = experts.options
+    tile = choose("gate_ranks", s, options["EP"] * options["RP"])
     launch(
         s,
         _gate_ranks_kernel,
         (triton.cdiv(T, tile["BLOCK_T"]),),
-        *(s, indices, weights, scaling, experts.offsets, experts.rank, h, T, len(scaling), R),
-        K=indices.shape[1],
-        SHARED=shared_a,
-        EP=EP,
-        RP=experts.RP,
+        *(s, routing.indices, routing.weights),
+        *(experts.scaling, experts.offsets, experts.rank, h, T, E, R),
+        K=routing.indices.shape[1],
+        **options,
         **tile,
     )
     return h

@@ -1,13 +1,14 @@
-"""The middle of the backward, in rank space:  from G = dy B^T and S to dS, H and the gradient of the weights.
+"""The middle of the backward, in rank space, from G = dy B^T and S:
 
     dS = G g s      H = S g s      dw_tj = s_e * sum over rows r of e = ids_tj of G_tr S_tr
 
-For more ranks than fit the registers of `rank_gradient`; a program walks a few experts at a time.
+For more ranks than fit the registers of `rank_gradient`; a program walks the experts, a few at a time.
 Reads 4*T*(2R + 3K) bytes, writes 2*T*R in x's dtype and 4*T*K bytes.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -72,25 +73,23 @@ def _gate_ranks_backward_kernel(
         tl.store(rows_of(ds_ptr, t0, rank, j, BLOCK_T), ds, mask=inside)
 
 
-def gate_ranks_backward(g, s, indices, weights, scaling, experts, shared_a, dtype):
+def gate_ranks_backward(g, s, routing, experts, dtype):
     """dS (T, R or r) and H (T, R) in dtype, dweights (T, K)."""
-    (T, R), K = g.shape, indices.shape[1]
+    (T, R), E = g.shape, len(experts.scaling)
     ds, h = g.new_empty(s.shape, dtype=dtype), g.new_empty(T, R, dtype=dtype)
-    dweights = g.new_zeros(T, K)  # of empty slots
+    dweights = torch.zeros_like(routing.weights)  # empty slots stay zero
     if T == 0:
         return ds, h, dweights
-    EP = experts.chunk()
-    tile = choose("gate_ranks", g, EP * experts.RP)
+    options = experts.options
+    tile = choose("gate_ranks", g, options["EP"] * options["RP"])
     launch(
         g,
         _gate_ranks_backward_kernel,
         (triton.cdiv(T, tile["BLOCK_T"]),),
-        *(g, s, indices, weights, scaling, experts.offsets, experts.rank, ds, h, dweights),
-        *(T, len(scaling), R),
-        K=K,
-        SHARED=shared_a,
-        EP=EP,
-        RP=experts.RP,
+        *(g, s, routing.indices, routing.weights),
+        *(experts.scaling, experts.offsets, experts.rank, ds, h, dweights, T, E, R),
+        K=routing.indices.shape[1],
+        **options,
         **tile,
     )
     return ds, h, dweights

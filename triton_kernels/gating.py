@@ -63,20 +63,20 @@ def gate_values(logits, e_ok, GATE: tl.constexpr):
 
 
 @triton.jit
-def topk(p, bias_ptr, e, e_ok, K: tl.constexpr, KP: tl.constexpr):
+def topk(p, bias_ptr, e, e_ok, K: tl.constexpr):
     """Ids and gates of the K experts with the largest p + bias, and what is left unpicked.
 
-    Ties go to the lower id, NaN comes last; the mask of free experts, not a sentinel in the scores,
-    is what keeps an id from being picked twice.  (BLOCK_T, E) -> (BLOCK_T, KP) twice, (BLOCK_T, E)
+    Ties go to the lower id, NaN comes last; the mask of free experts, not a sentinel in the scores, is
+    what keeps an id from being picked twice.  (BLOCK_T, E) -> (BLOCK_T, K padded) twice, (BLOCK_T, E)
     """
     score = p
     if bias_ptr is not None:
         score += tl.load(bias_ptr + e, mask=e_ok, other=0.0)[None, :]
     score = tl.where(score == score, score, float("-inf"))
     free = tl.broadcast_to(e_ok[None, :], p.shape)
-    slot = tl.arange(0, KP)[None, :]
-    ids = tl.zeros((p.shape[0], KP), tl.int32)
-    gates = tl.zeros((p.shape[0], KP), tl.float32)
+    slot = tl.arange(0, triton.next_power_of_2(K))[None, :]
+    ids = tl.zeros((p.shape[0], slot.shape[1]), tl.int32)
+    gates = tl.zeros((p.shape[0], slot.shape[1]), tl.float32)
     for j in range(K):
         best = tl.max(tl.where(free, score, float("-inf")), 1)
         first = tl.min(tl.where(free & (score == best[:, None]), e[None, :], p.shape[1]), 1)
@@ -100,7 +100,6 @@ def route(
     T,
     E,
     K: tl.constexpr,
-    KP: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
@@ -109,7 +108,7 @@ def route(
     (BLOCK_T, E) -> (BLOCK_T, E), zero where not picked
     """
     p, lse = gate_values(logits, e_ok, GATE)
-    ids, weights, free = topk(p, bias_ptr, e, e_ok, K, KP)
+    ids, weights, free = topk(p, bias_ptr, e, e_ok, K)
     gate = p
     if RENORMALIZE:
         z = nonzero(tl.sum(weights, 1))[:, None]
@@ -117,7 +116,7 @@ def route(
         gate = gate / z
     picked = e_ok[None, :] & (free == 0)
 
-    slot = tl.arange(0, KP)
+    slot = tl.arange(0, ids.shape[1])
     filled = t_ok[:, None] & (slot < K)[None, :]
     tl.store(rows_of(out.indices, t0, K, slot, p.shape[0]), ids, mask=filled)
     tl.store(rows_of(out.weights, t0, K, slot, p.shape[0]), weights, mask=filled)

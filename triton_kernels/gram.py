@@ -1,9 +1,10 @@
 """Gram:  H^T x  and  H2^T x, in one pass over x.
 
 The gradients of A and of the router's W share x, so [dS | dlogits]^T x is formed tile by tile in two
-dots; one concatenated operand would be padded to twice its size.  Programs own a tile of columns, a tile of
-ranks and a stretch of the tokens; the stretches' partial sums are added in order, so the result does not
-depend on the schedule.  An fp32 H keeps all of its bits.  Reads T*D + T*(R+R2), writes 4*SPLITS*(R+R2)*D.
+dots; one concatenated operand would be padded to twice its size.  A program owns a tile of columns, a
+tile of ranks and a stretch of the tokens; the stretches' partial sums are added in order, so the result
+does not depend on the schedule.  An fp32 H keeps all of its bits.
+Reads T*D + T*(R+R2), writes 4*SPLITS*(R+R2)*D.
 
 Letters: T tokens, R rank rows, D columns of x.
 """

@@ -1,7 +1,6 @@
-"""What a launcher decides: the tile for a part, the padding of experts, the precision of fp32 dots.
+"""What every launcher does: check dtypes, pick the precision of fp32 dots, bundle the experts, launch.
 
-Tiles depend on the operands' shapes, dtype and architecture, never on their values, and on T by at most
-its size class: a token's bits do not depend on its batch within one.  There is no autotuning.
+Letters: E experts, R rank rows of all experts, r one expert's rank.
 """
 
 import functools
@@ -39,10 +38,9 @@ def padded(n, most):
 
 
 def launch(x, kernel, grid, *args, **options):
-    """Launch on x's own device, which need not be the current one; Triton's default for fusing is
-    changing."""
+    """Launch on x's own device, which need not be the current one."""
     with torch.cuda.device_of(x):
-        kernel[grid](*args, enable_fp_fusion=True, **options)
+        kernel[grid](*args, enable_fp_fusion=True, **options)  # a default that is changing
 
 
 def precision(x):
@@ -52,41 +50,48 @@ def precision(x):
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-# --- experts ------------------------------------------------------------------------------------
+class Experts(NamedTuple):
+    """The experts and how a tile of ranks holds them: EP experts of RP columns each, powers of two."""
 
-
-class ExpertTile(NamedTuple):
-    """Columns of a tile of ranks: EP experts of RP ranks each, and where their rows are."""
-
+    a: torch.Tensor | None  # (R, D_in), or (r, D_in) shared
+    b: torch.Tensor  # (R, D_out)
+    scaling: torch.Tensor  # (E,)
+    offsets: torch.Tensor | None  # (E+1,) int32, or None: every expert has `rank` rows
+    rank: int
     EP: int
     RP: int
-    rank: int  # of every expert, where offsets is None
-    offsets: torch.Tensor | None  # (E+1,) int32
+    shared_a: bool
 
     @property
-    def width(self):
-        return self.EP * self.RP
+    def fit_registers(self):
+        """Whether S of all experts fits beside the sums of a dot; if not, they go a few at a time."""
+        return self.EP * self.RP <= 256
 
     @property
-    def in_registers(self):
-        """Whether S of all experts fits a program's registers beside the sums of a dot."""
-        return self.width <= 256
-
-    def chunk(self):
-        """How many experts at a time otherwise."""
-        return min(self.EP, max(1, 256 // self.RP))
+    def options(self):
+        EP = self.EP if self.fit_registers else max(1, 256 // self.RP)
+        return {"SHARED": self.shared_a, "EP": EP, "RP": self.RP}
 
 
-def expert_tile(offsets, device):
-    """All experts side by side, at least 16 columns: a dot wants as many along K."""
+def bundle_experts(a, b, scaling, offsets, shared_a):
+    """At least 16 columns: a dot wants as many along K."""
     ranks = {stop - start for start, stop in pairwise(offsets)}
     EP = triton.next_power_of_2(len(offsets) - 1)
     RP = max(triton.next_power_of_2(max(ranks)), 16 // EP)
-    if len(ranks) == 1:
-        return ExpertTile(EP, RP, ranks.pop(), None)
-    return ExpertTile(EP, RP, 0, _offsets_on(tuple(offsets), device))
+    equal = len(ranks) == 1
+    return Experts(
+        None if a is None else column_rows(a),
+        column_rows(b),
+        scaling,
+        None if equal else _offsets_on(tuple(offsets), b.device),
+        max(ranks) if equal else 0,
+        EP,
+        RP,
+        shared_a,
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def _offsets_on(offsets, device):
+    """The same table for every call: a copy to the device would be a synchronisation each time."""
     return torch.tensor(offsets, dtype=torch.int32, device=device)

@@ -8,9 +8,10 @@ Four launches, each skipped when its gradient is not needed; dy and x are read t
 
 from .expand import expand
 from .gram import gram, gram_pair
-from .launching import require_rank_dense, require_supported
+from .launching import bundle_experts, require_rank_dense, require_supported
 from .rank_gradient import rank_gradient
-from .router_topk_backward import AuxGradients, aux_gradients
+from .router_topk import Routing, gate_options
+from .router_topk_backward import aux_gradients
 
 
 def grouped_lora_backward(
@@ -20,10 +21,10 @@ def grouped_lora_backward(
     """dx, dweights, da, db; empty where not needed."""
     require_rank_dense(plan)
     require_supported(dy, x, a, b)
-    ds, h, dweights = rank_gradient(
-        dy, b, s, indices.contiguous(), weights.contiguous(), None, AuxGradients(*(None,) * 4),
-        scaling, offsets, shared_a, "", False,
-    )  # fmt: skip
+    routing = Routing(indices.contiguous(), weights.contiguous())
+    experts = bundle_experts(None, b, scaling, offsets, shared_a)
+    gate = gate_options(indices.shape[1], "softmax", False)
+    ds, h, dweights = rank_gradient(dy, s.contiguous(), routing, experts, gate, aux_gradients())
     dx = expand(ds, a, None, None, None, x.dtype) if need_x else x.new_empty(0)
     da = gram(ds, x) if need_a else s.new_empty(0)
     db = gram(h, dy) if need_b else s.new_empty(0)
@@ -38,11 +39,11 @@ def routed_lora_backward(
     """dx, dw, da, db; empty where not needed."""
     require_rank_dense(plan)
     require_supported(dy, x, w, a, b)
-    ds, h, dlogits = rank_gradient(
-        dy, b, s, indices.contiguous(), weights.contiguous(), logits.contiguous(),
-        aux_gradients(dweights, dlogits, dmean_prob, dlse),
-        scaling, offsets, shared_a, gate, renormalize,
-    )  # fmt: skip
+    routing = Routing(indices.contiguous(), weights.contiguous(), logits.contiguous())
+    experts = bundle_experts(None, b, scaling, offsets, shared_a)
+    gate = gate_options(indices.shape[1], gate, renormalize)
+    aux = aux_gradients(dweights, dlogits, dmean_prob, dlse)
+    ds, h, dlogits = rank_gradient(dy, s.contiguous(), routing, experts, gate, aux)
     dx = expand(ds, a, dlogits, w, None, x.dtype) if need_x else x.new_empty(0)
     da, dw = s.new_empty(0), s.new_empty(0)
     if need_a and need_w:

@@ -125,8 +125,7 @@ def project(
 
 @triton.jit
 def rows_of(ptr, t0, width, column, BLOCK_T: tl.constexpr):
-    """Where rows t0.. of a contiguous (T, width) tensor are: one 64-bit base, 32-bit offsets, half
-    the registers."""
+    """Rows t0.. of a contiguous (T, width) tensor: a 64-bit base and 32-bit offsets, half the registers."""
     return ptr + t0 * width + (tl.arange(0, BLOCK_T)[:, None] * width + column[None, :])
 
 

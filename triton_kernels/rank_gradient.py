@@ -1,8 +1,9 @@
-"""Backward to rank space:  G = dy @ B^T,  then dS, H, and the gradient of the gate or of the router's logits.
+"""Backward to rank space:  G = dy @ B^T,  and from it
 
-One pass over dy leaves G in registers, where the rest happens beside the saved S (T, R):
     dS = G g s      dg_te = s_e * sum over rows r of e of G_tr S_tr      dlogits = router backward of dg
-so the gate's gradient needs nothing of size D_out.  H is formed again rather than saved: dB = H^T dy.
+
+One pass over dy leaves G in registers, where the rest happens beside the saved S (T, R): the gate's
+gradient needs nothing of size D_out.  H is formed again rather than saved: dB = H^T dy.
 More ranks than fit: `shrink` writes G, `gate_ranks_backward` does the rest.
 Reads T*D_out + R*D_out + 4*T*(R + 3K + E), writes T*(R + R) + 4*T*E.
 
@@ -23,7 +24,7 @@ from .gating import (
     scatter_slots,
     share_of_slots,
 )
-from .launching import column_rows, expert_tile, launch, precision
+from .launching import column_rows, launch, precision
 from .numerics import add_parts, project, round_to, rows_of
 from .router_topk_backward import router_topk_backward
 from .shrink import shrink, shrink_parts
@@ -108,21 +109,16 @@ def _rank_gradient_kernel(
         tl.store(rows_of(dlogits_ptr, t0, E, e, BLOCK_T), dlogits, mask=e_inside)
 
 
-def rank_gradient(
-    dy, b, s, indices, weights, logits, aux, scaling, offsets, shared_a, gate, renormalize
-):  # fmt: skip
+def rank_gradient(dy, s, routing, experts, gate, aux):
     """dS (T, R or r) and H (T, R) in dy's dtype, and dlogits (T, E), or without logits dweights (T, K)."""
-    experts = expert_tile(offsets, dy.device)
-    if len(dy) == 0 or not experts.in_registers:
-        return _in_memory(
-            dy, b, s, indices, weights, logits, aux, scaling, experts, shared_a, gate, renormalize
-        )
-    T, K, E, R = *indices.shape, len(scaling), len(b)
-    dy, b = column_rows(dy), column_rows(b)
-    ds, h = dy.new_empty(s.shape), dy.new_empty(T, R)
+    if len(dy) == 0 or not experts.fit_registers:
+        return _in_memory(dy, s, routing, experts, gate, aux)
+    dy, b = column_rows(dy), experts.b
+    indices, weights, logits, *_ = routing
+    ds, h = dy.new_empty(s.shape), dy.new_empty(len(dy), len(b))
     dgate = torch.zeros_like(weights) if logits is None else torch.empty_like(logits)
     kernel = "rank_gradient" if experts.offsets is None else "rank_gradient_unequal"
-    tile = choose(kernel, dy, experts.width)
+    tile = choose(kernel, dy, experts.EP * experts.RP)
     source = (dy, dy.stride(0), None, 0)
     if tile.pop("IN_PARTS"):
         g, _ = shrink_parts(dy, b, None)
@@ -130,33 +126,26 @@ def rank_gradient(
     launch(
         dy,
         _rank_gradient_kernel,
-        (triton.cdiv(T, tile["BLOCK_T"]),),
-        *(*source, b, b.stride(0), s.contiguous(), indices, weights, scaling),
-        *(experts.offsets, experts.rank, logits, aux, ds, h),
+        (triton.cdiv(len(dy), tile["BLOCK_T"]),),
+        *(*source, b, b.stride(0), s, indices, weights),
+        *(experts.scaling, experts.offsets, experts.rank, logits, aux, ds, h),
         *((dgate, None) if logits is None else (None, dgate)),
-        *(T, E, R, dy.shape[1]),
-        K=K,
-        GATE=gate,
-        RENORMALIZE=renormalize,
-        SHARED=shared_a,
-        EP=experts.EP,
-        RP=experts.RP,
+        *(len(dy), len(experts.scaling), *b.shape),
         PRECISION=precision(dy),
+        **experts.options,
+        **gate,
         **tile,
     )
     return ds, h, dgate
 
 
-def _in_memory(
-    dy, b, s, indices, weights, logits, aux, scaling, experts, shared_a, gate, renormalize
-):  # fmt: skip
-    g, _ = shrink(dy, b, None)
-    ds, h, dweights = gate_ranks_backward(
-        g, s.contiguous(), indices, weights, scaling, experts, shared_a, dy.dtype
-    )
-    if logits is None:
+def _in_memory(dy, s, routing, experts, gate, aux):
+    g, _ = shrink(dy, experts.b, None)
+    ds, h, dweights = gate_ranks_backward(g, s, routing, experts, dy.dtype)
+    if routing.logits is None:
         return ds, h, dweights
     if aux.dweights is not None:
         dweights += aux.dweights
-    dlogits = router_topk_backward(dweights, *aux[1:], indices, weights, logits, gate, renormalize)
-    return ds, h, dlogits
+    indices, weights, logits, *_ = routing
+    gate = gate["GATE"], gate["RENORMALIZE"]
+    return ds, h, router_topk_backward(dweights, *aux[1:], indices, weights, logits, *gate)

@@ -1,11 +1,11 @@
-"""Router top-k, shrink, gate and expand:  y = base + H @ B,  H = gate(S, logits),  [S | logits] =
-x @ [A | W]^T.
+"""Router top-k, shrink, gate and expand, in one pass over x and one over y:
+
+    [S | logits] = x @ [A | W]^T      H = gate(S, logits)      y = base + H @ B
 
 Phase 1 loops over D_in and forms S and the logits from the same tile of x; top-k and gating happen in
 registers, where H then is the operand of phase 2, which loops over D_out.  Nothing is sorted, gathered
-or read twice.  Where H does not fit beside an output tile, or T alone fills the device, H is stored
-instead and `expand` is a second launch; where T is too small to fill it, `shrink` runs first,
-split along D_in.
+or read twice.  Where H does not fit beside a tile of y it is stored instead, and `expand` is a second
+launch; where T is too small to fill a device, `shrink` comes first, split along D_in.
 Reads T*D_in + (R+E)*D_in + R*D_out + T*D_out (base), writes T*D_out + 4*T*(R + 2K + E).
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
@@ -19,15 +19,15 @@ from .expand import expand
 from .gate_ranks import gate_ranks
 from .gating import apply_gate, expert_rows, narrow, route, saved_rows, scatter_slots
 from .launching import (
+    bundle_experts,
     column_rows,
-    expert_tile,
     launch,
     precision,
     require_rank_dense,
     require_supported,
 )
 from .numerics import add_parts, dot, project, round_to, rows_of, widen
-from .router_topk import Routing, new_routing, route_logits
+from .router_topk import Routing, gate_options, new_routing, route_logits
 from .shrink import shrink, shrink_parts
 from .tiles import choose
 
@@ -61,7 +61,6 @@ def _routed_lora_kernel(
     D_in,
     D_out,
     K: tl.constexpr,
-    KP: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     SHARED: tl.constexpr,
@@ -95,9 +94,7 @@ def _routed_lora_kernel(
     tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=s_inside)
 
     if w_ptr is not None:
-        gate = route(
-            logits, bias_ptr, routing, t0, t, t_ok, e, e < E, T, E, K, KP, GATE, RENORMALIZE
-        )
+        gate = route(logits, bias_ptr, routing, t0, t, t_ok, e, e < E, T, E, K, GATE, RENORMALIZE)
     else:
         gate = scatter_slots(routing.indices, routing.weights, t, t_ok, e, e < E, K)
     gate *= tl.load(scaling_ptr + e, mask=e < E, other=0.0)[None, :]
@@ -127,17 +124,16 @@ def routed_lora(
     """y (T, D_out), indices, weights, logits, mean_prob, lse, counts, S."""
     require_rank_dense(plan)
     require_supported(x, w, a, b)
-    experts = expert_tile(offsets, x.device)
-    if len(x) == 0 or not experts.in_registers:
+    experts = bundle_experts(a, b, scaling, offsets, shared_a)
+    gate = gate_options(top_k, gate, renormalize)
+    if len(x) == 0 or not experts.fit_registers:
         s, logits = shrink(x, a, w)
-        routing = route_logits(logits, bias, top_k, gate, renormalize)
-        h = gate_ranks(s, *routing[:2], scaling, len(b), experts, shared_a, x.dtype)
-        return expand(h, b, None, None, base, x.dtype), *routing, s
-    tile = choose("routed_lora", x, experts.width)
+        routing = route_logits(logits, bias, gate)
+        return _expand_gated(s, Routing(*routing[:2]), experts, base, x.dtype), *routing, s
+    tile = choose("routed_lora", x, experts.EP * experts.RP)
     routing = new_routing(x, len(w), top_k, tile["BLOCK_T"])
-    y, s = _launch(
-        x, w, bias, a, b, base, scaling, experts, shared_a, routing, gate, renormalize, tile
-    )
+    bias = None if bias is None else bias.float()
+    y, s = _launch(x, column_rows(w), bias, experts, base, routing, gate, tile)
     return y, *routing.results(), s
 
 
@@ -145,26 +141,29 @@ def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, pl
     """y (T, D_out), S."""
     require_rank_dense(plan)
     require_supported(x, a, b)
-    experts = expert_tile(offsets, x.device)
+    experts = bundle_experts(a, b, scaling, offsets, shared_a)
     routing = Routing(indices.contiguous(), weights.contiguous())
-    if len(x) == 0 or not experts.in_registers:
+    if len(x) == 0 or not experts.fit_registers:
         s, _ = shrink(x, a, None)
-        h = gate_ranks(s, *routing[:2], scaling, len(b), experts, shared_a, x.dtype)
-        return expand(h, b, None, None, base, x.dtype), s
-    tile = choose("routed_lora", x, experts.width)
-    return _launch(x, None, None, a, b, base, scaling, experts, shared_a, routing, "", False, tile)
+        return _expand_gated(s, routing, experts, base, x.dtype), s
+    tile = choose("routed_lora", x, experts.EP * experts.RP)
+    gate = gate_options(indices.shape[1], "softmax", False)
+    return _launch(x, None, None, experts, base, routing, gate, tile)
 
 
-def _launch(x, w, bias, a, b, base, scaling, experts, shared_a, routing, gate, renormalize, tile):
-    x, a, b = column_rows(x), column_rows(a), column_rows(b)
-    w, base = (None if v is None else column_rows(v) for v in (w, base))
-    T, E, R, K = len(x), len(scaling), len(b), routing.indices.shape[1]
+def _expand_gated(s, routing, experts, base, dtype):
+    h = gate_ranks(s, routing, experts, dtype)
+    return expand(h, experts.b, None, None, base, dtype)
+
+
+def _launch(x, w, bias, experts, base, routing, gate, tile):
+    x, base = column_rows(x), None if base is None else column_rows(base)
+    a, b = experts.a, experts.b
+    T, E, R = len(x), len(experts.scaling), len(b)
     s = x.new_empty(T, len(a), dtype=torch.float32)
-    h = y = None
-    if tile.pop("ONE_LAUNCH"):
-        y = x.new_empty(T, b.shape[1])
-    else:
-        h = x.new_empty(T, R)
+    one_launch = tile.pop("ONE_LAUNCH")
+    y = x.new_empty(T, b.shape[1]) if one_launch else None
+    h = None if one_launch else x.new_empty(T, R)
     source = (x, x.stride(0), None, None, 0)
     if tile.pop("IN_PARTS"):
         parts = shrink_parts(x, a, w)
@@ -173,20 +172,14 @@ def _launch(x, w, bias, a, b, base, scaling, experts, shared_a, routing, gate, r
         x,
         _routed_lora_kernel,
         (triton.cdiv(T, tile["BLOCK_T"]),),
-        *(*source, w, 0 if w is None else w.stride(0)),
-        *(None if bias is None else bias.float(), a, a.stride(0), b, b.stride(0)),
-        *(base, 0 if base is None else base.stride(0)),
-        *(scaling, experts.offsets, experts.rank, routing, s, h, y),
+        *(*source, w, 0 if w is None else w.stride(0), bias),
+        *(a, a.stride(0), b, b.stride(0), base, 0 if base is None else base.stride(0)),
+        *(experts.scaling, experts.offsets, experts.rank, routing, s, h, y),
         *(T, E, R, x.shape[1], b.shape[1]),
-        K=K,
-        KP=triton.next_power_of_2(K),
-        GATE=gate,
-        RENORMALIZE=renormalize,
-        SHARED=shared_a,
-        EP=experts.EP,
-        RP=experts.RP,
         BLOCK_E=max(16, experts.EP),
         PRECISION=precision(x),
+        **experts.options,
+        **gate,
         **tile,
     )
-    return y if h is None else expand(h, b, None, None, base, x.dtype), s
+    return y if one_launch else expand(h, b, None, None, base, x.dtype), s

@@ -1,5 +1,6 @@
-"""Router top-k:  logits = x W^T,  p = gate(logits),  ids = top-k of p + bias,  weights = p[ids] (/
-their sum).
+"""Router top-k, in one pass over x:
+
+    logits = x W^T      p = gate(logits)      ids = top-k of p + bias      weights = p[ids] (/ their sum)
 
 The decision is taken in registers on the tile of logits that one pass over x left there; the statistics
 for the auxiliary losses leave as one row a tile and are added in order.  More experts than a tile holds:
@@ -52,6 +53,10 @@ def new_routing(x, E, K, block_t):
     )
 
 
+def gate_options(K, gate, renormalize):
+    return {"K": K, "GATE": gate, "RENORMALIZE": renormalize}
+
+
 @triton.jit(do_not_specialize=["T"])
 def _router_topk_kernel(
     x_ptr,  # (T, D_in), or None: the logits are given
@@ -65,7 +70,6 @@ def _router_topk_kernel(
     E,
     D_in,
     K: tl.constexpr,
-    KP: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -84,42 +88,39 @@ def _router_topk_kernel(
         _, logits = project(
             x_ptr, stride_xt, t, t_ok, None, 0, e, e_ok, w_ptr, stride_we, e, e_ok, 0, D_in, BLOCK_D, "ieee"
         )  # fmt: skip
-    route(logits, bias_ptr, routing, t0, t, t_ok, e, e_ok, T, E, K, KP, GATE, RENORMALIZE)
+    route(logits, bias_ptr, routing, t0, t, t_ok, e, e_ok, T, E, K, GATE, RENORMALIZE)
 
 
 def router_topk(x, w, bias, top_k, gate, renormalize):
     """indices, weights (T, K), logits (T, E), mean_prob (E,), lse (T,), counts (E,)."""
     require_supported(x, w)
+    options = gate_options(top_k, gate, renormalize)
     if len(w) > MAX_EXPERTS:
         _, logits = shrink(x, None, w)
-        return route_logits(logits, bias, top_k, gate, renormalize)
-    return _launch(column_rows(x), column_rows(w), None, bias, top_k, gate, renormalize)
+        return route_logits(logits, bias, options)
+    x, w = column_rows(x), column_rows(w)
+    return _launch(x, (x, x.stride(0), w, w.stride(0), None), bias, len(w), "router_topk", options)
 
 
-def route_logits(logits, bias, top_k, gate, renormalize):
+def route_logits(logits, bias, options):
     """The same from logits in memory."""
-    return _launch(None, None, logits, bias, top_k, gate, renormalize)
+    source = None, 0, None, 0, logits
+    return _launch(logits, source, bias, logits.shape[1], "route_logits", options)
 
 
-def _launch(x, w, logits, bias, K, gate, renormalize):
-    source, E = (logits, logits.shape[1]) if x is None else (x, len(w))
+def _launch(x, source, bias, E, kind, options):
     block_e = max(16, triton.next_power_of_2(E))
-    tile = choose("route_logits" if x is None else "router_topk", source, block_e)
-    routing = new_routing(source, E, K, tile["BLOCK_T"])
-    if len(source) == 0:
-        return routing.results()
-    launch(
-        source,
-        _router_topk_kernel,
-        (triton.cdiv(len(source), tile["BLOCK_T"]),),
-        *((None, 0, None, 0) if x is None else (x, x.stride(0), w, w.stride(0))),
-        *(logits, None if bias is None else bias.float(), routing, len(source), E),
-        source.shape[1],
-        K=K,
-        KP=triton.next_power_of_2(K),
-        GATE=gate,
-        RENORMALIZE=renormalize,
-        BLOCK_E=block_e,
-        **tile,
-    )
+    tile = choose(kind, x, block_e)
+    routing = new_routing(x, E, options["K"], tile["BLOCK_T"])
+    if len(x):
+        launch(
+            x,
+            _router_topk_kernel,
+            (triton.cdiv(len(x), tile["BLOCK_T"]),),
+            *source,
+            *(None if bias is None else bias.float(), routing, len(x), E, x.shape[1]),
+            BLOCK_E=block_e,
+            **options,
+            **tile,
+        )
     return routing.results()

@@ -1,10 +1,10 @@
 """Gradient of the router's logits from those of weights, logits, mean_prob and lse, each optional.
 
-With w = p / z over the picked:  dp = (dw - sum of dw w) / z + dmean_prob / T;  softmax: dlogits =
-p (dp - sum of p dp),
-sigmoid: dlogits = p (1 - p) dp;  then + softmax(logits) dlse + dlogits.  All in one tile of
-registers: reads and
-writes 4*T*(E + 4K) bytes or so.
+With w = p / z, z the sum over the picked:
+    dp = (dw - sum of dw w) / z + dmean_prob / T
+    dlogits = p (dp - sum of p dp) for a softmax, p (1 - p) dp for sigmoids; + softmax(logits) dlse + dlogits
+
+A token's row of experts fits a tile of registers.  Reads and writes about 4*T*(2E + 3K) bytes.
 
 Letters: T tokens, E experts, K picked experts a token.
 """
@@ -30,7 +30,8 @@ class AuxGradients(NamedTuple):
     dlse: torch.Tensor | None  # (T,)
 
 
-def aux_gradients(*grads):
+def aux_gradients(dweights=None, dlogits=None, dmean_prob=None, dlse=None):
+    grads = dweights, dlogits, dmean_prob, dlse
     return AuxGradients(*(None if g is None else g.float().contiguous() for g in grads))
 
 

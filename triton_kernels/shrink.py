@@ -1,10 +1,9 @@
 """Shrink:  [S | logits] = x @ [A | W]^T, in fp32.
 
 Skinny: x is the only large operand, so one pass over it serves both products.  The ranks are tiled over
-the second axis of the grid; up to one tile of them x is read once.  Few tokens cannot fill a device, so the
-third axis splits D into stretches, whose sums the reader adds in order.  Also G = dy B^T: B has
-the layout of A.
-Reads T*D + (R+E)*D, writes 4*PARTS*T*(R+E) bytes.
+the second axis of the grid; up to one tile of them x is read once.  Few tokens cannot fill a device, so
+the third axis splits D into stretches, whose sums the reader adds in order.  B has the layout of A:
+G = dy B^T is a shrink too.  Reads T*D + (R+E)*D, writes 4*PARTS*T*(R+E) bytes.
 
 Letters: T tokens, E experts, R rank rows of all experts, D columns of x.
 """

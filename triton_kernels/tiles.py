@@ -1,9 +1,8 @@
 """Tile sizes by architecture: no spills, within the shared memory of the part, and no autotuning.
 
-Chosen by reading what the compiler makes of each (tests/test_triton_compile.py), not by timing.  A
-tile depends on
-shapes, dtype and architecture; on T by its size class only, so a token's bits do not depend on its
-batch within a class, and another T never compiles anew.
+Chosen by reading what the compiler makes of each (tests/test_triton_compile.py), not by timing.  A tile
+depends on shapes, dtype and architecture, on T by its size class only: another T never compiles anew,
+and within a class a token's bits do not depend on its batch.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from lora_moe.triton_kernels.numerics import round_to, widen
+from lora_moe.triton_kernels.numerics import round_to, split, widen
 
 
 @triton.jit
@@ -44,3 +44,10 @@ def round_and_widen(x_ptr, out_ptr, out2_ptr, BLOCK: tl.constexpr):
     rounded = round_to(tl.load(x_ptr + at), tl.bfloat16)
     tl.store(out_ptr + at, rounded)
     tl.store(out2_ptr + at, widen(rounded))
+
+
+@triton.jit
+def split_and_add(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    high, middle, low = split(tl.load(x_ptr + at))
+    tl.store(out_ptr + at, widen(high) + (widen(middle) + widen(low)))
