@@ -1,7 +1,7 @@
 """Reads a compiled kernel's machine code: its loops, and what they do.
 
-SASS and amdgcn alike become a list of instructions; basic blocks and branches give the control flow, its strongly
-connected parts the loops.  A loop found so is a loop that runs, wherever the compiler has moved its blocks.
+SASS and amdgcn alike become a list of instructions; branches give the control flow, its strongly connected
+parts the loops.  A loop found so is a loop that runs, wherever the compiler has moved its blocks.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -49,16 +50,18 @@ def compile_for(target, dtypes, scenarios):
 def rows(targets, dtypes=DTYPES, scenarios=(), jobs=2):
     """All rows, `jobs` targets at a time."""
 
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
     def one(target):
         command = [sys.executable, "-m", "benchmarks.gpu_static", "--one", target]
         command += ["--dtypes", ",".join(dtypes), "--scenarios", ";".join(scenarios)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise RuntimeError(f"{target}: {done.stderr}")
         return [json.loads(line) for line in done.stdout.splitlines()]
 
     with ThreadPoolExecutor(jobs) as pool:
-        return sum(pool.map(one, targets), [])
+        return [row for found in pool.map(one, targets) for row in found]
 
 
 def violations(row):

@@ -8,14 +8,8 @@ that names the target, and a launch by a compilation.  What is seen here is what
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any, NamedTuple
 
-# before triton and lora_moe are imported: compiled kernels, for a backend that this machine lacks
-os.environ.pop("TRITON_INTERPRET", None)
-os.environ["LORA_MOE_BACKEND"] = "reference"
-
-import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -27,6 +21,8 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90
     arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")
 }
 
+if triton.knobs.runtime.interpret:
+    raise ImportError("unset TRITON_INTERPRET: kernels are compiled here, not interpreted")
 backend._serving["meta"] = "triton"
 
 

@@ -1,6 +1,6 @@
 """How wide the global loads of a compiled kernel are, operand by operand.
 
-PTX and amdgcn carry the source line, and the line of the call it was inlined at, of every instruction; TTIR has
+PTX and amdgcn carry the source line of every instruction, and that of the call it was inlined at; TTIR has
 the same of every load, and knows which argument it reads.
 """
 
@@ -25,7 +25,7 @@ def widths(kernel):
 
 
 def _ptx(text):
-    files = {n: name for n, name in re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text)}
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
     where = ()
     for line in text.splitlines():
         if match := re.match(

@@ -1,6 +1,6 @@
 """Calls of the public functions, forward and backward, at the shapes whose kernels are worth a look.
 
-A new plan or front end gets a line in SCENARIOS; everything that reads kernels without a GPU goes through them.
+A new plan or front end gets a line in SCENARIOS; all that reads kernels without a GPU goes through them.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, D columns of x and of y.
 """

@@ -18,7 +18,8 @@ ACCESS = re.compile(
     r"tt\.(load|store|atomic_rmw|atomic_cas|descriptor_load|descriptor_store|descriptor_gather|descriptor_scatter)\b"
 )
 LOCATION = re.compile(
-    r'^(#loc\d*) = loc\((?:"([^"]*)":(\d+):(\d+)|"[^"]*"\((#loc\d*)\)|callsite\((#loc\d*) at (#loc\d*)\)|.*)\)$'
+    r'^(#loc\d*) = loc\((?:"([^"]*)":(\d+):(\d+)|"[^"]*"\((#loc\d*)\)'
+    r"|callsite\((#loc\d*) at (#loc\d*)\)|.*)\)$"
 )
 
 
