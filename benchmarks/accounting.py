@@ -60,7 +60,7 @@ def kernel(launch):
         sides[True] |= {access.argument} if access.reads else set()
         sides[False] |= {access.argument} if access.writes else set()
     read, written = (sum(size(launch.args[a]) for a in side) for side in sides.values())
-    return Moved(launch.kernel.metadata.name, read, written)
+    return Moved(launch.name, read, written)
 
 
 def operator(event):

@@ -29,6 +29,7 @@ backend._serving["meta"] = "triton"
 class Launch(NamedTuple):
     """Of a Triton kernel: what was compiled, the arguments by name, and how it was configured."""
 
+    name: str
     kernel: Any
     args: dict[str, Any]
     options: dict[str, Any]
@@ -59,16 +60,17 @@ class Driver:
 
 
 @contextlib.contextmanager
-def launches(target):
+def launches(target, *, compiled=True):
     """A list that collects every Launch and every Operator, in order."""
     triton.runtime.driver.set_active(Driver(TARGETS[target]))
     run, seen = JITFunction.run, []
 
-    def compile_only(jit, *args, grid, warmup, **options):
-        kernel = run(jit, *args, grid=grid, warmup=True, **options)
-        seen.append(Launch(kernel, dict(flatten(zip(jit.arg_names, args))), options))
+    def note(jit, *args, grid, warmup, **options):
+        kernel = run(jit, *args, grid=grid, warmup=True, **options) if compiled else None
+        arguments = dict(flatten(zip(jit.arg_names, args)))
+        seen.append(Launch(jit.__name__, kernel, arguments, options))
 
-    JITFunction.run = compile_only
+    JITFunction.run = note
     try:
         with Operators(seen):
             yield seen

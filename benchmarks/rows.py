@@ -25,7 +25,7 @@ def row(launch, operands, target):
     loads = loads_by_operand(launch, operands)
     wide = {name: min(loads.get(name, {0})) for name in read(launch, operands) if name in WIDE}
     return {
-        "kernel": kernel.metadata.name,
+        "kernel": launch.name,
         "config": configuration(launch.options, kernel.metadata),
         **(nvidia if target.backend == "cuda" else amd)(kernel, target),
         "dots": dots,

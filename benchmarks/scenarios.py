@@ -85,6 +85,14 @@ def routed(v, scenario, aux=False, **options):
     backward([v["x"], v["W"], v["A"], v["B"], v["base"]], [y, *(more if aux else ())], v["dy"])
 
 
+def inference(v, scenario):
+    with torch.no_grad():
+        y, routing = F.routed_lora(v["x"], v["W"], v["A"], v["B"], scenario.K, **experts(scenario))
+        F.grouped_lora(v["x"], v["A"], v["B"], routing, base=y, **experts(scenario))
+        dense = Routing.from_gates(routing.logits)
+        F.grouped_lora(v["x"], v["A"], v["B"], dense, **experts(scenario))
+
+
 def grouped(v, scenario, shared_a=False):
     routing = Routing.from_ids(v["ids"], v["gates"], num_experts=len(scenario.ranks))
     a = v["A"][: scenario.ranks[0]] if shared_a else v["A"]
@@ -124,6 +132,8 @@ SCENARIOS = {
     "sigmoid": Scenario(partial(routed, gate="sigmoid", aux=True), MANY, (8,) * 32, K=4),
     "dense": Scenario(routed, MANY, (16,) * 8, K=8),
     "fp32 parameters": Scenario(routed, MANY, (16,) * 8, parameters=torch.float32),
+    "frozen expert": Scenario(partial(routed, frozen=(1,)), MANY, (16,) * 8),
+    "inference": Scenario(inference, MANY, (16,) * 8),
     "router": Scenario(router, MANY, (1,) * 64, K=8),
     "router of 1024": Scenario(router, MANY, (1,) * 1024, K=8),
     "matmuls": Scenario(matmuls, MANY, (16,) * 8),

@@ -1,0 +1,17 @@
+"""Runs a module whose kernels are compiled, not interpreted: in this process they may be interpreted for good."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+
+def run_compiled(module, *args):
+    """What `python -m module` prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["LORA_MOE_BACKEND"] = "reference"
+    command = [sys.executable, "-m", module, *args]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
