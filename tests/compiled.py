@@ -1,4 +1,4 @@
-"""Runs a module whose kernels are compiled, not interpreted: in this process they may be interpreted for good."""
+"""Runs a module whose kernels are compiled, not interpreted: in a test's own process they may be."""
 
 from __future__ import annotations
 
