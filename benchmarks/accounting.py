@@ -1,6 +1,6 @@
 """Launches and bytes of a LoraMoeLinear, counted from the real launches, beside those of other schemes.
 
-    python -m benchmarks.accounting [--T 8192] [--D 4096] [--E 8] [--r 16] [--K 2] [--details]
+    python -m benchmarks.accounting [--T 8192] [--D 4096] [--E 8] [--r 16] [--K 2] [--plan PLAN] [--details]
 
 The layer runs forward and backward up to its launches (benchmarks/launches.py).  A kernel must move what its
 arguments hold, once: the compiled code says which of them it reads and which it writes.  So must every
@@ -11,6 +11,7 @@ addition of its dx to ours are left out: what is counted is what the experts add
 from __future__ import annotations
 
 import argparse
+import json
 from typing import NamedTuple
 
 import torch
@@ -160,8 +161,12 @@ def main():
         parser.add_argument(f"--{letter}", type=int, default=default)
     parser.add_argument("--plan", help="instead of the one that the cost model picks")
     parser.add_argument("--details", action="store_true", help="and every launch of ours")
+    parser.add_argument("--json", action="store_true", help="only ours: [name, read, written], ...")
     args = parser.parse_args()
     s = schemes.Shape(args.T, args.D, args.E, args.r, args.K)
+    if args.json:
+        print(json.dumps(dict(zip(("forward", "backward"), layer(s, plan=args.plan)))))
+        return
     for line in (*table(s, args.plan), *(details(s, args.plan) if args.details else ())):
         print(line)
 

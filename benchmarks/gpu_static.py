@@ -20,6 +20,7 @@ from pathlib import Path
 
 DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942")
 SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KB of shared memory a block
+ROOT = Path(__file__).parent.parent
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -55,7 +56,7 @@ def rows(targets, dtypes=DTYPES, scenarios=(), jobs=2):
     def one(target):
         command = [sys.executable, "-m", "benchmarks.gpu_static", "--one", target]
         command += ["--dtypes", ",".join(dtypes), "--scenarios", ";".join(scenarios)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"{target}: {done.stderr}")
         return [json.loads(line) for line in done.stdout.splitlines()]

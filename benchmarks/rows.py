@@ -27,7 +27,7 @@ def row(launch, operands, target):
     return {
         "kernel": launch.name,
         "config": configuration(launch.options, kernel.metadata),
-        **(nvidia if target.backend == "cuda" else amd)(kernel, target),
+        **(nvidia if target.backend == "cuda" else amd)(kernel, target, code),
         "dots": dots,
         "dot_loops": dot_loops,
         "tensor_core_loops": len(hot),
@@ -77,10 +77,9 @@ def operand_of(launch, argument, operands):
 # --- what a block takes of its multiprocessor --------------------------------------------------------
 
 
-def nvidia(kernel, target):
+def nvidia(kernel, target, code):
     usage = binary.run_tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    code = binary.instructions(kernel)
     warps, blocks, sm_kb, block_kb = SM[target.arch]
     mine, shared = kernel.metadata.num_warps, kernel.metadata.shared
     # registers go to a warp in units of 256, to its quarter of the SM; a block reserves 1 KB
@@ -100,7 +99,7 @@ def nvidia(kernel, target):
     }
 
 
-def amd(kernel, target):
+def amd(kernel, target, code):
     def field(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", kernel.asm["amdgcn"]).group(1))
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
 
 
 def run_compiled(module, *args):
@@ -12,6 +15,6 @@ def run_compiled(module, *args):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["LORA_MOE_BACKEND"] = "reference"
     command = [sys.executable, "-m", module, *args]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
