@@ -7,7 +7,6 @@ applies fails: then plant the bug where the code has gone.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
 import mmap
@@ -17,14 +16,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from lora_moe import functional as F
-from lora_moe import plan as plans
 
 from .cases import Case, in_double, sample
 from .compare import assert_accurate
 from .interpreter import Sanitizer, interpreting, overflow_checked
+from .through import NAMES, Through, forced, results
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -120,20 +116,6 @@ BUGS = {
 }  # fmt: skip
 
 
-class Through(TorchDispatchMode):
-    """Operators of ours run through the launchers of `kernels`."""
-
-    def __init__(self, kernels):
-        super().__init__()
-        self.kernels = kernels
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != "lora_moe":
-            return func(*args, **(kwargs or {}))
-        with self:
-            return getattr(self.kernels, func._opname)(*args, **(kwargs or {}))
-
-
 @pytest.fixture
 def with_source(tmp_path, monkeypatch):
     """The kernels again, as another package, from a changed source."""
@@ -178,19 +160,8 @@ def layer(kernels, bug):
     with Sanitizer() as sanitizer, Through(kernels), forced(bug.plan):
         got = results(v, bug.case, torch.float32)
     assert sanitizer.launches > 0
-    for name, g, w in zip(("y", "dx", "dw", "da", "db"), got, want):
+    for name, g, w in zip(NAMES, got, want):
         assert_accurate(name, g, w, units=20)
-
-
-def results(v, case, dtype):
-    names = "x", "router_weight", "lora_A", "lora_B"
-    leaves = [v[name].detach().requires_grad_() for name in names]
-    y, _ = F.routed_lora(
-        *leaves, case.K, rank_offsets=case.offsets, scaling=v["scaling"], base=v["base"]
-    )
-    g = torch.Generator().manual_seed(1)
-    dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(dtype)
-    return y, *torch.autograd.grad(y, leaves, dy)
 
 
 def gapped(t):
@@ -209,16 +180,6 @@ def far_rows(kernels, bug):
     with overflow_checked():
         kernels.gram(h, x)
         kernels.expand(h, b, None, None, x, torch.bfloat16)
-
-
-@contextlib.contextmanager
-def forced(plan):
-    choose = plans.choose
-    plans.choose = lambda *shapes, **more: plan
-    try:
-        yield
-    finally:
-        plans.choose = choose
 
 
 CALLS = {"layer": layer, "far_rows": far_rows}
