@@ -10,6 +10,9 @@ import re
 
 from .ttir import accesses
 
+LOC = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?")
+ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global.*?, (0x[0-9a-f]+|\d+)[,;]")
+LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s")
 AMD = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "ubyte": 8}
 
 
@@ -26,21 +29,22 @@ def widths(kernel):
 
 def _ptx(text):
     files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
-    where = ()
+    where, inline = (), False
     for line in text.splitlines():
-        if match := re.match(
-            r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?", line
-        ):
+        if (
+            "inline asm" in line
+        ):  # in there, LLVM counts the lines of the assembly on from the source's
+            inline = "begin" in line
+        elif match := LOC.match(line):
             frames = match.groups()[:3], match.groups()[3:]
-            where = tuple((files[f], int(n), int(c)) for f, n, c in frames if f)
-        elif match := re.search(
-            r"\bcp\.async\.c[ag]\.shared\.global.*?, (0x[0-9a-f]+|\d+)[,;]", line
-        ):
+            if not inline:
+                where = tuple((files[f], int(n), int(c)) for f, n, c in frames if f)
+        elif match := ASYNC.search(line):
             yield 8 * int(match.group(1), 0), where
-        elif re.search(r"\bcp\.async\.bulk\.tensor", line):
-            yield 128, where
-        elif match := re.search(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s", line):
+        elif match := LOAD.search(line):
             yield int(match.group(1) or 1) * int(match.group(2)), where
+        elif "cp.async.bulk.tensor" in line:
+            yield 128, where
 
 
 def _amdgcn(text):
@@ -49,5 +53,7 @@ def _amdgcn(text):
         if re.match(r"\s*\.loc\s", line):
             frames = re.findall(r"(\S+\.py):(\d+):(\d+)", line.partition(";")[2])
             where = tuple((f.split("/")[-1], int(n), int(c)) for f, n, c in frames[:2])
-        elif match := re.match(r"\s*(?:global|buffer|flat)_load_(?:lds_)?([a-z]+(?:x\d)?)", line):
+        elif match := re.match(
+            r"\s*(?:global|buffer|flat)_load_(?:lds_)?([a-z]+?(?:x\d)?)\b", line
+        ):
             yield AMD.get(match.group(1), 16), where
