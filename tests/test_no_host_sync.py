@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_moe import ops
+
 from .compiled import run_compiled
 
 pytest.importorskip("triton")
@@ -18,8 +20,17 @@ WAITS = re.compile(r"\.(item|tolist|cpu|numpy|nonzero|unique\w*|synchronize|mask
 
 
 @pytest.fixture(scope="module")
-def waits():
+def seen():
     return json.loads(run_compiled("tests.triton_kernels.host_sync", *PLANS))
+
+
+@pytest.fixture
+def waits(seen):
+    return seen["waits"]
+
+
+def test_every_operator_is_covered(seen):
+    assert set(seen["operators"]) == set(ops.SCHEMAS)
 
 
 def test_no_host_sync(waits):

@@ -6,13 +6,14 @@ wait for: reading one raises, and a copy from or to the host shows among the ope
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from benchmarks.launches import Launch, Operator, launches
@@ -31,25 +32,44 @@ PLANTED = {
 }
 
 
-class FromHost(TorchFunctionMode):
-    """Notes tensors made of Python's numbers on the device: each is a copy."""
+class Names(TorchDispatchMode):
+    """Which operators of ours ran."""
 
-    def __init__(self, seen):
+    def __init__(self):
         super().__init__()
-        self.seen = seen
+        self.names = set()
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and result.device.type == DEVICE:
-            self.seen.append(f"torch.{func.__name__}")
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lora_moe":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def noting_constants(seen):
+    """Tensors made of Python's numbers on the device: each is a copy, and none shows as an operator."""
+    made = {name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray")}
+
+    def note(name, *args, **kwargs):
+        result = made[name](*args, **kwargs)
+        if result.device.type == DEVICE:
+            seen.append(f"torch.{name}")
         return result
+
+    for name in made:
+        setattr(torch, name, partial(note, name))
+    try:
+        yield
+    finally:
+        for name, function in made.items():
+            setattr(torch, name, function)
 
 
 def waits(call):
     """The second time: what a first call may copy for good, a table of offsets, is not counted."""
     try:
         call()
-        with launches("sm_90", compiled=False) as seen, FromHost(seen):
+        with launches("sm_90", compiled=False) as seen, noting_constants(seen):
             call()
     except Exception as error:
         return [f"{type(error).__name__}: {error}"], 0
@@ -68,7 +88,7 @@ def on_host(event):
 
 def main(*plans):
     found = {}
-    with launches("sm_90", compiled=False):
+    with launches("sm_90", compiled=False), Names() as ran:
         for name, scenario in SCENARIOS.items():
             for plan in plans:
                 forced = replace(scenario, plan=plan)
@@ -76,7 +96,7 @@ def main(*plans):
                 found[f"{plan}: {name}"] = words if launched or words else ["nothing was launched"]
         v = operands(SCENARIOS["few tokens"], torch.bfloat16, 16)
         found |= {f"planted: {name}": waits(partial(call, v))[0] for name, call in PLANTED.items()}
-    print(json.dumps(found))
+    print(json.dumps({"waits": found, "operators": sorted(ran.names)}))
 
 
 if __name__ == "__main__":
