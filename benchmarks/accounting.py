@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 
 from lora_moe import LoraMoeConfig, LoraMoeLinear
+from lora_moe.plan import override
 
 from . import schemes, ttir
 from .launches import Launch, Operator, launches
-from .scenarios import forced
 
 ALLOCATIONS = (
     "empty",
@@ -56,6 +56,8 @@ def count(events):
 
 
 def kernel(launch):
+    if isinstance(launch.kernel, Exception):
+        raise launch.kernel
     sides = {True: set(), False: set()}
     for access in ttir.accesses(launch.kernel.asm["ttir"]):
         sides[True] |= {access.argument} if access.reads else set()
@@ -102,7 +104,7 @@ def layer(s, *, plan=None, dtype=torch.bfloat16, target="sm_90"):
     base = torch.nn.Linear(s.D, s.D, bias=False, dtype=dtype, device="meta").requires_grad_(False)
     experts = LoraMoeLinear(base, LoraMoeConfig(num_experts=s.E, r=s.r, top_k=s.K))
     x = torch.empty(s.T, s.D, dtype=dtype, device="meta", requires_grad=True)
-    with forced(plan), launches(target) as forward:
+    with override(plan), launches(target) as forward:
         y = experts(x)
     trained = [p for p in experts.parameters() if p.requires_grad]
     with launches(target) as backward:

@@ -17,10 +17,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from lora_moe.plan import override
+
 from .cases import Case, in_double, sample
 from .compare import assert_accurate
 from .interpreter import Sanitizer, interpreting, overflow_checked
-from .through import NAMES, Through, forced, results
+from .through import NAMES, Through, results
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -157,7 +159,7 @@ def layer(kernels, bug):
     v = sample(bug.case)
     want = results(in_double(v), bug.case, torch.float64)
     v = {k: gapped(t) if k in ("x", "base") else t for k, t in v.items()}
-    with Sanitizer() as sanitizer, Through(kernels), forced(bug.plan):
+    with Sanitizer() as sanitizer, Through(kernels), override(bug.plan):
         got = results(v, bug.case, torch.float32)
     assert sanitizer.launches > 0
     for name, g, w in zip(NAMES, got, want):
