@@ -3,16 +3,15 @@
     python -m benchmarks.accounting [--T 8192] [--D 4096] [--E 8] [--r 16] [--K 2] [--plan PLAN] [--details]
 
 The layer runs forward and backward up to its launches (benchmarks/launches.py).  A kernel must move what its
-arguments hold, once (of lists with a static bound, what a random routing fills): the compiled code says
-which of them it reads and which it writes.  So must every
-operator of PyTorch's that is neither a view nor an allocation.  The base layer's own GEMMs and autograd's
-addition of its dx to ours are left out: what is counted is what the experts add.
+arguments hold, once: the compiled code says which of them it reads and which it writes.  So must every
+operator of PyTorch's that is neither a view nor an allocation.  Buffers with a static bound count whole,
+also where a routing fills part of them.  The base layer's own GEMMs and autograd's addition of its dx to
+ours are left out: what is counted is what the experts add.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 from typing import NamedTuple
 
@@ -49,45 +48,23 @@ class Moved(NamedTuple):
     written: int
 
 
-def count(events, s):
+def count(events):
     """What each launch among them moves."""
     for event in events:
-        moved = kernel(event, s) if isinstance(event, Launch) else operator(event)
+        moved = kernel(event) if isinstance(event, Launch) else operator(event)
         if moved is not None:
             yield moved
 
 
-def kernel(launch, s):
+def kernel(launch):
     if isinstance(launch.kernel, Exception):
         raise launch.kernel
     sides = {True: set(), False: set()}
     for access in ttir.accesses(launch.kernel.asm["ttir"]):
         sides[True] |= {access.argument} if access.reads else set()
         sides[False] |= {access.argument} if access.writes else set()
-    read, written = (sum(held(launch, a, s) for a in side) for side in sides.values())
+    read, written = (sum(size(launch.args[a]) for a in side) for side in sides.values())
     return Moved(launch.name, read, written)
-
-
-def held(launch, argument, s):
-    """Bytes of an argument; of one with room for all that a tile could hold, what a random routing fills.
-
-    Such a one is (tiles, BLOCK_T, columns), beside a number of experts for every tile.
-    """
-    v, number = launch.args[argument], launch.args.get("number_ptr")
-    if number is None or v.shape[:2] != (len(number), launch.options["BLOCK_T"]) or v.dim() < 3:
-        return size(v)
-    return int(size(v) * experts_a_tile(s, v.shape[1]) * s.r / v.shape[2])
-
-
-@functools.cache
-def experts_a_tile(s, block_t):
-    """Different experts among block_t tokens sorted by their first two, counted on a uniform routing."""
-    g = torch.Generator().manual_seed(0)
-    ids = torch.rand(s.T, s.E, generator=g).topk(s.K).indices
-    first = ids[:, :2].sort(1).values
-    order = (first[:, 0] * s.E + first[:, -1]).argsort()
-    tiles = ids[order].split(block_t)
-    return sum(len(tile.unique()) for tile in tiles) / len(tiles)
 
 
 def operator(event):
@@ -133,7 +110,7 @@ def layer(s, *, plan=None, dtype=torch.bfloat16, target="sm_90"):
     trained = [p for p in experts.parameters() if p.requires_grad]
     with launches(target) as backward:
         torch.autograd.grad(y, [x, *trained], torch.empty_like(y))
-    return tuple(list(count(ours(events, base, x), s)) for events in (forward, backward))
+    return tuple(list(count(ours(events, base, x))) for events in (forward, backward))
 
 
 def ours(events, base, x):

@@ -28,7 +28,7 @@ with interpreting() if INTERPRETED else contextlib.nullcontext():
     kernels = importlib.import_module("lora_moe.triton_kernels")
 
 UNEQUAL = (5, 1, 17, 2)  # repeated for as many experts as there are
-MOST_RANKS = 2100  # of all experts together: the interpreter takes milliseconds for each few of them
+MOST_RANKS = 2100  # of all experts: the interpreter takes milliseconds for a few of them
 FACTORS = {
     "plan": plans.PLANS,
     "dtype": (torch.float32, torch.bfloat16),
