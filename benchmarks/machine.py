@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import wall_clock
+from benchmarks.timing import warm
 
 GEMMS = [(1024, 1024, 1024), (2048, 2048, 2048), (2048, 4096, 4096)]  # rows, columns, sum
 COPY_BYTES = 1 << 28
@@ -23,7 +23,7 @@ def describe(device="cpu"):
     return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def gemm_rates(device="cpu", sample=wall_clock, gemms=GEMMS, repeats=3):
+def gemm_rates(device="cpu", clock=warm, gemms=GEMMS, repeats=3):
     """{dtype: best FLOP/s over shapes and repeats}."""
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -32,7 +32,7 @@ def gemm_rates(device="cpu", sample=wall_clock, gemms=GEMMS, repeats=3):
             a, b = (torch.randn(s, k, device=device).to(dtype) for s in (m, n))
             out = torch.empty(m, n, dtype=dtype, device=device)
             seconds = min(
-                sample(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out), 1)
+                clock(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out), 1)
                 for _ in range(repeats)
             )
             best = max(best, 2 * m * n * k / seconds)
@@ -40,11 +40,11 @@ def gemm_rates(device="cpu", sample=wall_clock, gemms=GEMMS, repeats=3):
     return rates
 
 
-def bandwidth(device="cpu", sample=wall_clock, size=COPY_BYTES, repeats=5):
+def bandwidth(device="cpu", clock=warm, size=COPY_BYTES, repeats=5):
     """Best bytes/s of a copy, reading and writing counted."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * size / min(sample(lambda: target.copy_(source), 1) for _ in range(repeats))
+    return 2 * size / min(clock(lambda: target.copy_(source), 1) for _ in range(repeats))
 
 
 def cache_bytes(device="cpu"):
@@ -55,8 +55,8 @@ def cache_bytes(device="cpu"):
     return int(size.read_text().strip()[:-1]) << 10 if size.exists() else DEFAULT_CACHE
 
 
-def limits(device="cpu", sample=wall_clock, quick=False):
+def limits(device="cpu", clock=warm, quick=False):
     small = {"gemms": [(128, 128, 128)], "repeats": 1} if quick else {}
     copy = {"size": 1 << 20, "repeats": 1} if quick else {}
-    rates = gemm_rates(device, sample, **small)
-    return {"gemm": rates, "bandwidth": bandwidth(device, sample, **copy)}
+    rates = gemm_rates(device, clock, **small)
+    return {"gemm": rates, "bandwidth": bandwidth(device, clock, **copy)}

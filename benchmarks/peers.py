@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 
 
-def route(x, router, top_k, scaling=1.0):
-    """ids (T, K), weights (T, K), gate (T, E): softmax, top-k, renormalised, times the scaling."""
+def route(x, router, top_k, scaling=1.0, ids=None):
+    """ids (T, K), weights (T, K), gate (T, E): softmax, top-k unless ids are given, renormalised, scaled."""
     gate = F.linear(x, router).softmax(dim=-1)  # (T, E)
-    weights, ids = gate.topk(top_k, dim=-1)
-    return ids, rescale(weights, scaling), gate
+    ids = gate.topk(top_k, dim=-1).indices if ids is None else ids
+    return ids, rescale(gate.gather(1, ids), scaling), gate
 
 
 def rescale(weights, scaling=1.0):
@@ -31,13 +31,13 @@ def spread(ids, weights, num_experts):
     return weights.new_zeros(len(ids), num_experts).scatter(1, ids, weights)
 
 
-def loop(y, x, a, b, ids, weights):
-    """Expert by expert, in place into y, as HF Mixtral does; an expert without tokens costs nothing.
+def loop_into(y, x, a, b, ids, weights, experts):
+    """Expert by expert, in place into y, as in HF Mixtral.
 
     a: E of (r, D_in), b: E of (r, D_out), separate parameters: slices of one would cost a gradient
     of full size each.
     """
-    for e in ids.unique().tolist():
+    for e in experts:
         rows, slot = torch.where(ids == e)
         out = F.linear(x[rows], a[e]) @ b[e]
         y.index_add_(0, rows, out * weights[rows, slot, None])
@@ -50,10 +50,10 @@ def hidden(x, a, gates):
 
 
 def by_expert(ids, num_experts):
-    """Slots sorted by expert, the tokens they belong to, and where each expert ends."""
-    order = ids.flatten().argsort(stable=True)  # (T K,)
-    ends = ids.flatten().bincount(minlength=num_experts).cumsum(0).int()  # (E,)
-    return order, order // ids.shape[1], ends
+    """Slots sorted by expert (T K,), and where each expert ends (E,); the host waits for nothing."""
+    experts, order = ids.flatten().sort(stable=True)
+    every = torch.arange(num_experts, device=ids.device)
+    return order, torch.searchsorted(experts, every, right=True, out_int32=True)
 
 
 # --- whole peers: (x, router, a, b, top_k) -> y; rank rows as (R, D) unless `layout` says otherwise
@@ -61,7 +61,8 @@ def by_expert(ids, num_experts):
 
 def loop_over_experts(x, router, a, b, top_k):
     ids, weights, _ = route(x, router, top_k)
-    return loop(x.new_zeros(len(x), b[0].shape[1]), x, a, b, ids, weights)
+    y = x.new_zeros(len(x), b[0].shape[1])
+    return loop_into(y, x, a, b, ids, weights, ids.unique().tolist())  # those with tokens
 
 
 def stacked(x, router, a, b, top_k):
@@ -74,9 +75,9 @@ def stacked(x, router, a, b, top_k):
 def grouped_mm(x, router, a, b, top_k):
     """Tokens sorted by expert, two grouped products, sums over a token's slots in order."""
     ids, weights, _ = route(x, router, top_k)
-    order, tokens, ends = by_expert(ids, len(router))
+    order, ends = by_expert(ids, len(router))
     a, b = a.unflatten(0, (len(router), -1)), b.unflatten(0, (len(router), -1))
-    h = torch._grouped_mm(x[tokens], a.transpose(1, 2), offs=ends)  # (T K, r)
+    h = torch._grouped_mm(x[order // top_k], a.transpose(1, 2), offs=ends)  # (T K, r)
     out = torch._grouped_mm(h * weights.flatten()[order, None], b, offs=ends)  # (T K, D_out)
     return out[order.argsort()].view(*ids.shape, -1).sum(1)
 
@@ -108,7 +109,7 @@ def rows(inputs, top_k):
 
 def separate(inputs, top_k):
     experts = len(inputs.router)
-    return inputs.a.tensor_split(experts), inputs.b.tensor_split(experts)
+    return inputs.a.chunk(experts), inputs.b.chunk(experts)
 
 
 def active(inputs, top_k):

@@ -7,16 +7,17 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from benchmarks.timing import ratio
+from benchmarks import scaling
+from benchmarks.timing import Ratio, ratio
 
 
 @dataclass(frozen=True)
 class Verdict:
     best: str  # the fastest peer
-    gain: object  # timing.Ratio: the best peer's time over ours
+    gain: Ratio  # the best peer's time over ours
     limit_s: float
     of_limit: float  # limit / ours: 1 is the machine's end
-    of_own: float  # the same with the best GEMM rate in the row's own dtype
+    of_own: float  # the same with the best GEMM rate of the row's own dtype
 
 
 NOT_PEERS = ("ours", "plain LoRA")  # another function is no peer
@@ -55,11 +56,17 @@ def markdown(result):
         f"{result['machine']}; best GEMM {rates}; copy {limits['bandwidth'] / 1e9:.1f} GB/s; "
         f"medians of {result['repeats']} interleaved turns, quartiles in brackets."
     ]
-    for key in dict.fromkeys((row["pass"], row["dtype"]) for row in result["rows"]):
-        rows = [row for row in result["rows"] if (row["pass"], row["dtype"]) == key]
-        parts += [f"### {key[0]}, {key[1]}", verdict_table(rows, limits), contender_table(rows)]
+    for key in dict.fromkeys(map(heading, result["rows"])):
+        rows = [row for row in result["rows"] if heading(row) == key]
+        parts += [f"### {key}", verdict_table(rows, limits), contender_table(rows)]
+    if result.get("scaling"):
+        parts += ["### Scaling", scaling_table(result["scaling"])]
     notes = left_out(result["rows"])
     return "\n\n".join([*parts, *(["Left out:\n\n" + notes] if notes else [])]) + "\n"
+
+
+def heading(row):
+    return f"{row['pass']}, {row['dtype']}, {row['clock']}"
 
 
 def verdict_table(rows, limits):
@@ -78,8 +85,7 @@ def verdict_table(rows, limits):
         gains.append(gain.median)
         lines.append(
             f"| {row['text']} | {duration(ours)} | {verdict.best} {duration(best)} "
-            f"| {gain.median:.2f} [{gain.low:.2f}, {gain.high:.2f}] "
-            f"| {verdict.of_limit:.0%} | {verdict.of_own:.0%} |"
+            f"| {gain} | {verdict.of_limit:.0%} | {verdict.of_own:.0%} |"
         )
     if gains:
         lines.append(f"| geometric mean | | | {geometric_mean(gains):.2f} | | |")
@@ -95,6 +101,22 @@ def contender_table(rows):
             for n in names
         )
         lines.append(f"| {row['text']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scaling_table(rows):
+    lines = [
+        "| axis | value | dtype, pass | all | router | dA and dB | growth of the rest |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    first = {}
+    for row in sorted(rows, key=lambda r: (r["axis"], r["dtype"], r["pass"], r["value"])):
+        what = f"{row['dtype']}, {row['pass']}"
+        begin = first.setdefault((row["axis"], what), row)
+        times = [row["seconds"].get(name) for name in ("all", "router", "dA and dB")]
+        cells = [duration(statistics.median(t)) if t else "" for t in times]
+        cells = [row["axis"], str(row["value"]), what, *cells, f"{scaling.growth(row, begin):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

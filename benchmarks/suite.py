@@ -1,25 +1,16 @@
 """Times every contender on every shape, after holding its numbers to fp64, and keeps all samples."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks import contenders as entry
 from benchmarks import machine, timing
-from benchmarks.contenders import (
-    LIMITS,
-    LeftOut,
-    contenders,
-    copies_for,
-    flat,
-    prepare,
-    truth,
-    worst_error,
-)
 from benchmarks.shapes import sample
 
 FORMAT = 1  # of the JSON
 PASSES = ("forward", "forward+backward")
+CPU_CLOCKS = {"wall clock": timing.warm}
 
 
 @dataclass(frozen=True)
@@ -30,18 +21,22 @@ class Options:
     quick: bool = False
     dtypes: tuple = (torch.float32, torch.bfloat16)
     passes: tuple = PASSES
-    clock: Callable = field(default=timing.wall_clock, repr=False)
+    clocks: dict = field(default_factory=lambda: CPU_CLOCKS)  # {name: timing.warm or its like}
+
+    @property
+    def clock(self):
+        return next(iter(self.clocks.values()))
 
 
 def run(shapes, options, progress=lambda text: None):
-    """The whole report as plain data: the machine, its limits, a row per shape, dtype and pass."""
+    """The report as plain data: the machine, its limits, a row per shape, dtype, pass and clock."""
     limits = machine.limits(options.device, options.clock, options.quick)
     rows = []
     for shape in shapes:
         for dtype in options.dtypes:
             for name in options.passes:
                 progress(f"{shape} {dtype} {name}")
-                rows.append(measure(shape, dtype, name == PASSES[1], options))
+                rows += measure(shape, dtype, name, options)
     return {
         "format": FORMAT,
         "machine": machine.describe(options.device),
@@ -51,44 +46,58 @@ def run(shapes, options, progress=lambda text: None):
     }
 
 
-def measure(shape, dtype, backward, options):
-    """Seconds of every contender turn by turn, errors in units, what was left out and why."""
-    torch._dynamo.reset()
-    inputs = sample(shape, dtype, options.device)
-    copies = copies_for(shape, inputs, machine.cache_bytes(options.device))
-    calls, errors, left_out, right = {}, {}, {}, {}
-    for contender in contenders(options.device, options.compiled):
-        if contender.same not in right:
-            right[contender.same] = truth(contender, shape, inputs, backward)
-        try:
-            call = prepare(contender, shape, inputs, backward, copies)
-            errors[contender.name] = check(contender, call, right[contender.same], shape, dtype)
-            calls[contender.name] = call
-        except LeftOut as why:
-            left_out[contender.name] = str(why)
-        except Exception as why:  # of whatever kind torch.compile and grouped_mm raise
-            left_out[contender.name] = f"{type(why).__name__}: {first_line(why)}"
-    return {
+def measure(shape, dtype, name, options):
+    """A row a clock: seconds of each contender turn by turn, errors, what was left out and why."""
+    inputs, backward = sample(shape, dtype, options.device), name == PASSES[1]
+    copies = entry.copies_for(shape, inputs, machine.cache_bytes(options.device))
+    calls, errors, left_out = admit(shape, inputs, backward, copies, options)
+    facts = {
         "shape": vars(shape),
         "text": str(shape),
         "dtype": str(dtype).removeprefix("torch."),
-        "pass": PASSES[backward],
+        "pass": name,
         "flops": shape.flops(backward),
         "bytes": shape.bytes(inputs.x.element_size(), inputs.touched, backward),
         "copies": copies,
-        "seconds": timing.interleave(calls, options.repeats, options.clock),
         "errors": errors,
-        "left_out": left_out,
     }
+    rows = []
+    for clock_name, clock in options.clocks.items():
+        refused = dict(left_out)
+        seconds = timing.interleave(
+            calls,
+            options.repeats,
+            clock,
+            refuse=lambda n, why, r=refused: r.update({n: reason(why)}),
+        )
+        rows.append(facts | {"clock": clock_name, "seconds": seconds, "left_out": refused})
+    return rows
 
 
-def check(contender, call, right, shape, dtype):
-    """The error in units in the last place; raises LeftOut where it is that of a wrong answer."""
-    units = worst_error(flat(contender, call(), shape), right) / (torch.finfo(dtype).eps / 2)
-    if not units <= LIMITS[dtype]:
-        raise LeftOut(f"wrong: {units:.0f} units in the last place from fp64")
-    return units
+def admit(shape, inputs, backward, copies, options):
+    """{name: call} of the contenders that are right, {name: error in units}, {name: why left out}."""
+    torch._dynamo.reset()
+    calls, errors, left_out, states, right = {}, {}, {}, {}, {}
+    dy = inputs.dy if backward else None
+    for one in entry.contenders(options.device, options.compiled):
+        try:
+            entry.refuse_hopeless(one.name, shape, inputs.x.element_size())
+            if one.same not in right:
+                right[one.same] = entry.truth(one, shape, inputs, backward)
+            if one.layout not in states:
+                states[one.layout] = entry.states(one.layout, shape, inputs, backward, copies)
+            call = entry.prepare(one.forward, states[one.layout], shape.K, dy)
+            outputs = entry.joined(call(), one.layout, shape)
+            errors[one.name] = units = entry.units(outputs, right[one.same], inputs.x.dtype)
+            if not units <= entry.LIMITS[inputs.x.dtype]:
+                raise entry.LeftOut(f"wrong: {units:.0f} units in the last place from fp64")
+            calls[one.name] = call
+        except Exception as why:  # of whatever kind torch.compile and grouped_mm raise
+            left_out[one.name] = reason(why)
+    return calls, errors, left_out
 
 
-def first_line(error):
-    return next((line for line in str(error).splitlines() if line.strip()), "")[:200]
+def reason(why):
+    """An exception in one line."""
+    text = next((line for line in str(why).splitlines() if line.strip()), "")[:160]
+    return text if isinstance(why, entry.LeftOut) else f"{type(why).__name__}: {text}"
