@@ -4,19 +4,23 @@
     lora-moe bench compare OLD.json NEW.json
     lora-moe bench end-to-end [...]
 
-On a GPU all plans are timed there, by CUDA events and in CUDA graphs; without one the CPU is.
+On a GPU all plans are timed there, by CUDA events and in CUDA graphs; without one the CPU is, and
+--set all ends with what the compiler makes of the GPU kernels.
 """
 
 import argparse
 import json
+import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from benchmarks import compare, gpu, report, scaling, suite
-from benchmarks.shapes import SETS
+from benchmarks.shapes import QUICK, SETS
 
+ROOT = Path(__file__).parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,6 +47,8 @@ def main(argv=None):
         args.markdown.write_text(text)
     if args.png:
         draw(args.png, result)
+    if options.device == "cpu" and args.set == "all" and find_spec("benchmarks.gpu_static"):
+        return subprocess.run([sys.executable, "-m", "benchmarks.gpu_static"], cwd=ROOT).returncode
     return 0
 
 
@@ -83,7 +89,7 @@ def measure(args, options):
     def progress(text):
         print(text, file=sys.stderr)
 
-    shapes = SETS["quick"] if args.quick else SETS.get(args.set, [])
+    shapes = QUICK if args.quick else SETS.get(args.set, [])
     result = suite.run([s for s in shapes if args.only in str(s)], options, progress)
     if args.quick or args.set in ("scaling", "all"):
         result["scaling"] = scaling.run(options, progress)

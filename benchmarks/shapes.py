@@ -68,7 +68,6 @@ SETS = {
     "claims": CLAIMS,
     "layers": LAYERS,
     "all": list(dict.fromkeys([*CLAIMS, *LAYERS, *SWEEP])),
-    "quick": QUICK,
 }
 
 

@@ -42,6 +42,8 @@ class LoopLoraMoe(nn.Module):
             flat, self.router_weight, TOP_K, ALPHA / RANK, self.replay
         )
         experts = range(NUM_EXPERTS)  # also without tokens, so that every parameter has a gradient
+        if not torch.is_grad_enabled():
+            experts = self.indices.unique().tolist()
         y = loop_into(y, flat, self.lora_A, self.lora_B, self.indices, weights, experts)
         return y.view(*x.shape[:-1], -1)
 

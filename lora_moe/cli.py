@@ -1,4 +1,4 @@
-"""lora-moe info | inspect DIR | doctor | bench: what serves, what an adapter holds, is it right, is it fast."""
+"""lora-moe info | inspect DIR | doctor | bench: what serves, what an adapter holds, is it right and fast."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _print_check(name, check, dtype, output, gradients, limit):
 
 
 def bench(argv) -> int:
-    """The suite is no part of the wheel: it needs peers, plots and models that a user of the layers does not."""
+    """The suite is no part of the wheel: its peers, plots and models are nothing that a layer needs."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / "benchmarks/command.py").exists():
         print(
