@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import contenders as entry
-from benchmarks import machine, timing
+from benchmarks import timing
 from benchmarks.shapes import Shape, sample
 from benchmarks.suite import PASSES
 from lora_moe import functional
@@ -39,7 +39,7 @@ def run(options, progress=lambda text: None):
 def measure(shape, dtype, backward, options):
     """Seconds of all of it, of the router by itself, and of writing dA and dB by itself."""
     inputs = sample(shape, dtype, options.device)
-    copies = entry.copies_for(shape, inputs, machine.cache_bytes(options.device))
+    copies = entry.copies_for(shape, inputs, options.cache)
     states = entry.states(entry.peers.rows, shape, inputs, backward, copies)
     x, router, a, b = states[0]
     dy = inputs.dy if backward else None

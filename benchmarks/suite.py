@@ -24,6 +24,11 @@ class Options:
     clocks: dict = field(default_factory=lambda: CPU_CLOCKS)  # {name: timing.warm or its like}
 
     @property
+    def cache(self):
+        """Bytes that decode must not find its weights in."""
+        return 1 if self.quick else machine.cache_bytes(self.device)
+
+    @property
     def clock(self):
         return next(iter(self.clocks.values()))
 
@@ -49,7 +54,7 @@ def run(shapes, options, progress=lambda text: None):
 def measure(shape, dtype, name, options):
     """A row a clock: seconds of each contender turn by turn, errors, what was left out and why."""
     inputs, backward = sample(shape, dtype, options.device), name == PASSES[1]
-    copies = entry.copies_for(shape, inputs, machine.cache_bytes(options.device))
+    copies = entry.copies_for(shape, inputs, options.cache)
     calls, errors, left_out = admit(shape, inputs, backward, copies, options)
     facts = {
         "shape": vars(shape),
