@@ -10,6 +10,7 @@ On a GPU all plans are timed there, by CUDA events and in CUDA graphs; without o
 
 import argparse
 import json
+import logging
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -33,6 +34,11 @@ def main(argv=None):
 
         return end_to_end.main(argv[1:])
     args = parse(argv)
+    for name in (
+        "_subclasses.fake_tensor",
+        "_dynamo",
+    ):  # the report has their failures, in a line each
+        logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
     if args.threads:
         torch.set_num_threads(args.threads)
     options = options_of(args)

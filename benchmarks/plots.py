@@ -11,32 +11,32 @@ AXIS_NAMES = {"T": "tokens", "K": "picked experts a token", "E": "experts"}
 
 
 def draw_gains(path, result):
-    """A dot a shape: how many times ours is as fast as the best peer; a bar: quartiles."""
+    """A dot a shape: how many times as fast as the best peer ours is; the bar joins the quartiles."""
     groups = {}
     for row in result["rows"]:
-        judged = report.judge(row, result["limits"])
-        if judged:
-            groups.setdefault((row["pass"], row["dtype"], row["clock"]), []).append((row, judged))
+        verdict = report.judge(row, result["limits"])
+        if verdict:
+            groups.setdefault(report.heading(row), []).append((row["text"], verdict.gain))
+    lines, longest = -(-len(groups) // 2), max(map(len, groups.values()))
     with plt.rc_context(STYLE):
-        height = 1.2 + 0.26 * max(map(len, groups.values()))
-        figure, columns = plt.subplots(
-            1,
-            len(groups),
-            figsize=(3.2 + 2.6 * len(groups), height),
-            squeeze=False,
-            sharey=len({len(g) for g in groups.values()}) == 1,
+        figure, grid = plt.subplots(
+            *(lines, 2), figsize=(9, lines * (1 + 0.24 * longest)), squeeze=False, sharex=True,
             layout="constrained",
-        )
-        for axes, (group, judged) in zip(columns[0], groups.items()):
-            for y, (_, verdict) in enumerate(reversed(judged)):
-                gain = verdict.gain
+        )  # fmt: skip
+        for axes in grid.flat[len(groups) :]:
+            axes.set_visible(False)
+        for axes, (heading, gains) in zip(grid.flat, groups.items()):
+            for y, (_, gain) in enumerate(gains):
                 colour = OURS if gain.median >= 1 else LOOP
                 axes.plot([gain.low, gain.high], [y, y], color=colour, lw=2)
-                axes.plot(gain.median, y, "o", color=colour)
-            axes.set_yticks(range(len(judged)), [row["text"] for row, _ in reversed(judged)])
-            axes.axvline(1, color=GREY, lw=1)
-            axes.set(xscale="log", xlabel="best peer's time / ours")
-            axes.set_title(", ".join(group[:2]), size=10)
+                axes.plot(gain.median, y, "o", color=colour, ms=5)
+            axes.axvline(1, color=GREY, lw=1, zorder=0)
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}x")
+            axes.set_yticks(range(len(gains)), [name for name, _ in gains], size=7)
+            axes.set_ylim(len(gains) - 0.4, -0.6)
+            axes.set_title(heading, size=9.5, pad=6)
+        figure.suptitle("Best peer's time over ours", x=0.01, ha="left", weight="bold", size=12)
         figure.savefig(path)
         plt.close(figure)
 
@@ -59,17 +59,21 @@ def draw_scaling(path, rows):
             for panel, axis in zip(line, axes_of):
                 _panel(panel, [r for r in rows if (r["pass"], r["axis"]) == (name, axis)])
                 panel.set(xlabel=AXIS_NAMES[axis], ylim=(0, None))
+                panel.tick_params(axis="x", labelsize=7)
             line[0].set_ylabel(f"{name}, ms")
-        grid[0, 0].legend(frameon=False, fontsize=8)
-        figure.suptitle(f"{rows[0]['dtype']}; unless on the axis: {scaling.BASE}", size=10)
+        grid[-1, 0].legend(frameon=False, fontsize=8)
+        title = f"Cost of a layer's experts, {dtype}; what is not on the axis: {rows[0]['base']}"
+        figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
         figure.savefig(path)
         plt.close(figure)
 
 
 def _panel(panel, rows):
+    rows = sorted(rows, key=lambda row: row["value"])
     at = [row["value"] for row in rows]
     for name, colour in (("all", OURS), ("router", GREY), ("dA and dB", LOOP)):
         if name in rows[0]["seconds"]:
             values = [1e3 * statistics.median(row["seconds"][name]) for row in rows]
             panel.plot(at, values, "o-", color=colour, label=name)
+    panel.set_xticks(at)
     panel.plot(at, [1e3 * scaling.rest(row) for row in rows], "--", color=OURS, label="the rest")

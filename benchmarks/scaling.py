@@ -30,7 +30,7 @@ def run(options, progress=lambda text: None):
                 for name in options.passes:
                     progress(f"scaling {shape} {dtype} {name}")
                     seconds = measure(shape, dtype, name == PASSES[1], options)
-                    where = {"axis": axis, "value": getattr(shape, axis), "text": str(shape)}
+                    where = {"axis": axis, "value": getattr(shape, axis), "base": str(base)}
                     dtype_name = str(dtype).removeprefix("torch.")
                     rows.append(where | {"dtype": dtype_name, "pass": name, "seconds": seconds})
     return rows
