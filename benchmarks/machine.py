@@ -60,3 +60,9 @@ def limits(device="cpu", clock=warm, quick=False):
     copy = {"size": 1 << 20, "repeats": 1} if quick else {}
     rates = gemm_rates(device, clock, **small)
     return {"gemm": rates, "bandwidth": bandwidth(device, clock, **copy)}
+
+
+def best(one, other):
+    """The higher of each number: a machine that was busy for a moment is no excuse."""
+    gemm = {dtype: max(rate, other["gemm"][dtype]) for dtype, rate in one["gemm"].items()}
+    return {"gemm": gemm, "bandwidth": max(one["bandwidth"], other["bandwidth"])}

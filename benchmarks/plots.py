@@ -35,7 +35,7 @@ def draw_gains(path, result):
             axes.xaxis.set_major_formatter("{x:g}x")
             axes.set_yticks(range(len(gains)), [name for name, _ in gains], size=7)
             axes.set_ylim(len(gains) - 0.4, -0.6)
-            axes.set_title(heading, size=9.5, pad=6)
+            axes.set_title(heading, size=8.5, pad=6)
         figure.suptitle("Best peer's time over ours", x=0.01, ha="left", weight="bold", size=12)
         figure.savefig(path)
         plt.close(figure)

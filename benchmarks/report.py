@@ -54,7 +54,8 @@ def markdown(result):
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limits["gemm"].items())
     parts = [
         f"{result['machine']}; best GEMM {rates}; copy {limits['bandwidth'] / 1e9:.1f} GB/s; "
-        f"medians of {result['repeats']} interleaved turns, quartiles in brackets."
+        f"medians of {result['repeats']} interleaved turns, quartiles in brackets; "
+        f"load {result['load']:.1f} before the run."
     ]
     for key in dict.fromkeys(map(heading, result["rows"])):
         rows = [row for row in result["rows"] if heading(row) == key]

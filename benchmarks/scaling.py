@@ -16,7 +16,7 @@ from benchmarks.suite import PASSES
 from lora_moe import functional
 
 BASE = Shape(2048, 1024, 1024, 8, 16)
-AXES = {"T": (512, 1024, 2048, 4096, 8192), "K": (1, 2, 4, 8), "E": (8, 16, 32, 64, 128)}
+AXES = {"T": (1024, 2048, 4096, 8192), "K": (1, 2, 4, 8), "E": (8, 16, 32, 64, 128)}
 QUICK = Shape(32, 64, 48, 4, 4), {"T": (16, 32), "K": (1, 2), "E": (4, 8)}
 
 

@@ -1,5 +1,6 @@
 """Times every contender on every shape, after holding its numbers to fp64, and keeps all samples."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +36,7 @@ class Options:
 
 def run(shapes, options, progress=lambda text: None):
     """The report as plain data: the machine, its limits, a row per shape, dtype, pass and clock."""
+    load = os.getloadavg()[0]
     limits = machine.limits(options.device, options.clock, options.quick)
     rows = []
     for shape in shapes:
@@ -42,10 +44,12 @@ def run(shapes, options, progress=lambda text: None):
             for name in options.passes:
                 progress(f"{shape} {dtype} {name}")
                 rows += measure(shape, dtype, name, options)
+    after = machine.limits(options.device, options.clock, options.quick)
     return {
         "format": FORMAT,
         "machine": machine.describe(options.device),
-        "limits": limits,
+        "load": load,  # processes that wanted a core when the run began; 0 on a quiet machine
+        "limits": machine.best(limits, after),
         "repeats": options.repeats,
         "rows": rows,
     }
@@ -103,6 +107,8 @@ def admit(shape, inputs, backward, copies, options):
 
 
 def reason(why):
-    """An exception in one line."""
+    """An exception in one line; torch.compile wraps the one that says something."""
+    while why.__cause__ is not None:
+        why = why.__cause__
     text = next((line for line in str(why).splitlines() if line.strip()), "")[:160]
     return text if isinstance(why, entry.LeftOut) else f"{type(why).__name__}: {text}"

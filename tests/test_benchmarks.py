@@ -133,6 +133,9 @@ def test_limits_are_measured():
     limits = machine.limits(clock=lambda call, calls: call() is None or 0.5, quick=True)
     assert limits["gemm"] == dict.fromkeys(("float32", "bfloat16"), 2 * 128**3 / 0.5)
     assert limits["bandwidth"] == 2 * (1 << 20) / 0.5
+    faster = {"gemm": {"float32": 1.0, "bfloat16": math.inf}, "bandwidth": 1.0}
+    assert machine.best(limits, faster)["gemm"] == limits["gemm"] | {"bfloat16": math.inf}
+    assert machine.best(faster, limits)["bandwidth"] == limits["bandwidth"]
 
 
 def test_decode_does_not_run_from_cache():
