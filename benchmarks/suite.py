@@ -107,8 +107,7 @@ def admit(shape, inputs, backward, copies, options):
 
 
 def reason(why):
-    """An exception in one line; torch.compile wraps the one that says something."""
-    while why.__cause__ is not None:
-        why = why.__cause__
-    text = next((line for line in str(why).splitlines() if line.strip()), "")[:160]
+    """An exception in one line; torch.compile buries what went wrong behind all operands."""
+    text = str(why).rpartition("): got ")[2]
+    text = next((line for line in text.splitlines() if line.strip()), "")[:160]
     return text if isinstance(why, entry.LeftOut) else f"{type(why).__name__}: {text}"
