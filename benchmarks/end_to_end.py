@@ -27,14 +27,16 @@ SENTENCES, LENGTH = 32, 15
 PROMPT, GENERATED = 32, 8
 SEED = 0
 AGREE = 1e-3  # of the losses; the routing flips where two experts nearly tie
+STACKED, LOOP, PEFT = "dense stacked", "loop over experts", "PEFT LoRA, r=16"
 CONTENDERS = {
     "ours": peers.ours,
-    "dense stacked": peers.stacked,
-    "loop over experts": peers.loop,
-    "PEFT LoRA, r=16": lambda model, start: peers.peft_lora(model, SEED),
+    STACKED: peers.stacked,
+    LOOP: peers.loop,
+    PEFT: lambda model, start: peers.peft_lora(model, SEED),
     "no adapter": lambda model, start: smollm2.share(model),
 }
-MIXTURES = ("ours", "dense stacked", "loop over experts")
+MIXTURES = ("ours", STACKED, LOOP)
+PARTS = ("memory", "step", "token")
 
 
 def main(argv=None):
@@ -64,6 +66,7 @@ def parse(argv):
     parser.add_argument(
         "--layers", type=int, help="only the model's first layers, for a quick look"
     )
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
@@ -72,26 +75,32 @@ def parse(argv):
 
 
 def run(args):
-    """{measure: {contender: value}}; seconds are lists, one a turn."""
+    """{part: {contender: value}}; seconds are lists, one a turn."""
     models = contenders(smollm2.load_model(args.layers))
     batch = random_batch()
     check(models, batch)
-    steps = {name: stepper(model, batch) for name, model in models.items()}
+    result = {"machine": machine.describe(), "repeats": args.repeats}
+    if "memory" in args.parts:
+        result["saved_bytes"] = saved_bytes(models, batch)
+        result["peak"] = {name: peak_in_a_process(name, args) for name in models}
+    if "step" in args.parts:
+        steps = {name: stepper(model, batch) for name, model in models.items()}
+        result["step"] = timing.interleave(steps, args.repeats, timing.once, laggard=math.inf)
+    if "token" in args.parts:
+        tokens = {name: generator(model) for name, model in models.items()}
+        result["token"] = timing.interleave(tokens, args.repeats, per_token, laggard=math.inf)
+    return result
+
+
+def saved_bytes(models, batch):
+    """Above the un-adapted model."""
     plain = measure.saved_bytes_unadapted(models["no adapter"], batch)
-    adapted = [name for name in models if name != "no adapter"]
-    return {
-        "machine": machine.describe(),
-        "repeats": args.repeats,
-        "saved_bytes": {n: measure.saved_bytes(models[n], batch) - plain for n in adapted},
-        "step": timing.interleave(steps, args.repeats, timing.once, laggard=math.inf),
-        "token": timing.interleave(
-            {name: generator(model) for name, model in models.items()},
-            args.repeats,
-            lambda call, _: timing.once(call, 1) / GENERATED,
-            laggard=math.inf,
-        ),
-        "peak": {name: peak_in_a_process(name, args) for name in CONTENDERS},
-    }
+    adapted = {name: model for name, model in models.items() if name != "no adapter"}
+    return {name: measure.saved_bytes(model, batch) - plain for name, model in adapted.items()}
+
+
+def per_token(call, calls):
+    return timing.once(call, 1) / GENERATED
 
 
 def contenders(model, names=CONTENDERS):
@@ -171,47 +180,59 @@ def peak_of(name, layers):
         return None
     level = measure.resident_bytes()
     rise = measure.peak_bytes(step)
-    return {"step": rise, "above the bare model": level + rise - bare, "process": level + rise}
+    return {"a step": rise, "above the bare model": level + rise - bare, "process": level + rise}
 
 
 def markdown(result):
-    """A row a contender; ratios to what the row of that ratio's name took."""
-    columns = {
-        "training step": result["step"],
-        "token": result["token"],
-    }
+    """A row a contender, then what was claimed."""
+    columns = [*seconds_columns(result), *bytes_columns(result)]
     lines = [
-        f"{result['machine']}; medians of {result['repeats']} interleaved turns.",
+        f"{result['machine']}; medians of {result['repeats']} interleaved turns, quartiles in brackets.",
         "",
-        "| | training step | / PEFT | token | / no adapter | saved for backward | peak: a step"
-        " | peak above the bare model | process |",
-        "|---|" + "---:|" * 8,
+        f"| | {' | '.join(title for title, _ in columns)} |",
+        "|---|" + "---:|" * len(columns),
+        *(f"| {n} | {' | '.join(cells.get(n, '') for _, cells in columns)} |" for n in CONTENDERS),
     ]
-    for name in result["step"]:
-        cells = []
-        for (_, seconds), other in zip(columns.items(), ("PEFT LoRA, r=16", "no adapter")):
-            cells.append(duration(statistics.median(seconds[name])))
-            cells.append(str(timing.ratio(seconds[name], seconds[other])))
-        cells.append(mebibytes(result["saved_bytes"].get(name)))
-        peak = result["peak"][name] or {}
-        cells += [mebibytes(peak.get(k)) for k in ("step", "above the bare model", "process")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", *claims(result)]) + "\n"
 
 
+def seconds_columns(result):
+    for part, other in (("step", PEFT), ("token", "no adapter")):
+        seconds = result.get(part, {})
+        if seconds:
+            yield part, {n: duration(statistics.median(s)) for n, s in seconds.items()}
+            yield (
+                f"/ {other}",
+                {n: f"{timing.ratio(s, seconds[other])}" for n, s in seconds.items()},
+            )
+
+
+def bytes_columns(result):
+    if "saved_bytes" in result:
+        yield "saved for backward", {n: mebibytes(b) for n, b in result["saved_bytes"].items()}
+    peak = {name: found for name, found in result.get("peak", {}).items() if found}
+    for kind in next(iter(peak.values()), ()):
+        yield f"peak: {kind}", {name: mebibytes(found[kind]) for name, found in peak.items()}
+
+
 def claims(result):
-    """What issue trackers ask: one line a ratio."""
-    step, token, saved = (result[k] for k in ("step", "token", "saved_bytes"))
-    peak = {name: p and p["process"] for name, p in result["peak"].items()}
-    plain = "PEFT LoRA, r=16"
-    return [
-        f"- step: {timing.ratio(step['ours'], step[plain])} times PEFT's,"
-        f" the loop {timing.ratio(step['loop over experts'], step['ours'])} times ours,"
-        f" dense stacked {timing.ratio(step['dense stacked'], step['ours'])} times ours",
-        f"- token: {timing.ratio(token['ours'], token['no adapter'])} times the un-adapted model's",
-        f"- saved for backward: {saved['ours'] / saved['loop over experts']:.3f} times the loop's",
-        *([f"- peak: {peak['ours'] / peak[plain]:.2f} times PEFT's"] if peak["ours"] else []),
-    ]
+    """One line a ratio that was promised."""
+    if "step" in result:
+        step = result["step"]
+        slower = (timing.ratio(step[name], step["ours"]) for name in (LOOP, STACKED))
+        yield f"- step: {timing.ratio(step['ours'], step[PEFT])} times PEFT's"
+        yield "- step: the loop {}, dense stacked {} times ours".format(*slower)
+    if "token" in result:
+        token = result["token"]
+        ratio = timing.ratio(token["ours"], token["no adapter"])
+        yield f"- token: {ratio} times the un-adapted model's"
+    if "saved_bytes" in result:
+        saved = result["saved_bytes"]
+        yield f"- saved for backward: {saved['ours'] / saved[LOOP]:.3f} times the loop's"
+    if result.get("peak", {}).get("ours"):
+        ours, plain = (result["peak"][name] for name in ("ours", PEFT))
+        ratios = ", ".join(f"{kind} {ours[kind] / plain[kind]:.2f}" for kind in ours)
+        yield f"- peak memory, times PEFT's: {ratios}"
 
 
 def mebibytes(value):

@@ -423,22 +423,28 @@ def test_a_gpu_is_chosen_where_there_is_one(monkeypatch):
 
 
 def test_end_to_end_table():
-    seconds = {n: [float(i + 1)] * 3 for i, n in enumerate(end_to_end.CONTENDERS)}
-    sizes = {n: (i + 1) << 20 for i, n in enumerate(seconds) if n != "no adapter"}
-    peak = {
-        n: {"step": 1 << 20, "above the bare model": 2 << 20, "process": (i + 1) << 20}
-        for i, n in enumerate(seconds)
-    }
+    names = list(end_to_end.CONTENDERS)
+    seconds = {n: [float(i + 1)] * 3 for i, n in enumerate(names)}
+    sizes = {n: (i + 1) << 20 for i, n in enumerate(names) if n != "no adapter"}
+    peak = {n: {"a step": (i + 1) << 20, "process": 5 << 20} for i, n in enumerate(names)}
     result = {"machine": "M", "repeats": 3, "step": seconds, "token": seconds}
     text = end_to_end.markdown(result | {"saved_bytes": sizes, "peak": peak})
-    assert "- step: 0.25 [0.25, 0.25] times PEFT's, the loop 3.00" in text
-    assert "- token: 0.20" in text
-    assert "- saved for backward: 0.333" in text
-    assert "- peak: 0.25 times PEFT's" in text
-    (ours,) = [line for line in text.splitlines() if line.startswith("| ours ")]
-    assert ours.split(" | ")[1:] == ["1 s", "0.25 [0.25, 0.25]", "1 s", "0.20 [0.20, 0.20]"] + [
-        "1 MiB",
-        "1 MiB",
-        "2 MiB",
-        "1 MiB |",
+    lines = text.splitlines()
+    ours = ["ours", "1 s", "0.25 [0.25, 0.25]", "1 s", "0.20 [0.20, 0.20]", *["1 MiB"] * 2, "5 MiB"]
+    assert f"| {' | '.join(ours)} |" in lines
+    assert lines[-5:] == [
+        "- step: 0.25 [0.25, 0.25] times PEFT's",
+        "- step: the loop 3.00 [3.00, 3.00], dense stacked 2.00 [2.00, 2.00] times ours",
+        "- token: 0.20 [0.20, 0.20] times the un-adapted model's",
+        "- saved for backward: 0.333 times the loop's",
+        "- peak memory, times PEFT's: a step 0.25, process 1.00",
     ]
+
+
+def test_end_to_end_without_linux_or_with_one_part():
+    text = end_to_end.markdown(
+        {"machine": "M", "repeats": 3, "peak": dict.fromkeys(end_to_end.CONTENDERS)}
+    )
+    assert "peak" not in text
+    seconds = {name: [1.0] for name in end_to_end.CONTENDERS}
+    assert "saved" not in end_to_end.markdown({"machine": "M", "repeats": 1, "token": seconds})
