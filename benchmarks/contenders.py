@@ -9,9 +9,8 @@ import torch
 
 from benchmarks import peers
 from benchmarks.shapes import DECODE, Inputs
-from lora_moe import functional, plan
+from lora_moe import backend, functional, plan
 
-PLANS = ("rank_dense", "segmented", "decode")
 GATHER_BYTES = 2 << 30  # a peer that would copy more weights than this is left out
 UNROLLED = 16  # experts; torch.compile unrolls a loop over them, for minutes where they are many
 
@@ -44,10 +43,11 @@ def planned(name, *args):
 
 
 def contenders(device="cpu", compiled=True):
-    """Ours; on a GPU each plan of ours; each peer, eager and compiled."""
+    """Ours; each plan of ours where there are several; each peer, eager and compiled."""
     yield Contender("ours", ours)
-    if device != "cpu" and hasattr(plan, "override"):
-        yield from (Contender(f"ours, {name}", partial(planned, name)) for name in PLANS)
+    plans = plan.BACKENDS[backend.serving(device)]
+    if len(plans) > 1:
+        yield from (Contender(f"ours, {name}", partial(planned, name)) for name in plans)
     for peer in peers.PEERS:
         yield Contender(peer.name, peer.forward, peer.layout, peer.same)
         if compiled:
@@ -62,6 +62,8 @@ def refuse_hopeless(name, shape, itemsize):
         raise LeftOut(f"would copy more than {GATHER_BYTES >> 30} GiB of weights")
     if name == "every expert, compiled" and shape.E > UNROLLED:
         raise LeftOut(f"compiling takes minutes with more than {UNROLLED} experts")
+    if name == f"ours, {plan.DECODE}" and shape.T > plan.FEW:
+        raise LeftOut(f"the plan is for up to {plan.FEW} tokens")
 
 
 def states(layout, shape, inputs, backward, copies):

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import command, compare, end_to_end, gpu, machine, peers, report, suite, timing
 from benchmarks import contenders as entry
 from benchmarks.shapes import CLAIMS, SETS, Shape, sample
-from lora_moe import cli, plan
+from lora_moe import backend, cli, plan
 
 SMALL = Shape(13, 24, 16, 5, 4, 2)
 DENSE = Shape(9, 24, 16, 4, 4, 4)
@@ -258,12 +258,16 @@ def test_hopeless_contenders_are_left_out():
         entry.refuse_hopeless("gather, compiled", Shape(8192, 4096, 4096, 8, 64), 4)
     with pytest.raises(entry.LeftOut, match="experts"):
         entry.refuse_hopeless("every expert, compiled", Shape(1, 64, 64, 64, 8), 4)
+    with pytest.raises(entry.LeftOut, match="16 tokens"):
+        entry.refuse_hopeless("ours, decode", Shape(17, 64, 64, 8, 8), 4)
+    entry.refuse_hopeless("ours, decode", Shape(16, 64, 64, 8, 8), 4)
     entry.refuse_hopeless("loop", Shape(8192, 4096, 4096, 64, 64), 4)
 
 
 def test_compiled_peers_are_among_the_contenders():
-    names = [c.name for c in entry.contenders(compiled=True)]
-    assert names == ["ours", *(n for p in peers.PEERS for n in (p.name, f"{p.name}, compiled"))]
+    names = [c.name for c in entry.contenders(compiled=True) if report.is_peer(c.name)]
+    same = [p.name for p in peers.PEERS if p.same]
+    assert names == [text for name in same for text in (name, f"{name}, compiled")]
 
 
 def test_sets_hold_what_was_promised():
@@ -374,14 +378,16 @@ def test_every_plan_is_a_contender_on_a_gpu(monkeypatch):
         forced.append(name)
         yield
 
-    monkeypatch.setattr(plan, "override", override, raising=False)
-    some = {c.name: c for c in entry.contenders("cuda", compiled=False)}
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "serving", {"cuda": "triton"}.__getitem__)
+        some = {c.name: c for c in entry.contenders("cuda", compiled=False)}
+    monkeypatch.setattr(plan, "override", override)
     inputs = sample(SMALL, torch.float32)
-    for name in entry.PLANS:
+    for name in plan.PLANS:
         y = some[f"ours, {name}"].forward(inputs.x, inputs.router, inputs.a, inputs.b, 2)
         assert y.shape == (SMALL.T, SMALL.D_out)
         assert not report.is_peer(f"ours, {name}")
-    assert forced == list(entry.PLANS)
+    assert forced == list(plan.PLANS)
 
 
 def test_each_clock_gives_a_row_and_says_what_it_cannot_time(monkeypatch):
