@@ -63,6 +63,12 @@ def test_laggard_keeps_its_first_turns():
     }
 
 
+def test_one_disturbed_turn_makes_no_laggard():
+    turns = {"a": iter([1.0] * 9), "b": iter([1.0, 60.0, 2.0, *[2.0] * 6])}
+    found = timing.interleave({n: n for n in "ab"}, 7, lambda call, calls: next(turns[call]))
+    assert [len(s) for s in found.values()] == [7, 7]
+
+
 def test_clock_that_cannot_time_a_contender():
     clock, told = fake_clock({"a": 1.0, "b": RuntimeError("no capture")}, []), {}
     found = timing.interleave({"a": "a", "b": "b"}, 2, clock, refuse=told.__setitem__)
