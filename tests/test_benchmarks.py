@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import command, compare, end_to_end, gpu, machine, peers, report, suite, timing
 from benchmarks import contenders as entry
 from benchmarks.shapes import CLAIMS, SETS, Shape, sample
-from lora_moe import backend, cli, plan
+from lora_moe import LoraMoeConfig, LoraMoeLinear, backend, cli, plan
 
 SMALL = Shape(13, 24, 16, 5, 4, 2)
 DENSE = Shape(9, 24, 16, 4, 4, 4)
@@ -460,3 +460,33 @@ def test_end_to_end_without_linux_or_with_one_part():
     assert "peak" not in text
     seconds = {name: [1.0] for name in end_to_end.CONTENDERS}
     assert "saved" not in end_to_end.markdown({"machine": "M", "repeats": 1, "token": seconds})
+
+
+@pytest.mark.parametrize("tokens", [40, 1])
+def test_modules_of_the_examples_compute_our_layer(tokens):
+    """Loop and stacked as the demo and the end-to-end benchmark train them: outputs and gradients."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    from examples import peers as modules
+
+    E, r, alpha = modules.NUM_EXPERTS, modules.RANK, modules.ALPHA
+    shape = Shape(tokens, 48, 32, E, r, modules.TOP_K)
+    inputs = sample(shape, torch.float64)
+    base = torch.nn.Linear(48, 32).double().requires_grad_(False)
+    config = LoraMoeConfig(num_experts=E, r=r, top_k=modules.TOP_K, alpha=alpha)
+    weights = inputs.a, inputs.b, inputs.router
+    ours, loop, stacked = layers = [
+        LoraMoeLinear(base, config),
+        modules.LoopLoraMoe(base, *weights),
+        modules.StackedLoraMoe(base, *weights),
+    ]
+    model = torch.nn.ModuleDict({"ours": ours, "loop": loop, "stacked": stacked})
+    modules.set_weights(model, dict.fromkeys(model, weights))
+    outputs = [layer(inputs.x) for layer in layers]
+    for y in outputs:
+        y.backward(inputs.dy)
+    right = [outputs[0], *modules.gradients(model)["ours"]]
+    for name, y in zip(("loop", "stacked"), outputs[1:]):
+        assert entry.units([y, *modules.gradients(model)[name]], right, torch.float64) < 1000
+    with torch.no_grad():  # the loop then skips idle experts
+        assert entry.units([loop(inputs.x)], [outputs[0]], torch.float64) < 1000
