@@ -24,7 +24,7 @@ from lora_moe.plan import PLANS
 from . import eager
 from .cases import BY_NAME, CASES, Case, in_double, sample
 from .compare import assert_accurate
-from .interpreter import Sanitizer, interpreting
+from .interpreter import Sanitizer, interpreting, overflow_checked
 
 pytest.importorskip("triton")
 INTERPRETED = not torch.cuda.is_available()
@@ -347,35 +347,57 @@ def test_only_what_is_needed(case):
                 torch.testing.assert_close(got[rows], full[rows])
 
 
+@every_plan
 @some("tiles fit", "unequal ranks", "shared A", "wide: 1024 ranks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype):
+def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype, plan):
     """Interpreted, not even on the size class of the batch."""
     case = replace(case, T=70)
     v = on_device(sample(case, dtype))
-    full = routed(kernels, v, case, "rank_dense")
+    full = routed(kernels, v, case, plan)
     for rows in (slice(0, 1), slice(40, 57)) if INTERPRETED else (slice(0, 65),):
         part = {**v, "x": v["x"][rows], "base": v["base"][rows]}
-        got = routed(kernels, part, case, "rank_dense")
+        got = routed(kernels, part, case, plan)
         for i in (0, 1, 2, 3, 5, 7):  # all but the batch's statistics
             assert torch.equal(got[i], full[i][rows])
 
 
-def test_deterministic_in_any_order_of_programs(monkeypatch):
+@every_plan
+def test_deterministic_in_any_order_of_programs(monkeypatch, plan):
     case = BY_NAME["one past a tile"]
     v, dy = on_device(sample(case)), noise(case.T, case.D_out).to(DEVICE)
 
     def everything():
-        out = routed(kernels, v, case, "rank_dense")
+        out = routed(kernels, v, case, plan)
         saved = [out[i] for i in (1, 2, 3, 7)]
         aux = [a.to(DEVICE) for a in cotangents(case)]
-        return *out, *routed_backward(kernels, v, case, dy, aux, saved, *all_needed())
+        return *out, *routed_backward(kernels, v, case, dy, aux, saved, *all_needed(plan=plan))
 
     first = everything()
     if INTERPRETED:
         shuffle_programs(monkeypatch)
     for a, b in zip(first, everything()):
         assert torch.equal(a, b)
+
+
+@some("odd", "one past a tile", "unequal ranks", "shared A", "wide: unequal")
+def test_plans_agree(case):
+    """All outputs and gradients in fp32, to 4 u; what the router decides exactly."""
+    v, dy = on_device(sample(case)), noise(case.T, case.D_out).to(DEVICE)
+
+    def everything(plan):
+        *out, s = routed(kernels, v, case, plan)
+        aux = [a.to(DEVICE) for a in cotangents(case)]
+        saved = *out[1:4], s
+        return *out, *routed_backward(kernels, v, case, dy, aux, saved, *all_needed(plan=plan))
+
+    first, *others = [host(everything(plan)) for plan in PLANS]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            if a.is_floating_point():
+                assert_accurate("plans", b, a, dtype=torch.float32, units=4)
+            else:
+                assert torch.equal(a, b)
 
 
 def shuffle_programs(monkeypatch):
@@ -483,16 +505,6 @@ def test_offsets_beyond_int32():
     assert torch.equal(gram, kernels.gram(noise(rows, 4), x.contiguous()))
     want = kernels.expand(noise(rows, 16), a, None, None, x.contiguous(), torch.bfloat16)
     assert torch.equal(y, want)
-
-
-@contextlib.contextmanager
-def overflow_checked():
-    from triton.runtime.interpreter import interpreter_builder
-
-    before = interpreter_builder.options.debug
-    object.__setattr__(interpreter_builder.options, "debug", True)
-    yield
-    object.__setattr__(interpreter_builder.options, "debug", before)
 
 
 def test_fp64_is_refused():
