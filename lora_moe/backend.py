@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import warnings
 
 import torch
 
@@ -81,15 +82,33 @@ def _load_triton() -> dict:
             "this torch has no CUDA or ROCm; TRITON_INTERPRET=1 runs the kernels on CPU tensors"
         )
     kernels = importlib.import_module("lora_moe.triton_kernels")
+    out_of_resources = importlib.import_module("triton.runtime.errors").OutOfResources
     keys = ("CUDA", "CPU") if interpreted else ("CUDA",)
     for name in ops.SCHEMAS:
         for key in keys:
-            kernel = getattr(kernels, name)
+            kernel = _or_reference(name, getattr(kernels, name), out_of_resources)
             if key == "CPU" and name == "grouped_lora":
                 kernel = _checking_ids(kernel)
             torch.library.impl(f"lora_moe::{name}", key, kernel)
     _serving.update({key.lower(): "triton" for key in keys})
     return {"interpreted": interpreted, "version": importlib.import_module("triton").__version__}
+
+
+def _or_reference(name, kernel, out_of_resources):
+    """A kernel that does not fit the device gives way to plain PyTorch, with one warning."""
+
+    def run(*args):
+        try:
+            return kernel(*args)
+        except out_of_resources as error:
+            warnings.warn(
+                f"lora_moe: {name} does not fit this GPU ({error}): plain PyTorch serves instead",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return ops.reference_operator(name)(*args)
+
+    return run
 
 
 def _checking_ids(grouped_lora):

@@ -534,3 +534,63 @@ def test_ranks_from_1_to_1024():
             got = routed(kernels, on_device(inputs), case, "rank_dense")
         want = routed(reference, in_double(inputs), case)
         compare(["y", *ROUTING, "S"], got, want, torch.float32)
+
+
+# --- launching ----------------------------------------------------------------------------------
+
+
+def test_a_tile_that_does_not_fit_is_tried_without_a_pipeline():
+    from triton.runtime.errors import OutOfResources
+
+    launching = importlib.import_module("lora_moe.triton_kernels.launching")
+    tried = []
+
+    class Kernel:
+        def __init__(self, fits):
+            self.fits = fits
+
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                tried.append(options["num_stages"])
+                if options["num_stages"] > self.fits:
+                    raise OutOfResources(200, 100, "shared memory")
+
+            return run
+
+    x = torch.zeros(1, device=DEVICE)
+    launching.launch(x, Kernel(1), (1,), x, num_stages=3)
+    assert tried == [3, 1]
+    with pytest.raises(OutOfResources):
+        launching.launch(x, Kernel(0), (1,), x, num_stages=3)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_does_not_fit_at_all_is_served_by_the_reference(plan):
+    """Once with the S of every plan, and with one warning that names the operator."""
+    from triton.runtime.errors import OutOfResources
+
+    from lora_moe import backend
+
+    def too_large(*args):
+        raise OutOfResources(200, 100, "shared memory")
+
+    case = BY_NAME["unequal ranks"]
+    v = sample(case)
+    run = backend._or_reference("routed_lora", too_large, OutOfResources)
+    args = [v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base", "bias", "scaling")]
+    with pytest.warns(RuntimeWarning, match="routed_lora does not fit this GPU"):
+        got = run(*args, *experts(case), *router(case), plan)
+    want = list(routed(reference, v, case))
+    want[7] = saved_as(plan, want[7], want[1], case)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autotuning_times_other_layers_anew_but_no_other_t():
+    launching = importlib.import_module("lora_moe.triton_kernels.launching")
+    kernel = importlib.import_module("lora_moe.triton_kernels.expand")._expand_kernel
+    tuned = launching.tuned(kernel)
+    assert {"D", "R", "BLOCK_T", "BLOCK_D"} <= set(tuned.keys)
+    assert "T" not in tuned.keys
+    assert len(tuned.configs) > 1
+    assert all(not config.kwargs for config in tuned.configs), "tiles decide bits"
