@@ -16,6 +16,8 @@ PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # what must hold on every backend alike
 BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py
+# of these, what depends on the plan; fp16 differs from bf16 in nothing that does
+FORCED := tests/test_functional.py -k 'not float16 and not router_topk and not shrink'
 step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
@@ -53,6 +55,10 @@ test-host: build $(VENV)/.test ## Run the whole suite on the backend that serves
 test-triton: build $(VENV)/.test ## Run the public functions on the Triton kernels, interpreted without a GPU
 	$(call step,tests of the public functions on the Triton kernels)
 	@LORA_MOE_BACKEND=triton $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+	@for plan in rank_dense segmented decode; do \
+		printf '\033[1m==> the same with plan %s for every call\033[0m\n' $$plan; \
+		LORA_MOE_PLAN=$$plan LORA_MOE_BACKEND=triton $(PYTEST) $(FORCED) $(PYTEST_ARGS) || exit 1; \
+	done
 
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
