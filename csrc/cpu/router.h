@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gating.h"
-#include "tiles.h"
+#include "rows.h"
 
 namespace lora_moe {
 
@@ -15,6 +15,7 @@ struct Router {
   Rows<const W> w;
   const C* bias;
   int64_t tokens, D, E, K;
+  Blocks blocks{0};
   Tensor indices, weights, logits, lse, mean_prob, counts, partial_prob, partial_counts;
 
   Router(const Tensor& x_, const Tensor& w_, const MaybeTensor& bias_, int64_t top_k, Gate gate_)
@@ -23,26 +24,29 @@ struct Router {
     w = rows<W>("router_weight", w_, E, D);
     bias = contiguous<C>("bias", bias_, {E});
     check(K >= 1 && K <= E, "top_k: expected an integer in [1, ", E, "], got ", K);
+    blocks = Blocks(tokens, E, K);
     indices = empty<int32_t>(x_, {tokens, K});
     weights = empty<C>(x_, {tokens, K});
     logits = empty<C>(x_, {tokens, E});
     lse = empty<C>(x_, {tokens});
     mean_prob = empty<C>(x_, {E});
     counts = empty<int64_t>(x_, {E});
-    partial_prob = empty<C>(x_, {count_blocks(tokens), E});
-    partial_counts = empty<int64_t>(x_, {count_blocks(tokens), E});
+    partial_prob = empty<C>(x_, {blocks.count(), E});
+    partial_counts = empty<int64_t>(x_, {blocks.count(), E});
   }
 
   // Routes tokens [begin, end): logits, ids, weights, lse, and this block's share of the sums.
   void block(int64_t number, int64_t begin, int64_t end) {
-    std::vector<const T*> xs(end - begin);
-    std::vector<C*> out(end - begin);
-    for (int64_t t = begin; t < end; ++t) {
-      xs[t - begin] = x.row(t);
-      out[t - begin] = mutable_data<C>(logits) + t * E;
-    }
-    dot_rows(xs.data(), out.data(), end - begin, w.data, w.stride, E, D);
+    multiply(begin, end, 0, E);
     decide(number, begin, end);
+  }
+
+  // Routes all of a few tokens: every thread reads its own rows of w.
+  void few() {
+    for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(W), [&](int64_t i) {
+      multiply(0, tokens, i * kTileColumns, std::min(E, (i + 1) * kTileColumns));
+    });
+    if (tokens > 0) decide(0, 0, tokens);
   }
 
   void finish() {
@@ -50,7 +54,7 @@ struct Router {
     int64_t* count = mutable_data<int64_t>(counts);
     std::fill_n(mean, E, C(0));
     std::fill_n(count, E, int64_t(0));
-    for (int64_t n = 0; n < count_blocks(tokens); ++n)
+    for (int64_t n = 0; n < blocks.count(); ++n)
       for (int64_t e = 0; e < E; ++e) {
         mean[e] += mutable_data<C>(partial_prob)[n * E + e];
         count[e] += mutable_data<int64_t>(partial_counts)[n * E + e];
@@ -59,10 +63,16 @@ struct Router {
   }
 
  private:
+  // logits of tokens [begin, end) and experts [first, last)
+  void multiply(int64_t begin, int64_t end, int64_t first, int64_t last) {
+    const auto xs = pointers(x.data, x.stride, begin, end);
+    const auto out = pointers(mutable_data<C>(logits) + first, E, begin, end);
+    dot_rows(xs.data(), out.data(), end - begin, w.row(first), w.stride, last - first, D);
+  }
+
   void decide(int64_t number, int64_t begin, int64_t end) {
-    std::vector<C> scratch(2 * E);
-    std::vector<char> taken(E);
-    C *p = scratch.data(), *score = p + E;
+    std::vector<C> scratch(2 * padded<C>(E));
+    C *p = scratch.data(), *score = p + padded<C>(E);
     C* prob = mutable_data<C>(partial_prob) + number * E;
     int64_t* count = mutable_data<int64_t>(partial_counts) + number * E;
     std::fill_n(prob, E, C(0));
@@ -71,7 +81,7 @@ struct Router {
       int32_t* ids = mutable_data<int32_t>(indices) + t * K;
       C* weight = mutable_data<C>(weights) + t * K;
       mutable_data<C>(lse)[t] = gate.values(mutable_data<C>(logits) + t * E, E, p);
-      gate.pick(p, bias, E, K, score, taken.data(), ids);
+      gate.pick(p, bias, E, K, score, ids);
       gate.drop(p, K, ids);
       const C z = gate.normalizer(p, ids, K);
       for (int64_t j = 0; j < K; ++j) {
