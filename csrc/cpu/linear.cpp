@@ -100,8 +100,9 @@ Tensor gram(Tensor h, Tensor x) {
     const auto columns = uninitialized<C>(R * n);  // H^T
     for (int64_t t = 0; t < n; ++t)
       for (int64_t i = 0; i < R; ++i) columns[i * n + t] = h_data[t * R + i];
-    for_chunks(D, [&](int64_t c, int64_t width) {
-      gradient.sum(0, R, columns.get(), n, xs.data(), c, width);
+    const int64_t span = std::min(gradient_span(R), kChunk);
+    for_tasks((D + span - 1) / span, kSerialBytes, [&](int64_t i) {
+      gradient.sum(0, R, columns.get(), n, xs.data(), i * span, std::min(span, D - i * span));
     });
     return out;
   });

@@ -85,22 +85,20 @@ struct Backward {
     for (int64_t i = 0; i < n; ++i) xs[i] = x.row(all.tokens[i]), dys[i] = dy.row(all.tokens[i]);
     const auto all_x = pointers(x.data, x.stride, 0, tokens);
     std::vector<std::function<void()>> tasks;
-    for (int64_t c = 0; c < std::max(D_in, D_out); c += kGradientChunk) {
-      const auto add = [&](GradientRows<T> out, int64_t row, int64_t R, const C* h, int64_t count,
-                           const T* const* rows) {
-        const int64_t columns = std::min(kGradientChunk, out.D - c);
-        if (out && columns > 0)
-          tasks.push_back([=] { out.sum(row, R, h, count, rows, c, columns); });
-      };
-      add(dw, 0, experts.E, dlogits_columns.get(), tokens, all_x.data());
-      if (experts.shared_a) add(da, 0, W, ds_columns.get(), tokens, all_x.data());
-      for (int64_t e = 0; e < experts.E; ++e) {
-        // An expert without tokens, or frozen, sums over no rows: its gradient is zeros.
-        const int64_t i = all.start[e], count = needs.is_frozen(e) ? 0 : all.count(e);
-        const int64_t row = experts.offsets[e], rank = experts.rank(e), at = i * experts.max_rank;
-        if (!experts.shared_a) add(da, row, rank, ds_columns.get() + at, count, xs.data() + i);
-        add(db, row, rank, h_columns.get() + at, count, dys.data() + i);
-      }
+    const auto add = [&](const GradientRows<T>& out, int64_t row, int64_t R, const C* h,
+                         int64_t count, const T* const* rows) {
+      const int64_t span = gradient_span(R);
+      for (int64_t c = 0; out && c < out.D; c += span)
+        tasks.push_back([=] { out.sum(row, R, h, count, rows, c, std::min(span, out.D - c)); });
+    };
+    add(dw, 0, experts.E, dlogits_columns.get(), tokens, all_x.data());
+    if (experts.shared_a) add(da, 0, W, ds_columns.get(), tokens, all_x.data());
+    for (int64_t e = 0; e < experts.E; ++e) {
+      // An expert without tokens, or frozen, sums over no rows: its gradient is zeros.
+      const int64_t i = all.start[e], count = needs.is_frozen(e) ? 0 : all.count(e);
+      const int64_t row = experts.offsets[e], rank = experts.rank(e), at = i * experts.max_rank;
+      if (!experts.shared_a) add(da, row, rank, ds_columns.get() + at, count, xs.data() + i);
+      add(db, row, rank, h_columns.get() + at, count, dys.data() + i);
     }
     const int64_t bytes = (tokens + experts.R) * (D_in + D_out) * int64_t(sizeof(T));
     for_tasks(int64_t(tasks.size()), bytes, [&](int64_t i) { tasks[i](); });

@@ -53,15 +53,16 @@ class Sums {
   void add(int64_t n, const int64_t* which, const C* const* h, int64_t R, const B* b, int64_t ldb) {
     const C* from[kTileRows];
     C* to[kTileRows];
+    const int64_t most = tile_rows(n);
     for (int64_t i = 0, rows; i < n; i += rows) {
-      for (rows = 0; rows < kTileRows && i + rows < n; ++rows) {
+      for (rows = 0; rows < most && i + rows < n; ++rows) {
         const int64_t t = which ? which[i + rows] : i + rows;
         if (rows && to_[t] == to[rows - 1]) break;  // twice: not in the same tile
+        if (from_[t] != to_[t]) prefetch<true>(y_ + t * D_ + kChunk, columns_);
         from[rows] = from_[t];
         from_[t] = to[rows] = to_[t];
       }
-      add_rows<kSplit<T>>(
-          h + i, rows, R, [=](int64_t j) { return b + j * ldb; }, columns_, from, to);
+      add_rows<kSplit<T>>(h + i, rows, R, MatrixRows<B>{b, ldb}, columns_, from, to);
     }
   }
 
@@ -121,15 +122,11 @@ inline void write_few_rows(int64_t n, int64_t D, int64_t bytes, Rows<const T> ba
   });
 }
 
-// f(first column, columns), in parallel over chunks of columns: sums over all tokens then have one
-// owner each, who adds in the tokens' order.
-constexpr int64_t kGradientChunk = kChunk / 2;
-
-template <class F>
-inline void for_chunks(int64_t D, F f) {
-  for_tasks((D + kGradientChunk - 1) / kGradientChunk, kSerialBytes, [&](int64_t i) {
-    f(i * kGradientChunk, std::min(kGradientChunk, D - i * kGradientChunk));
-  });
+// Columns of a sum over tokens that one task owns: a page of each row, so that one address
+// translation serves several chunks, and no more sums than the second-level cache keeps beside
+// them.
+inline int64_t gradient_span(int64_t R) {
+  return std::clamp<int64_t>((1 << 15) / R / kChunk * kChunk, kChunk, 1024);
 }
 
 // Pointers to rows [begin, end) of a matrix.
@@ -150,35 +147,56 @@ struct GradientRows {
   explicit operator bool() const { return data != nullptr; }
 
   // out[row + i][c .. c + columns) = sum over s of h[i][s] x[s][c ..]   for i < R, s < n.
-  // Runs of tokens pass one after the other, so that their chunk of x stays in cache for all i.
+  // A tile of a run of tokens stays in cache for all i, and the next one is on its way meanwhile.
   void sum(int64_t row, int64_t R, const C* h, int64_t n, const T* const* x, int64_t c,
            int64_t columns) const {
-    const auto sums = uninitialized<C>(R * kChunk);
-    const C *hs[kTileRows], *from[kTileRows];
-    C* to[kTileRows];
-    if (n == 0) std::fill_n(sums.get(), R * kChunk, C(0));
-    for (int64_t s = 0; s < n; s += kRun)
-      for (int64_t i = 0; i < R; i += kTileRows) {
-        const int64_t rows = std::min<int64_t>(kTileRows, R - i);
-        for (int64_t m = 0; m < rows; ++m) {
-          hs[m] = h + (i + m) * n + s;
-          to[m] = sums.get() + (i + m) * kChunk;
-          from[m] = s == 0 ? zeros<C>() : to[m];
-        }
-        add_rows<kSplit<T>>(
-            hs, rows, std::min(kRun, n - s), [=](int64_t j) { return x[s + j] + c; }, columns, from,
-            to);
+    const int64_t stride = (columns + kTile - 1) / kTile * kTile;
+    const auto sums = uninitialized<C>(R * stride);
+    if (n == 0) std::fill_n(sums.get(), R * stride, C(0));
+    for (int64_t s = 0; s < n; s += kRun) {
+      const int64_t run = std::min(kRun, n - s);
+      for (int64_t d = 0; d < columns; d += kTile) {
+        const int64_t width = std::min(kTile, columns - d);
+        const bool more = d + kTile < columns;
+        const T* const* next = x + (more || s + run + run > n ? s : s + run);
+        add(sums.get() + d, stride, R, h + s, n, run,
+            {x + s, c + d, next, more ? c + d + kTile : c}, width, s == 0);
       }
+    }
     for (int64_t i = 0; i < R; ++i) {
       const int64_t at = (row + i) * D + c;
       if (wide)
-        write(sums.get() + i * kChunk, static_cast<C*>(data) + at, columns);
+        write(sums.get() + i * stride, static_cast<C*>(data) + at, columns);
       else
-        write(sums.get() + i * kChunk, static_cast<T*>(data) + at, columns);
+        write(sums.get() + i * stride, static_cast<T*>(data) + at, columns);
     }
   }
 
  private:
+  static constexpr int64_t kTile = kTileColumns * kLanes<C>;
+
+  static void add(C* sums, int64_t stride, int64_t R, const C* h, int64_t ldh, int64_t n,
+                  ListedRows<T> rows, int64_t columns, bool first) {
+    const C *hs[kTileRows], *from[kTileRows];
+    C* to[kTileRows];
+    const int64_t most = tile_rows(R);
+    for (int64_t i = 0; i < R; i += most) {
+      const int64_t count = std::min(most, R - i);
+      for (int64_t m = 0; m < count; ++m) {
+        hs[m] = h + (i + m) * ldh;
+        to[m] = sums + (i + m) * stride;
+        from[m] = first ? zeros<C>() : to[m];
+      }
+      // every pass over the tile asks for its share of the next one's columns
+      constexpr int64_t line = 64 / sizeof(T);
+      const int64_t begin = i * kTile / R / line, end = (i + count) * kTile / R / line;
+      ListedRows<T> share = rows;
+      share.next_column += begin * line;
+      share.count = (end - begin) * line;
+      add_rows<kSplit<T>>(hs, count, n, share, columns, from, to);
+    }
+  }
+
   template <class P>
   static void write(const C* from, P* to, int64_t columns) {
     constexpr int64_t step = 2 * kLanes<C>;

@@ -326,6 +326,16 @@ LORA_MOE_INLINE void store_pair(T* p, Pair<acc_t<T>> v) {
   store_pair_tail<Split>(p, v, 2 * kLanes<acc_t<T>>);
 }
 
+// --- memory --------------------------------------------------------------------------------------
+
+// Asks for the lines of n elements, to be read or written soon: rows of tokens lie in any order and
+// pages apart, so the hardware does not see them coming.
+template <bool Write = false, class T>
+LORA_MOE_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + i, Write, 2);
+}
+
 // --- sums of lanes -------------------------------------------------------------------------------
 
 // out[i] = sum of the lanes of v[i], for kLanes vectors: neighbours first, then neighbours of

@@ -1,7 +1,7 @@
 // The two products of LoRA-MoE over lists of rows, blocked for registers.
 //
 //   dot_rows  out[t][i] = sum over d of x[t][d] a[i][d]               shrink, and G = dy B^T
-//   add_rows  to[t][c] = from[t][c] + sum over i of h[t][i] row(i)[c]   expand, dx, dA, dB and dW
+//   add_rows  to[t][c] = from[t][c] + sum over i of h[t][i] b[i][c]   expand, dx, dA, dB and dW
 //
 // Rows of tokens are reached through pointers, so the tokens of one expert need not be gathered.
 // Every row of every tile goes through the same additions in the same order, hence a token's bits
@@ -18,8 +18,15 @@ namespace lora_moe {
 constexpr int kTileRows = kVectorBytes == 64 ? 6 : 4;
 constexpr int kTileColumns = kVectorBytes == 64 ? 4 : 2;  // rows of a; vectors of a row
 
-// Long sums are taken in runs of this many terms, each from zero: fewer roundings at full size.
+// Long sums are taken in runs of this many steps, each from zero: fewer roundings at full size, and
+// a tile's part of its rows stays in the first-level cache.
 constexpr int64_t kRun = 64;
+
+// Rows of a tile where there are n: no tile much smaller than the others.
+constexpr int64_t tile_rows(int64_t n) {
+  const int64_t tiles = (n + kTileRows - 1) / kTileRows;
+  return n == 0 ? 1 : (n + tiles - 1) / tiles;
+}
 
 // f.template operator()<M>() with M = rows <= kTileRows, a constant.
 template <int M = kTileRows, class F>
@@ -84,71 +91,104 @@ LORA_MOE_INLINE void dot_step(const X* const (&x)[M], const A* const (&a)[N], in
   }
 }
 
-// out[m * N + n], padded to whole vectors
+// out[m * N + n] over D columns of a run, padded to whole vectors
 template <int M, int N, class X, class A, class C>
 inline void dot_tile(const X* const (&x)[M], const A* const (&a)[N], int64_t D, C* out) {
   constexpr int64_t L = kLanes<C>, step = Product<X, A>::step;
-  constexpr int sums = (M * N + L - 1) / L * L;
-  Vec<C> total[sums] = {};
-  for (int64_t d = 0; d < D;) {
-    const int64_t end = std::min(D, d + kRun * step);
-    Vec<C> sum[M][N] = {};
-    for (; d + step <= end; d += step) dot_step<M, N, false, X, A, C>(x, a, d, 0, sum);
-    if (d < end) dot_step<M, N, true, X, A, C>(x, a, d, end - d, sum), d = end;
-#pragma GCC unroll 32
-    for (int i = 0; i < M * N; ++i) total[i] += sum[i / N][i % N];
-  }
+  Vec<C> sum[M][N] = {};
+  int64_t d = 0;
+  for (; d + step <= D; d += step) dot_step<M, N, false, X, A, C>(x, a, d, 0, sum);
+  if (d < D) dot_step<M, N, true, X, A, C>(x, a, d, D - d, sum);
 #pragma GCC unroll 8
-  for (int i = 0; i < sums; i += L)
-    store(out + i, sum_lanes<C>(reinterpret_cast<Vec<C>(&)[L]>(total[i])));
-}
-
-template <class C>
-inline C dot(const C* x, const C* a, int64_t n) {
-  C out[kLanes<C>];
-  dot_tile<1, 1, C, C, C>({x}, {a}, n, out);
-  return out[0];
+  for (int i = 0; i < M * N; i += L) {
+    Vec<C> group[L] = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j)
+      if (i + j < M * N) group[j] = sum[(i + j) / N][(i + j) % N];
+    store(out + i, sum_lanes<C>(group));
+  }
 }
 
 // x: T pointers to rows of D; out: T pointers to rows of R.
 template <class X, class A, class C>
 inline void dot_rows(const X* const* x, C* const* out, int64_t T, const A* a, int64_t lda,
                      int64_t R, int64_t D) {
-  for (int64_t t = 0; t < T; t += kTileRows)
-    with_rows(std::min<int64_t>(kTileRows, T - t), [&]<int M>() {
-      constexpr int N = kTileColumns;
-      const X* xs[M];
-      std::copy_n(x + t, M, xs);
-      for (int64_t i = 0; i < R; i += N) {
-        const A* as[N];  // a remainder's last row stands there again
-        for (int n = 0; n < N; ++n) as[n] = a + std::min(i + n, R - 1) * lda;
-        C tile[M * N + kLanes<C>];
-        dot_tile<M, N, X, A, C>(xs, as, D, tile);
-        for (int m = 0; m < M; ++m)
-          std::copy_n(tile + m * N, std::min<int64_t>(N, R - i), out[t + m] + i);
+  constexpr int N = kTileColumns;
+  constexpr int64_t run = kRun * Product<X, A>::step;
+  const int64_t rows = tile_rows(T);
+  for (int64_t t = 0; t < T; t += rows)
+    with_rows(std::min(rows, T - t), [&]<int M>() {
+      for (int64_t d = 0; d < D; d += run) {
+        const int64_t columns = std::min(run, D - d);
+        const X* xs[M];
+        for (int m = 0; m < M; ++m) xs[m] = x[t + m] + d;
+        for (int64_t i = 0; i < R; i += N) {
+          const A* as[N];  // a remainder's last row stands there again
+          for (int n = 0; n < N; ++n) as[n] = a + std::min(i + n, R - 1) * lda + d;
+          C tile[M * N + kLanes<C>];
+          dot_tile<M, N, X, A, C>(xs, as, columns, tile);
+          for (int m = 0; m < M; ++m)
+            for (int n = 0; n < std::min<int64_t>(N, R - i); ++n) {
+              C& o = out[t + m][i + n];
+              o = tile[m * N + n] + (d > 0 ? o : 0);
+            }
+        }
       }
     });
 }
 
+// A short one: rows of an expert's rank.
+template <class C>
+inline C dot(const C* x, const C* a, int64_t n) {
+  C out;
+  C* outs = &out;
+  dot_rows<C, C, C>(&x, &outs, 1, a, n, 1, n);
+  return out;
+}
+
+// The rows to add: of a matrix; or from a list, where those of the next tile are asked for
+// meanwhile, as they lie in any order and pages apart, so that the hardware does not see them
+// coming.
+template <class T>
+struct MatrixRows {
+  const T* data;
+  int64_t stride;
+  const T* operator()(int64_t i) const { return data + i * stride; }
+  MatrixRows after(int64_t i) const { return {data + i * stride, stride}; }
+  void ahead(int64_t) const {}
+};
+
+template <class T>
+struct ListedRows {
+  const T* const* rows;
+  int64_t column;
+  const T* const* next;  // as many rows, from this column, this many columns
+  int64_t next_column, count;
+  const T* operator()(int64_t i) const { return rows[i] + column; }
+  ListedRows after(int64_t i) const { return {rows + i, column, next + i, next_column, count}; }
+  void ahead(int64_t i) const { prefetch(next[i] + next_column, count); }
+};
+
 // Sums of split columns stand in whole vectors; other sums may end with the row.
-template <int M, int V, bool Split, bool Tail, class C, class Row>
+template <int M, int V, bool Split, bool Tail, class Row, class C>
 LORA_MOE_INLINE void add_tile(const C* const (&h)[M], int64_t R, Row row, int64_t c, int64_t left,
                               const C* const (&from)[M], C* const (&to)[M]) {
   Vec<C> sum[M][V] = {};
   for (int64_t i = 0; i < R; ++i) {
-    Vec<C> b[V];
+    row.ahead(i);
+    Vec<C> bs[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; v += 2) {
       const auto* p = row(i) + c + v * kLanes<C>;
       const auto pair = Tail ? load_pair_tail<Split>(p, left) : load_pair<Split>(p);
-      b[v] = pair.first;
-      b[v + 1] = pair.second;
+      bs[v] = pair.first;
+      bs[v + 1] = pair.second;
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const Vec<C> hm = broadcast(h[m][i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(hm, b[v], sum[m][v]);
+      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(hm, bs[v], sum[m][v]);
     }
   }
 #pragma GCC unroll 8
@@ -163,7 +203,7 @@ LORA_MOE_INLINE void add_tile(const C* const (&h)[M], int64_t R, Row row, int64_
     }
 }
 
-template <bool Split, int M, class C, class Row>
+template <bool Split, int M, class Row, class C>
 inline void add_run(const C* const (&h)[M], int64_t R, Row row, int64_t columns,
                     const C* const (&from)[M], C* const (&to)[M]) {
   constexpr int V = kTileColumns;
@@ -174,8 +214,8 @@ inline void add_run(const C* const (&h)[M], int64_t R, Row row, int64_t columns,
   if (c < columns) add_tile<M, 2, Split, true>(h, R, row, c, columns - c, from, to);
 }
 
-// T <= kTileRows rows, all different; row(i): the i-th of R rows to add.  `from` may be `to`.
-template <bool Split, class C, class Row>
+// h: T <= kTileRows pointers to rows of R; `to`: as many different rows; `from` may be `to`.
+template <bool Split, class Row, class C>
 inline void add_rows(const C* const* h, int64_t T, int64_t R, Row row, int64_t columns,
                      const C* const* from, C* const* to) {
   with_rows(T, [&]<int M>() {
@@ -185,8 +225,7 @@ inline void add_rows(const C* const* h, int64_t T, int64_t R, Row row, int64_t c
     std::copy_n(from, M, source);
     std::copy_n(to, M, target);
     for (int64_t i = 0; i < R; i += kRun) {
-      const auto shifted = [&](int64_t j) { return row(i + j); };
-      add_run<Split>(hs, std::min(kRun, R - i), shifted, columns, source, target);
+      add_run<Split>(hs, std::min(kRun, R - i), row.after(i), columns, source, target);
       for (int m = 0; m < M; ++m) hs[m] += kRun, source[m] = target[m];
     }
   });
