@@ -17,7 +17,7 @@ from .cases import BY_NAME, leaves, sample, some_cases
 from .test_functional import BACKEND, PARAMETERS, experts_of, routed
 
 ops = torch.ops.lora_moe
-PLAN = plan.choose(BACKEND)
+PLAN = plan.BACKENDS[BACKEND][0]
 no_double = pytest.mark.skipif(BACKEND == "triton", reason="Triton kernels have no float64")
 
 

@@ -12,7 +12,7 @@ std::tuple<Tensor, Tensor> shrink(Tensor x, Tensor a, MaybeTensor w) {
     const auto x_rows = rows<T>("x", x, n, D);
     const auto a_rows = rows<T>("lora_A", a, R, D);
     const auto w_rows = rows<W>("router_weight", w, E, D);
-    Tensor s = empty<C>(x, {n, R}), logits = empty<C>(x, {n, E});
+    Tensor s = empty<C>({n, R}), logits = empty<C>({n, E});
     C *s_data = mutable_data<C>(s), *logits_data = mutable_data<C>(logits);
     Blocks(n).run([&](int64_t, int64_t begin, int64_t end) {
       const auto xs = pointers(x_rows.data, x_rows.stride, begin, end);
@@ -61,7 +61,7 @@ Tensor expand_to(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const 
   check(!h2 || (b2 && h2->size(0) == n), "expand: expected H2 and B2 together, of H's rows");
   const Term<T> second = h2 ? Term<T>(*h2, *b2, D) : Term<T>();
   const auto base_rows = rows<T>("base", base, n, D);
-  Tensor y = empty<T>(h, {n, D});
+  Tensor y = empty<T>({n, D});
   T* y_data = mutable_data<T>(y);
   Blocks(n).run([&](int64_t, int64_t begin, int64_t end) {
     write_rows<T>(begin, end, D, base_rows, y_data, [&](Sums<T>& sums, int64_t c) {
@@ -94,7 +94,7 @@ Tensor gram(Tensor h, Tensor x) {
     const int64_t n = x.size(0), D = x.size(1), R = h.size(1);
     const auto x_rows = rows<T>("x", x, n, D);
     const C* h_data = contiguous<C>("H", h, {n, R});
-    Tensor out = empty<C>(h, {R, D});
+    Tensor out = empty<C>({R, D});
     const GradientRows<T> gradient{mutable_data<C>(out), true, D};
     const auto xs = pointers(x_rows.data, x_rows.stride, 0, n);
     const auto columns = uninitialized<C>(R * n);  // H^T

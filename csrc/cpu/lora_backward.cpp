@@ -179,11 +179,10 @@ struct ParameterGradient {
   ScalarType dtype;
   GradientRows<T> rows;
 
-  ParameterGradient(const Tensor& x, const Tensor& parameter, bool needed)
-      : dtype(parameter.scalar_type()) {
+  ParameterGradient(const Tensor& parameter, bool needed) : dtype(parameter.scalar_type()) {
     const bool wide = dtype != scalar_type_of<T>();
     const Ints shape = needed ? Ints{parameter.size(0), parameter.size(1)} : Ints{0};
-    tensor = wide ? empty<acc_t<T>>(x, shape) : empty<T>(x, shape);
+    tensor = wide ? empty<acc_t<T>>(shape) : empty<T>(shape);
     if (needed) rows = {tensor.mutable_data_ptr(), wide, parameter.size(1)};
   }
   Tensor done() const { return as_dtype(tensor, dtype); }
@@ -200,13 +199,13 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
                             std::move(offsets), shared_a,
                             {std::move(frozen), need_x, need_w, need_a, need_b});
     const int64_t n = backward.tokens;
-    Tensor dx = empty<T>(x, need_x ? Ints{n, backward.D_in} : Ints{0});
-    Tensor dweights = empty<C>(x, {n, backward.K});
-    const ParameterGradient<T> da(x, a, need_a), db(x, b, need_b);
+    Tensor dx = empty<T>(need_x ? Ints{n, backward.D_in} : Ints{0});
+    Tensor dweights = empty<C>({n, backward.K});
+    const ParameterGradient<T> da(a, need_a), db(b, need_b);
     backward.dweights = mutable_data<C>(dweights);
     const Grouping all = backward.tokens_pass(pointer<T>(dx, need_x), [](int64_t, int64_t) {});
     if (need_a || need_b) backward.parameters_pass(all, da.rows, {}, db.rows);
-    if (!need_w) dweights = empty<C>(x, {0});
+    if (!need_w) dweights = empty<C>({0});
     return {dx, dweights, da.done(), db.done()};
   });
 }
@@ -232,8 +231,8 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
     backward.dweights = slot_grad.get();
     backward.dlogits = logit_grad.get();
     backward.dlogits_columns = uninitialized<C>(E * n);
-    Tensor dx = empty<T>(x, need_x ? Ints{n, backward.D_in} : Ints{0});
-    const ParameterGradient<T> dw(x, w, need_w), da(x, a, need_a), db(x, b, need_b);
+    Tensor dx = empty<T>(need_x ? Ints{n, backward.D_in} : Ints{0});
+    const ParameterGradient<T> dw(w, need_w), da(a, need_a), db(b, need_b);
     const auto routing_gradient = [&](int64_t begin, int64_t end) {
       std::vector<C> scratch(2 * padded<C>(E));
       for (int64_t t = begin; t < end; ++t) {

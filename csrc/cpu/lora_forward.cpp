@@ -18,6 +18,8 @@ struct Forward {
   const C* scaling;
   int64_t tokens, D_in, D_out, K, W;
   Tensor a_rounded, b_rounded, y, s;
+  T* y_data;
+  C* s_data;
 
   Forward(const Tensor& x_, const Tensor& a_, const Tensor& b_, const MaybeTensor& base_,
           const Tensor& scaling_, Ints offsets, bool shared_a, int64_t top_k)
@@ -34,8 +36,8 @@ struct Forward {
     b = rows<T>("lora_B", b_rounded, experts.R, D_out);
     base = rows<T>("base", base_, tokens, D_out);
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
-    y = empty<T>(x_, {tokens, D_out});
-    s = empty<C>(x_, {tokens, W});
+    y_data = mutable_data<T>(y = empty<T>({tokens, D_out}));
+    s_data = mutable_data<C>(s = empty<C>({tokens, W}));
   }
 
   // Tokens [begin, end) through shrink, gate and expand: a block, or in parallel all of a few.
@@ -52,9 +54,9 @@ struct Forward {
       }
     };
     if (few)
-      write_few_rows<T>(end, D_out, weight_bytes(group, D_out), base, mutable_data<T>(y), add);
+      write_few_rows<T>(end, D_out, weight_bytes(group, D_out), base, y_data, add);
     else
-      write_rows<T>(begin, end, D_out, base, mutable_data<T>(y), add);
+      write_rows<T>(begin, end, D_out, base, y_data, add);
   }
 
  private:
@@ -63,7 +65,6 @@ struct Forward {
   }
 
   void shrink(const Grouping& group, int64_t begin, int64_t end, bool few) {
-    C* s_data = mutable_data<C>(s);
     const int64_t bytes = weight_bytes(group, D_in);
     if (experts.shared_a) {
       const auto from = pointers(x.data, x.stride, begin, end);
@@ -97,7 +98,7 @@ struct Forward {
     return h;
   }
 
-  C* row_s(int64_t slot) { return mutable_data<C>(s) + slot / K * W + experts.column(slot % K); }
+  C* row_s(int64_t slot) { return s_data + slot / K * W + experts.column(slot % K); }
 };
 
 void check_plan(const std::string& plan) {
@@ -134,15 +135,13 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, top_k);
     check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
           " rows, one per expert, got ", router.E);
-    const int32_t* ids = mutable_data<int32_t>(router.indices);
-    const acc_t<T>* weights = mutable_data<acc_t<T>>(router.weights);
     if (router.blocks.few()) {
       router.few();
-      forward.run(0, router.tokens, ids, weights, true);
+      forward.run(0, router.tokens, router.ids, router.weight, true);
     } else {
       router.blocks.run([&](int64_t number, int64_t begin, int64_t end) {
         router.block(number, begin, end);
-        forward.run(begin, end, ids, weights, false);
+        forward.run(begin, end, router.ids, router.weight, false);
       });
     }
     router.finish();

@@ -30,7 +30,7 @@ Tensor backward(const MaybeTensor& dweights, const MaybeTensor& dlogits,
   const C* weight = contiguous<C>("weights", weights, {T, K});
   const C* logit = contiguous<C>("logits", logits, {T, E});
   check_ids(ids, T * K, E);
-  Tensor out = empty<C>(logits, {T, E});
+  Tensor out = empty<C>({T, E});
   Blocks(T).run([&](int64_t, int64_t begin, int64_t end) {
     std::vector<C> scratch(2 * padded<C>(E));
     for (int64_t t = begin; t < end; ++t)
