@@ -21,7 +21,7 @@ import torch
 from . import ops
 
 BACKENDS = ("triton", "cuda", "cpp", "reference")
-ISAS = ("avx512", "avx2", "portable")  # best first
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 
 _serving: dict[str, str] = {}
 _facts: dict[str, dict] = {}
@@ -53,7 +53,9 @@ def cpu_isas() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine().lower() not in ("x86_64", "amd64") or capability == "DEFAULT":
         return ["portable"]
-    return list(ISAS if capability.startswith("AVX512") else ISAS[1:])
+    if not capability.startswith("AVX512"):
+        return list(ISAS[2:])
+    return list(ISAS if torch.cpu._is_avx512_bf16_supported() else ISAS[1:])
 
 
 def _load_cpp() -> dict:
