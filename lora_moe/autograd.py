@@ -1,7 +1,7 @@
 """The autograd.Functions: forward and backward call one operator each, saving nothing of size D_out.
 
-Parameters may be wider than x (fp32 adapters, bf16 x): they are rounded to x's dtype for the
-products, and their gradients, summed in fp32, return in the parameter's own dtype.
+Parameters may be wider than x (fp32 adapters, bf16 x): the operators round them to x's dtype for the
+products and return their gradients, summed in fp32, in the parameter's own dtype.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts.
 """
@@ -29,11 +29,13 @@ def rounded(x, *parameters):
 
 
 class RouterTopK(Function):
-    """indices, weights, logits, mean_prob, lse, counts = apply(x, w, bias, top_k, gate, renormalize)"""
+    """indices, weights, logits, mean_prob, lse, counts = apply(
+    x, w, bias, top_k, gate, renormalize, top_p, threshold)
+    """
 
     @staticmethod
-    def forward(ctx, x, w, bias, top_k, gate, renormalize):
-        out = _ops.router_topk(x, router_operand(w, x), bias, top_k, gate, renormalize)
+    def forward(ctx, x, w, bias, top_k, gate, renormalize, *sparsity):
+        out = _ops.router_topk(x, router_operand(w, x), bias, top_k, gate, renormalize, *sparsity)
         indices, weights, logits, _, _, counts = out
         ctx.save_for_backward(x, w, indices, weights, logits)
         ctx.options = gate, renormalize
@@ -48,7 +50,7 @@ class RouterTopK(Function):
         dx, dw = _router_backward(
             ctx, (dweights, dlogits, dmean_prob, dlse), x, w, indices, weights, logits
         )
-        return dx, dw, None, None, None, None
+        return dx, dw, *(None,) * 6
 
 
 def _router_backward(ctx, grads, x, w, indices, weights, logits):
@@ -69,7 +71,15 @@ class GroupedLora(Function):
     @staticmethod
     def forward(ctx, x, a, b, base, indices, weights, scaling, offsets, shared_a, frozen, plan):
         y, s = _ops.grouped_lora(
-            x, *rounded(x, a, b), base, indices, weights, scaling, offsets, shared_a, plan
+            x,
+            *map(rows_contiguous, (a, b)),
+            base,
+            indices,
+            weights,
+            scaling,
+            offsets,
+            shared_a,
+            plan,
         )
         ctx.save_for_backward(x, a, b, s, indices, weights, scaling)
         ctx.options = offsets, shared_a, frozen, plan
@@ -84,7 +94,7 @@ class GroupedLora(Function):
         dx, dweights, da, db = _ops.grouped_lora_backward(
             rows_contiguous(dy),
             x,
-            *rounded(x, a, b),
+            *map(rows_contiguous, (a, b)),
             s,
             indices,
             weights,
@@ -100,8 +110,8 @@ class GroupedLora(Function):
         )
         return (
             dx if need_x else None,
-            da.to(a.dtype) if need_a else None,
-            db.to(b.dtype) if need_b else None,
+            da if need_a else None,
+            db if need_b else None,
             dy if need_base else None,
             None,
             dweights if need_weights else None,
@@ -112,18 +122,18 @@ class GroupedLora(Function):
 class RoutedLora(Function):
     """y, indices, weights, logits, mean_prob, lse, counts = apply(
     x, router_weight, lora_A, lora_B, base, bias, scaling, offsets, shared_a, top_k, gate,
-    renormalize, frozen, plan)
+    renormalize, top_p, threshold, frozen, plan)
     """
 
     @staticmethod
     def forward(
         ctx, x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize,
-        frozen, plan,
+        top_p, threshold, frozen, plan,
     ):  # fmt: skip
         *out, s = _ops.routed_lora(
             x,
             router_operand(w, x),
-            *rounded(x, a, b),
+            *map(rows_contiguous, (a, b)),
             base,
             bias,
             scaling,
@@ -132,6 +142,8 @@ class RoutedLora(Function):
             top_k,
             gate,
             renormalize,
+            top_p,
+            threshold,
             plan,
         )
         _, indices, weights, logits, _, _, counts = out
@@ -150,14 +162,14 @@ class RoutedLora(Function):
         need_x, need_w, need_a, need_b, need_base = ctx.needs_input_grad[:5]
         if dy is None:  # only the routing reached the loss
             dx, dw = _router_backward(ctx, aux, x, w, indices, weights, logits)
-            return dx, dw, *(None,) * 12
+            return dx, dw, *(None,) * 14
         offsets, shared_a, frozen, plan = ctx.experts
         dx, dw, da, db = _ops.routed_lora_backward(
             rows_contiguous(dy),
             *aux,
             x,
             router_operand(w, x),
-            *rounded(x, a, b),
+            *map(rows_contiguous, (a, b)),
             s,
             indices,
             weights,
@@ -176,10 +188,10 @@ class RoutedLora(Function):
         return (
             dx if need_x else None,
             dw.to(w.dtype) if need_w else None,
-            da.to(a.dtype) if need_a else None,
-            db.to(b.dtype) if need_b else None,
+            da if need_a else None,
+            db if need_b else None,
             dy if need_base else None,
-            *(None,) * 9,
+            *(None,) * 11,
         )
 
 

@@ -33,6 +33,8 @@ def router_topk(
     gate: str = "softmax",
     renormalize: bool = True,
     bias: torch.Tensor | None = None,
+    top_p: float | None = None,
+    threshold: float | None = None,
 ) -> Routing:
     """Pick top_k experts a token:  p = gate(x W^T),  ids = top-k of p + bias,  weights = p[ids].
 
@@ -45,6 +47,9 @@ def router_topk(
             picked logits.
         bias: (E,), added to p for the selection only, not to the weights; takes no gradient
             (DeepSeek-V3's loss-free balancing, arXiv 2408.15664).
+        top_p: in (0, 1]: a token takes its picked experts, best first, until their gates sum to top_p;
+            the rest of the K slots stay empty.  Softmax only (MixLoRA's top-p router).
+        threshold: in [0, 1]: picked experts with a smaller gate are dropped, all of them perhaps.
     Returns:
         Routing with every field; T is the product of x's leading dimensions.  Ties go to the lower
         expert id; a NaN logit is picked last and never yields an invalid id.
@@ -54,7 +59,8 @@ def router_topk(
     """
     x = _input(x, "router_topk")
     _router(x, router_weight, top_k, gate, bias)
-    args = (_rows(x), router_weight, _selection(bias, x), top_k, gate, bool(renormalize))
+    sparsity = _sparsity(top_p, threshold, gate)
+    args = (_rows(x), router_weight, _selection(bias, x), top_k, gate, bool(renormalize), *sparsity)
     if _needs_graph(x, router_weight):
         out = autograd.RouterTopK.apply(*args)
     else:
@@ -117,7 +123,9 @@ def grouped_lora(
     if _needs_graph(x, lora_A, lora_B, base, weights):
         y = autograd.GroupedLora.apply(rows, lora_A, lora_B, *args, frozen, chosen)
     else:
-        y, _ = _ops.grouped_lora(rows, *autograd.rounded(x, lora_A, lora_B), *args, chosen)
+        y, _ = _ops.grouped_lora(
+            rows, *map(autograd.rows_contiguous, (lora_A, lora_B)), *args, chosen
+        )
     return y.view(*x.shape[:-1], lora_B.shape[1])
 
 
@@ -135,6 +143,8 @@ def routed_lora(
     gate: str = "softmax",
     renormalize: bool = True,
     bias: torch.Tensor | None = None,
+    top_p: float | None = None,
+    threshold: float | None = None,
     frozen: Sequence[int] = (),
 ) -> tuple[torch.Tensor, Routing]:
     """Router, top-k and experts in a single pass over x:  grouped_lora(x, ..., router_topk(x, ...)).
@@ -165,6 +175,7 @@ def routed_lora(
         top_k,
         gate,
         bool(renormalize),
+        *_sparsity(top_p, threshold, gate),
     )
     if _needs_graph(x, router_weight, lora_A, lora_B, base):
         y, *routing = autograd.RoutedLora.apply(
@@ -173,7 +184,7 @@ def routed_lora(
     else:
         w = autograd.router_operand(router_weight, x)
         y, *routing, _ = _ops.routed_lora(
-            rows, w, *autograd.rounded(x, lora_A, lora_B), *args, chosen
+            rows, w, *map(autograd.rows_contiguous, (lora_A, lora_B)), *args, chosen
         )
     return y.view(*x.shape[:-1], lora_B.shape[1]), _routing(*routing)
 
@@ -364,6 +375,17 @@ def _base(base, x, lora_B):
     if base.dtype != x.dtype:
         raise TypeError(f"base: expected x's dtype {x.dtype}, got {base.dtype}")
     return _rows(base)
+
+
+def _sparsity(top_p, threshold, gate):
+    """As the operators take them: numbers that drop nothing where the caller gave none."""
+    if top_p is not None and (not _is_finite(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    if top_p is not None and gate != "softmax":
+        raise ValueError(f"top_p: expected gate='softmax', whose gates sum to 1, got {gate!r}")
+    if threshold is not None and (not _is_finite(threshold) or not 0 <= threshold <= 1):
+        raise ValueError(f"threshold: expected a number in [0, 1], got {threshold!r}")
+    return math.inf if top_p is None else float(top_p), float(threshold or 0)
 
 
 def _selection(bias, x):

@@ -4,10 +4,12 @@ Nine operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels 
 device; whatever has none runs reference.py.  Gradients live in autograd.py, outside the operators.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, W saved columns.
-Contract: x (T, D_in), base and dy (T, D_out) have unit stride along columns; a (R or r, D_in) and
-b (R, D_out) have x's dtype; w (E, D_in) has x's dtype or fp32; scaling (E,), weights (T, K), logits
-and every h, S and gradient of a parameter are fp32 (all fp64 when x is); indices (T, K) int32.
-Gradients that are not needed come back empty, with shape (0,).
+Contract: x (T, D_in), base and dy (T, D_out) and the parameters have unit stride along columns;
+w (E, D_in) has x's dtype or fp32; scaling (E,), weights (T, K), logits and every h and S are fp32 (all
+fp64 when x is); indices (T, K) int32, -1 where a slot is empty.  The operators with experts take
+a (R or r, D_in) and b (R, D_out) as the parameters are, round them to x's dtype for the products, and
+return each parameter's gradient in its own dtype, rounded once; `shrink` and `expand` take them in
+x's dtype, and what `gram` returns is fp32.  Gradients that are not needed come back empty, shape (0,).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from . import reference
 from .plan import RANK_DENSE, saved_ranks
 
-_ROUTER = "int top_k, str gate, bool renormalize"
+_ROUTER = "int top_k, str gate, bool renormalize, float top_p, float threshold"
 _EXPERTS = "Tensor scaling, int[] offsets, bool shared_a"
 _ROUTING = "Tensor indices, Tensor weights"
 _SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
@@ -112,6 +114,8 @@ def _grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, s
     grads = reference.grouped_lora_backward(
         dy, x, a, b, s, indices, weights, scaling, offsets, shared_a
     )
+    dx, dweights, da, db = grads
+    grads = dx, dweights, da.to(a.dtype), db.to(b.dtype)
     return _backward(grads, offsets, shared_a, *needs)
 
 
@@ -156,6 +160,8 @@ def _routed_lora_backward(
         gate,
         renormalize,
     )
+    dx, dw, da, db = grads
+    grads = dx, dw.to(w.dtype), da.to(a.dtype), db.to(b.dtype)
     return _backward(grads, offsets, shared_a, *needs)
 
 
@@ -166,7 +172,7 @@ def _acc(x, *shape):
     return x.new_empty(shape, dtype=reference.accumulator(x.dtype))
 
 
-def _router_topk_fake(x, w, bias, top_k, gate, renormalize):
+def _router_topk_fake(x, w, bias, top_k, gate, renormalize, top_p, threshold):
     T, E = x.shape[0], w.shape[0]
     return (
         x.new_empty((T, top_k), dtype=torch.int32),
@@ -202,10 +208,9 @@ def _grouped_lora_fake(x, a, b, base, indices, weights, scaling, offsets, shared
     return x.new_empty((x.shape[0], b.shape[1])), _acc(x, x.shape[0], width)
 
 
-def _routed_lora_fake(
-    x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize, plan
-):
-    routing = _router_topk_fake(x, w, bias, top_k, gate, renormalize)
+def _routed_lora_fake(x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, *rest):
+    *_, plan = rest
+    routing = _router_topk_fake(x, w, bias, top_k, *rest[:-1])
     y, s = _grouped_lora_fake(x, a, b, base, *routing[:2], scaling, offsets, shared_a, plan)
     return y, *routing, s
 
@@ -214,8 +219,8 @@ def _backward_fake(x, dw, a, b, need_x, need_w, need_a, need_b):
     grads = (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         dw,
-        _acc(x, *a.shape),
-        _acc(x, *b.shape),
+        a.new_empty(a.shape),
+        b.new_empty(b.shape),
     )
     return tuple(map(_keep, grads, (need_x, need_w, need_a, need_b)))
 
@@ -227,7 +232,7 @@ def _grouped_lora_backward_fake(
 
 
 def _routed_lora_backward_fake(dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, *rest):
-    return _backward_fake(x, _acc(x, *w.shape), a, b, *rest[-5:-1])
+    return _backward_fake(x, w.new_empty(w.shape), a, b, *rest[-5:-1])
 
 
 _TABLE = {

@@ -6,10 +6,13 @@ written as one low-rank map with a gate in rank space:  y = base + H @ B,  H = g
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts together,
 r one expert's rank, D_in and D_out the linear's sizes.  Sums are taken in fp32 (fp64 for fp64 inputs),
-outputs are rounded once.  Everything here also serves as the backend of last resort.
+outputs are rounded once, A and B to x's dtype before.  Everything here also serves as the backend of last
+resort.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -34,9 +37,11 @@ def gate_values(logits, gate):
     return torch.softmax(logits, dim=1) if gate == "softmax" else torch.sigmoid(logits)
 
 
-def router_topk(x, w, bias, top_k, gate, renormalize):
+def router_topk(x, w, bias, top_k, gate, renormalize, top_p=math.inf, threshold=0.0):
     """logits = x W^T;  p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
 
+    Of the K picked, those with p < threshold are dropped, and those before which p already sums to
+    top_p: their id is -1, their weight 0.
     Returns indices (T, K) int32, weights (T, K), logits (T, E), mean_prob (E,), lse (T,), counts (E,).
     """
     acc = accumulator(x.dtype)
@@ -44,12 +49,16 @@ def router_topk(x, w, bias, top_k, gate, renormalize):
     p = gate_values(logits, gate)  # (T, E)
     ids = select_topk(p if bias is None else p + bias, top_k)  # (T, K)
     weights = p.gather(1, ids)  # (T, K)
+    before = torch.nn.functional.pad(weights, (1, 0))[:, :-1].cumsum(1)
+    dropped = (weights < threshold) | (before >= top_p)
+    weights = torch.where(dropped, 0, weights)
     if renormalize:
         weights = weights / _nonzero(weights.sum(1, keepdim=True))
     mean_prob = p.sum(0) / max(len(x), 1)  # (E,)
     counts = torch.zeros(len(w), dtype=torch.int64, device=x.device)
-    counts.index_add_(0, ids.flatten(), torch.ones_like(ids.flatten()))
-    return ids.int(), weights, logits, mean_prob, torch.logsumexp(logits, 1), counts
+    counts.index_add_(0, ids.flatten(), (~dropped).long().flatten())
+    ids = torch.where(dropped, -1, ids).int()
+    return ids, weights, logits, mean_prob, torch.logsumexp(logits, 1), counts
 
 
 def router_topk_backward(
@@ -57,13 +66,13 @@ def router_topk_backward(
 ):
     """Gradient of the logits from those of weights, logits, mean_prob and lse (each may be None)."""
     p = gate_values(logits, gate)  # (T, E)
-    ids = indices.long()
+    kept, ids = indices >= 0, indices.clamp(min=0).long()
     dp = torch.zeros_like(p)
     if dweights is not None:
         if renormalize:  # w = p / z: the part along w itself cancels
-            z = _nonzero(p.gather(1, ids).sum(1, keepdim=True))
+            z = _nonzero(torch.where(kept, p.gather(1, ids), 0).sum(1, keepdim=True))
             dweights = (dweights - (dweights * weights).sum(1, keepdim=True)) / z
-        dp = dp.scatter_add(1, ids, dweights)
+        dp = dp.scatter_add(1, ids, torch.where(kept, dweights, 0))
     if dmean_prob is not None:
         dp = dp + dmean_prob / max(len(p), 1)
     if gate == "softmax":
@@ -120,10 +129,10 @@ def repeat_shared(s, offsets, shared_a):
 
 def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a):
     """y = base + gate(x A^T) B with the routing given.  Returns y (T, D_out), S (T, R or r)."""
-    s, _ = shrink(x, a)
+    s, _ = shrink(x, a.to(x.dtype))
     gate, picked = spread_gate(indices, weights, scaling, offsets)
     h = torch.where(picked, repeat_shared(s, offsets, shared_a) * gate, 0)  # (T, R)
-    return expand(h, b, base=base, dtype=x.dtype), s
+    return expand(h, b.to(x.dtype), base=base, dtype=x.dtype), s
 
 
 def grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a):
@@ -132,6 +141,7 @@ def grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, sh
     G = dy B^T;  dS = G g s;  dg_te = s_e sum over rows r of e of G_tr S_tr;  dB = H^T dy;
     dA = dS^T x;  dx = dS A.
     """
+    a, b = a.to(x.dtype), b.to(x.dtype)
     ds, dweights, h = rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a)
     return expand(ds, a, dtype=x.dtype), dweights, gram(ds, x), gram(h, dy)
 
@@ -156,9 +166,9 @@ def rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a):
     return ds, dweights, h
 
 
-def routed_lora(x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize):
+def routed_lora(x, w, a, b, base, bias, scaling, offsets, shared_a, *router):
     """Router and experts together: grouped_lora of router_topk.  Returns y, the routing, S."""
-    routing = router_topk(x, w, bias, top_k, gate, renormalize)
+    routing = router_topk(x, w, bias, *router)
     y, s = grouped_lora(x, a, b, base, routing[0], routing[1], scaling, offsets, shared_a)
     return y, *routing, s
 
@@ -184,6 +194,7 @@ def routed_lora_backward(
     renormalize,
 ):
     """Gradients of x, w, a, b.  dx = dS A + dlogits W;  [dA ; dW] = [dS | dlogits]^T x."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
     ds, dgate, h = rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a)
     dweights = dgate if dweights is None else dgate + dweights
     dlogits = router_topk_backward(

@@ -6,6 +6,8 @@ autograd; the yardstick is the same formulation in the tested dtype.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -494,3 +496,48 @@ def test_changed_saved_tensor_and_second_backward_raise():
     y.sum().backward()
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         y.sum().backward()
+
+
+# --- a variable number of experts a token ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.6}, {"threshold": 0.3}, {"threshold": 1.0}], ids=str
+)
+@pytest.mark.parametrize("renormalize", [True, False])
+@some_cases("tiles fit", "one past a tile", "unequal ranks")
+def test_dropped_experts(case, renormalize, options):
+    """Every pick is kept or dropped as a loop over a token's gates says; values and gradients follow."""
+    gate = "softmax" if "top_p" in options else case.gate
+    case = replace(case, K=3, gate=gate, renormalize=renormalize)
+    v = leaves(sample(case), *PARAMETERS)
+    y, routing = routed(v, case, **options)
+    p, _ = eager.gates(v["x"].detach().double(), v["router_weight"].detach(), case)
+    score = p if v["bias"] is None else p + v["bias"]
+    for t, best in enumerate(
+        score.sort(dim=1, descending=True, stable=True).indices[:, :3].tolist()
+    ):
+        kept, before = [], 0.0
+        for e in best:
+            dropped = p[t, e] < options.get("threshold", 0) or before >= options.get("top_p", 9)
+            kept.append(-1 if dropped else e)
+            before += p[t, e].item()
+        assert routing.indices[t].tolist() == kept
+    ids = routing.indices.long()
+    assert torch.equal(routing.counts, torch.bincount(ids[ids >= 0], minlength=case.E))
+
+    def plain(v):
+        p, _ = eager.gates(v["x"], v["router_weight"], case)
+        weights = torch.where(ids >= 0, p.gather(1, ids.clamp(min=0)), 0)
+        if renormalize:
+            weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)
+        rest = ids, weights, case, v["base"], v["scaling"]
+        return eager.grouped_lora(v["x"], v["lora_A"], v["lora_B"], *rest)
+
+    exact = leaves(in_double(v), *PARAMETERS)
+    want, dys = plain(exact), cotangents([y])
+    assert_accurate("y", y, want, plain(v))
+    got = gradients([y], dys, v, PARAMETERS)
+    expected = gradients([want], dys, exact, PARAMETERS)
+    for name in got:
+        assert_accurate(f"d{name}", got[name], expected[name], units=16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -24,7 +25,7 @@ def operator_calls(case, dtype=torch.float32):
     """Arguments for every operator, as the autograd.Functions would pass them."""
     v = sample(case, dtype)
     x, w, a, b = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B"))
-    router = (case.K, case.gate, case.renormalize)
+    router = (case.K, case.gate, case.renormalize, math.inf, 0.0)
     experts = (v["scaling"], case.offsets, case.shared_a)
     forward = (x, w, a, b, v["base"], v["bias"], *experts, *router, PLAN)
     y, indices, weights, logits, mean_prob, lse, _, s = ops.routed_lora(*forward)
@@ -36,8 +37,8 @@ def operator_calls(case, dtype=torch.float32):
     return {
         "router_topk": [(x, w, v["bias"], *router)],
         "router_topk_backward": [
-            (*aux, indices, weights, logits, *router[1:]),
-            (None, None, None, aux[3], indices, weights, logits, *router[1:]),
+            (*aux, indices, weights, logits, *router[1:3]),
+            (None, None, None, aux[3], indices, weights, logits, *router[1:3]),
         ],
         "shrink": [(x, a, w), (x, a, None)],
         "expand": [
@@ -52,7 +53,7 @@ def operator_calls(case, dtype=torch.float32):
         ],
         "routed_lora": [forward, (*forward[:4], None, None, *forward[6:])],
         "routed_lora_backward": [
-            (dy, *more, x, w, a, b, s, indices, weights, logits, *experts, *router[1:], *need)
+            (dy, *more, x, w, a, b, s, indices, weights, logits, *experts, *router[1:3], *need)
             for more, need in ((aux, needs), ((None,) * 4, partial))
         ],
     }  # fmt: skip

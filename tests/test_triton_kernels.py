@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import mmap
 import random
 import subprocess
@@ -68,8 +69,11 @@ def in_fp64(values):
     return [v.double() if v is not None and v.is_floating_point() else v for v in values]
 
 
-def compare(names, got, want, dtype):
-    """Integers exactly, the router's numbers as fp32, the others as dtype demands."""
+def compare(names, got, want, dtype, tokens=16):
+    """Integers exactly, the router's numbers as fp32, the others as dtype demands.
+
+    Where few numbers were rounded, those of H in few tokens among them, chance decides.
+    """
     for name, g, w in zip(names, host(got), want, strict=True):
         assert g.shape == w.shape, name
         if not w.is_floating_point():
@@ -77,7 +81,8 @@ def compare(names, got, want, dtype):
         else:
             wide = name in ROUTING or name in ("S", "dweights", "dw")
             kind = torch.float32 if wide else dtype
-            units = 16 if wide else UNITS[kind] if g.numel() > 100 else 1.5 * UNITS[kind]
+            few = g.numel() <= 256 or tokens < 16
+            units = 16 if wide else UNITS[kind] * (1.5 if few else 1)
             assert_accurate(name, g, w, dtype=kind, units=units)
 
 
@@ -91,7 +96,7 @@ def experts(case):
 
 
 def router(case):
-    return case.K, case.gate, case.renormalize
+    return case.K, case.gate, case.renormalize, math.inf, 0.0
 
 
 # --- operators ----------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ def test_routed_lora(case, dtype):
     want = routed_backward(
         reference, in_double(inputs), case, dy.double(), in_fp64(aux), in_fp64(given)
     )
-    compare(["dx", "dw", "da", "db"], got, want, dtype)
+    compare(["dx", "dw", "da", "db"], got, want, dtype, case.T)
 
 
 def cotangents(case):
@@ -185,7 +190,8 @@ def test_grouped_lora(case, dtype):
     s = want[1].float()
     with watched():
         got = backward(kernels, on_device(inputs), s.to(DEVICE), *all_needed())
-    compare(["dx", "dweights", "da", "db"], got, backward(reference, exact, s.double()), dtype)
+    want = backward(reference, exact, s.double())
+    compare(["dx", "dweights", "da", "db"], got, want, dtype, case.T)
 
 
 @every_case

@@ -63,17 +63,21 @@ def gate_values(logits, e_ok, GATE: tl.constexpr):
 
 
 @triton.jit
-def topk(p, bias_ptr, e, e_ok, K: tl.constexpr):
-    """Ids and gates of the K experts with the largest p + bias, and what is left unpicked.
+def topk(p, bias_ptr, top_p, threshold, e, e_ok, K: tl.constexpr):
+    """Ids and gates of the K experts with the largest p + bias, and who was picked.
 
     Ties go to the lower id, NaN comes last; the mask of free experts, not a sentinel in the scores, is
-    what keeps an id from being picked twice.  (BLOCK_T, E) -> (BLOCK_T, K padded) twice, (BLOCK_T, E)
+    what keeps an id from being picked twice.  A picked expert is dropped, its id -1 and its gate 0, if
+    its p is below the threshold or those before it sum to top_p.
+    (BLOCK_T, E) -> (BLOCK_T, K padded) twice, (BLOCK_T, E)
     """
     score = p
     if bias_ptr is not None:
         score += tl.load(bias_ptr + e, mask=e_ok, other=0.0)[None, :]
     score = tl.where(score == score, score, float("-inf"))
     free = tl.broadcast_to(e_ok[None, :], p.shape)
+    picked = free & False
+    before = tl.zeros((p.shape[0],), tl.float32)
     slot = tl.arange(0, triton.next_power_of_2(K))[None, :]
     ids = tl.zeros((p.shape[0], slot.shape[1]), tl.int32)
     gates = tl.zeros((p.shape[0], slot.shape[1]), tl.float32)
@@ -81,16 +85,22 @@ def topk(p, bias_ptr, e, e_ok, K: tl.constexpr):
         best = tl.max(tl.where(free, score, float("-inf")), 1)
         first = tl.min(tl.where(free & (score == best[:, None]), e[None, :], p.shape[1]), 1)
         hit = e[None, :] == first[:, None]
-        ids = tl.where(slot == j, first[:, None], ids)
-        gates = tl.where(slot == j, tl.sum(tl.where(hit, p, 0.0), 1)[:, None], gates)
+        value = tl.sum(tl.where(hit, p, 0.0), 1)
+        dropped = (value < threshold) | (before >= top_p)
+        ids = tl.where(slot == j, tl.where(dropped, -1, first)[:, None], ids)
+        gates = tl.where(slot == j, tl.where(dropped, 0.0, value)[:, None], gates)
+        picked = picked | (hit & (dropped == 0)[:, None])
         free = free & (e[None, :] != first[:, None])
-    return ids, gates, free
+        before += value
+    return ids, gates, picked
 
 
 @triton.jit
 def route(
     logits,
     bias_ptr,
+    top_p,
+    threshold,
     out,
     t0,
     t,
@@ -108,13 +118,12 @@ def route(
     (BLOCK_T, E) -> (BLOCK_T, E), zero where not picked
     """
     p, lse = gate_values(logits, e_ok, GATE)
-    ids, weights, free = topk(p, bias_ptr, e, e_ok, K)
+    ids, weights, picked = topk(p, bias_ptr, top_p, threshold, e, e_ok, K)
     gate = p
     if RENORMALIZE:
         z = nonzero(tl.sum(weights, 1))[:, None]
         weights = weights / z
         gate = gate / z
-    picked = e_ok[None, :] & (free == 0)
 
     slot = tl.arange(0, ids.shape[1])
     filled = t_ok[:, None] & (slot < K)[None, :]

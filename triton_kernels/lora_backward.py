@@ -21,15 +21,16 @@ def grouped_lora_backward(
     """dx, dweights, da, db; empty where not needed."""
     require_rank_dense(plan)
     require_supported(dy, x, a, b)
+    kinds, (a, b) = (a.dtype, b.dtype), (a.to(x.dtype), b.to(x.dtype))
     routing = Routing(indices.contiguous(), weights.contiguous())
     experts = bundle_experts(None, b, scaling, offsets, shared_a)
-    gate = gate_options(indices.shape[1], "softmax", False)
+    gate = gate_options(indices.shape[1])
     ds, h, dweights = rank_gradient(dy, s.contiguous(), routing, experts, gate, aux_gradients())
     dx = expand(ds, a, None, None, None, x.dtype) if need_x else x.new_empty(0)
     da = gram(ds, x) if need_a else s.new_empty(0)
     db = gram(h, dy) if need_b else s.new_empty(0)
     zero_frozen_rows(da, db, frozen, offsets, shared_a)
-    return dx, dweights if need_w else s.new_empty(0), da, db
+    return dx, dweights if need_w else s.new_empty(0), da.to(kinds[0]), db.to(kinds[1])
 
 
 def routed_lora_backward(
@@ -39,6 +40,7 @@ def routed_lora_backward(
     """dx, dw, da, db; empty where not needed."""
     require_rank_dense(plan)
     require_supported(dy, x, w, a, b)
+    kinds, (a, b) = (a.dtype, b.dtype), (a.to(x.dtype), b.to(x.dtype))
     routing = Routing(indices.contiguous(), weights.contiguous(), logits.contiguous())
     experts = bundle_experts(None, b, scaling, offsets, shared_a)
     gate = gate_options(indices.shape[1], gate, renormalize)
@@ -54,7 +56,7 @@ def routed_lora_backward(
         dw = gram(dlogits, x)
     db = gram(h, dy) if need_b else s.new_empty(0)
     zero_frozen_rows(da, db, frozen, offsets, shared_a)
-    return dx, dw, da, db
+    return dx, dw.to(w.dtype), da.to(kinds[0]), db.to(kinds[1])
 
 
 def zero_frozen_rows(da, db, frozen, offsets, shared_a):

@@ -55,6 +55,8 @@ def _rank_gradient_kernel(
     E,
     R,
     D_out,
+    top_p,
+    threshold,
     K: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,

@@ -60,6 +60,8 @@ def _routed_lora_kernel(
     R,
     D_in,
     D_out,
+    top_p,
+    threshold,
     K: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -94,7 +96,10 @@ def _routed_lora_kernel(
     tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=s_inside)
 
     if w_ptr is not None:
-        gate = route(logits, bias_ptr, routing, t0, t, t_ok, e, e < E, T, E, K, GATE, RENORMALIZE)
+        gate = route(
+            logits, bias_ptr, top_p, threshold, routing, t0, t, t_ok, e, e < E, T, E,
+            K, GATE, RENORMALIZE,
+        )  # fmt: skip
     else:
         gate = scatter_slots(routing.indices, routing.weights, t, t_ok, e, e < E, K)
     gate *= tl.load(scaling_ptr + e, mask=e < E, other=0.0)[None, :]
@@ -119,13 +124,14 @@ def _routed_lora_kernel(
 
 
 def routed_lora(
-    x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize, plan
+    x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize, top_p, threshold, plan
 ):  # fmt: skip
     """y (T, D_out), indices, weights, logits, mean_prob, lse, counts, S."""
     require_rank_dense(plan)
     require_supported(x, w, a, b)
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
-    gate = gate_options(top_k, gate, renormalize)
+    gate = gate_options(top_k, gate, renormalize, top_p, threshold)
+    a, b = a.to(x.dtype), b.to(x.dtype)
     if len(x) == 0 or not experts.fit_registers:
         s, logits = shrink(x, a, w)
         routing = route_logits(logits, bias, gate)
@@ -141,13 +147,13 @@ def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, pl
     """y (T, D_out), S."""
     require_rank_dense(plan)
     require_supported(x, a, b)
-    experts = bundle_experts(a, b, scaling, offsets, shared_a)
+    experts = bundle_experts(a.to(x.dtype), b.to(x.dtype), scaling, offsets, shared_a)
     routing = Routing(indices.contiguous(), weights.contiguous())
     if len(x) == 0 or not experts.fit_registers:
         s, _ = shrink(x, a, None)
         return _expand_gated(s, routing, experts, base, x.dtype), s
     tile = choose("routed_lora", x, experts.EP * experts.RP)
-    gate = gate_options(indices.shape[1], "softmax", False)
+    gate = gate_options(indices.shape[1])
     return _launch(x, None, None, experts, base, routing, gate, tile)
 
 

@@ -10,6 +10,7 @@ Reads T*D_in + E*D_in, writes 4*T*(E + 2K + 1).
 Letters: T tokens, E experts, K picked experts a token.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,8 +54,15 @@ def new_routing(x, E, K, block_t):
     )
 
 
-def gate_options(K, gate, renormalize):
-    return {"K": K, "GATE": gate, "RENORMALIZE": renormalize}
+def gate_options(K, gate="softmax", renormalize=False, top_p=math.inf, threshold=0.0):
+    """Without a router only K matters."""
+    return {
+        "top_p": top_p,
+        "threshold": threshold,
+        "K": K,
+        "GATE": gate,
+        "RENORMALIZE": renormalize,
+    }
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -69,6 +77,8 @@ def _router_topk_kernel(
     T,
     E,
     D_in,
+    top_p,
+    threshold,
     K: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -88,13 +98,29 @@ def _router_topk_kernel(
         _, logits = project(
             x_ptr, stride_xt, t, t_ok, None, 0, e, e_ok, w_ptr, stride_we, e, e_ok, 0, D_in, BLOCK_D, "ieee"
         )  # fmt: skip
-    route(logits, bias_ptr, routing, t0, t, t_ok, e, e_ok, T, E, K, GATE, RENORMALIZE)
+    route(
+        logits,
+        bias_ptr,
+        top_p,
+        threshold,
+        routing,
+        t0,
+        t,
+        t_ok,
+        e,
+        e_ok,
+        T,
+        E,
+        K,
+        GATE,
+        RENORMALIZE,
+    )
 
 
-def router_topk(x, w, bias, top_k, gate, renormalize):
+def router_topk(x, w, bias, top_k, gate, renormalize, top_p, threshold):
     """indices, weights (T, K), logits (T, E), mean_prob (E,), lse (T,), counts (E,)."""
     require_supported(x, w)
-    options = gate_options(top_k, gate, renormalize)
+    options = gate_options(top_k, gate, renormalize, top_p, threshold)
     if len(w) > MAX_EXPERTS:
         _, logits = shrink(x, None, w)
         return route_logits(logits, bias, options)

@@ -1,5 +1,5 @@
 // The router's middle, one token at a time:  p = gate(logits),  ids = top-k of p + bias,
-// weights = p[ids] (/ their sum),  and its gradient.
+// weights = p[ids] (/ their sum),  and its gradient.  A picked expert may be dropped: its id is -1.
 #pragma once
 
 #include <cmath>
@@ -19,8 +19,11 @@ inline void check_ids(const int32_t* indices, int64_t n, int64_t E) {
 struct Gate {
   bool sigmoid;
   bool renormalize;
+  double top_p, threshold;
 
-  Gate(const std::string& name, bool renorm) : sigmoid(name == "sigmoid"), renormalize(renorm) {
+  Gate(const std::string& name, bool renorm, double top = std::numeric_limits<double>::infinity(),
+       double least = 0)
+      : sigmoid(name == "sigmoid"), renormalize(renorm), top_p(top), threshold(least) {
     check(sigmoid || name == "softmax", "gate: expected softmax or sigmoid, got ", name);
   }
 
@@ -39,7 +42,8 @@ struct Gate {
   C normalizer(const C* p, const int32_t* ids, int64_t K) const {
     if (!renormalize) return 1;
     C sum = 0;
-    for (int64_t j = 0; j < K; ++j) sum += p[ids[j]];
+    for (int64_t j = 0; j < K; ++j)
+      if (ids[j] >= 0) sum += p[ids[j]];
     return sum == 0 ? 1 : sum;
   }
 
@@ -62,6 +66,17 @@ struct Gate {
     }
   }
 
+  // Drops picked experts with p < threshold, and those before which p already sums to top_p.
+  template <class C>
+  void drop(const C* p, int64_t K, int32_t* ids) const {
+    C before = 0;
+    for (int64_t j = 0; j < K; ++j) {
+      const C value = p[ids[j]];
+      if (value < C(threshold) || before >= C(top_p)) ids[j] = -1;
+      before += value;
+    }
+  }
+
   // Gradient of the logits from those of weights (K), p (E), lse and the logits themselves;
   // null pointers are zeros.  `p` and `dp` (E,) are scratch, out (E,) may not alias them.
   template <class C>
@@ -74,7 +89,8 @@ struct Gate {
       const C z = normalizer(p, ids, K);
       C along = 0;  // w = p / z: the part of its gradient along w itself cancels
       for (int64_t j = 0; renormalize && j < K; ++j) along += dweights[j] * weights[j];
-      for (int64_t j = 0; j < K; ++j) dp[ids[j]] += (dweights[j] - along) / z;
+      for (int64_t j = 0; j < K; ++j)
+        if (ids[j] >= 0) dp[ids[j]] += (dweights[j] - along) / z;
     }
     C mean = 0;
     for (int64_t e = 0; !sigmoid && e < E; ++e) mean += p[e] * dp[e];

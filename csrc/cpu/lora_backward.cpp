@@ -174,9 +174,11 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
                             Tensor weights, Tensor scaling, Ints offsets, bool shared_a,
                             Ints frozen, bool need_x, bool need_w, bool need_a, bool need_b,
                             std::string plan) {
+  const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
   return dispatch(x, [&]<class T>() -> Grads {
     using C = acc_t<T>;
-    Backward<T, T> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets), shared_a,
+    Backward<T, T> backward(dy, x, a_rounded, b_rounded, s, indices, weights, scaling,
+                            std::move(offsets), shared_a,
                             {std::move(frozen), need_x, need_w, need_a, need_b});
     const int64_t n = backward.tokens;
     Tensor dx = result<T>(x, need_x, {n, backward.D_in});
@@ -193,7 +195,7 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
     });
     backward.parameter_gradients(pointer<C>(da, need_a), nullptr, pointer<C>(db, need_b));
     if (!need_w) dweights = empty<C>(x, {0});
-    return {dx, dweights, da, db};
+    return {dx, dweights, as_dtype(da, a.scalar_type()), as_dtype(db, b.scalar_type())};
   });
 }
 
@@ -203,10 +205,12 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
                            Tensor scaling, Ints offsets, bool shared_a, std::string gate_name,
                            bool renormalize, Ints frozen, bool need_x, bool need_w, bool need_a,
                            bool need_b, std::string plan) {
+  const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
   return dispatch(x, w, [&]<class T, class W>() -> Grads {
     using C = acc_t<T>;
     const Gate gate(gate_name, renormalize);
-    Backward<T, W> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets), shared_a,
+    Backward<T, W> backward(dy, x, a_rounded, b_rounded, s, indices, weights, scaling,
+                            std::move(offsets), shared_a,
                             {std::move(frozen), need_x, need_w, need_a, need_b});
     const int64_t n = backward.tokens, E = backward.experts.E, K = backward.K;
     const RoutingGrad<C> grad(dweights, dlogits, dmean_prob, dlse, n, E, K);
@@ -237,7 +241,8 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
     });
     backward.parameter_gradients(pointer<C>(da, need_a), pointer<C>(dw, need_w),
                                  pointer<C>(db, need_b));
-    return {dx, dw, da, db};
+    return {dx, as_dtype(dw, w.scalar_type()), as_dtype(da, a.scalar_type()),
+            as_dtype(db, b.scalar_type())};
   });
 }
 

@@ -17,17 +17,20 @@ struct Forward {
   Rows<const T> x, a, b, base;
   const C* scaling;
   int64_t D_in, D_out, K, W;
-  Tensor y, s;
+  Tensor a_rounded, b_rounded, y, s;
 
   Forward(const Tensor& x_, const Tensor& a_, const Tensor& b_, const MaybeTensor& base_,
           const Tensor& scaling_, Ints offsets, bool shared_a, int64_t top_k)
-      : experts(std::move(offsets), shared_a, scaling_.size(0)), K(top_k) {
+      : experts(std::move(offsets), shared_a, scaling_.size(0)),
+        K(top_k),
+        a_rounded(as_dtype(a_, x_.scalar_type())),
+        b_rounded(as_dtype(b_, x_.scalar_type())) {
     D_in = x_.size(1);
     D_out = b_.size(1);
     W = experts.saved(K);
     x = rows<T>("x", x_, x_.size(0), D_in);
-    a = rows<T>("lora_A", a_, experts.rows_a(), D_in);
-    b = rows<T>("lora_B", b_, experts.R, D_out);
+    a = rows<T>("lora_A", a_rounded, experts.rows_a(), D_in);
+    b = rows<T>("lora_B", b_rounded, experts.R, D_out);
     base = rows<T>("base", base_, x_.size(0), D_out);
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
     y = empty<T>(x_, {x_.size(0), D_out});
@@ -120,10 +123,10 @@ using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 
 Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, MaybeTensor bias,
                    Tensor scaling, Ints offsets, bool shared_a, int64_t top_k, std::string gate,
-                   bool renormalize, std::string plan) {
+                   bool renormalize, double top_p, double threshold, std::string plan) {
   check_plan(plan);
   return dispatch(x, w, [&]<class T, class W>() -> Routed {
-    Router<T, W> router(x, w, bias, top_k, Gate(gate, renormalize));
+    Router<T, W> router(x, w, bias, top_k, Gate(gate, renormalize, top_p, threshold));
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, top_k);
     check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
           " rows, one per expert, got ", router.E);

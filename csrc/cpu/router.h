@@ -72,10 +72,11 @@ struct Router {
       C* weight = mutable_data<C>(weights) + t * K;
       mutable_data<C>(lse)[t] = gate.values(mutable_data<C>(logits) + t * E, E, p);
       gate.pick(p, bias, E, K, score, taken.data(), ids);
+      gate.drop(p, K, ids);
       const C z = gate.normalizer(p, ids, K);
       for (int64_t j = 0; j < K; ++j) {
-        weight[j] = p[ids[j]] / z;
-        ++count[ids[j]];
+        weight[j] = ids[j] < 0 ? C(0) : p[ids[j]] / z;
+        if (ids[j] >= 0) ++count[ids[j]];
       }
       for (int64_t e = 0; e < E; ++e) prob[e] += p[e];
     }

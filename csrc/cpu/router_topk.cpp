@@ -7,9 +7,9 @@ namespace {
 using Routing = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Routing router_topk(Tensor x, Tensor w, MaybeTensor bias, int64_t top_k, std::string gate,
-                    bool renormalize) {
+                    bool renormalize, double top_p, double threshold) {
   return dispatch(x, w, [&]<class T, class W>() -> Routing {
-    Router<T, W> router(x, w, bias, top_k, Gate(gate, renormalize));
+    Router<T, W> router(x, w, bias, top_k, Gate(gate, renormalize, top_p, threshold));
     for_blocks(router.tokens, [&](int64_t n, int64_t b, int64_t e) { router.block(n, b, e); });
     router.finish();
     return {router.indices,   router.weights, router.logits,

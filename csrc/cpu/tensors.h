@@ -100,6 +100,14 @@ inline Tensor empty(const Tensor& like, Ints shape) {
   return torch::stable::new_empty(like, shape, scalar_type_of<T>());
 }
 
+// t, or a copy of it in another dtype, rounded to nearest.
+inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  if (t.scalar_type() == dtype) return t;
+  Tensor out = torch::stable::new_empty(t, t.sizes(), dtype);
+  torch::stable::copy_(out, t);
+  return out;
+}
+
 template <class T>
 inline T* mutable_data(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());

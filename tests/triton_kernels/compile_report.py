@@ -10,6 +10,7 @@ JSON line a kernel.
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -77,7 +78,9 @@ def operands(dtype, T, ranks, K=2):
 def routed(kernels, dtype, T, ranks):
     x, w, a, b, scaling, offsets, (ids, weights, logits) = operands(dtype, T, ranks)
     experts = scaling, offsets, False
-    kernels.routed_lora(x, w, a, b, x, None, *experts, 2, "softmax", True, "rank_dense")
+    kernels.routed_lora(
+        x, w, a, b, x, None, *experts, 2, "softmax", True, math.inf, 0.0, "rank_dense"
+    )
     s = torch.zeros(T, len(a))
     aux = weights, logits, scaling, torch.zeros(T)
     kernels.routed_lora_backward(
@@ -98,7 +101,7 @@ def grouped(kernels, dtype, T, ranks, shared_a=False):
 def matmuls(kernels, dtype):
     """The router alone, and the two matmuls in fp32 rank space."""
     x, w, a, b, _, _, (ids, weights, logits) = operands(dtype, MANY, [16] * 8)
-    kernels.router_topk(x, w, torch.zeros(8), 2, "sigmoid", True)
+    kernels.router_topk(x, w, torch.zeros(8), 2, "sigmoid", True, math.inf, 0.0)
     kernels.router_topk_backward(weights, None, None, None, ids, weights, logits, "sigmoid", True)
     s = torch.zeros(MANY, len(a))
     kernels.expand(s, b, None, None, x, dtype)
