@@ -105,12 +105,12 @@ struct Gram {
 template <class T>
 void shrink(const Shrink<T>&, const Middle<T>*, cudaStream_t);
 template <class T>
-void rank_gradient(const Shrink<T>&, const MiddleGrad<T>*, cudaStream_t);
+void shrink(const Shrink<T>&, const MiddleGrad<T>*, cudaStream_t);
 // The middles alone, when S or G came in stretches.
 template <class T>
 void gate_ranks(const Middle<T>&, cudaStream_t);
 template <class T>
-void gate_ranks_backward(const MiddleGrad<T>&, cudaStream_t);
+void gate_ranks(const MiddleGrad<T>&, cudaStream_t);
 
 template <class T>
 void expand(const Expand<T>&, cudaStream_t);
@@ -124,7 +124,7 @@ void add_parts(const float* parts, int64_t count, int64_t n, T* out, cudaStream_
 // mean_prob (E,) and counts (E,) from the sums over groups of tokens.
 void router_totals(const Routing&, int64_t tokens, int E, float* mean_prob, int64_t* counts,
                    cudaStream_t);
-void router_topk_backward(const Router&, const Routing&, const RoutingGrad&, const float* logits,
+void router_gradient(const Router&, const Routing&, const RoutingGrad&, const float* logits,
                           int64_t tokens, float* dlogits, cudaStream_t);
 
 // A table on the device without a copy from the host's memory, which would wait for it: kernel

@@ -8,7 +8,7 @@
 
 namespace lora_moe::cuda {
 
-inline void check(cudaError_t error, const char* what) {
+inline void require(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
@@ -20,7 +20,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, Params(args)...), name);
+  require(cudaLaunchKernelEx(&config, kernel, Params(args)...), name);
 }
 
 }  // namespace lora_moe::cuda

@@ -7,20 +7,20 @@
 namespace lora_moe::cuda {
 
 template <class T>
-void rank_gradient(const Shrink<T>& p, const MiddleGrad<T>* m, cudaStream_t stream) {
+void shrink(const Shrink<T>& p, const MiddleGrad<T>* m, cudaStream_t stream) {
   launch_shrink(p, m, stream);
 }
 
 template <class T>
-void gate_ranks_backward(const MiddleGrad<T>& m, cudaStream_t stream) {
+void gate_ranks(const MiddleGrad<T>& m, cudaStream_t stream) {
   launch_middle(m, stream);
 }
 
-template void rank_gradient(const Shrink<float>&, const MiddleGrad<float>*, cudaStream_t);
-template void rank_gradient(const Shrink<f16>&, const MiddleGrad<f16>*, cudaStream_t);
-template void rank_gradient(const Shrink<bf16>&, const MiddleGrad<bf16>*, cudaStream_t);
-template void gate_ranks_backward(const MiddleGrad<float>&, cudaStream_t);
-template void gate_ranks_backward(const MiddleGrad<f16>&, cudaStream_t);
-template void gate_ranks_backward(const MiddleGrad<bf16>&, cudaStream_t);
+template void shrink(const Shrink<float>&, const MiddleGrad<float>*, cudaStream_t);
+template void shrink(const Shrink<f16>&, const MiddleGrad<f16>*, cudaStream_t);
+template void shrink(const Shrink<bf16>&, const MiddleGrad<bf16>*, cudaStream_t);
+template void gate_ranks(const MiddleGrad<float>&, cudaStream_t);
+template void gate_ranks(const MiddleGrad<f16>&, cudaStream_t);
+template void gate_ranks(const MiddleGrad<bf16>&, cudaStream_t);
 
 }  // namespace lora_moe::cuda

@@ -63,11 +63,11 @@ void router_totals(const Routing& routing, int64_t tokens, int E, float* mean_pr
          mean_prob, counts);
 }
 
-void router_topk_backward(const Router& router, const Routing& routing, const RoutingGrad& aux,
+void router_gradient(const Router& router, const Routing& routing, const RoutingGrad& aux,
                           const float* logits, int64_t tokens, float* dlogits,
                           cudaStream_t stream) {
   if (tokens > 0)
-    launch("router_topk_backward", router_gradient_kernel, ceil_div(tokens, kSumThreads / 32),
+    launch("router_gradient", router_gradient_kernel, ceil_div(tokens, kSumThreads / 32),
            kSumThreads, stream, router, routing, aux, logits, tokens, dlogits);
 }
 

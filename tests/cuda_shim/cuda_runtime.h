@@ -1,0 +1,67 @@
+// As much of CUDA C++ as the kernels use, for a C++ compiler: found in place of CUDA's own header.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static  // one block runs at a time
+
+using std::isinf;
+using std::isnan;
+using std::max;
+using std::min;
+
+inline void __syncthreads() { cuda_shim::wait_for_block(); }
+inline void __syncwarp(unsigned = ~0u) { cuda_shim::wait_for_warp(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int bits) {
+  return cuda_shim::exchange(value)[cuda_shim::lane() ^ bits];
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_shim::exchange(value)[lane];
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned by) {
+  const unsigned lane = cuda_shim::lane();
+  return cuda_shim::exchange(value)[lane < by ? lane : lane - by];
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) { return "success"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* major = std::getenv("CUDA_SHIM_CAPABILITY");
+  *value = major ? std::atoi(major) : 9;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  return std::memset(data, value, bytes), cudaSuccess;
+}
+
+template <class... Params>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
+                               Params... params) {
+  cuda_shim::run_grid(config->gridDim, config->blockDim, [&] { kernel(params...); });
+  return cudaSuccess;
+}
