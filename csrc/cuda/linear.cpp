@@ -97,6 +97,8 @@ Tensor expand_rows(const Tensor& h, const Tensor& b, const MaybeTensor& h2, cons
 }
 
 Tensor gram_rows(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream) {
+  if (dtype == ScalarType::Double)
+    return as_dtype(gram_rows(h, x, ScalarType::Float, stream), dtype);
   return dispatch(x, [&]<class T>() {
     if constexpr (kHalf<T>)
       if (h.scalar_type() == scalar_type_of<T>()) return gram_of<T, T>(h, x, dtype, stream);

@@ -81,7 +81,8 @@ struct Sums {
   }
 };
 
-// .. and in fp32: a lane has rows lane / 4 + 8 i and columns lane % 4 + 4 j.
+// .. and in fp32: a lane has rows lane / 4 + 8 i and columns lane % 4 + 4 j.  A step's products are
+// summed apart before they join the total, which errs less than one long sum.
 template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK>
 struct ExactSums {
   static constexpr int kStep = 4;
@@ -96,6 +97,10 @@ struct ExactSums {
   __device__ void zero() {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0.f;
+  }
+  __device__ void join(const ExactSums& step) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] += step.sums[i / 4][i % 4];
   }
   static __device__ void load(LeftPart& part, const Left* tile, int stride) {
 #pragma unroll
@@ -185,6 +190,19 @@ struct Product {
   }
 
   __device__ void multiply(const Left* left, const Right* right) {
+    if constexpr (kTensorCores) {
+      multiply(left, right, parts);
+    } else {
+      Part step[MI][NI];
+#pragma unroll
+      for (int i = 0; i < MI * NI; ++i) step[i / NI][i % NI].zero();
+      multiply(left, right, step);
+#pragma unroll
+      for (int i = 0; i < MI * NI; ++i) parts[i / NI][i % NI].join(step[i / NI][i % NI]);
+    }
+  }
+
+  static __device__ void multiply(const Left* left, const Right* right, Part (&sums)[MI][NI]) {
 #pragma unroll
     for (int k = 0; k < BK; k += Part::kStep) {
       typename Part::LeftPart left_parts[MI];
@@ -203,7 +221,7 @@ struct Product {
                    right + (kRightAlongK ? n * RightTile::kStride + k : k * RightTile::kStride + n),
                    RightTile::kStride);
 #pragma unroll
-        for (int i = 0; i < MI; ++i) parts[i][j].add(left_parts[i], right_part);
+        for (int i = 0; i < MI; ++i) sums[i][j].add(left_parts[i], right_part);
       }
     }
   }

@@ -28,9 +28,10 @@ struct RouterSums {
     for (int i = 0; i < kRows * kExperts; ++i) sums[i / kExperts][i % kExperts] = 0.f;
   }
 
-  // One step: the tile's BK columns of x are columns k .. of w.
+  // One step, summed apart first: the tile's BK columns of x are columns k .. of w.
   template <int BK, class T>
   __device__ void add(const T* x, const Rows<float>& w, int first, int E, int64_t k, int64_t end) {
+    RouterSums step;
 #pragma unroll 1
     for (int c = 0; c < BK; c += 4) {
       Pack<T, 4> xs[kRows];
@@ -45,9 +46,13 @@ struct RouterSums {
 #pragma unroll
         for (int i = 0; i < kRows; ++i)
 #pragma unroll
-          for (int v = 0; v < 4; ++v) sums[i][j] = fmaf(widen(xs[i].v[v]), ws.v[v], sums[i][j]);
+          for (int v = 0; v < 4; ++v)
+            step.sums[i][j] = fmaf(widen(xs[i].v[v]), ws.v[v], step.sums[i][j]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < kRows * kExperts; ++i)
+      sums[i / kExperts][i % kExperts] += step.sums[i / kExperts][i % kExperts];
   }
 
   __device__ void write(float* logits, int64_t m, int64_t M, int first, int E) const {

@@ -21,23 +21,18 @@ using std::isnan;
 using std::max;
 using std::min;
 
-inline void __syncthreads() { cuda_shim::wait_for_block(); }
-inline void __syncwarp(unsigned = ~0u) { cuda_shim::wait_for_warp(); }
+inline void __syncthreads(std::source_location here = std::source_location::current()) {
+  if (!cuda_shim::is_skipped(here)) cuda_shim::wait_for_block();
+}
+inline void __syncwarp(unsigned = ~0u,
+                       std::source_location here = std::source_location::current()) {
+  if (!cuda_shim::is_skipped(here)) cuda_shim::wait_for_warp();
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int bits) {
   return cuda_shim::exchange(value)[cuda_shim::lane() ^ bits];
 }
-template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return cuda_shim::exchange(value)[lane];
-}
-template <class T>
-T __shfl_up_sync(unsigned, T value, unsigned by) {
-  const unsigned lane = cuda_shim::lane();
-  return cuda_shim::exchange(value)[lane < by ? lane : lane - by];
-}
-
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <source_location>
 
 struct dim3 {
   unsigned x, y, z;
@@ -22,6 +23,9 @@ inline unsigned thread_in_block;
 void run_grid(dim3 grid, dim3 block, const std::function<void()>& thread);
 void wait_for_block();
 void wait_for_warp();
+
+bool is_skipped(std::source_location where);
+extern int planted;
 
 inline unsigned lane() { return thread_in_block % 32; }
 inline unsigned warp() { return thread_in_block / 32; }
