@@ -4,11 +4,12 @@
 PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
+CUDA_VENV ?= build/check-cuda
 JOBS ?= 2
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CXX_FOUND := $(shell command -v $(CXX))
 PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one thread a process: two thread pools on the same cores would wait for each other
@@ -19,7 +20,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test test-host test-triton test-reference lint format clean
+.PHONY: help venv build demo test test-host test-triton test-reference check-cuda lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
@@ -50,6 +51,14 @@ test-triton: build $(VENV)/.test ## Run the public functions on the Triton kerne
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
 	@LORA_MOE_BACKEND=reference $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+
+check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
+	$(call step,building the CUDA kernels: about two minutes)
+	@LORA_MOE_SKIP_EXT=1 LORA_MOE_BUILD_CUDA=1 MAX_JOBS=$(JOBS) \
+		$(CUDA_VENV)/bin/python -W ignore setup.py -q build_ext --inplace
+	$(call step,checking the build)
+	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -W ignore -m tests.check_cuda
+	@$(CUDA_VENV)/bin/python -W ignore -m lora_moe info
 
 lint: $(VENV)/.lint ## Check style: ruff and clang-format
 	$(BIN)/ruff check
@@ -100,6 +109,13 @@ $(VENV)/.torch: $(VENV)/.python requirements/torch.txt
 	fi
 	@$(BIN)/python -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
 	@$(BIN)/python -W ignore -c "$$TELL_TORCH"
+	@touch $@
+
+$(CUDA_VENV)/.torch: requirements/cuda.txt
+	$(call step,making $(CUDA_VENV) with a CUDA build of torch)
+	@$(PYTHON) -m venv --clear $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		-r requirements/cuda.txt setuptools pybind11 numpy safetensors tqdm
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch requirements/build.txt requirements/constraints.txt pyproject.toml

@@ -17,7 +17,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_moe import ops as _schemas  # noqa: F401  defines the operators
 from lora_moe import reference
 
 from . import eager

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from lora_moe import ops
+
 ROOT = Path(__file__).parents[2]
 SHIM = Path(__file__).parent
 FOLDER = ROOT / "build" / "cuda_shim"
@@ -28,44 +30,59 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 
 
 def build(csrc: Path = ROOT / "csrc", sanitize: bool = False) -> Path:
-    """The module built from csrc/cuda; built before, from the same sources, it is used again."""
-    cuda = csrc / "cuda"
-    sources = sorted([*cuda.iterdir(), csrc / "tensors.h", *SHIM.iterdir()])
-    content = b"".join(p.read_bytes() for p in sources if p.is_file())
-    name = hashlib.sha256(content + torch.__version__.encode() + bytes([sanitize])).hexdigest()[:16]
-    module = FOLDER / name / "_C_cuda.so"
-    module.parent.mkdir(parents=True, exist_ok=True)
-    with open(module.parent / "lock", "w") as lock:
+    """The module built from csrc/cuda; what was built before from the same text is used again."""
+    kernels, hosts = sorted((csrc / "cuda").glob("*.cu")), sorted((csrc / "cuda").glob("*.cpp"))
+    runtime = sorted(SHIM.glob("*.cpp"))
+    flags = SANITIZERS if sanitize else []
+    commands = [
+        *((source, [*FLAGS, *flags, *KERNEL_FLAGS]) for source in kernels),
+        *((source, [*FLAGS, *_torch_flags()]) for source in hosts),
+        *((source, [*FLAGS, *flags, *_torch_flags()]) for source in runtime),
+    ]
+    headers = [*(csrc / "cuda").glob("*.h"), csrc / "tensors.h", *SHIM.glob("*.h")]
+    text = b"".join(path.read_bytes() for path in sorted(headers))
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes wait for the first
-        if not module.exists():
-            _compile(cuda, module, SANITIZERS if sanitize else [])
-    return module
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(lambda c: _object(*c, text), commands))
+        return _link(objects, flags)
 
 
-def _compile(cuda, module, sanitizers):
+def _torch_flags():
     import pybind11
     from torch.utils import cpp_extension
 
-    torch_flags = [
+    return [
         *(f"-isystem{p}" for p in [*cpp_extension.include_paths(), pybind11.get_include()]),
         f"-isystem{sysconfig.get_paths()['include']}",
         *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DLORA_MOE_CUDA_ARCHS=none"),
     ]
-    kernels, hosts = sorted(cuda.glob("*.cu")), sorted([*cuda.glob("*.cpp"), *SHIM.glob("*.cpp")])
-    commands = {p: [*sanitizers, *KERNEL_FLAGS] for p in kernels}
-    commands |= {p: [*torch_flags, *(sanitizers if p.parent == SHIM else [])] for p in hosts}
 
-    def compile_one(source):
-        target = module.parent / f"{source.name}.o"
-        _run(COMPILER, *FLAGS, *commands[source], "-c", source, "-o", target)
-        return target
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(compile_one, commands))
-    libraries = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-    unfinished = module.with_suffix(".tmp")
-    _run(COMPILER, "-shared", *sanitizers, "-o", unfinished, *objects, *libraries)
-    unfinished.rename(module)
+def _object(source, flags, headers):
+    target = FOLDER / f"{_name(source.read_bytes(), headers, *flags)}.o"
+    if not target.exists():
+        _run(COMPILER, *flags, "-c", source, "-o", target.with_suffix(".tmp"))
+        target.with_suffix(".tmp").rename(target)
+    return target
+
+
+def _link(objects, flags):
+    from torch.utils import cpp_extension
+
+    target = FOLDER / _name(*objects) / "_C_cuda.so"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        libraries = [f"-L{p}" for p in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+        _run(COMPILER, "-shared", *flags, "-o", target.with_suffix(".tmp"), *objects, *libraries)
+        target.with_suffix(".tmp").rename(target)
+    return target
+
+
+def _name(*parts):
+    parts = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
+    return hashlib.sha256(b"|".join([torch.__version__.encode(), *parts])).hexdigest()[:16]
 
 
 def _run(*command):
@@ -85,6 +102,7 @@ class Kernels:
         self.shim = ctypes.CDLL(str(path))
 
     def __getattr__(self, name):
+        assert name in ops.SCHEMAS, name
         operator = getattr(torch.ops.lora_moe, name).default
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
         return lambda *args: operator.redispatch(keys, *args)
