@@ -52,7 +52,7 @@ def plant(csrc: Path, target: Path) -> None:
         text = path.read_text()
         assert text.count(piece) == 1, (file, piece)
         path.write_text(
-            text.replace(piece, wrong.replace("BUG", f"cuda_shim::planted == {number}"))
+            text.replace(piece, wrong.replace("BUG", f"(cuda_shim::planted == {number})"))
         )
 
 
