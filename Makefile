@@ -20,11 +20,12 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test test-host test-triton test-reference check-cuda lint format clean
+.PHONY: help venv build demo test test-host test-triton test-reference sanitize-ttsem gpu-static \
+	check-cuda lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo; echo "Names and their defaults:"
 	@echo "  PYTHON=$(PYTHON)   makes .venv; a torch (>= 2.10) that it already has is used as it is"
 	@echo "  TORCH=           what pip installs as torch instead, for example TORCH='torch==2.12.0'"
@@ -51,6 +52,14 @@ test-triton: build $(VENV)/.test ## Run the public functions on the Triton kerne
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
 	@LORA_MOE_BACKEND=reference $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+
+sanitize-ttsem: build $(VENV)/.ttsem ## A second opinion on the Triton kernels: ttsem executes their IR
+	$(call step,Triton kernels under ttsem)
+	@LORA_MOE_BACKEND=reference PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize \
+		tests/triton_kernels/second_opinion.py
+
+gpu-static: build $(VENV)/.test ## Compile the Triton kernels for every GPU and write docs/gpu_static.md
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --jobs $(JOBS) --markdown docs/gpu_static.md
 
 check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
 	$(call step,building the CUDA kernels: about two minutes)
@@ -143,6 +152,11 @@ $(VENV)/.test: $(VENV)/.package requirements/test.txt requirements/triton.txt
 	$(call step,installing the test tools)
 	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) -r requirements/triton.txt
 	@$(PIP) -r requirements/test.txt
+	@touch $@
+
+$(VENV)/.ttsem: $(VENV)/.test requirements/ttsem.txt
+	$(call step,installing ttsem)
+	@$(PIP) --no-deps --ignore-requires-python -r requirements/ttsem.txt
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.python requirements/lint.txt

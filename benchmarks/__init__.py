@@ -1,0 +1,1 @@
+"""What the kernels cost: by the compiler's word, by counted bytes and launches, and by the clock."""

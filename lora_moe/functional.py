@@ -111,7 +111,7 @@ def grouped_lora(
     _shape("routing.weights", routing.weights, tuple(routing.indices.shape), "as indices")
     _device("routing", routing.indices, x)
     weights = routing.weights.to(accumulator(x.dtype))
-    chosen = plan.choose(backend.serving(x.device.type))
+    chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
     args = (
         _base(base, x, lora_B),
         routing.indices.contiguous(),
@@ -164,8 +164,8 @@ def routed_lora(
     offsets, frozen, scales = _experts(
         x, lora_A, lora_B, router_weight.shape[0], rank_offsets, shared_a, frozen, scaling
     )
-    chosen = plan.choose(backend.serving(x.device.type))
     rows = _rows(x)
+    chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
     args = (
         _base(base, x, lora_B),
         _selection(bias, x),
@@ -375,6 +375,11 @@ def _base(base, x, lora_B):
     if base.dtype != x.dtype:
         raise TypeError(f"base: expected x's dtype {x.dtype}, got {base.dtype}")
     return _rows(base)
+
+
+def _plan(x, lora_B, offsets, top_k, shared_a):
+    serving, shape = backend.serving(x.device.type), (*x.shape, lora_B.shape[1])
+    return plan.choose(serving, *shape, offsets, top_k, x.dtype, shared_a)
 
 
 def _sparsity(top_p, threshold, gate):

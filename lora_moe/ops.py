@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .plan import RANK_DENSE, saved_ranks
+from .plan import SEGMENTED, saved_ranks
 
 _ROUTER = "int top_k, str gate, bool renormalize, float top_p, float threshold"
 _EXPERTS = "Tensor scaling, int[] offsets, bool shared_a"
@@ -56,11 +56,6 @@ SCHEMAS = {
 # --- the reference behind every device ---------------------------------------------------------
 
 
-def _reference_plan(plan):
-    if plan != RANK_DENSE:
-        raise ValueError(f"plan: the reference backend runs {RANK_DENSE!r} only, got {plan!r}")
-
-
 def check_ids(indices: torch.Tensor, num_experts: int) -> None:
     """On a CPU reading the ids costs nothing, so wrong ones raise; on a GPU they are masked."""
     if indices.device.type != "cpu" or indices.numel() == 0:
@@ -93,24 +88,36 @@ def _expand(h, b, h2, b2, base, dtype):
 
 
 def _grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
-    _reference_plan(plan)
     check_ids(indices, len(scaling))
-    return reference.grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a)
+    y, s = reference.grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a)
+    return y, _saved(s, indices, offsets, shared_a, plan)
 
 
-def _routed_lora(x, w, a, b, base, bias, *args):
-    _reference_plan(args[-1])
-    return reference.routed_lora(x, w, a, b, base, bias, *args[:-1])
+def _routed_lora(x, w, a, b, base, bias, scaling, offsets, shared_a, *rest):
+    *router, plan = rest
+    *out, s = reference.routed_lora(x, w, a, b, base, bias, scaling, offsets, shared_a, *router)
+    return *out, _saved(s, out[1], offsets, shared_a, plan)
 
 
-def _backward(grads, offsets, shared_a, frozen, need_x, need_w, need_a, need_b, plan):
-    _reference_plan(plan)
+def _saved(s, indices, offsets, shared_a, plan):
+    """S as the plan keeps it."""
+    by_slot = plan == SEGMENTED and not shared_a
+    return reference.slots_of_rows(s, indices, offsets) if by_slot else s
+
+
+def _rows(s, indices, offsets, shared_a, plan):
+    by_slot = plan == SEGMENTED and not shared_a
+    return reference.rows_of_slots(s, indices, offsets) if by_slot else s
+
+
+def _backward(grads, offsets, shared_a, frozen, need_x, need_w, need_a, need_b, _plan):
     dx, dw, da, db = map(_keep, grads, (need_x, need_w, need_a, need_b))
     zero_frozen_rows(da, db, frozen, offsets, shared_a)
     return dx, dw, da, db
 
 
 def _grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, *needs):
+    s = _rows(s, indices, offsets, shared_a, needs[-1])
     grads = reference.grouped_lora_backward(
         dy, x, a, b, s, indices, weights, scaling, offsets, shared_a
     )
@@ -140,6 +147,7 @@ def _routed_lora_backward(
     renormalize,
     *needs,
 ):
+    s = _rows(s, indices, offsets, shared_a, needs[-1])
     grads = reference.routed_lora_backward(
         dy,
         dweights,

@@ -1,36 +1,236 @@
-"""Which of the two ways to exploit the sparsity of H a call takes: a matter of backend and shapes.
+"""Which way to exploit the sparsity of H a call takes, and why: by backend and shapes, never by values.
 
-rank_dense  S of all R rank rows is computed and the gate masks it in registers: bandwidth-bound, no gather.
-segmented   only the rows of picked experts are computed: the work is that of K experts, whatever E is.
+rank_dense  S of all R rank rows is computed and the gate masks it in registers: no sort, no gather.
+segmented   tokens are sorted by their experts and only the rows of picked experts are computed.
+decode      for up to 16 tokens: everything split until it fills the device, in two launches.
 
-Letters: T tokens, E experts, K picked a token, R rank rows of all experts, W width of the saved S.
+The model: a launch lasts as long as the slower of moving its bytes and doing its products, plus what it costs
+to start one.  `explain` prints it, `override` (or LORA_MOE_PLAN) goes over its head.
+
+Letters: T tokens, E experts, K picked a token, R rank rows, W width of the saved S.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
+import os
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
-RANK_DENSE = "rank_dense"
-SEGMENTED = "segmented"
+import torch
+
+RANK_DENSE, SEGMENTED, DECODE = "rank_dense", "segmented", "decode"
+PLANS = (RANK_DENSE, SEGMENTED, DECODE)
+FEW, SOME = 16, 4096  # tokens: the plan depends on T through these classes only, so that T may vary
+
+_override = contextvars.ContextVar("lora_moe_plan", default=None)
 
 
-def choose(backend: str) -> str:
-    """The plan a backend runs.
+class Part(NamedTuple):
+    """A device, by its data sheet; rates are what a dense kernel reaches, about 70 %."""
 
-    The C++ kernels gather tokens by expert within a cache-sized block, which wins at every shape
-    on a CPU; the Triton kernels and the reference are rank-dense.
+    bytes_per_s: float
+    flops_16: float
+    flops_32: float
+    launch_s: float
+
+
+PARTS = {
+    "sm_80": Part(1.4e12, 2.2e14, 1.4e13, 3e-6),
+    "sm_86": Part(0.6e12, 1.0e14, 2.0e13, 3e-6),
+    "sm_89": Part(0.7e12, 2.0e14, 4.0e13, 3e-6),
+    "sm_90": Part(2.4e12, 6.5e14, 4.5e13, 3e-6),
+    "sm_100": Part(5.5e12, 1.5e15, 5.0e13, 3e-6),
+    "sm_120": Part(1.2e12, 2.5e14, 6.0e13, 3e-6),
+    "gfx90a": Part(1.1e12, 2.0e14, 2.5e13, 5e-6),
+    "gfx942": Part(3.5e12, 6.0e14, 8.0e13, 5e-6),
+}
+BACKENDS = {
+    "triton": PLANS,
+    "cuda": (RANK_DENSE, SEGMENTED),
+    "cpp": (SEGMENTED,),
+    "reference": PLANS,
+}
+
+
+class Candidate(NamedTuple):
+    """A plan's forward beside the base product: what it moves, multiplies and launches, in seconds."""
+
+    plan: str
+    launches: int
+    bytes: float
+    flops: float
+    seconds: float
+
+
+def candidates(T, D_in, D_out, ranks, top_k, dtype, part, shared_a=False) -> list[Candidate]:
+    """What each plan costs on a part, cheapest first; decode only where tokens are few.
+
+    Bytes are those that must pass: x, base, y, the rows of A and B that are read, and the router's W.
     """
-    return SEGMENTED if backend == "cpp" else RANK_DENSE
+    device, E, R = PARTS[part], len(ranks), sum(ranks)
+    size = 2 if dtype in (torch.bfloat16, torch.float16) else 4
+    rate = device.flops_16 if size == 2 else device.flops_32
+    rows_a = ranks[0] if shared_a else R
+    outside = size * T * (D_in + 2 * D_out) + 4 * E * D_in  # x, base, y, W
+    out = []
+
+    def add(plan, launches, moved, flops):
+        seconds = max(moved / device.bytes_per_s, flops / rate) + launches * device.launch_s
+        out.append(Candidate(plan, launches, moved, flops, seconds))
+
+    router = 2.0 * T * D_in * E
+    products = 2.0 * T * (D_in * rows_a + D_out * R)
+    weights = size * (D_in * rows_a + D_out * R)
+    middle = 0 if R <= 256 else (8 + 2 * size) * T * R  # S and H pass through memory
+    if T <= FEW:
+        used_b = size * D_out * R * min(1.0, T * top_k / E)
+        add(DECODE, 2, outside + size * D_in * rows_a + used_b, router + products)
+    add(RANK_DENSE, 2 if R <= 256 else 4, outside + weights + middle, router + products)
+
+    tile = 64 if size == 2 and T > FEW else 16
+    held = experts_in_a_tile(T, E, top_k, tile)
+    columns = held * max(ranks)
+    blocks = max(1.0, columns / 128)  # x is read anew for every 128 columns, mostly from cache
+    again = size * T * D_in * (1 + 0.25 * (blocks - 1))
+    used = weights * min(1.0, T * top_k / E)
+    add(
+        SEGMENTED,
+        6,
+        outside + again + used + 2 * size * T * columns + 8 * T * top_k * max(ranks),
+        router + 2.0 * T * (D_in * (rows_a if shared_a else columns) + D_out * columns),
+    )
+    return sorted(out, key=lambda c: c.seconds)
+
+
+def experts_in_a_tile(T: int, E: int, top_k: int, tile: int) -> float:
+    """How many different experts a tile of sorted tokens holds, for a router that spreads them evenly.
+
+    Tokens are sorted by the experts of their first two slots: a tile holds few first ones and as many
+    second ones as there are pairs in it.  Further slots come as they are.  (T = 8192, K = 2, tile 64:
+    2.0, 2.7, 5.3 and 15 of 8, 16, 32 and 64 experts; counted on random routings 2.2, 3.0, 6.0 and 17.3.)
+    """
+    rows = max(1, min(tile, T))
+    kinds = E if top_k == 1 else E * (E - 1) / 2
+    drawn = min(rows, max(1.0, rows * kinds / max(T, 1)))
+    if top_k > 1:
+        drawn += min(rows, 1 + rows * E / max(T, 1)) + rows * (top_k - 2)
+    return E * (1 - (1 - 1 / E) ** drawn)
+
+
+@contextlib.contextmanager
+def override(plan: str | None):
+    """Inside, every call takes this plan; None leaves the choice to the model again.
+
+    Raises:
+        ValueError: there is no such plan.  A backend that does not run it raises when it is called.
+    """
+    if plan is not None and plan not in PLANS:
+        raise ValueError(f"plan: expected one of {PLANS}, got {plan!r}")
+    token = _override.set(plan)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose(backend: str, T, D_in, D_out, offsets, top_k, dtype, shared_a=False) -> str:
+    """The plan of a call: the one that override or LORA_MOE_PLAN names, or the model's.
+
+    T may be symbolic: its size class is all that matters.
+    Raises:
+        ValueError: the named plan does not exist, or the backend does not run it.
+    """
+    forced = _override.get() or os.environ.get("LORA_MOE_PLAN")
+    if forced:
+        if forced not in BACKENDS[backend]:
+            raise ValueError(
+                f"plan: the {backend} backend runs {BACKENDS[backend]}, got {forced!r}"
+            )
+        return forced
+    if backend not in ("triton", "cuda"):
+        return BACKENDS[backend][0]
+    tokens = FEW if T <= FEW else 1024 if T <= SOME else 2 * SOME
+    ranks = tuple(stop - start for start, stop in pairwise(offsets))
+    return _cheapest(backend, tokens, D_in, D_out, ranks, top_k, dtype, shared_a)
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=1024)
+def _cheapest(backend, T, D_in, D_out, ranks, top_k, dtype, shared_a):
+    ranked = candidates(T, D_in, D_out, ranks, top_k, dtype, this_part(), shared_a)
+    return next(c.plan for c in ranked if c.plan in BACKENDS[backend])
+
+
+@functools.lru_cache
+def this_part() -> str:
+    """The entry of PARTS for the current GPU, or for what is nearest; sm_90 without one."""
+    if not torch.cuda.is_available():
+        return "sm_90"
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
+        return name if name in PARTS else "gfx942"
+    major, minor = torch.cuda.get_device_capability()
+    known = sorted(int(name[3:]) for name in PARTS if name.startswith("sm_"))
+    return f"sm_{max([n for n in known if n <= 10 * major + minor], default=known[0])}"
+
+
+def explain(
+    T: int,
+    D_in: int,
+    D_out: int,
+    ranks: Sequence[int],
+    k: int,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cuda",
+) -> list[Candidate]:
+    """Print what every plan would cost, and which one a call with these shapes takes.
+
+    Args:
+        T: tokens.
+        D_in, D_out: the linear's sizes.
+        ranks: of every expert.
+        k: picked experts a token.
+        dtype: of x.
+        device: "cpu", "cuda" (this machine's GPU, an sm_90 without one) or an entry of PARTS.
+    Returns:
+        The candidates, cheapest first; none on a CPU, whose kernels have one plan.
+    Raises:
+        ValueError: an unknown device, or shapes that no call could have.
+    """
+    name = str(device)
+    if not ranks or min(ranks) < 1 or not 1 <= k <= len(ranks) or min(D_in, D_out) < 1 or T < 0:
+        raise ValueError(f"ranks, k: no call has {T=}, {D_in=}, {D_out=}, {ranks=}, {k=}")
+    if name == "cpu":
+        print(f"cpp: {SEGMENTED}, whatever the shapes: a block of tokens is sorted while in cache")
+        return []
+    part = this_part() if name.startswith("cuda") else name
+    if part not in PARTS:
+        raise ValueError(f"device: expected cpu, cuda or one of {tuple(PARTS)}, got {name!r}")
+    ranked = candidates(T, D_in, D_out, tuple(ranks), k, dtype, part)
+    R = sum(ranks)
+    print(
+        f"T={T}  {D_in} x {D_out}  E={len(ranks)}  R={R}  k={k}  {dtype}  {part}, forward, modelled"
+    )
+    print(f"{'plan':<12}{'launches':>9}{'MB':>10}{'GFLOP':>10}{'us':>10}")
+    for c in ranked:
+        numbers = (
+            f"{c.launches:>9}{c.bytes / 1e6:>10.1f}{c.flops / 1e9:>10.2f}{c.seconds * 1e6:>10.1f}"
+        )
+        print(f"{c.plan:<12}{numbers}{'  <- taken' if c is ranked[0] else ''}")
+    return ranked
 
 
 def saved_ranks(plan: str, offsets: Sequence[int], top_k: int, shared_a: bool) -> int:
     """Columns of the S kept for backward: (T, W).  Never a function of the routing.
 
-    rank_dense keeps all rows of A; segmented keeps, for each of the K slots, as many columns as the
-    largest rank, slot after slot. With a shared A both keep its r rows.
+    rank_dense and decode keep all rows of A; segmented keeps, for each of the K slots, as many columns
+    as the largest rank, slot after slot.  With a shared A all of them keep its r rows.
     """
     ranks = [stop - start for start, stop in pairwise(offsets)]
     if shared_a:
         return ranks[0]
-    return sum(ranks) if plan == RANK_DENSE else top_k * max(ranks)
+    return top_k * max(ranks) if plan == SEGMENTED else sum(ranks)

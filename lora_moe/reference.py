@@ -13,6 +13,7 @@ resort.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -120,6 +121,30 @@ def spread_gate(indices, weights, scaling, offsets):
     picked = zero.scatter_add(1, ids, valid.to(zero.dtype)) > 0
     rows = expert_of_row(offsets, indices.device)
     return gate[:, rows], picked[:, rows]
+
+
+def slots_of_rows(s, indices, offsets):
+    """S of the picked experts, slot after slot, each as wide as the largest rank.  (T, R) -> (T, K r)"""
+    zero = s.new_zeros(len(s), 1)
+    return torch.cat([s, zero], 1).gather(1, _rows_of_picked(indices, offsets))
+
+
+def rows_of_slots(slots, indices, offsets):
+    """The inverse; rows of experts that a token did not pick are zero.  (T, K r) -> (T, R)"""
+    s = slots.new_zeros(len(slots), offsets[-1] + 1)
+    return s.scatter(1, _rows_of_picked(indices, offsets), slots)[:, :-1]
+
+
+def _rows_of_picked(indices, offsets):
+    """Row behind every column of the slots, R where there is none.  (T, K) -> (T, K r)"""
+    starts = torch.tensor(offsets, device=indices.device)
+    largest = max(stop - start for start, stop in pairwise(offsets))
+    ranks, column = starts.diff(), torch.arange(largest, device=indices.device)
+    rows = torch.where(column < ranks[:, None], starts[:-1, None] + column, offsets[-1])  # (E, r)
+    rows = torch.cat([rows, torch.full_like(rows[:1], offsets[-1])])  # id -1 is the last
+    E = len(ranks)
+    ids = torch.where((indices >= 0) & (indices < E), indices, E).long()
+    return rows[ids].flatten(1)
 
 
 def repeat_shared(s, offsets, shared_a):

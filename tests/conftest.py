@@ -7,6 +7,8 @@ import os
 
 # before numpy: with a second thread the interpreter's small matrix products take a hundred times as long
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# kernels of some cores sum a row in another order according to where in the tile it lies
+os.environ["OPENBLAS_CORETYPE"] = "Prescott"
 
 import importlib.util
 

@@ -81,6 +81,9 @@ class Sanitizer:
 
     reads or writes an element that no view among its arguments holds (the gap between the rows of a slice
     counts), writes an element that another program reads or writes, or overflows an int32.
+
+    What a masked load without `other` returns where the mask is off is undefined, and zero in the
+    interpreter; here it is NaN, or an integer that is no id or offset of anything.
     """
 
     def __enter__(self):
@@ -101,9 +104,10 @@ class Sanitizer:
             sanitizer.name = executor.fn.__name__
             return call(executor, *args, **kwargs)
 
-        def checked_load(builder, pointers, mask, *rest):
+        def checked_load(builder, pointers, mask, other, *rest):
             sanitizer.check(pointers, mask, builder.grid_idx, writes=False)
-            return load(builder, pointers, mask, *rest)
+            other = undefined(pointers) if other is None else other
+            return load(builder, pointers, mask, other, *rest)
 
         def checked_store(builder, pointers, value, mask, *rest):
             sanitizer.check(pointers, mask, builder.grid_idx, writes=True)
@@ -130,6 +134,32 @@ class Sanitizer:
             left = storage.check(left, program, writes, self.name)
         if left.size:
             raise AssertionError(f"{self.name}: {left.size} accesses outside of every argument")
+
+
+def undefined(pointers):
+    """A tile of NaN, or of a large odd integer, where nothing was loaded; bf16 is held as its bits."""
+    from triton.runtime.interpreter import TensorHandle, _get_np_dtype
+
+    element = pointers.get_element_ty()
+    kind = _get_np_dtype(element)
+    if np.issubdtype(kind, np.floating):
+        value = np.nan
+    else:
+        value = 0x7FC0 if element.is_bf16() else np.iinfo(kind).max // 2
+    return TensorHandle(np.full(pointers.data.shape, value, kind), element)
+
+
+@contextlib.contextmanager
+def overflow_checked():
+    """The sanitizer's check of int32 alone, for memory too large to keep books on."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    before = interpreter_builder.options.debug
+    object.__setattr__(interpreter_builder.options, "debug", True)
+    try:
+        yield
+    finally:
+        object.__setattr__(interpreter_builder.options, "debug", before)
 
 
 class Storage:

@@ -330,8 +330,9 @@ def test_frozen_experts_get_exact_zeros(shared_a):
         want["lora_B"][rows] = 0
         if not shared_a:
             want["lora_A"][rows] = 0
-    for name in PARAMETERS:
-        assert torch.equal(got[name], want[name]), name
+    for name in PARAMETERS:  # what is left may be summed in other tiles
+        assert torch.equal(got[name] == 0, want[name] == 0), name
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
 
 
 def test_top_1_renormalized_has_no_router_gradient():

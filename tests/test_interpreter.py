@@ -89,6 +89,24 @@ def test_sanitizer_finds_a_read_before_another_programs_write():
         samples.shift[(2,)](x, BLOCK=16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sanitizer_shows_what_a_masked_load_leaves_undefined(dtype):
+    x, out = torch.ones(32, dtype=dtype), torch.zeros(32, dtype=dtype)
+    samples.copy_without_other[(1,)](x, out, 20, BLOCK=32)
+    assert not out.isnan().any(), "upstream returns zeros"
+    with Sanitizer():
+        samples.copy_without_other[(1,)](x, out, 20, BLOCK=32)
+    assert torch.equal(out.isnan(), torch.arange(32) >= 20)
+
+
+def test_sanitizer_gives_an_undefined_integer_no_meaning():
+    x, out = torch.ones(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    with Sanitizer():
+        samples.copy_without_other[(1,)](x, out, 20, BLOCK=32)
+    assert (out[20:] > 2**29).all()
+    assert (out[:20] == 1).all()
+
+
 def test_sanitizer_finds_int32_overflow():
     out = torch.empty(16)
     with Sanitizer(), pytest.raises(Exception, match="overflow"):

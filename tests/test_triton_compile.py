@@ -1,57 +1,71 @@
 """What the compiler makes of every Triton kernel for GPUs that need not be there.
 
-Spills, shared memory, tensor cores, with the tiles that the launchers choose; in a process of its
-own, since in this one the kernels may be interpreted.
+Spills, shared memory, tensor cores, width of the loads, atomics, with the tiles that the launchers choose;
+docs/gpu_static.md has the table.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
+
+from benchmarks import gpu_static
 
 pytest.importorskip("triton")
 
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}  # a block's share
-WANTED = [
-    "bfloat16",  # all scenarios
-    "float32:many tokens,few tokens,1024 ranks,unequal ranks,matmuls",
-    "float16:many tokens,few tokens",  # differs from bf16 in the router's products only
-]
-MATMULS = {"_shrink_kernel", "_expand_kernel", "_gram_kernel"}
-FUSED = {"_routed_lora_kernel", "_rank_gradient_kernel"}  # with a loop where tokens are many
-MIDDLES = {"_gate_ranks_kernel", "_gate_ranks_backward_kernel"}
-ROUTERS = {"_router_topk_kernel", "_router_topk_backward_kernel"}
+MATMULS = ("many tokens", "some tokens", "few tokens", "1024 ranks", "unequal ranks", "matmuls")
+WANTED = {
+    "bfloat16": (),  # all scenarios
+    "float32": MATMULS,
+    "float16": ("many tokens", "few tokens"),  # differs from bf16 in the router's products only
+}
+SMALL = ("many tokens", "few tokens", "1024 ranks")  # for parts with 99 KB of shared memory
 
 
-@pytest.mark.parametrize("target", SHARED_MEMORY)
-def test_triton_compile(target):
-    reports = compile_for(target)
-    assert {r["kernel"] for r in reports} == MATMULS | FUSED | MIDDLES | ROUTERS
-    for dtype in ("bfloat16", "float16", "float32"):
-        assert {r["kernel"] for r in reports if r["dtype"] == dtype} >= MATMULS | FUSED
-    for r in reports:
-        assert r["spills"] == 0, r
-        assert r["shared"] <= SHARED_MEMORY[target], r
-        assert r["scenario"] != "another T", f"compiled anew for another number of tokens: {r}"
-        half, many = r["dtype"] != "float32", r["scenario"] == "many tokens"
-        if half and (r["kernel"] in MATMULS or many):
-            assert r["matrix"] > 0, f"no tensor core instructions: {r}"
-        if half and many:
-            assert r["wide_loads"] > 0, f"no 128-bit loads: {r}"
+@pytest.mark.parametrize("dtype", WANTED)
+@pytest.mark.parametrize("target", gpu_static.DEFAULT)
+def test_triton_compile(target, dtype):
+    rows = gpu_static.rows([target], [dtype], WANTED[dtype])
+    assert {row["scenario"] for row in rows} >= {"many tokens", "few tokens"}
+    assert any(row["dots"] for row in rows)
+    assert broken(rows) == []
 
 
-def compile_for(target):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["LORA_MOE_BACKEND"] = "reference"
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_kernels.compile_report", target, *WANTED],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+@pytest.mark.parametrize("dtype", WANTED)
+def test_small_shared_memory(dtype):
+    """sm_86 and sm_89 are alike, and get what sm_120 gets."""
+    rows = gpu_static.rows(["sm_86", "sm_120"], [dtype], SMALL)
+    assert {row["shared_limit"] for row in rows} == {99 * 1024}
+    assert broken(rows) == []
+
+
+def broken(rows):
+    return [
+        f"{row['kernel']} ({row['scenario']}, {row['config']}): {words}"
+        for row in rows
+        for words in gpu_static.violations(row)
+    ]
+
+
+GOOD = {
+    "spills": 0, "shared_bytes": 1, "shared_limit": 1, "dtype": "bfloat16", "dots": 1, "dot_loops": 1,
+    "tensor_core_loops": 1, "tensor_core_ops": 1, "load_bits": 128, "wide_loads": {"x": 128},
+    "float_atomics": 0, "another_T": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"spills": 1},
+        {"shared_bytes": 2},
+        {"tensor_core_loops": 0},
+        {"tensor_core_ops": 0},
+        {"load_bits": 64, "wide_loads": {"x": 64}},
+        {"float_atomics": 1},
+        {"another_T": True},
+    ],
+    ids=str,
+)
+def test_each_promise_can_be_broken(bad):
+    assert list(gpu_static.violations(GOOD)) == []
+    assert list(gpu_static.violations(GOOD | bad)) != []

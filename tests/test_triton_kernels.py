@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from lora_moe import reference
+from lora_moe.plan import PLANS
 
 from . import eager
 from .cases import BY_NAME, CASES, Case, in_double, sample
@@ -40,6 +41,8 @@ WIDE = [  # more ranks or experts than a program's registers hold
     Case("wide: one rank of 300", 17, 2, 2, (300, 5), 33, 16),
 ]
 every_case = pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
+every_plan = pytest.mark.parametrize("plan", PLANS)
+other_plans = pytest.mark.parametrize("plan", PLANS[1:])
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
 )
@@ -117,28 +120,47 @@ def routed_backward(ops, v, case, dy, aux, saved, *rest):
     )  # fmt: skip
 
 
-def all_needed(frozen=()):
-    return list(frozen), True, True, True, True, "rank_dense"
+def all_needed(frozen=(), plan="rank_dense"):
+    return list(frozen), True, True, True, True, plan
+
+
+def saved_as(plan, s, ids, case):
+    """The reference's S as a plan keeps it."""
+    by_slot = plan == "segmented" and not case.shared_a
+    return reference.slots_of_rows(s, ids, case.offsets) if by_slot else s
 
 
 @every_dtype
 @every_case
 def test_routed_lora(case, dtype):
     """Forward, then backward with gradients of every output of the routing."""
+    check_routed_lora(case, dtype, "rank_dense")
+
+
+@other_plans
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_case
+def test_routed_lora_by_other_plans(case, dtype, plan):
+    check_routed_lora(case, dtype, plan)
+
+
+def check_routed_lora(case, dtype, plan):
     inputs = sample(case, dtype)
     with watched():
-        got = routed(kernels, on_device(inputs), case, "rank_dense")
-    want = routed(reference, in_double(inputs), case)
+        got = routed(kernels, on_device(inputs), case, plan)
+    want = list(routed(reference, in_double(inputs), case))
+    s, ids = want[7], want[1]
+    want[7] = saved_as(plan, s, ids, case)
     compare(["y", *ROUTING, "S"], got, want, dtype)
 
     dy, aux = noise(case.T, case.D_out, dtype=dtype), cotangents(case)
-    saved = [want[i] for i in (1, 2, 3, 7)]
-    given = [saved[0], *(v.float() for v in saved[1:])]
+    given = [ids, want[2].float(), want[3].float(), want[7].float()]
     with watched():
         got = routed_backward(
             kernels, on_device(inputs), case, dy.to(DEVICE), [a.to(DEVICE) for a in aux],
-            [v.to(DEVICE) for v in given], *all_needed(),
+            [v.to(DEVICE) for v in given], *all_needed(plan=plan),
         )  # fmt: skip
+    given[3] = s.float()
     want = routed_backward(
         reference, in_double(inputs), case, dy.double(), in_fp64(aux), in_fp64(given)
     )
@@ -166,6 +188,16 @@ def nasty_routing(case):
 @every_dtype
 @every_case
 def test_grouped_lora(case, dtype):
+    check_grouped_lora(case, dtype, "rank_dense")
+
+
+@other_plans
+@every_case
+def test_grouped_lora_by_other_plans(case, plan):
+    check_grouped_lora(case, torch.bfloat16, plan)
+
+
+def check_grouped_lora(case, dtype, plan):
     inputs, (ids, weights) = sample(case, dtype), nasty_routing(case)
     dy = noise(case.T, case.D_out, dtype=dtype)
     inputs |= {"ids": ids, "weights": weights, "dy": dy}
@@ -184,13 +216,14 @@ def test_grouped_lora(case, dtype):
 
     exact = {k: v.double() if k != "ids" and v is not None else v for k, v in inputs.items()}
     with watched():
-        got = forward(kernels, on_device(inputs), "rank_dense")
-    want = forward(reference, exact)
-    compare(["y", "S"], got, want, dtype)
-    s = want[1].float()
+        got = forward(kernels, on_device(inputs), plan)
+    y, s = forward(reference, exact)
+    saved = saved_as(plan, s, ids, case)
+    compare(["y", "S"], got, [y, saved], dtype)
     with watched():
-        got = backward(kernels, on_device(inputs), s.to(DEVICE), *all_needed())
-    want = backward(reference, exact, s.double())
+        saved = saved.float().to(DEVICE)
+        got = backward(kernels, on_device(inputs), saved, *all_needed(plan=plan))
+    want = backward(reference, exact, s.float().double())
     compare(["dx", "dweights", "da", "db"], got, want, dtype, case.T)
 
 
@@ -306,9 +339,12 @@ def test_only_what_is_needed(case):
     _, _, da, db = routed_backward(kernels, v, case, dy, none, saved, *all_needed(frozen))
     for e in range(case.E):
         rows = slice(*case.offsets[e : e + 2])
-        assert torch.equal(db[rows], 0 * db[rows] if e in frozen else everything[3][rows])
-        if not case.shared_a:
-            assert torch.equal(da[rows], 0 * da[rows] if e in frozen else everything[2][rows])
+        grads = [(db, everything[3])] + [(da, everything[2])] * (not case.shared_a)
+        for got, full in grads:
+            if e in frozen:
+                assert not got[rows].any()
+            else:  # in other tiles than before, as a frozen expert's rows cost nothing
+                torch.testing.assert_close(got[rows], full[rows])
 
 
 @some("tiles fit", "unequal ranks", "shared A", "wide: 1024 ranks")
@@ -466,12 +502,6 @@ def test_fp64_is_refused():
         routed(kernels, v, case, "rank_dense")
     with pytest.raises(TypeError, match="float64"):
         kernels.gram(v["x"], v["x"])
-
-
-def test_other_plans_are_refused():
-    case = BY_NAME["odd"]
-    with pytest.raises(ValueError, match="segmented"):
-        routed(kernels, on_device(sample(case)), case, "segmented")
 
 
 def test_import_under_the_bare_name_is_refused():

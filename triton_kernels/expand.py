@@ -1,8 +1,8 @@
 """Expand:  y = base + H @ B (+ H2 @ B2).
 
-Skinny the other way: y is the only large operand besides base, and each is touched once.  H is
-rounded once, to B's dtype; a pair in fp32 keeps fp32 products.  The second pair makes the gradient
-of x in one pass: dx = dS A + dlogits W.  A loop over ranks serves any R without a spill.
+Skinny the other way: y is the only large operand besides base, and each is touched once.  H and B meet
+in the narrower dtype, each rounded once; a pair in fp32 keeps fp32 products.  The second pair makes the
+gradient of x in one pass: dx = dS A + dlogits W.  A loop over ranks serves any R without a spill.
 Reads T*D (base) + (R+R2)*D, writes T*D.
 
 Letters: T tokens, R rank rows, D columns of y.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launching import column_rows, launch, padded, precision, require_supported
-from .numerics import INTERPRETED, dot, round_to, widen
+from .numerics import INTERPRETED, dot, matched, round_to, widen
 from .tiles import choose
 
 
@@ -43,13 +43,14 @@ def _expand_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
 
     y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    y = _accumulate(
-        y, h_ptr, stride_ht, b_ptr, stride_br, t, t < T, d, d < D, R, BLOCK_R, PRECISION
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    y = add_product(
+        y, h_ptr, stride_ht, b_ptr, stride_br, t, t < T, d, d < D, R, BLOCK_R, dtype, PRECISION
     )
     if h2_ptr is not None:
-        y = _accumulate(
-            y, h2_ptr, stride_h2t, b2_ptr, stride_b2r, t, t < T, d, d < D, R2, BLOCK_R2, "ieee"
-        )
+        y = add_product(
+            y, h2_ptr, stride_h2t, b2_ptr, stride_b2r, t, t < T, d, d < D, R2, BLOCK_R2, dtype, "ieee"
+        )  # fmt: skip
 
     inside = (t < T)[:, None] & (d < D)[None, :]
     if base_ptr is not None:
@@ -60,7 +61,7 @@ def _expand_kernel(
 
 
 @triton.jit
-def _accumulate(
+def add_product(
     y,
     h_ptr,
     stride_ht,
@@ -72,16 +73,17 @@ def _accumulate(
     d_ok,
     R,
     BLOCK_R: tl.constexpr,
+    out_dtype: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """y + H B, rows t of H."""
     for r0 in range(0, R, BLOCK_R):
         row = r0 + tl.arange(0, BLOCK_R)
         h = h_ptr + t[:, None] * stride_ht + row[None, :]
         h = tl.load(h, mask=t_ok[:, None] & (row < R)[None, :], other=0.0)
         b = b_ptr + row[:, None].to(tl.int64) * stride_br + d[None, :]
         b = tl.load(b, mask=(row < R)[:, None] & d_ok[None, :], other=0.0)
-        if h.dtype != b.dtype:
-            h = round_to(widen(h), b.dtype)
+        h, b = matched(h, b, out_dtype)
         y = dot(h, b, y, PRECISION)
     return y
 
@@ -107,14 +109,15 @@ def expand(h, b, h2, b2, base, dtype):
         *(h, h.stride(0), b, b.stride(0), *second),
         *(base, 0 if base is None else base.stride(0), y),
         *(T, len(b), 0 if b2 is None else len(b2), D),
-        BLOCK_R=rank_step(b),
-        BLOCK_R2=16 if b2 is None else rank_step(b2),
+        BLOCK_R=rank_step(h, b),
+        BLOCK_R2=16 if b2 is None else rank_step(h2, b2),
         PRECISION=precision(b),
         **tile,
     )
     return y
 
 
-def rank_step(b):
+def rank_step(h, b):
     """Ranks a dot: more than 16 spill in fp32; 16-bit operands take up to 64."""
-    return 16 if b.itemsize == 4 else padded(len(b), 256 if INTERPRETED else 64)
+    wide = h.itemsize == b.itemsize == 4
+    return 16 if wide else padded(len(b), 256 if INTERPRETED else 64)

@@ -10,7 +10,7 @@ Letters: T tokens, E experts, K picked experts a token.
 import triton
 import triton.language as tl
 
-from .numerics import rows_of
+from .numerics import in_first, rows_of
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def topk(p, bias_ptr, top_p, threshold, e, e_ok, K: tl.constexpr):
         score += tl.load(bias_ptr + e, mask=e_ok, other=0.0)[None, :]
     score = tl.where(score == score, score, float("-inf"))
     free = tl.broadcast_to(e_ok[None, :], p.shape)
-    picked = free & False
+    picked = free & (e[None, :] < 0)
     before = tl.zeros((p.shape[0],), tl.float32)
     slot = tl.arange(0, triton.next_power_of_2(K))[None, :]
     ids = tl.zeros((p.shape[0], slot.shape[1]), tl.int32)
@@ -102,6 +102,7 @@ def route(
     top_p,
     threshold,
     out,
+    part,
     t0,
     t,
     t_ok,
@@ -115,6 +116,7 @@ def route(
 ):
     """Pick K experts, store the routing and this tile's share of the statistics, return the gate.
 
+    Of several programs that decide on the same tokens the first, part 0, stores.
     (BLOCK_T, E) -> (BLOCK_T, E), zero where not picked
     """
     p, lse = gate_values(logits, e_ok, GATE)
@@ -126,17 +128,19 @@ def route(
         gate = gate / z
 
     slot = tl.arange(0, ids.shape[1])
-    filled = t_ok[:, None] & (slot < K)[None, :]
+    stored, e_stored = in_first(t_ok, part), in_first(e_ok, part)
+    filled = stored[:, None] & (slot < K)[None, :]
     tl.store(rows_of(out.indices, t0, K, slot, p.shape[0]), ids, mask=filled)
     tl.store(rows_of(out.weights, t0, K, slot, p.shape[0]), weights, mask=filled)
-    inside = t_ok[:, None] & e_ok[None, :]
+    inside = stored[:, None] & e_ok[None, :]
     tl.store(rows_of(out.logits, t0, E, e, p.shape[0]), logits, mask=inside)
-    tl.store(out.lse + t, lse, mask=t_ok)
+    tl.store(out.lse + t, lse, mask=stored)
 
     tile = tl.program_id(0).to(tl.int64) * E + e
     mean_prob = tl.sum(tl.where(t_ok[:, None], p, 0.0), 0) / T
-    tl.store(out.mean_prob + tile, mean_prob, mask=e_ok)
-    tl.store(out.counts + tile, tl.sum((picked & t_ok[:, None]).to(tl.int32), 0), mask=e_ok)
+    tl.store(out.mean_prob + tile, mean_prob, mask=e_stored)
+    counts = tl.sum((picked & t_ok[:, None]).to(tl.int32), 0)
+    tl.store(out.counts + tile, counts, mask=e_stored)
     return tl.where(picked, gate, 0.0)
 
 

@@ -2,8 +2,9 @@
 
 The gradients of A and of the router's W share x, so [dS | dlogits]^T x is formed tile by tile in two
 dots; one concatenated operand would be padded to twice its size.  A program owns a tile of columns, a
-tile of ranks and a stretch of the tokens; the stretches' partial sums are added in order, so the result
-does not depend on the schedule.  An fp32 H keeps all of its bits.
+tile of ranks and a stretch of the tokens; `add_parts` adds the stretches' partial sums in order, so the
+result does not depend on the schedule.  Rows of frozen experts cost nothing: a table names the others.
+An fp32 H keeps all of its bits.
 Reads T*D + T*(R+R2), writes 4*SPLITS*(R+R2)*D.
 
 Letters: T tokens, R rank rows, D columns of x.
@@ -13,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .add_parts import add_parts
 from .launching import column_rows, launch, padded, precision, require_supported
-from .numerics import dot
+from .numerics import dot, round_to
 from .tiles import choose
 
 
@@ -24,12 +26,14 @@ def _gram_kernel(
     stride_xt,
     h_ptr,  # (T, R)
     stride_ht,
+    rows_ptr,  # (ROWS,): which columns of H are wanted; None: all
     out_ptr,  # (SPLITS, R, D)
     h2_ptr,  # (T, R2) or None
     stride_h2t,
     out2_ptr,  # (SPLITS, R2, D)
     T,
     T_SPLIT,
+    ROWS,
     R,
     R2,
     D,
@@ -41,6 +45,9 @@ def _gram_kernel(
 ):
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = row < ROWS
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + row, mask=row_ok, other=0)
     row2 = tl.program_id(1) * BLOCK_R2 + tl.arange(0, BLOCK_R2)
     split = tl.program_id(2).to(tl.int64)
     first = split * T_SPLIT
@@ -51,53 +58,77 @@ def _gram_kernel(
     for t0 in range(first, last, BLOCK_T):
         t = (t0 + tl.arange(0, BLOCK_T).to(tl.int64))[:, None]
         x = tl.load(x_ptr + t * stride_xt + d, mask=(t < last) & (d < D), other=0.0)
-        h = tl.load(h_ptr + t * stride_ht + row, mask=(t < last) & (row < R), other=0.0)
+        h = tl.load(h_ptr + t * stride_ht + row, mask=(t < last) & row_ok, other=0.0)
         total = dot(tl.trans(h), x, total, PRECISION)
         if h2_ptr is not None:
             h2 = tl.load(h2_ptr + t * stride_h2t + row2, mask=(t < last) & (row2 < R2), other=0.0)
             total2 = dot(tl.trans(h2), x, total2, "ieee")
 
-    row, row2 = row[:, None].to(tl.int64), row2[:, None].to(tl.int64)
-    tl.store(out_ptr + (split * R + row) * D + d, total, mask=(row < R) & (d < D))
+    out = out_ptr + (split * R + row[:, None].to(tl.int64)) * D + d
+    total = round_to(total, out_ptr.dtype.element_ty)
+    tl.store(out, total, mask=row_ok[:, None] & (d < D))
     if h2_ptr is not None:
-        tl.store(out2_ptr + (split * R2 + row2) * D + d, total2, mask=(row2 < R2) & (d < D))
+        out2 = out2_ptr + (split * R2 + row2[:, None].to(tl.int64)) * D + d
+        total2 = round_to(total2, out2_ptr.dtype.element_ty)
+        tl.store(out2, total2, mask=(row2 < R2)[:, None] & (d < D))
 
 
 def gram(h, x):
     """H^T x (R, D), fp32."""
-    return gram_pair(h, None, x)[0]
+    parts, out = gram_parts(h, x, torch.float32)
+    if parts is not None:
+        add_parts((parts, out))
+    return out
 
 
-def gram_pair(h, h2, x):
-    """H^T x (R, D) and H2^T x (R2, D), or an empty tensor without H2."""
+def gram_parts(h, x, dtype, rows=None):
+    """H^T x: parts (SPLITS, R, D) and where their sum (R, D) goes, in dtype; parts are None if it is there.
+
+    With a table of rows the others are zeros.
+    """
+    return _gram_parts(h, x, dtype, rows, None, torch.float32)[0]
+
+
+def gram_pair_parts(h, h2, x, dtype, dtype2, rows=None):
+    """The same for H^T x and H2^T x in one pass over x."""
+    return _gram_parts(h, x, dtype, rows, h2, dtype2)
+
+
+def _gram_parts(h, x, dtype, rows, h2, dtype2):
     require_supported(h, x)
     h, x = column_rows(h), column_rows(x)
     h2 = None if h2 is None else column_rows(h2)
-    T, D = x.shape
-    R, R2 = h.shape[1], 0 if h2 is None else h2.shape[1]
-    if T == 0 or D == 0 or R == 0:
-        return tuple(x.new_zeros(shape, dtype=torch.float32) for shape in ((R, D), (R2, D)))
+    (T, D), R, R2 = x.shape, h.shape[1], 0 if h2 is None else h2.shape[1]
+    wanted = R if rows is None else len(rows)
+    if T == 0 or D == 0 or R == 0 or wanted + R2 == 0:
+        return [(None, x.new_zeros(n, D, dtype=kind)) for n, kind in ((R, dtype), (R2, dtype2))]
     tile = choose("gram", x, R)
-    block_r = padded(R, tile.pop("MAX_R"))
-    block_r2 = padded(R2, 64)
+    block_r, block_r2 = padded(wanted, tile.pop("MAX_R")), padded(R2, 64)
     columns = triton.cdiv(D, tile["BLOCK_D"])
-    rows = max(triton.cdiv(R, block_r), triton.cdiv(R2, block_r2))
-    stretch = split_tokens(T, columns * rows, tile["BLOCK_T"])
+    blocks = max(triton.cdiv(wanted, block_r), triton.cdiv(R2, block_r2))
+    stretch = split_tokens(T, columns * blocks, tile["BLOCK_T"])
     splits = triton.cdiv(T, stretch)
-    out = x.new_empty(splits, R, D, dtype=torch.float32)
-    out2 = x.new_empty(splits, R2, D, dtype=torch.float32)
+
+    def room(n, kind, empty):
+        out = empty(n, D, dtype=kind)
+        return (None, out) if splits == 1 else (empty(splits, n, D, dtype=torch.float32), out)
+
+    first = room(R, dtype, x.new_empty if rows is None else x.new_zeros)
+    second = room(R2, dtype2, x.new_empty)
+    at, at2 = (out if parts is None else parts for parts, out in (first, second))
     launch(
         x,
         _gram_kernel,
-        (columns, rows, splits),
-        *(x, x.stride(0), h, h.stride(0), out, h2, 0 if h2 is None else h2.stride(0), out2),
-        *(T, stretch, R, R2, D),
+        (columns, blocks, splits),
+        *(x, x.stride(0), h, h.stride(0), rows, at),
+        *(h2, 0 if h2 is None else h2.stride(0), at2),
+        *(T, stretch, wanted, R, R2, D),
         BLOCK_R=block_r,
         BLOCK_R2=block_r2,
         PRECISION=precision(x),
         **tile,
     )
-    return tuple(v[0] if splits == 1 else v.sum(0) for v in (out, out2))
+    return [first, second]
 
 
 def split_tokens(T, programs, block_t):

@@ -22,11 +22,6 @@ def require_supported(*operands, dtype=None):
             raise TypeError(f"triton kernels: expected float32, float16 or bfloat16, got {got}")
 
 
-def require_rank_dense(plan):
-    if plan != "rank_dense":
-        raise ValueError(f"plan: the Triton kernels run 'rank_dense' only, got {plan!r}")
-
-
 def column_rows(v):
     """v with unit stride along its columns, copied only if it is not."""
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
@@ -61,6 +56,11 @@ class Experts(NamedTuple):
     EP: int
     RP: int
     shared_a: bool
+    ranks: tuple[int, ...]
+
+    @property
+    def largest(self):
+        return max(self.ranks)
 
     @property
     def fit_registers(self):
@@ -75,23 +75,24 @@ class Experts(NamedTuple):
 
 def bundle_experts(a, b, scaling, offsets, shared_a):
     """At least 16 columns: a dot wants as many along K."""
-    ranks = {stop - start for start, stop in pairwise(offsets)}
+    ranks = tuple(stop - start for start, stop in pairwise(offsets))
     EP = triton.next_power_of_2(len(offsets) - 1)
     RP = max(triton.next_power_of_2(max(ranks)), 16 // EP)
-    equal = len(ranks) == 1
+    equal = len(set(ranks)) == 1
     return Experts(
         None if a is None else column_rows(a),
         column_rows(b),
         scaling,
-        None if equal else _offsets_on(tuple(offsets), b.device),
+        None if equal else table_on(tuple(offsets), b.device),
         max(ranks) if equal else 0,
         EP,
         RP,
         shared_a,
+        ranks,
     )
 
 
 @functools.lru_cache(maxsize=256)
-def _offsets_on(offsets, device):
+def table_on(numbers, device):
     """The same table for every call: a copy to the device would be a synchronisation each time."""
-    return torch.tensor(offsets, dtype=torch.int32, device=device)
+    return torch.tensor(numbers, dtype=torch.int32, device=device)

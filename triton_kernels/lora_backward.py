@@ -1,17 +1,22 @@
 """Gradients of grouped_lora and routed_lora: one pass over dy to rank space, then skinny matmuls.
 
-    dS, H, dlogits from rank_gradient      dx = [dS | dlogits] @ [A ; W]
+    dS, H, dlogits from dy B^T             dx = [dS | dlogits] @ [A ; W]
     dB = H^T dy                            [dA ; dW] = [dS | dlogits]^T x
 
-Four launches, each skipped when its gradient is not needed; dy and x are read twice, dx is written once.
+Four launches and one that adds up partial sums, each skipped when its gradient is not needed; dy and x
+are read twice, dx is written once.  The segmented plan does the same on tiles of sorted tokens.
 """
 
+from .add_parts import add_parts
 from .expand import expand
-from .gram import gram, gram_pair
-from .launching import bundle_experts, require_rank_dense, require_supported
+from .gram import gram_pair_parts, gram_parts
+from .launching import bundle_experts, column_rows, require_supported, table_on
 from .rank_gradient import rank_gradient
-from .router_topk import Routing, gate_options
-from .router_topk_backward import aux_gradients
+from .router_topk import Routing
+from .router_topk_backward import aux_gradients, logits_gradient
+from .segmented_expand import segmented_expand
+from .segmented_gram import segmented_gram, sorted_slots
+from .segmented_shrink import segmented_rank_gradient, segments_of
 
 
 def grouped_lora_backward(
@@ -19,18 +24,13 @@ def grouped_lora_backward(
     frozen, need_x, need_w, need_a, need_b, plan,
 ):  # fmt: skip
     """dx, dweights, da, db; empty where not needed."""
-    require_rank_dense(plan)
     require_supported(dy, x, a, b)
-    kinds, (a, b) = (a.dtype, b.dtype), (a.to(x.dtype), b.to(x.dtype))
     routing = Routing(indices.contiguous(), weights.contiguous())
-    experts = bundle_experts(None, b, scaling, offsets, shared_a)
-    gate = gate_options(indices.shape[1])
-    ds, h, dweights = rank_gradient(dy, s.contiguous(), routing, experts, gate, aux_gradients())
-    dx = expand(ds, a, None, None, None, x.dtype) if need_x else x.new_empty(0)
-    da = gram(ds, x) if need_a else s.new_empty(0)
-    db = gram(h, dy) if need_b else s.new_empty(0)
-    zero_frozen_rows(da, db, frozen, offsets, shared_a)
-    return dx, dweights if need_w else s.new_empty(0), da.to(kinds[0]), db.to(kinds[1])
+    experts = bundle_experts(a, b, scaling, offsets, shared_a)
+    backward = Segmented if plan == "segmented" else RankDense
+    grad = backward(column_rows(dy), column_rows(x), None, s, routing, experts, frozen, None)
+    dx, da, _, db = grad.results(need_x, need_a, False, need_b)
+    return dx, grad.dweights if need_w else s.new_empty(0), da, db
 
 
 def routed_lora_backward(
@@ -38,32 +38,105 @@ def routed_lora_backward(
     scaling, offsets, shared_a, gate, renormalize, frozen, need_x, need_w, need_a, need_b, plan,
 ):  # fmt: skip
     """dx, dw, da, db; empty where not needed."""
-    require_rank_dense(plan)
     require_supported(dy, x, w, a, b)
-    kinds, (a, b) = (a.dtype, b.dtype), (a.to(x.dtype), b.to(x.dtype))
     routing = Routing(indices.contiguous(), weights.contiguous(), logits.contiguous())
-    experts = bundle_experts(None, b, scaling, offsets, shared_a)
-    gate = gate_options(indices.shape[1], gate, renormalize)
-    aux = aux_gradients(dweights, dlogits, dmean_prob, dlse)
-    ds, h, dlogits = rank_gradient(dy, s.contiguous(), routing, experts, gate, aux)
-    dx = expand(ds, a, dlogits, w, None, x.dtype) if need_x else x.new_empty(0)
-    da, dw = s.new_empty(0), s.new_empty(0)
-    if need_a and need_w:
-        da, dw = gram_pair(ds, dlogits, x)
-    elif need_a:
-        da = gram(ds, x)
-    elif need_w:
-        dw = gram(dlogits, x)
-    db = gram(h, dy) if need_b else s.new_empty(0)
-    zero_frozen_rows(da, db, frozen, offsets, shared_a)
-    return dx, dw.to(w.dtype), da.to(kinds[0]), db.to(kinds[1])
+    experts = bundle_experts(a, b, scaling, offsets, shared_a)
+    router = gate, renormalize, aux_gradients(dweights, dlogits, dmean_prob, dlse)
+    backward = Segmented if plan == "segmented" else RankDense
+    grad = backward(column_rows(dy), column_rows(x), w, s, routing, experts, frozen, router)
+    dx, da, dw, db = grad.results(need_x, need_a, need_w, need_b)
+    return dx, dw, da, db
 
 
-def zero_frozen_rows(da, db, frozen, offsets, shared_a):
-    """A frozen expert still passes gradient on to x and the router; its own rows stay still."""
-    for expert in frozen:
-        rows = slice(offsets[expert], offsets[expert + 1])
-        if db.numel():
-            db[rows] = 0
-        if da.numel() and not shared_a:
-            da[rows] = 0
+class RankDense:
+    """dS and H of all rank rows."""
+
+    def __init__(self, dy, x, w, s, routing, experts, frozen, router):
+        self.dy, self.x, self.w, self.experts, self.frozen = dy, x, w, experts, frozen
+        out = rank_gradient(dy, s.contiguous(), routing, experts, router)
+        self.ds, self.h, self.dweights, self.dlogits = out
+
+    def results(self, need_x, need_a, need_w, need_b):
+        """dx, da, dw, db; empty where not needed."""
+        nothing = self.dy.new_empty(0)
+        sums = {}
+        if need_a and need_w:
+            sums["a"], sums["w"] = self.a_and_w()
+        elif need_a:
+            sums["a"] = self.a()
+        elif need_w:
+            sums["w"] = gram_parts(self.dlogits, self.x, self.w.dtype)
+        if need_b:
+            sums["b"] = self.b()
+        dx = self.input() if need_x else nothing
+        add_parts(*((parts, out) for parts, out in sums.values() if parts is not None))
+        return dx, *(sums[name][1] if name in sums else nothing for name in "awb")
+
+    def input(self):
+        return expand(self.ds, self.experts.a, self.dlogits, self.w, None, self.x.dtype)
+
+    def a_and_w(self):
+        kinds = self.experts.a.dtype, self.w.dtype
+        return gram_pair_parts(
+            self.ds, self.dlogits, self.x, *kinds, self.rows(self.experts.shared_a)
+        )
+
+    def a(self):
+        return gram_parts(self.ds, self.x, self.experts.a.dtype, self.rows(self.experts.shared_a))
+
+    def b(self):
+        return gram_parts(self.h, self.dy, self.experts.b.dtype, self.rows(False))
+
+    def rows(self, shared):
+        """The rows that are not frozen, or None for all.  A frozen expert still passes gradient on."""
+        if not self.frozen or shared:
+            return None
+        offsets, rows = 0, []
+        for e, rank in enumerate(self.experts.ranks):
+            rows += [] if e in self.frozen else range(offsets, offsets + rank)
+            offsets += rank
+        return table_on(tuple(rows), self.x.device)
+
+
+class Segmented(RankDense):
+    """dS and H of picked experts only: tile by tile for dx, slot by slot for dA and dB."""
+
+    def __init__(self, dy, x, w, s, routing, experts, frozen, router):
+        self.dy, self.x, self.w, self.experts, self.frozen = dy, x, w, experts, frozen
+        self.indices, self.dlogits = routing.indices, None
+        self.segments = segments_of(x, routing.indices, experts)
+        out = segmented_rank_gradient(dy, s.contiguous(), routing, experts, self.segments)
+        self.columns, self.ds, self.h, self.dweights = out
+        self.slots = sorted_slots(routing.indices, len(experts.scaling))
+        if router is not None:
+            self.dlogits = logits_gradient(self.dweights, routing, router)
+
+    def input(self):
+        if self.experts.shared_a:
+            return expand(
+                self.shared_ds(), self.experts.a, self.dlogits, self.w, None, self.x.dtype
+            )
+        a = self.experts.a
+        return segmented_expand(
+            self.columns, a, self.dlogits, self.w, None, self.segments, self.experts, self.x.dtype
+        )
+
+    def shared_ds(self):
+        return self.ds.sum(1).to(self.x.dtype)
+
+    def a_and_w(self):
+        return self.a(), gram_parts(self.dlogits, self.x, self.w.dtype)
+
+    def a(self):
+        if self.experts.shared_a:
+            return gram_parts(self.shared_ds(), self.x, self.experts.a.dtype)
+        return self.by_expert(self.ds, self.x, self.experts.a.dtype)
+
+    def b(self):
+        return self.by_expert(self.h, self.dy, self.experts.b.dtype)
+
+    def by_expert(self, h, x, dtype):
+        E = len(self.experts.scaling)
+        frozen = tuple(int(e in self.frozen) for e in range(E)) if self.frozen else None
+        frozen = None if frozen is None else table_on(frozen, x.device)
+        return segmented_gram(h, x, self.slots, self.experts, frozen, dtype)

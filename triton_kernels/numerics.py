@@ -38,6 +38,26 @@ def round_to(v, dtype: tl.constexpr):
 
 
 @triton.jit
+def convert(v, dtype: tl.constexpr):
+    """v in dtype, rounded to nearest even."""
+    if v.dtype != dtype:
+        v = round_to(widen(v), dtype)
+    return v
+
+
+@triton.jit
+def matched(h, b, out_dtype: tl.constexpr):
+    """Operands of a product H B in one dtype: a 16-bit H's; else B's where the output is 16-bit as well."""
+    if h.dtype != tl.float32:
+        b = convert(b, h.dtype)
+    elif out_dtype != tl.float32:
+        h = convert(h, b.dtype)
+    else:
+        b = convert(b, tl.float32)
+    return h, b
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b.  (M, K), (K, N), (M, N); PRECISION is that of two fp32 operands.
 
@@ -105,7 +125,10 @@ def project(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """x A^T and x W^T over columns first..last - 1, in one pass over x; either matrix may be None."""
+    """x A^T and x W^T over columns first..last - 1, in one pass over x; either matrix may be None.
+
+    A is rounded to x's dtype; W, the router's, keeps all of its bits.
+    """
     s = tl.zeros((t.shape[0], row.shape[0]), tl.float32)
     logits = tl.zeros((t.shape[0], e.shape[0]), tl.float32)
     x_row = x_ptr + t[:, None] * stride_xt
@@ -115,12 +138,18 @@ def project(
         if a_ptr is not None:
             a = a_ptr + row[:, None].to(tl.int64) * stride_ar + d
             a = tl.load(a, mask=row_ok[:, None] & (d < last), other=0.0)
-            s = dot(x, tl.trans(a), s, PRECISION)
+            s = dot(x, tl.trans(convert(a, x.dtype)), s, PRECISION)
         if w_ptr is not None:
             w = w_ptr + e[:, None].to(tl.int64) * stride_we + d
             w = tl.load(w, mask=e_ok[:, None] & (d < last), other=0.0)
             logits = dot(x, tl.trans(w), logits, "ieee")
     return s, logits
+
+
+@triton.jit
+def in_first(mask, part):
+    """The mask itself in the first part, nothing in the others; part counts from 0."""
+    return mask.to(tl.int32) > part
 
 
 @triton.jit

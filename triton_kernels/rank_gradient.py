@@ -24,9 +24,9 @@ from .gating import (
     scatter_slots,
     share_of_slots,
 )
-from .launching import column_rows, launch, precision
+from .launching import launch, precision
 from .numerics import add_parts, project, round_to, rows_of
-from .router_topk_backward import router_topk_backward
+from .router_topk_backward import aux_gradients, logits_gradient
 from .shrink import shrink, shrink_parts
 from .tiles import choose
 
@@ -55,8 +55,6 @@ def _rank_gradient_kernel(
     E,
     R,
     D_out,
-    top_p,
-    threshold,
     K: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -111,14 +109,19 @@ def _rank_gradient_kernel(
         tl.store(rows_of(dlogits_ptr, t0, E, e, BLOCK_T), dlogits, mask=e_inside)
 
 
-def rank_gradient(dy, s, routing, experts, gate, aux):
-    """dS (T, R or r) and H (T, R) in dy's dtype, and dlogits (T, E), or without logits dweights (T, K)."""
+def rank_gradient(dy, s, routing, experts, router):
+    """dS (T, R or r) and H (T, R) in dy's dtype; dweights (T, K), or dlogits (T, E) with a router.
+
+    `router` is its gate, whether it renormalizes, and the gradients that reach the routing from outside.
+    """
     if len(dy) == 0 or not experts.fit_registers:
-        return _in_memory(dy, s, routing, experts, gate, aux)
-    dy, b = column_rows(dy), experts.b
+        return _in_memory(dy, s, routing, experts, router)
+    b = experts.b
     indices, weights, logits, *_ = routing
+    gate, renormalize, aux = router or ("softmax", False, aux_gradients())
     ds, h = dy.new_empty(s.shape), dy.new_empty(len(dy), len(b))
-    dgate = torch.zeros_like(weights) if logits is None else torch.empty_like(logits)
+    dweights = torch.zeros_like(weights) if router is None else None
+    dlogits = None if router is None else torch.empty_like(logits)
     kernel = "rank_gradient" if experts.offsets is None else "rank_gradient_unequal"
     tile = choose(kernel, dy, experts.EP * experts.RP)
     source = (dy, dy.stride(0), None, 0)
@@ -130,24 +133,22 @@ def rank_gradient(dy, s, routing, experts, gate, aux):
         _rank_gradient_kernel,
         (triton.cdiv(len(dy), tile["BLOCK_T"]),),
         *(*source, b, b.stride(0), s, indices, weights),
-        *(experts.scaling, experts.offsets, experts.rank, logits, aux, ds, h),
-        *((dgate, None) if logits is None else (None, dgate)),
+        *(experts.scaling, experts.offsets, experts.rank, logits, aux),
+        *(ds, h, dweights, dlogits),
         *(len(dy), len(experts.scaling), *b.shape),
+        K=indices.shape[1],
+        GATE=gate,
+        RENORMALIZE=renormalize,
         PRECISION=precision(dy),
         **experts.options,
-        **gate,
         **tile,
     )
-    return ds, h, dgate
+    return ds, h, dweights, dlogits
 
 
-def _in_memory(dy, s, routing, experts, gate, aux):
+def _in_memory(dy, s, routing, experts, router):
     g, _ = shrink(dy, experts.b, None)
     ds, h, dweights = gate_ranks_backward(g, s, routing, experts, dy.dtype)
-    if routing.logits is None:
-        return ds, h, dweights
-    if aux.dweights is not None:
-        dweights += aux.dweights
-    indices, weights, logits, *_ = routing
-    gate = gate["GATE"], gate["RENORMALIZE"]
-    return ds, h, router_topk_backward(dweights, *aux[1:], indices, weights, logits, *gate)
+    if router is None:
+        return ds, h, dweights, None
+    return ds, h, dweights, logits_gradient(dweights, routing, router)

@@ -5,7 +5,8 @@
 Phase 1 loops over D_in and forms S and the logits from the same tile of x; top-k and gating happen in
 registers, where H then is the operand of phase 2, which loops over D_out.  Nothing is sorted, gathered
 or read twice.  Where H does not fit beside a tile of y it is stored instead, and `expand` is a second
-launch; where T is too small to fill a device, `shrink` comes first, split along D_in.
+launch; where T is too small to fill a device, `shrink` comes first, split along D_in, and phase 2 is split
+along D_out.  This file also opens the other plans: `decode`, `segmented`.
 Reads T*D_in + (R+E)*D_in + R*D_out + T*D_out (base), writes T*D_out + 4*T*(R + 2K + E).
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
@@ -15,19 +16,15 @@ import torch
 import triton
 import triton.language as tl
 
+from .decode import decode
 from .expand import expand
 from .gate_ranks import gate_ranks
 from .gating import apply_gate, expert_rows, narrow, route, saved_rows, scatter_slots
-from .launching import (
-    bundle_experts,
-    column_rows,
-    launch,
-    precision,
-    require_rank_dense,
-    require_supported,
-)
-from .numerics import add_parts, dot, project, round_to, rows_of, widen
-from .router_topk import Routing, gate_options, new_routing, route_logits
+from .launching import bundle_experts, column_rows, launch, precision, require_supported
+from .numerics import add_parts, convert, dot, in_first, project, round_to, rows_of, widen
+from .router_topk import Routing, gate_options, new_routing, route_logits, router_topk
+from .segmented_expand import segmented_expand
+from .segmented_shrink import segmented_shrink, segments_of
 from .shrink import shrink, shrink_parts
 from .tiles import choose
 
@@ -60,6 +57,7 @@ def _routed_lora_kernel(
     R,
     D_in,
     D_out,
+    STRETCH,  # columns of y that a program writes
     top_p,
     threshold,
     K: tl.constexpr,
@@ -81,6 +79,7 @@ def _routed_lora_kernel(
     row, row_ok = expert_rows(offsets_ptr, rank, 0, E, EP, RP)
     s_row, s_ok, width = saved_rows(offsets_ptr, rank, 0, E, R, EP, RP, SHARED)
     s_inside = t_ok[:, None] & s_ok[None, :]
+    part = tl.program_id(1)  # a stretch of y; what all of them compute alike the first one stores
 
     if x_ptr is None:
         s = add_parts(s_parts_ptr, PARTS, T, t0, width, s_row, s_inside, BLOCK_T)
@@ -93,27 +92,31 @@ def _routed_lora_kernel(
             x_ptr, stride_xt, t, t_ok, a_ptr, stride_ar, s_row, s_ok, w_ptr, stride_we, e, e < E,
             0, D_in, BLOCK_D, PRECISION,
         )  # fmt: skip
-    tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=s_inside)
+    tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(s_inside, part))
 
     if w_ptr is not None:
         gate = route(
-            logits, bias_ptr, top_p, threshold, routing, t0, t, t_ok, e, e < E, T, E,
+            logits, bias_ptr, top_p, threshold, routing, part, t0, t, t_ok, e, e < E, T, E,
             K, GATE, RENORMALIZE,
         )  # fmt: skip
     else:
         gate = scatter_slots(routing.indices, routing.weights, t, t_ok, e, e < E, K)
     gate *= tl.load(scaling_ptr + e, mask=e < E, other=0.0)[None, :]
     h = apply_gate(tl.where(s_ok[None, :], s, 0.0), narrow(gate, EP), EP, RP)
-    h = round_to(h, b_ptr.dtype.element_ty)
+    if h_ptr is not None:
+        h = round_to(h, h_ptr.dtype.element_ty)
+    else:
+        h = round_to(h, y_ptr.dtype.element_ty)
 
     if h_ptr is not None:
         inside = t_ok[:, None] & row_ok[None, :]
         tl.store(rows_of(h_ptr, t0, R, row, BLOCK_T), h, mask=inside)
     else:
-        for n0 in range(0, D_out, BLOCK_N):
+        first = part * STRETCH
+        for n0 in range(first, tl.minimum(first + STRETCH, D_out), BLOCK_N):
             n = (n0 + tl.arange(0, BLOCK_N))[None, :]
             b = b_ptr + row[:, None].to(tl.int64) * stride_br + n
-            b = tl.load(b, mask=row_ok[:, None] & (n < D_out), other=0.0)
+            b = convert(tl.load(b, mask=row_ok[:, None] & (n < D_out), other=0.0), h.dtype)
             y = dot(h, b, tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PRECISION)
             inside = t_ok[:, None] & (n < D_out)
             if base_ptr is not None:
@@ -127,34 +130,59 @@ def routed_lora(
     x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize, top_p, threshold, plan
 ):  # fmt: skip
     """y (T, D_out), indices, weights, logits, mean_prob, lse, counts, S."""
-    require_rank_dense(plan)
     require_supported(x, w, a, b)
+    x, base = column_rows(x), None if base is None else column_rows(base)
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
-    gate = gate_options(top_k, gate, renormalize, top_p, threshold)
-    a, b = a.to(x.dtype), b.to(x.dtype)
+    router = top_k, gate, renormalize, top_p, threshold
+    if plan == "segmented":
+        routing = router_topk(x, w, bias, *router)
+        y, s = _segmented(x, base, Routing(*routing[:2]), experts)
+        return y, *routing, s
+    if plan == "decode":
+        y, routing, s = decode(x, w, bias, base, experts, None, gate_options(*router))
+        return y, *routing, s
+    return _rank_dense(x, w, bias, base, experts, gate_options(*router))
+
+
+def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
+    """y (T, D_out), S."""
+    require_supported(x, a, b)
+    x, base = column_rows(x), None if base is None else column_rows(base)
+    experts = bundle_experts(a, b, scaling, offsets, shared_a)
+    routing = Routing(indices.contiguous(), weights.contiguous())
+    if plan == "segmented":
+        return _segmented(x, base, routing, experts)
+    if plan == "decode":
+        y, _, s = decode(x, None, None, base, experts, routing, gate_options(indices.shape[1]))
+        return y, s
     if len(x) == 0 or not experts.fit_registers:
-        s, logits = shrink(x, a, w)
+        s, _ = shrink(x, a, None)
+        return _expand_gated(s, routing, experts, base, x.dtype), s
+    tile = choose("routed_lora", x, experts.EP * experts.RP)
+    return _launch(x, None, None, experts, base, routing, gate_options(indices.shape[1]), tile)
+
+
+def _rank_dense(x, w, bias, base, experts, gate):
+    if len(x) == 0 or not experts.fit_registers:
+        s, logits = shrink(x, experts.a, w)
         routing = route_logits(logits, bias, gate)
         return _expand_gated(s, Routing(*routing[:2]), experts, base, x.dtype), *routing, s
     tile = choose("routed_lora", x, experts.EP * experts.RP)
-    routing = new_routing(x, len(w), top_k, tile["BLOCK_T"])
+    routing = new_routing(x, len(w), gate["K"], tile["BLOCK_T"])
     bias = None if bias is None else bias.float()
     y, s = _launch(x, column_rows(w), bias, experts, base, routing, gate, tile)
     return y, *routing.results(), s
 
 
-def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
-    """y (T, D_out), S."""
-    require_rank_dense(plan)
-    require_supported(x, a, b)
-    experts = bundle_experts(a.to(x.dtype), b.to(x.dtype), scaling, offsets, shared_a)
-    routing = Routing(indices.contiguous(), weights.contiguous())
-    if len(x) == 0 or not experts.fit_registers:
-        s, _ = shrink(x, a, None)
-        return _expand_gated(s, routing, experts, base, x.dtype), s
-    tile = choose("routed_lora", x, experts.EP * experts.RP)
-    gate = gate_options(indices.shape[1])
-    return _launch(x, None, None, experts, base, routing, gate, tile)
+def _segmented(x, base, routing, experts):
+    s = shrink(x, experts.a, None)[0] if experts.shared_a else None
+    if len(x) == 0:
+        columns = experts.largest * (1 if experts.shared_a else routing.indices.shape[1])
+        return x.new_empty(0, experts.b.shape[1]), x.new_empty(0, columns, dtype=torch.float32)
+    segments = segments_of(x, routing.indices, experts)
+    s, h = segmented_shrink(x, experts.a, s, routing, experts, segments)
+    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
+    return y, s.view(len(x), -1)
 
 
 def _expand_gated(s, routing, experts, base, dtype):
@@ -163,13 +191,13 @@ def _expand_gated(s, routing, experts, base, dtype):
 
 
 def _launch(x, w, bias, experts, base, routing, gate, tile):
-    x, base = column_rows(x), None if base is None else column_rows(base)
     a, b = experts.a, experts.b
-    T, E, R = len(x), len(experts.scaling), len(b)
+    T, E, (R, D_out) = len(x), len(experts.scaling), b.shape
     s = x.new_empty(T, len(a), dtype=torch.float32)
-    one_launch = tile.pop("ONE_LAUNCH")
-    y = x.new_empty(T, b.shape[1]) if one_launch else None
-    h = None if one_launch else x.new_empty(T, R)
+    stretch = tile.pop("STRETCH")
+    y = None if stretch is None else x.new_empty(T, D_out)
+    h = x.new_empty(T, R) if stretch is None else None
+    stretches = 1 if stretch is None else max(1, triton.cdiv(D_out, stretch))
     source = (x, x.stride(0), None, None, 0)
     if tile.pop("IN_PARTS"):
         parts = shrink_parts(x, a, w)
@@ -177,15 +205,15 @@ def _launch(x, w, bias, experts, base, routing, gate, tile):
     launch(
         x,
         _routed_lora_kernel,
-        (triton.cdiv(T, tile["BLOCK_T"]),),
+        (triton.cdiv(T, tile["BLOCK_T"]), stretches),
         *(*source, w, 0 if w is None else w.stride(0), bias),
         *(a, a.stride(0), b, b.stride(0), base, 0 if base is None else base.stride(0)),
         *(experts.scaling, experts.offsets, experts.rank, routing, s, h, y),
-        *(T, E, R, x.shape[1], b.shape[1]),
+        *(T, E, R, x.shape[1], D_out, stretch or D_out),
         BLOCK_E=max(16, experts.EP),
         PRECISION=precision(x),
         **experts.options,
         **gate,
         **tile,
     )
-    return y if one_launch else expand(h, b, None, None, base, x.dtype), s
+    return expand(h, b, None, None, base, x.dtype) if y is None else y, s

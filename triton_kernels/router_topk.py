@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .add_parts import add_parts
 from .gating import route
 from .launching import column_rows, launch, require_supported
 from .numerics import project, rows_of
@@ -34,11 +35,16 @@ class Routing(NamedTuple):
     logits: torch.Tensor | None = None  # (T, E)
     lse: torch.Tensor | None = None  # (T,)
     mean_prob: torch.Tensor | None = None  # (tiles, E)
-    counts: torch.Tensor | None = None  # (tiles, E) int32
+    counts: torch.Tensor | None = None  # (tiles, E) int32, a single tile's int64
 
     def results(self):
         """indices, weights, logits, mean_prob (E,), lse, counts (E,) int64"""
-        mean_prob, counts = self.mean_prob.sum(0), self.counts.sum(0)
+        if len(self.counts) == 1:
+            mean_prob, counts = self.mean_prob[0], self.counts[0]
+        else:
+            E = self.logits.shape[1]
+            mean_prob, counts = self.lse.new_empty(E), self.indices.new_empty(E, dtype=torch.int64)
+            add_parts((self.mean_prob, mean_prob), (self.counts, counts))
         return self.indices, self.weights, self.logits, mean_prob, self.lse, counts
 
 
@@ -50,7 +56,7 @@ def new_routing(x, E, K, block_t):
         x.new_empty(T, E, dtype=torch.float32),
         x.new_empty(T, dtype=torch.float32),
         x.new_empty(tiles, E, dtype=torch.float32),
-        x.new_empty(tiles, E, dtype=torch.int32),
+        x.new_empty(tiles, E, dtype=torch.int64 if tiles == 1 else torch.int32),
     )
 
 
@@ -104,6 +110,7 @@ def _router_topk_kernel(
         top_p,
         threshold,
         routing,
+        tl.program_id(1),
         t0,
         t,
         t_ok,
@@ -129,7 +136,7 @@ def router_topk(x, w, bias, top_k, gate, renormalize, top_p, threshold):
 
 
 def route_logits(logits, bias, options):
-    """The same from logits in memory."""
+    """The same from logits in memory; `options` as gate_options makes them."""
     source = None, 0, None, 0, logits
     return _launch(logits, source, bias, logits.shape[1], "route_logits", options)
 

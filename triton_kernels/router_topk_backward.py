@@ -93,3 +93,11 @@ def router_topk_backward(
         **tile,
     )
     return out
+
+
+def logits_gradient(dweights, routing, router):
+    """The same from the experts' share of dweights and a `router` as rank_gradient takes it."""
+    gate, renormalize, aux = router
+    if aux.dweights is not None:
+        dweights = dweights + aux.dweights
+    return router_topk_backward(dweights, *aux[1:], *routing[:3], gate, renormalize)

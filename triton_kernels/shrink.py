@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .add_parts import add_parts
 from .launching import column_rows, launch, padded, precision, require_supported
 from .numerics import project, rows_of
 from .tiles import choose
@@ -61,7 +62,15 @@ def _shrink_kernel(
 
 def shrink(x, a, w):
     """S (T, R) and logits (T, E); either matrix may be None, and what it makes has no columns."""
-    return tuple(v[0] if len(v) == 1 else v.sum(0) for v in shrink_parts(x, a, w))
+    return sum_of_parts(*shrink_parts(x, a, w))
+
+
+def sum_of_parts(*parts):
+    if len(parts[0]) == 1:
+        return tuple(v[0] for v in parts)
+    out = tuple(v.new_empty(v.shape[1:]) for v in parts)
+    add_parts(*zip(parts, out))
+    return out
 
 
 def shrink_parts(x, a, w):

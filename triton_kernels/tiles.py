@@ -12,6 +12,7 @@ import triton
 
 from .numerics import INTERPRETED
 
+ALL = 2**30
 FEW, SOME = 64, 4096  # up to here T alone does not fill a device: `shrink` splits D
 
 
@@ -38,12 +39,19 @@ def shrink(part, T, half, width):
 
 
 def routed_lora(part, T, half, width):
+    """STRETCH: columns of y a program writes, all of them at most; None: `expand` writes y."""
     if T <= SOME or (part == "ampere" and width > 128):
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "ONE_LAUNCH": False}
+        stretch = 512 if half and T <= SOME else None
+        return {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "STRETCH": stretch}
     tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
     if half:
-        return tile | {"BLOCK_T": 64, "BLOCK_D": 64, "ONE_LAUNCH": width <= 128}
-    return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "ONE_LAUNCH": False}
+        stretch = ALL if width <= 128 else None
+        return tile | {"BLOCK_T": 64, "BLOCK_D": 64, "STRETCH": stretch}
+    return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "STRETCH": None}
+
+
+def decode(part, T, half, width):
+    return {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_R": max(16, min(width, 64) if half else 16)}
 
 
 def rank_gradient(part, T, half, width):
@@ -66,6 +74,18 @@ def expand(part, T, half, width):
 def gram(part, T, half, width):
     warps = 4 if part == "cdna" else 8  # of 64 threads there
     return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": warps}
+
+
+def segmented(part, T, half, width):
+    """A tile of tokens and the rank columns of its experts that a program of `segmented_shrink` takes."""
+    if width > 128:  # one expert's columns alone
+        return {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 64, "COLUMNS": width, "num_warps": 8}
+    rows = 64 if half and T > FEW else 16
+    return {"BLOCK_T": rows, "BLOCK_D": 64 if half else 32, "BLOCK_N": 64, "COLUMNS": 128}
+
+
+def segmented_gram(part, T, half, width):
+    return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64}
 
 
 def router_topk(part, T, half, width):
@@ -93,10 +113,13 @@ TILES = {
     for tile in (
         shrink,
         routed_lora,
+        decode,
         rank_gradient,
         rank_gradient_unequal,
         expand,
         gram,
+        segmented,
+        segmented_gram,
         router_topk,
         route_logits,
         router_topk_backward,
@@ -111,15 +134,27 @@ def interpreted(kernel, T, half):
     tile = {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32}
     if kernel == "shrink" and few:
         tile["STRETCH"] = tile["BLOCK_D"]
+    elif kernel == "decode":
+        tile = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": 128}
     elif kernel == "gram":
         tile["MAX_R"] = 128
+    elif kernel == "segmented":
+        tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
     elif kernel.startswith("rank_gradient"):
         tile["IN_PARTS"] = few
     elif kernel == "routed_lora":
-        tile |= {"BLOCK_N": 64, "IN_PARTS": few, "ONE_LAUNCH": half and some and not few}
+        tile |= {"BLOCK_N": 64, "IN_PARTS": few, "STRETCH": None}
+        if half and some:  # as on a GPU; fp32 sums in `expand` take another order
+            tile["STRETCH"] = 64 if few else ALL
     elif kernel in ("router_topk_backward", "gate_ranks"):
         del tile["BLOCK_D"]
     return tile
+
+
+def sort_window(N):
+    """Items that are sorted against each other: at most eight windows up to 131,072 of them."""
+    least, most = (128, 256) if INTERPRETED else (1024, 16384)
+    return min(most, max(least, triton.next_power_of_2(triton.cdiv(N, 8))))
 
 
 def choose(kernel, x, width):

@@ -25,6 +25,12 @@ def copy_to_the_start(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def copy_without_other(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(out_ptr + at, tl.load(x_ptr + at, mask=at < N))
+
+
+@triton.jit
 def shift(x_ptr, BLOCK: tl.constexpr):
     """Every program writes what the one before has read."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

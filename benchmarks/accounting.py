@@ -1,0 +1,175 @@
+"""Launches and bytes of a LoraMoeLinear, counted from the real launches, beside those of other schemes.
+
+    python -m benchmarks.accounting [--T 8192] [--D 4096] [--E 8] [--r 16] [--K 2] [--plan PLAN] [--details]
+
+The layer runs forward and backward up to its launches (benchmarks/launches.py).  A kernel must move what its
+arguments hold, once: the compiled code says which of them it reads and which it writes.  So must every
+operator of PyTorch's that is neither a view nor an allocation.  The base layer's own GEMMs and autograd's
+addition of its dx to ours are left out: what is counted is what the experts add.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import NamedTuple
+
+import torch
+
+from lora_moe import LoraMoeConfig, LoraMoeLinear
+
+from . import schemes, ttir
+from .launches import Launch, Operator, launches
+from .scenarios import forced
+
+ALLOCATIONS = (
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "lift_fresh",
+)
+OVERWRITES = (
+    "copy_",
+    "fill_",
+    "zero_",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+)  # not reading the first
+
+
+class Moved(NamedTuple):
+    name: str
+    read: int
+    written: int
+
+
+def count(events):
+    """What each launch among them moves."""
+    for event in events:
+        moved = kernel(event) if isinstance(event, Launch) else operator(event)
+        if moved is not None:
+            yield moved
+
+
+def kernel(launch):
+    sides = {True: set(), False: set()}
+    for access in ttir.accesses(launch.kernel.asm["ttir"]):
+        sides[True] |= {access.argument} if access.reads else set()
+        sides[False] |= {access.argument} if access.writes else set()
+    read, written = (sum(size(launch.args[a]) for a in side) for side in sides.values())
+    return Moved(launch.name, read, written)
+
+
+def operator(event):
+    name = event.func._opname
+    results = tensors(event.result)
+    if event.func.is_view or name in ALLOCATIONS or not any(v.numel() for v in results):
+        return None
+    arguments = tensors(event.args)
+    written = [
+        v
+        for v, a in zip(event.args, event.func._schema.arguments)
+        if a.alias_info and a.alias_info.is_write
+    ]
+    if name in OVERWRITES:
+        arguments = arguments[1:]
+    written = written or results
+    return Moved(f"aten::{name}", sum(map(size, arguments)), sum(map(size, written)))
+
+
+def tensors(values):
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return (
+        [v for value in values for v in tensors(value)] if isinstance(values, (tuple, list)) else []
+    )
+
+
+def size(v):
+    """Bytes of the elements that v has, each once: an expanded axis costs nothing."""
+    n = v.element_size()
+    for length, stride in zip(v.shape, v.stride()):
+        n *= length if stride or not length else 1
+    return n
+
+
+def layer(s, *, plan=None, dtype=torch.bfloat16, target="sm_90"):
+    """(forward, backward) of one LoraMoeLinear, as lists of Moved."""
+    base = torch.nn.Linear(s.D, s.D, bias=False, dtype=dtype, device="meta").requires_grad_(False)
+    experts = LoraMoeLinear(base, LoraMoeConfig(num_experts=s.E, r=s.r, top_k=s.K))
+    x = torch.empty(s.T, s.D, dtype=dtype, device="meta", requires_grad=True)
+    with forced(plan), launches(target) as forward:
+        y = experts(x)
+    trained = [p for p in experts.parameters() if p.requires_grad]
+    with launches(target) as backward:
+        torch.autograd.grad(y, [x, *trained], torch.empty_like(y))
+    return tuple(list(count(ours(events, base, x))) for events in (forward, backward))
+
+
+def ours(events, base, x):
+    """Without the base layer's products and the addition of its dx to ours."""
+    weight = base.weight.untyped_storage()._cdata
+    for event in events:
+        if isinstance(event, Operator):
+            of_base = any(v.untyped_storage()._cdata == weight for v in tensors(event.args))
+            if of_base or (event.func._opname in ("add", "add_") and event.result.shape == x.shape):
+                continue
+        yield event
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+def total(moved):
+    return len(moved), sum(m.read + m.written for m in moved)
+
+
+def table(s, plan=None):
+    """A Markdown row a scheme: launches and megabytes, forward and backward."""
+    yield f"T={s.T}, {s.D}x{s.D}, E={s.E}, r={s.r}, K={s.K}, bf16: added to the base GEMM\n"
+    yield "| scheme | forward launches | forward MB | backward launches | backward MB |"
+    yield "|---|---|---|---|---|"
+    forward, backward = layer(s, plan=plan)
+    yield cells("**ours**, counted from the launches", total(forward), total(backward))
+    for name, (there, back) in schemes.SCHEMES.items():
+        back = schemes.total(back(s)) if back else None
+        if name == "MeteoRA":
+            name += f" (and {schemes.meteora_in_l2(s) / 1e9:.0f} GB of L2)"
+        yield cells(f"{name}, modelled", schemes.total(there(s)), back)
+
+
+def cells(name, *sides):
+    numbers = (f"{side[0]} | {side[1] / 1e6:,.0f}" if side else "- | -" for side in sides)
+    return f"| {name} | {' | '.join(numbers)} |"
+
+
+def details(s, plan=None):
+    """A row a launch of ours."""
+    yield "\n| | launch | reads MB | writes MB |\n|---|---|---|---|"
+    for side, moved in zip(("forward", "backward"), layer(s, plan=plan)):
+        for m in moved:
+            yield f"| {side} | {m.name} | {m.read / 1e6:.2f} | {m.written / 1e6:.2f} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for letter, default in {"T": 8192, "D": 4096, "E": 8, "r": 16, "K": 2}.items():
+        parser.add_argument(f"--{letter}", type=int, default=default)
+    parser.add_argument("--plan", help="instead of the one that the cost model picks")
+    parser.add_argument("--details", action="store_true", help="and every launch of ours")
+    parser.add_argument("--json", action="store_true", help="only ours: [name, read, written], ...")
+    args = parser.parse_args()
+    s = schemes.Shape(args.T, args.D, args.E, args.r, args.K)
+    if args.json:
+        print(json.dumps(dict(zip(("forward", "backward"), layer(s, plan=args.plan)))))
+        return
+    for line in (*table(s, args.plan), *(details(s, args.plan) if args.details else ())):
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What the compiler makes of every kernel, for GPUs that need not be there.
+
+    python -m benchmarks.gpu_static [--targets sm_90,gfx942] [--dtypes bfloat16] [--scenarios "many tokens"]
+                                    [--json FILE] [--markdown FILE]
+
+The public functions run up to their launches (benchmarks/launches.py), each launch is compiled for the
+target, and the machine code is read: registers, spills, shared memory, occupancy, and in the loops that hold
+a dot tensor-core instructions, fp32 FMAs and the width of the global loads.  One process a target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942")
+SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KB of shared memory a block
+ROOT = Path(__file__).parent.parent
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def compile_for(target, dtypes, scenarios):
+    """Print one JSON row for every kernel and configuration that is new with a scenario."""
+    import torch
+
+    from .launches import TARGETS, Launch, launches
+    from .rows import row
+    from .scenarios import SCENARIOS
+
+    for name in dtypes:
+        known = set()
+        for scenario in scenarios or SCENARIOS:
+            # twice: another number of tokens must find everything compiled
+            for T in (SCENARIOS[scenario].T, SCENARIOS[scenario].T - 3):
+                with launches(target) as seen:
+                    operands = SCENARIOS[scenario].run(getattr(torch, name), T)
+                for launch in seen:
+                    if isinstance(launch, Launch) and launch.kernel.hash not in known:
+                        known.add(launch.kernel.hash)
+                        facts = {"dtype": name, "target": target, "scenario": scenario}
+                        facts["another_T"] = T != SCENARIOS[scenario].T
+                        line = row(launch, operands, TARGETS[target]) | facts
+                        print(json.dumps(line), flush=True)
+
+
+def rows(targets, dtypes=DTYPES, scenarios=(), jobs=2):
+    """All rows, `jobs` targets at a time."""
+
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def one(target):
+        command = [sys.executable, "-m", "benchmarks.gpu_static", "--one", target]
+        command += ["--dtypes", ",".join(dtypes), "--scenarios", ";".join(scenarios)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+        if done.returncode:
+            raise RuntimeError(f"{target}: {done.stderr}")
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [row for found in pool.map(one, targets) for row in found]
+
+
+def violations(row):
+    """What the project promises of every default configuration, and this row breaks."""
+    if row["spills"]:
+        yield f"{row['spills']} spills"
+    if row["shared_bytes"] > row["shared_limit"]:
+        yield f"{row['shared_bytes']} of {row['shared_limit']} bytes of shared memory"
+    if row["dtype"] != "float32" and row["tensor_core_loops"] < row["dot_loops"]:
+        yield f"tensor cores in {row['tensor_core_loops']} of {row['dot_loops']} loops with a dot"
+    if row["dtype"] != "float32" and row["dots"] and not row["tensor_core_ops"]:
+        yield "no tensor cores"
+    if row["load_bits"] < 128 and row["wide_loads"]:
+        narrow = {name: bits for name, bits in row["wide_loads"].items() if bits < 128}
+        yield f"narrow loads {narrow}"
+    if row["float_atomics"]:
+        yield f"{row['float_atomics']} float atomics"
+    if row["another_T"]:
+        yield "compiled anew for another number of tokens"
+
+
+COLUMNS = {
+    "kernel": "kernel", "scenario": "first launched by", "dtype": "dtype", "config": "configuration",
+    "registers": "registers", "spills": "spills", "shared": "shared KB", "occupancy": "occupancy",
+    "tensor": "tensor-core ops", "fp32_fmas": "fp32 FMAs", "load_bits": "load bits",
+    "float_atomics": "float atomics",
+}  # fmt: skip
+
+
+INTRO = """
+Read from the machine code that Triton compiles ahead of time, no GPU being there: `make gpu-static`.
+Configuration: tile sizes (tokens T, columns D and N, ranks R, experts E), warps and pipeline stages.
+Occupancy: of a multiprocessor's warps, and what limits it.  Tensor-core ops and fp32 FMAs: instructions in
+loops.  Load bits: of x, dy, A and B, the narrowest; of the widest load where a kernel reads none of them.
+"""
+
+
+def markdown(rows):
+    """A table a target, and what breaks a promise at the end."""
+    yield f"# {__doc__.partition(chr(10))[0]}\n{INTRO}"
+    for target in dict.fromkeys(row["target"] for row in rows):
+        of_target = [row for row in rows if row["target"] == target]
+        yield f"\n## {target}: {of_target[0]['shared_limit'] // 1024} KB of shared memory a block\n"
+        yield "| " + " | ".join(COLUMNS.values()) + " |"
+        yield "|" + " --- |" * len(COLUMNS)
+        for row in of_target:
+            cells = row | {
+                "config": tile(row["config"]),
+                "shared": round(row["shared_bytes"] / 1024, 1),
+                "occupancy": f"{row['occupancy']:.0%} ({row['limiter']})",
+                "tensor": row["tensor_core_ops"] if row["dots"] else "no dot",
+            }
+            yield "| " + " | ".join(str(cells[key]) for key in COLUMNS) + " |"
+    broken = [(row, list(violations(row))) for row in rows]
+    broken = [(row, words) for row, words in broken if words]
+    yield f"\n{len(rows)} kernels and configurations, {len(broken)} with something to mend.\n"
+    for row, words in broken:
+        yield f"- {row['target']} {row['dtype']} {row['kernel']}, {row['scenario']}: {'; '.join(words)}"
+
+
+def tile(config):
+    """What varies from tile to tile, in short: T64 D64, 8 warps, 3 stages."""
+    options = dict(option.split("=") for option in config.split())
+    sizes = [f"{name[6:]}{n}" for name, n in options.items() if name.startswith("BLOCK_")]
+    return f"{' '.join(sizes)}, {options['num_warps']} warps, {options['num_stages']} stages"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--targets", default=",".join(DEFAULT), help=f"also {', '.join(SMALL)}")
+    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--scenarios", default="", help="names, separated by ;")
+    parser.add_argument("--jobs", type=int, default=2, help="targets at a time")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    dtypes = args.dtypes.split(",")
+    scenarios = [name for name in args.scenarios.split(";") if name]
+    if args.one:
+        compile_for(args.one, dtypes, scenarios)
+        return
+    found = rows(args.targets.split(","), dtypes, scenarios, args.jobs)
+    table = "\n".join(markdown(found)) + "\n"
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(table)
+    else:
+        print(table)
+
+
+if __name__ == "__main__":
+    main()

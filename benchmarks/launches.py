@@ -1,0 +1,104 @@
+"""Runs the package up to its launches: nothing is computed, and each kernel is compiled for a named GPU.
+
+Tensors are on the meta device, so neither memory nor a GPU is needed, a value cannot be read, and autograd
+works as ever.  The operators go to the Triton launchers as they are; only the driver is replaced by one
+that names the target, and a launch by a compilation.  What is seen here is what a user's call does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from lora_moe import backend, triton_kernels
+
+TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)} | {
+    arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")
+}
+
+if triton.knobs.runtime.interpret:
+    raise ImportError("unset TRITON_INTERPRET: kernels are compiled here, not interpreted")
+backend._serving["meta"] = "triton"
+
+
+class Launch(NamedTuple):
+    """Of a Triton kernel: what was compiled, the arguments by name, and how it was configured."""
+
+    name: str
+    kernel: Any
+    args: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Operator(NamedTuple):
+    """Of PyTorch's, and what it was called with."""
+
+    func: Any
+    args: tuple
+    result: Any
+
+
+class Driver:
+    """Names a target; there is no device behind it."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def launches(target, *, compiled=True):
+    """A list that collects every Launch and every Operator, in order."""
+    triton.runtime.driver.set_active(Driver(TARGETS[target]))
+    run, seen = JITFunction.run, []
+
+    def note(jit, *args, grid, warmup, **options):
+        kernel = run(jit, *args, grid=grid, warmup=True, **options) if compiled else None
+        arguments = dict(flatten(zip(jit.arg_names, args)))
+        seen.append(Launch(jit.__name__, kernel, arguments, options))
+
+    JITFunction.run = note
+    try:
+        with Operators(seen):
+            yield seen
+    finally:
+        JITFunction.run = run
+
+
+class Operators(TorchDispatchMode):
+    """Ours run through their Triton launchers; all others are noted."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lora_moe":
+            with self:
+                return getattr(triton_kernels, func._opname)(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.seen.append(Operator(func, (*args, *(kwargs or {}).values()), result))
+        return result
+
+
+def flatten(args):
+    """A NamedTuple among a kernel's arguments is as many arguments as it has fields."""
+    for name, value in args:
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", range(len(value)))
+            yield from flatten((f"{name}.{field}", v) for field, v in zip(fields, value))
+        else:
+            yield name, value

@@ -1,0 +1,59 @@
+"""How wide the global loads of a compiled kernel are, operand by operand.
+
+PTX and amdgcn carry the source line of every instruction, and that of the call it was inlined at; TTIR has
+the same of every load, and knows which argument it reads.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .ttir import accesses
+
+LOC = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?")
+ASYNC = re.compile(r"\bcp\.async\.c[ag]\.shared\.global.*?, (0x[0-9a-f]+|\d+)[,;]")
+LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\s")
+AMD = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "ubyte": 8}
+
+
+def widths(kernel):
+    """Bits a thread loads at once, by argument; None stands for loads that could not be told."""
+    asm = kernel.asm
+    found = _ptx(asm["ptx"]) if "ptx" in asm else _amdgcn(asm["amdgcn"])
+    arguments = {a.where[:2]: a.argument for a in accesses(asm["ttir"]) if a.reads}
+    table = {}
+    for bits, where in found:
+        table.setdefault(arguments.get(where), set()).add(bits)
+    return table
+
+
+def _ptx(text):
+    files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
+    where, inline = (), False
+    for line in text.splitlines():
+        if (
+            "inline asm" in line
+        ):  # in there, LLVM counts the lines of the assembly on from the source's
+            inline = "begin" in line
+        elif match := LOC.match(line):
+            frames = match.groups()[:3], match.groups()[3:]
+            if not inline:
+                where = tuple((files[f], int(n), int(c)) for f, n, c in frames if f)
+        elif match := ASYNC.search(line):
+            yield 8 * int(match.group(1), 0), where
+        elif match := LOAD.search(line):
+            yield int(match.group(1) or 1) * int(match.group(2)), where
+        elif "cp.async.bulk.tensor" in line:
+            yield 128, where
+
+
+def _amdgcn(text):
+    where = ()
+    for line in text.splitlines():
+        if re.match(r"\s*\.loc\s", line):
+            frames = re.findall(r"(\S+\.py):(\d+):(\d+)", line.partition(";")[2])
+            where = tuple((f.split("/")[-1], int(n), int(c)) for f, n, c in frames[:2])
+        elif match := re.match(
+            r"\s*(?:global|buffer|flat)_load_(?:lds_)?([a-z]+?(?:x\d)?)\b", line
+        ):
+            yield AMD.get(match.group(1), 16), where

@@ -1,0 +1,140 @@
+"""Calls of the public functions, forward and backward, at the shapes whose kernels are worth a look.
+
+A new plan or front end gets a line in SCENARIOS; all that reads kernels without a GPU goes through them.
+
+Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, D columns of x and of y.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+
+from lora_moe import Routing, plan
+from lora_moe import functional as F
+
+DEVICE = "meta"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One call; `plan` None leaves the choice to the cost model."""
+
+    call: object
+    T: int
+    ranks: tuple[int, ...]
+    K: int = 2
+    D: int = 4096
+    plan: str | None = None
+    parameters: torch.dtype | None = None  # of A and B, where not x's
+
+    def run(self, dtype, T=None):
+        """Forward and backward; returns the wide operands by name."""
+        v = operands(self, dtype, T or self.T)
+        with forced(self.plan):
+            self.call(v, self)
+        return v
+
+
+def operands(scenario, dtype, T):
+    D, R, E = scenario.D, sum(scenario.ranks), len(scenario.ranks)
+
+    def leaf(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device=DEVICE, requires_grad=dtype.is_floating_point)
+
+    wide = scenario.parameters or dtype
+    a, b = leaf(R, D, dtype=wide), leaf(R, D, dtype=wide)
+    return {
+        "x": leaf(T, D), "dy": leaf(T, D).detach(), "base": leaf(T, D), "A": a, "B": b,
+        "W": leaf(E, D, dtype=torch.float32),
+        "ids": leaf(T, scenario.K, dtype=torch.int32), "gates": leaf(T, scenario.K, dtype=torch.float32),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def forced(name):
+    choose = plan.choose
+    if name is not None:
+        plan.choose = lambda *shapes, **more: name
+    try:
+        yield
+    finally:
+        plan.choose = choose
+
+
+def experts(scenario):
+    return {"rank_offsets": [0, *accumulate(scenario.ranks)]}
+
+
+def backward(inputs, outputs, dy):
+    """Of all outputs that have a gradient; not .backward(), which copies what it adds up."""
+    outputs = [v for v in outputs if v is not None and v.requires_grad]
+    grads = [dy] + [torch.empty_like(v).detach() for v in outputs[1:]]
+    torch.autograd.grad(outputs, inputs, grads)
+
+
+def routed(v, scenario, aux=False, **options):
+    y, routing = F.routed_lora(
+        v["x"], v["W"], v["A"], v["B"], scenario.K, base=v["base"], **experts(scenario), **options
+    )
+    more = routing.weights, routing.logits, routing.mean_prob, routing.lse
+    backward([v["x"], v["W"], v["A"], v["B"], v["base"]], [y, *(more if aux else ())], v["dy"])
+
+
+def inference(v, scenario):
+    with torch.no_grad():
+        y, routing = F.routed_lora(v["x"], v["W"], v["A"], v["B"], scenario.K, **experts(scenario))
+        F.grouped_lora(v["x"], v["A"], v["B"], routing, base=y, **experts(scenario))
+        dense = Routing.from_gates(routing.logits)
+        F.grouped_lora(v["x"], v["A"], v["B"], dense, **experts(scenario))
+
+
+def grouped(v, scenario, shared_a=False):
+    routing = Routing.from_ids(v["ids"], v["gates"], num_experts=len(scenario.ranks))
+    a = v["A"][: scenario.ranks[0]] if shared_a else v["A"]
+    y = F.grouped_lora(
+        v["x"], a, v["B"], routing, base=v["base"], shared_a=shared_a, **experts(scenario)
+    )
+    backward([v["x"], v["A"], v["B"], v["base"], v["gates"]], [y], v["dy"])
+
+
+def router(v, scenario, **options):
+    routing = F.router_topk(v["x"], v["W"], scenario.K, **options)
+    outputs = routing.weights, routing.logits, routing.mean_prob, routing.lse
+    backward([v["x"], v["W"]], outputs, torch.empty_like(routing.weights).detach())
+
+
+def matmuls(v, scenario):
+    """The two matmuls with another middle, in fp32 rank space."""
+    s, logits = F.shrink(v["x"], v["A"], v["W"])
+    y = F.expand(s, v["B"], v["base"])
+    backward([v["x"], v["A"], v["B"], v["W"], v["base"]], [y, logits], v["dy"])
+
+
+MANY, SOME, FEW = 8192, 1024, 16
+SCENARIOS = {
+    "many tokens": Scenario(routed, MANY, (16,) * 8),
+    "some tokens": Scenario(routed, SOME, (16,) * 8),
+    "few tokens": Scenario(routed, FEW, (16,) * 8),
+    "256 ranks": Scenario(routed, MANY, (16,) * 16),
+    "256 ranks, some tokens": Scenario(routed, SOME, (16,) * 16),
+    "1024 ranks": Scenario(routed, MANY, (16,) * 64),
+    "1024 ranks, few tokens": Scenario(routed, FEW, (16,) * 64),
+    "rank 64": Scenario(routed, MANY, (64,) * 8),
+    "unequal ranks": Scenario(grouped, MANY, (4, 8, 16, 24)),
+    "unequal ranks, few tokens": Scenario(grouped, FEW, (4, 8, 16, 24)),
+    "shared A": Scenario(partial(grouped, shared_a=True), MANY, (16,) * 8),
+    "auxiliary losses": Scenario(partial(routed, aux=True), MANY, (16,) * 8),
+    "sigmoid": Scenario(partial(routed, gate="sigmoid", aux=True), MANY, (8,) * 32, K=4),
+    "dense": Scenario(routed, MANY, (16,) * 8, K=8),
+    "fp32 parameters": Scenario(routed, MANY, (16,) * 8, parameters=torch.float32),
+    "frozen expert": Scenario(partial(routed, frozen=(1,)), MANY, (16,) * 8),
+    "inference": Scenario(inference, MANY, (16,) * 8),
+    "router": Scenario(router, MANY, (1,) * 64, K=8),
+    "router of 1024": Scenario(router, MANY, (1,) * 1024, K=8),
+    "matmuls": Scenario(matmuls, MANY, (16,) * 8),
+}

@@ -1,0 +1,63 @@
+"""What the experts add to a layer, counted from its real launches, stays within the goals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from .compiled import run_compiled
+
+pytest.importorskip("triton")
+
+# (launches, MB) at T = 8192, 4096 x 4096, K = 2, bf16
+GOALS = {
+    "E=8, forward": (2, 220),
+    "E=8, backward": (5, 430),
+    "E=64, forward": (6, 320),
+}
+
+
+@pytest.fixture(scope="module")
+def counted():
+    found = {}
+    for E in (8, 64):
+        sides = json.loads(run_compiled("benchmarks.accounting", "--json", "--E", str(E)))
+        found |= {f"E={E}, {side}": launches for side, launches in sides.items()}
+    return found
+
+
+@pytest.mark.parametrize("side", GOALS)
+def test_accounting(counted, side):
+    most_launches, most_mb = GOALS[side]
+    launches = counted[side]
+    assert len(launches) <= most_launches, launches
+    assert sum(read + written for _, read, written in launches) <= most_mb * 1e6, launches
+
+
+def test_nothing_is_left_out(counted):
+    """x and the base are read and y is written; dy and x are read twice and dx is written."""
+    activation = 8192 * 4096 * 2
+    assert sum(read for _, read, _ in counted["E=8, forward"]) > 2 * activation
+    assert sum(written for _, _, written in counted["E=8, forward"]) > activation
+    assert sum(read for _, read, _ in counted["E=8, backward"]) > 2 * activation
+    assert sum(written for _, _, written in counted["E=8, backward"]) > activation
+
+
+def test_models_agree_with_published_counts():
+    """Figures that authors and earlier measurements gave at the same shape, in MB and launches."""
+    from benchmarks import schemes
+
+    s = schemes.Shape(8192, 4096, 8, 16, 2)
+    for name, launches, mb in [
+        ("minimum", 1, 73),
+        ("loop over experts, eager", 106, 1814),
+        ("ScatterMoE, composed", 9, 741),
+        ("vLLM fused_moe_lora", 12, 1212),
+        ("MeteoRA", 7, 1009),
+    ]:
+        steps = schemes.SCHEMES[name][0](s)
+        assert schemes.total(steps)[0] == launches
+        assert schemes.total(steps)[1] / 1e6 == pytest.approx(mb, rel=0.02)
+    assert schemes.meteora_in_l2(s) / 1e9 == pytest.approx(75, rel=0.01)
+    assert schemes.total(schemes.eager(s._replace(E=64)))[0] == 778

@@ -1,0 +1,185 @@
+"""Bugs planted in our kernels, one substitution in the source each, and the check that must catch it.
+
+The checks are those that every test of the kernels runs under: the sanitizer, memory and undefined lanes
+filled with NaN, assertions on int32, and the comparison with the reference.  A substitution that no longer
+applies fails: then plant the bug where the code has gone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import mmap
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from .cases import Case, in_double, sample
+from .compare import assert_accurate
+from .interpreter import Sanitizer, interpreting, overflow_checked
+from .through import NAMES, Through, forced, results
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("with a GPU nothing is interpreted", allow_module_level=True)
+
+SOURCES = Path(__file__).parent.parent / "triton_kernels"
+LAYER = Case("several tiles", 70, 4, 2, 16, 72, 80)  # nothing fits a tile
+LONG = Case("several stretches of tokens", 300, 4, 2, 4, 40, 40)
+FEW = Case("D in stretches", 5, 4, 2, 16, 72, 80)
+number = itertools.count()
+
+
+class Bug(NamedTuple):
+    file: str
+    old: str
+    new: str
+    found: str  # by the message of the check
+    call: str = "layer"
+    case: Case = LAYER
+    plan: str = "rank_dense"
+
+
+OUTSIDE = "outside of every argument"
+BETWEEN = "between the rows"
+TWO = "two programs|another has read"
+INT32 = "overflow"
+WRONG = "relative error"
+NAN = "relative error inf"
+
+BUGS = {
+    "mask dropped from a store": Bug(
+        "expand", "tl.store(y_ptr + t[:, None] * D + d[None, :], y, mask=inside)",
+        "tl.store(y_ptr + t[:, None] * D + d[None, :], y)", f"{OUTSIDE}|{TWO}",
+    ),
+    "token mask dropped from a load": Bug(
+        "gram", "x = tl.load(x_ptr + t * stride_xt + d, mask=(t < last) & (d < D)",
+        "x = tl.load(x_ptr + t * stride_xt + d, mask=(d < D)", f"{OUTSIDE}|{BETWEEN}",
+    ),
+    "column mask dropped from a load": Bug(
+        "numerics", "x = tl.load(x_row + d, mask=t_ok[:, None] & (d < last), other=0.0)",
+        "x = tl.load(x_row + d, mask=t_ok[:, None], other=0.0)", BETWEEN,
+    ),
+    "other dropped in front of a dot": Bug(
+        "numerics", "x = tl.load(x_row + d, mask=t_ok[:, None] & (d < last), other=0.0)",
+        "x = tl.load(x_row + d, mask=t_ok[:, None] & (d < last))", NAN,
+    ),
+    "other dropped in front of a dot over tokens": Bug(
+        "gram", "mask=(t < last) & (d < D), other=0.0)", "mask=(t < last) & (d < D))", NAN,
+    ),
+    "stride of the wrong tensor": Bug(
+        "expand", "base_ptr + t[:, None] * stride_baset + d[None, :]",
+        "base_ptr + t[:, None] * D + d[None, :]", BETWEEN,
+    ),
+    "stride of the transposed": Bug(
+        "expand", "tl.store(y_ptr + t[:, None] * D + d[None, :], y, mask=inside)",
+        "tl.store(y_ptr + t[:, None] + d[None, :] * T, y, mask=inside)", WRONG,
+    ),
+    "row offset in int32": Bug(
+        "expand", "t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)",
+        "t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)", INT32, "far_rows",
+    ),
+    "row offset in int32, tokens of a stretch": Bug(
+        "gram", "t = (t0 + tl.arange(0, BLOCK_T).to(tl.int64))[:, None]",
+        "t = (t0 + tl.arange(0, BLOCK_T)).to(tl.int32)[:, None]", INT32, "far_rows",
+    ),
+    "every program of a row writes the same tile": Bug(
+        "expand", "d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)",
+        "d = tl.arange(0, BLOCK_D)", TWO,
+    ),
+    "partial sums all in one place": Bug(
+        "shrink", "t0 += part.to(tl.int64) * T", "t0 += 0 * part.to(tl.int64) * T", TWO, case=FEW,
+    ),
+    "partial sum read before it is written": Bug(
+        "gram", "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n",
+        "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n"
+        "    far = out_ptr + ((split + 1) * R + row)[:, None] * D + d\n"
+        "    total += tl.load(far, mask=(last + 0 * d < T) & (row < R)[:, None] & (d < D), other=0.0)\n",
+        TWO, case=LONG,
+    ),
+    "last tile left unwritten": Bug(
+        "expand", '(triton.cdiv(T, tile["BLOCK_T"]), triton', '(T // tile["BLOCK_T"], triton', NAN,
+    ),
+    "partial sum left unwritten": Bug(
+        "shrink", "inside = t_ok[:, None] & (row < R)[None, :]",
+        "inside = t_ok[:, None] & (row < R - part * R)[None, :]", NAN, case=FEW,
+    ),
+    "ranks past the first block forgotten": Bug(
+        "expand", "for r0 in range(0, R, BLOCK_R):", "for r0 in range(0, tl.minimum(R, 16), 16):", WRONG,
+    ),
+    "weight of the wrong slot": Bug(
+        "gating", "value = tl.load(values_ptr + t * K + j,", "value = tl.load(values_ptr + t * K,", WRONG,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def with_source(tmp_path, monkeypatch):
+    """The kernels again, as another package, from a changed source."""
+
+    def load(file=None, old="", new=""):
+        name = f"planted_{next(number)}"
+        shutil.copytree(SOURCES, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if file is not None:
+            path = tmp_path / name / f"{file}.py"
+            text = path.read_text()
+            assert old in text, f"{file}.py no longer has {old!r}"
+            path.write_text(text.replace(old, new))
+        monkeypatch.syspath_prepend(tmp_path)
+        with interpreting():
+            return importlib.import_module(name)
+
+    return load
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_caught(with_source, name):
+    bug = BUGS[name]
+    kernels = with_source(bug.file, bug.old, bug.new)
+    with pytest.raises(Exception, match=bug.found) as caught:
+        CALLS[bug.call](kernels, bug)
+    assert not isinstance(caught.value, (TypeError, NameError, AttributeError))
+
+
+@pytest.mark.parametrize("call, case, plan", sorted({b[4:] for b in BUGS.values()}, key=str))
+def test_without_a_bug_nothing_is_found(with_source, call, case, plan):
+    CALLS[call](with_source(), Bug("", "", "", "", call, case, plan))
+
+
+# --- what is run ---------------------------------------------------------------------------------
+
+
+def layer(kernels, bug):
+    """Forward and backward of routed_lora, all under the sanitizer, against the reference in fp64."""
+    v = sample(bug.case)
+    want = results(in_double(v), bug.case, torch.float64)
+    v = {k: gapped(t) if k in ("x", "base") else t for k, t in v.items()}
+    with Sanitizer() as sanitizer, Through(kernels), forced(bug.plan):
+        got = results(v, bug.case, torch.float32)
+    assert sanitizer.launches > 0
+    for name, g, w in zip(NAMES, got, want):
+        assert_accurate(name, g, w, units=20)
+
+
+def gapped(t):
+    """The same rows with memory between them that is no one's."""
+    wide = torch.full((len(t), t.shape[1] + 5), float("nan"), dtype=t.dtype)
+    wide[:, :-5] = t
+    return wide[:, :-5]
+
+
+def far_rows(kernels, bug):
+    """A few rows so far apart that an offset needs 64 bits; the memory is mapped, not filled."""
+    rows, D, stride = 3, 32, 2**30 + 8
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * ((rows - 1) * stride + D)), dtype=torch.bfloat16)
+    x = memory.as_strided((rows, D), (stride, 1))
+    h, b = torch.ones(rows, 16), torch.ones(16, D, dtype=torch.bfloat16)
+    with overflow_checked():
+        kernels.gram(h, x)
+        kernels.expand(h, b, None, None, x, torch.bfloat16)
+
+
+CALLS = {"layer": layer, "far_rows": far_rows}

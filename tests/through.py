@@ -1,0 +1,52 @@
+"""Public functions whose operators run through given launchers, whatever serves the tensors otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_moe import functional as F
+from lora_moe import plan as plans
+
+NAMES = ("y", "dx", "dw", "da", "db")
+
+
+class Through(TorchDispatchMode):
+    """Operators of ours run through the launchers of `kernels`."""
+
+    def __init__(self, kernels):
+        super().__init__()
+        self.kernels = kernels
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "lora_moe":
+            return func(*args, **(kwargs or {}))
+        with self:
+            return getattr(self.kernels, func._opname)(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def forced(plan):
+    """`plan` whatever the cost model says."""
+    choose = plans.choose
+    plans.choose = lambda *shapes, **more: plan
+    try:
+        yield
+    finally:
+        plans.choose = choose
+
+
+def results(v, case, dtype):
+    """NAMES: y of routed_lora and all its gradients, for the same gradient of y in every dtype."""
+    leaves = [
+        v[name].detach().requires_grad_() for name in ("x", "router_weight", "lora_A", "lora_B")
+    ]
+    y, _ = F.routed_lora(
+        *leaves, case.K, rank_offsets=case.offsets, scaling=v["scaling"], base=v["base"],
+        shared_a=case.shared_a, bias=v["bias"], **case.options,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(dtype)
+    return y, *torch.autograd.grad(y, leaves, dy)

@@ -1,0 +1,71 @@
+"""Sums of parts:  out = parts[0] + parts[1] + ...,  always in this order, rounded once to out's dtype.
+
+Programs leave partial sums side by side instead of adding to one place, so that the result does not
+depend on the schedule.  One launch serves up to three of them.  Reads PARTS*N, writes N.
+
+Letters: N numbers of a sum.
+"""
+
+import triton
+import triton.language as tl
+
+from .launching import launch
+from .numerics import INTERPRETED, round_to
+
+MOST = 3
+
+
+@triton.jit(do_not_specialize=["parts0", "parts1", "parts2"])
+def _add_parts_kernel(
+    parts0_ptr,  # (PARTS, N), fp32 or int32
+    out0_ptr,  # (N,)
+    parts0,
+    N0,
+    parts1_ptr,  # or None
+    out1_ptr,
+    parts1,
+    N1,
+    parts2_ptr,
+    out2_ptr,
+    parts2,
+    N2,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    which = tl.program_id(1)
+    if which == 0:
+        _add(parts0_ptr, out0_ptr, parts0, N0, n)
+    elif which == 1:
+        if parts1_ptr is not None:
+            _add(parts1_ptr, out1_ptr, parts1, N1, n)
+    else:
+        if parts2_ptr is not None:
+            _add(parts2_ptr, out2_ptr, parts2, N2, n)
+
+
+@triton.jit
+def _add(parts_ptr, out_ptr, parts, N, n):
+    total = tl.zeros(n.shape, parts_ptr.dtype.element_ty)
+    for _part in range(parts):
+        total += tl.load(parts_ptr + n, mask=n < N, other=0)
+        parts_ptr += N
+    if total.dtype == tl.float32:
+        total = round_to(total, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + n, total, mask=n < N)
+
+
+def add_parts(*pairs):
+    """Fill `out` of every pair (parts, out)."""
+    pairs = [(parts, out) for parts, out in pairs if out.numel()]
+    if not pairs:
+        return
+    block = 16384 if INTERPRETED else 1024
+    args = [v for parts, out in pairs for v in (parts, out, len(parts), out.numel())]
+    launch(
+        pairs[0][0],
+        _add_parts_kernel,
+        (triton.cdiv(max(out.numel() for _, out in pairs), block), len(pairs)),
+        *args,
+        *(None, None, 0, 0) * (MOST - len(pairs)),
+        BLOCK=block,
+    )

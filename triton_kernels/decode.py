@@ -1,0 +1,146 @@
+"""The decode plan, for a handful of tokens: two launches, both split until they fill a device.
+
+    parts of [S | logits] = x @ [A | W]^T over stretches of D_in        (shrink)
+    y = base + gate(S, logits) @ B, a tile of columns a program         (here)
+
+Every program adds up the parts in order and takes the decision again, which is nothing beside waiting for
+another launch; the first one stores it.  Blocks of experts that no token picked are skipped, B and all.
+Reads 4*PARTS*T*(R+E) bytes a program and the picked rows of B, writes T*D_out.
+
+Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .gating import route, scatter_slots
+from .launching import launch, precision
+from .numerics import add_parts, convert, dot, in_first, round_to, rows_of, widen
+from .router_topk import MAX_EXPERTS, Routing, new_routing, route_logits
+from .shrink import shrink_parts, sum_of_parts
+from .tiles import choose
+
+
+@triton.jit(do_not_specialize=["T"])
+def _decode_kernel(
+    s_parts_ptr,  # (PARTS, T, R or r)
+    logits_parts_ptr,  # (PARTS, T, E), or None: the routing is given
+    PARTS,
+    bias_ptr,  # (E,) or None
+    b_ptr,  # (R, D_out)
+    stride_br,
+    base_ptr,  # (T, D_out) or None
+    stride_baset,
+    scaling_ptr,  # (E,)
+    offsets_ptr,  # (E+1,), or None: every expert has `rank` rows
+    rank,
+    routing,  # indices (T, K), weights (T, K), …
+    s_ptr,  # (T, R or r)
+    y_ptr,  # (T, D_out)
+    T,
+    E,
+    R,
+    D_out,
+    top_p,
+    threshold,
+    K: tl.constexpr,
+    GATE: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    RP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t = t0 + tl.arange(0, BLOCK_T)
+    t_ok = t < T
+    part = tl.program_id(1)
+    n = (part * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    width = R
+    if SHARED:
+        width = rank
+
+    gates = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    if logits_parts_ptr is not None:
+        e = tl.arange(0, BLOCK_E)
+        inside = t_ok[:, None] & (e < E)[None, :]
+        logits = add_parts(logits_parts_ptr, PARTS, T, t0, E, e, inside, BLOCK_T)
+        gates = route(
+            logits, bias_ptr, top_p, threshold, routing, part, t0, t, t_ok, e, e < E, T, E,
+            K, GATE, RENORMALIZE,
+        )  # fmt: skip
+
+    y = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for first in range(0, E * RP, BLOCK_R):
+        column = first + tl.arange(0, BLOCK_R)
+        e = column // RP
+        if offsets_ptr is None:
+            row = e * rank + column % RP
+            row_ok = (e < E) & (column % RP < rank)
+        else:
+            row = tl.load(offsets_ptr + e, mask=e < E, other=0) + column % RP
+            row_ok = (e < E) & (row < tl.load(offsets_ptr + e + 1, mask=e < E, other=0))
+        if logits_parts_ptr is not None:
+            e_of_t = tl.broadcast_to(tl.minimum(e, BLOCK_E - 1)[None, :], (BLOCK_T, BLOCK_R))
+            gate = tl.gather(gates, e_of_t, 1)
+        else:
+            gate = scatter_slots(routing.indices, routing.weights, t, t_ok, e, row_ok, K)
+        gate *= tl.load(scaling_ptr + e, mask=e < E, other=0.0)[None, :]
+        if (part == 0) | (tl.max(tl.max((gate != 0).to(tl.int32), 1), 0) > 0):
+            s_row = row
+            if SHARED:
+                s_row = column % RP
+            inside = t_ok[:, None] & row_ok[None, :]
+            s = add_parts(s_parts_ptr, PARTS, T, t0, width, s_row, inside, BLOCK_T)
+            if SHARED:  # S is that of the first expert
+                inside &= (e == 0)[None, :]
+            tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(inside, part))
+            h = round_to(tl.where(gate != 0, s * gate, 0.0), y_ptr.dtype.element_ty)
+            b = b_ptr + row[:, None].to(tl.int64) * stride_br + n
+            b = tl.load(b, mask=row_ok[:, None] & (n < D_out), other=0.0)
+            y = dot(h, convert(b, h.dtype), y, PRECISION)
+
+    inside = t_ok[:, None] & (n < D_out)
+    if base_ptr is not None:
+        base = tl.load(base_ptr + t[:, None] * stride_baset + n, mask=inside, other=0.0)
+        y += widen(base)
+    y = round_to(y, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + t[:, None] * D_out + n, y, mask=inside)
+
+
+def decode(x, w, bias, base, experts, routing, gate):
+    """y (T, D_out), what a router decides (None where `routing` is given), S (T, R or r)."""
+    a, b = experts.a, experts.b
+    T, E, (R, D_out) = len(x), len(experts.scaling), b.shape
+    s_parts, logits_parts = shrink_parts(x, a, w)
+    results = None
+    if w is None:
+        logits_parts = None
+    elif E > MAX_EXPERTS or T == 0:  # a launch of its own decides on so many
+        results = route_logits(*sum_of_parts(logits_parts), bias, gate)
+        routing, logits_parts = Routing(*results[:2]), None
+    tile = choose("decode", x, experts.RP)
+    if routing is None:
+        routing = new_routing(x, E, gate["K"], tile["BLOCK_T"])
+    s, y = x.new_empty(T, len(a), dtype=torch.float32), x.new_empty(T, D_out)
+    if T:
+        launch(
+            x,
+            _decode_kernel,
+            (triton.cdiv(T, tile["BLOCK_T"]), triton.cdiv(D_out, tile["BLOCK_N"])),
+            *(s_parts, logits_parts, len(s_parts), None if bias is None else bias.float()),
+            *(b, b.stride(0), base, 0 if base is None else base.stride(0)),
+            *(experts.scaling, experts.offsets, experts.rank, routing, s, y),
+            *(T, E, R, D_out),
+            SHARED=experts.shared_a,
+            RP=experts.RP,
+            BLOCK_E=16 if logits_parts is None else max(16, triton.next_power_of_2(E)),
+            PRECISION=precision(x),
+            **gate,
+            **tile,
+        )
+    return y, results or (None if w is None else routing.results()), s

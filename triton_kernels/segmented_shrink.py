@@ -1,0 +1,205 @@
+"""Shrink by picked experts only, forward and backward to rank space, on tiles of sorted tokens:
+
+    S = x A^T, H = S g s          G = dy B^T, dS = G g s, H = S g s, dw_tj = s_e sum over r of e of G S
+
+A tile of tokens with the same experts side by side holds few of the E; a program owns a tile and a block of
+the rank columns of the experts on its list, and the blocks past the list end at once.  The result leaves
+twice: slot by slot, as it is saved and as the gradients of A and B want it, and tile by tile, rows and
+columns as they lie in registers, which is how `segmented_expand` takes it.
+Reads T*D and the rows of A of the tile's experts, writes 4*T*K*r and T*(columns of the tile).
+
+Letters: T tokens, E experts, K slots a token, R rank rows, r the largest rank, L experts a tile may hold,
+D columns of x.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .gating import apply_gate, by_expert, scatter_slots
+from .launching import launch, precision
+from .list_experts import list_experts
+from .numerics import in_first, project, round_to
+from .sort_tokens import sort_tokens
+from .tiles import choose
+
+
+@triton.jit
+def listed_rows(
+    offsets_ptr, rank, experts_ptr, number, first, E, COLUMNS: tl.constexpr, RP: tl.constexpr
+):
+    """Rows of A behind the rank columns first.. of a tile's experts, and whether they exist."""
+    column = first + tl.arange(0, COLUMNS)
+    listed = column // RP < number
+    e = tl.load(experts_ptr + column // RP, mask=listed, other=0)
+    if offsets_ptr is None:
+        start = e * rank
+        stop = start + rank
+    else:
+        start = tl.load(offsets_ptr + e, mask=listed, other=0)
+        stop = tl.load(offsets_ptr + e + 1, mask=listed, other=0)
+    row = start + column % RP
+    return row, listed & (row < stop)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _segmented_shrink_kernel(
+    x_ptr,  # (T, D), or dy
+    stride_xt,
+    a_ptr,  # (R, D), or B; None: S is there, shared by the experts
+    stride_ar,
+    order_ptr,  # (T,)
+    experts_ptr,  # (tiles, L)
+    number_ptr,  # (tiles,)
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K)
+    scaling_ptr,  # (E,)
+    offsets_ptr,  # (E+1,), or None: every expert has `rank` rows
+    rank,
+    s_ptr,  # (T, K, r), or (T, r) shared; written forward, read backward
+    tile_ptr,  # (tiles, BLOCK_T, L*RP): H forward, dS backward
+    ds_ptr,  # (T, K, r), backward only
+    h_ptr,  # (T, K, r), backward only
+    dweights_ptr,  # (T, K), backward only
+    T,
+    E,
+    L,
+    D,
+    r,
+    K: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    SHARED: tl.constexpr,
+    EP: tl.constexpr,
+    RP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    tile = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    number = tl.load(number_ptr + tile)
+    if (block > 0) & (block * EP >= number):
+        return
+    i = tile * BLOCK_T + tl.arange(0, BLOCK_T)
+    t_ok = i < T
+    t = tl.load(order_ptr + i, mask=t_ok, other=0).to(tl.int64)
+    experts_ptr += tile * L
+    slot = block * EP + tl.arange(0, EP)
+    e_ok = slot < number
+    e = tl.load(experts_ptr + slot, mask=e_ok, other=0)
+    row, row_ok = listed_rows(
+        offsets_ptr, rank, experts_ptr, number, block * EP * RP, E, EP * RP, RP
+    )
+
+    if a_ptr is None:
+        c = tl.arange(0, RP)
+        s = tl.load(s_ptr + t[:, None] * r + c, mask=t_ok[:, None] & (c < r)[None, :], other=0.0)
+    else:
+        s, _ = project(
+            x_ptr, stride_xt, t, t_ok, a_ptr, stride_ar, row, row_ok, None, 0, e, e_ok,
+            0, D, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        s = tl.where(row_ok[None, :], s, 0.0)
+
+    gate = scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e_ok, K)
+    gate *= tl.load(scaling_ptr + e, mask=e_ok, other=0.0)[None, :]
+    gated = round_to(apply_gate(s, gate, EP, RP), tile_ptr.dtype.element_ty)
+    column = block * EP * RP + tl.arange(0, EP * RP)
+    at = tile * BLOCK_T * (L * RP) + tl.arange(0, BLOCK_T)[:, None] * (L * RP) + column[None, :]
+    tl.store(tile_ptr + at, gated, mask=t_ok[:, None] & (column < number * RP)[None, :])
+
+    c = tl.arange(0, RP)[None, :]
+    for j in range(K):
+        index = tl.load(indices_ptr + t * K + j, mask=t_ok, other=-1)
+        hit = (index[:, None] == e[None, :]) & e_ok[None, :]
+        empty = in_first((index < 0) | (index >= E), block)  # one program writes it, as zeros
+        mine = t_ok & (empty | (tl.max(hit.to(tl.int32), 1) == 1))
+        at = (t * K + j)[:, None] * r + c
+        inside = mine[:, None] & (c < r)
+        value = tl.sum(tl.where(hit[:, :, None], by_expert(s, RP), 0.0), 1)
+        if BACKWARD:
+            if SHARED:
+                saved = tl.load(s_ptr + t[:, None] * r + c, mask=inside, other=0.0)
+            else:
+                saved = tl.load(s_ptr + at, mask=inside, other=0.0)
+            weight = tl.load(weights_ptr + t * K + j, mask=mine & (empty == 0), other=0.0)
+            scale = tl.load(scaling_ptr + index, mask=mine & (empty == 0), other=0.0)
+            factor = (weight * scale)[:, None]
+            ds = tl.where(factor != 0, value * factor, 0.0)
+            h = tl.where(factor != 0, saved * factor, 0.0)
+            tl.store(ds_ptr + at, round_to(ds, ds_ptr.dtype.element_ty), mask=inside)
+            tl.store(h_ptr + at, round_to(h, h_ptr.dtype.element_ty), mask=inside)
+            dweight = tl.where(empty, 0.0, scale * tl.sum(value * saved, 1))
+            tl.store(dweights_ptr + t * K + j, dweight, mask=mine)
+        elif not SHARED:
+            tl.store(s_ptr + at, value, mask=inside)
+
+
+class Segments(NamedTuple):
+    """Tokens in an order that brings like experts together, and the experts of every tile of them."""
+
+    order: torch.Tensor  # (T,)
+    experts: torch.Tensor  # (tiles, L)
+    number: torch.Tensor  # (tiles,)
+    tile: dict  # BLOCK_T and the other launch options
+
+    def new_columns(self, like, RP):
+        """Room for the rank columns of every tile's experts, (tiles, BLOCK_T, L*RP); part of it is used."""
+        tiles, L = self.experts.shape
+        return like.new_empty(tiles, self.tile["BLOCK_T"], L * RP)
+
+
+def segments_of(x, indices, experts):
+    E = len(experts.scaling)
+    tile = choose("segmented", x, experts.RP)
+    order = sort_tokens(indices, E)
+    return Segments(order, *list_experts(indices, order, E, tile["BLOCK_T"]), tile)
+
+
+def segmented_shrink(x, a, s, routing, experts, segments):
+    """S (T, K, r) fp32, or the given S (T, r) of a shared A; and H tile by tile, in x's dtype."""
+    T, K = routing.indices.shape
+    columns = segments.new_columns(x, experts.RP)
+    if s is None:
+        s = x.new_empty(T, K, experts.largest, dtype=torch.float32)
+        source = x, x.stride(0), a, a.stride(0)
+    else:
+        source = x, 0, None, 0
+    _launch(source, routing, s, (columns, None, None, None), experts, segments, x.shape[1], False)
+    return s, columns
+
+
+def segmented_rank_gradient(dy, s, routing, experts, segments):
+    """dS tile by tile; dS and H (T, K, r); dweights (T, K)."""
+    b, (T, K) = experts.b, routing.indices.shape
+    columns = segments.new_columns(dy, experts.RP)
+    # what a shared A gets from a token's slots is summed before it is rounded
+    kind = torch.float32 if experts.shared_a else dy.dtype
+    ds = dy.new_empty(T, K, experts.largest, dtype=kind)
+    out = columns, ds, dy.new_empty(ds.shape), torch.empty_like(routing.weights)
+    source = dy, dy.stride(0), b, b.stride(0)
+    _launch(source, routing, s, out, experts, segments, dy.shape[1], True)
+    return out
+
+
+def _launch(source, routing, s, out, experts, segments, D, backward):
+    (T, K), (tiles, L) = routing.indices.shape, segments.experts.shape
+    EP = max(1, min(triton.next_power_of_2(L), segments.tile["COLUMNS"] // experts.RP))
+    EP = max(EP, 16 // experts.RP)  # a dot wants as many columns
+    launch(
+        source[0],
+        _segmented_shrink_kernel,
+        (triton.cdiv(L, EP), tiles),
+        *(*source, *segments[:3], routing.indices, routing.weights),
+        *(experts.scaling, experts.offsets, experts.rank, s, *out),
+        *(T, len(experts.scaling), L, D, experts.largest),
+        K=K,
+        BACKWARD=backward,
+        SHARED=experts.shared_a,
+        EP=EP,
+        RP=experts.RP,
+        PRECISION=precision(source[0]),
+        **{k: v for k, v in segments.tile.items() if k not in ("COLUMNS", "BLOCK_N")},
+    )
