@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from lora_moe import reference
+from lora_moe.plan import saved_ranks
 
 from . import eager
 from .cases import BY_NAME, CASES, Case, in_double, sample
@@ -209,6 +210,35 @@ def test_grouped_lora(kernels, case, dtype):
     got = grouped_backward(kernels, inputs, case, s, *all_needed())
     want = grouped_backward(reference, exact, case, s.double())
     compare(["dx", "dweights", "da", "db"], got, want, dtype, case.T)
+
+
+@every_dtype
+@pytest.mark.parametrize(
+    "case", [c for c in CASES + WIDE if c.K * c.E < 200], ids=lambda case: case.name
+)
+def test_segmented(kernels, case, dtype):
+    """The caller's ids, then the router's: what the rank-dense reference says, from an S by slots."""
+    inputs = grouped_sample(case, dtype)
+    exact = {k: v.double() if k != "ids" and v is not None else v for k, v in inputs.items()}
+    y, s = grouped(kernels, inputs, case, "segmented")
+    assert s.shape == (case.T, saved_ranks("segmented", case.offsets, case.K, case.shared_a))
+    want, dense_s = grouped(reference, exact, case)
+    compare(["y"], [y], [want], dtype)
+    got = grouped_backward(kernels, inputs, case, s, *all_needed(plan="segmented"))
+    want = grouped_backward(reference, exact, case, dense_s)
+    compare(["dx", "dweights", "da", "db"], got, want, dtype, case.T)
+
+    *got, s = routed(kernels, inputs, case, "segmented")
+    *want, dense_s = routed(reference, in_double(inputs), case)
+    compare(["y", *ROUTING], got, want, dtype)
+    dy, aux = inputs["dy"], cotangents(case)
+    got = routed_backward(
+        kernels, inputs, case, dy, aux, [*got[1:4], s], *all_needed(plan="segmented")
+    )
+    want = routed_backward(
+        reference, in_double(inputs), case, dy.double(), in_fp64(aux), [*want[1:4], dense_s]
+    )
+    compare(["dx", "dw", "da", "db"], got, want, dtype, case.T)
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.float16, torch.float64], ids=str)

@@ -1,7 +1,7 @@
 // Expand:  y = base + H @ B (+ H2 @ B2), summed in fp32 and rounded once.
 //
-// The second pair makes the gradient of x in one pass: dx = dS A + dlogits W, with fp32 products for
-// the router.  Reads T*D (base) + (R + R2)*D, writes T*D.
+// The second pair makes the gradient of x in one pass: dx = dS A + dlogits W, with fp32 products
+// for the router.  Reads T*D (base) + (R + R2)*D, writes T*D.
 //
 // Letters: T tokens, D columns of y, R and R2 rank rows.
 #include "kernels.h"

@@ -45,6 +45,10 @@ struct RouterResults {
   }
 };
 
+// The router alone: logits, decisions and totals.
+RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias, Router router,
+                    cudaStream_t stream);
+
 // A routing that is only read.
 inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Tensor& like) {
   const Ints shape = {like.size(0), indices.size(1)};
@@ -62,7 +66,9 @@ struct RoutingGradTensors {
   RoutingGradTensors(const MaybeTensor& dweights, const MaybeTensor& dlogits,
                      const MaybeTensor& dmean_prob, const MaybeTensor& dlse, const Tensor& like,
                      int64_t K)
-      : weights(dense(dweights)), logits(dense(dlogits)), mean_prob(dense(dmean_prob)),
+      : weights(dense(dweights)),
+        logits(dense(dlogits)),
+        mean_prob(dense(dmean_prob)),
         lse(dense(dlse)) {
     const int64_t T = like.size(0), E = like.size(1);
     grad.weights = contiguous<float>("dweights", weights, like, {T, K});

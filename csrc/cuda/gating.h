@@ -18,7 +18,7 @@ struct Slot {
 
   __device__ Slot(const Experts& experts, const int32_t* ids, const float* weights, int K, int j) {
     const int e = ids[j];
-    if (e < 0 || e >= experts.E) return;
+    if (!is_expert(e, experts.E)) return;
 #pragma unroll 1
     for (int i = 0; i < j; ++i)
       if (ids[i] == e) return;
@@ -43,7 +43,7 @@ __device__ void gate_token(const Middle<T>& m, int64_t t, int lane) {
   const float* s = m.s + t * m.experts.W;
   T* h = m.h + t * m.experts.R;
   fill_zero(h, m.experts.R, lane);
-  __syncwarp();  // zeros come first
+  __syncwarp();  // zeros come first, and the ids and weights are written
 #pragma unroll 1
   for (int j = 0; j < K; ++j) {
     const Slot slot(m.experts, m.routing.indices + t * K, m.routing.weights + t * K, K, j);
@@ -80,7 +80,7 @@ __device__ void gate_gradient_token(const MiddleGrad<T>& m, int64_t t, int lane)
     along = warp_sum(along) * slot.scale;
 #pragma unroll 1
     for (int i = lane; i < K; i += 32)
-      if (slot.ranks > 0 ? ids[i] == ids[j] : i == j && (ids[j] < 0 || ids[j] >= experts.E))
+      if (slot.ranks > 0 ? ids[i] == ids[j] : i == j && !is_expert(ids[j], experts.E))
         dweights[i] = along;
   }
 #pragma unroll 1
@@ -106,26 +106,31 @@ __device__ void middle(const Middle<T>& m, int64_t group, int lane) {
 #pragma unroll 1
   for (int64_t t = group * kGroup; t < (group + 1) * kGroup && t < m.tokens; ++t) {
     if (m.logits) route_token(m.logits + t * E, m.router, m.routing, t, group, lane);
-    __syncwarp();  // the ids and weights are written
     if (m.s) gate_token(m, t, lane);
   }
+}
+
+// From the gradient of one token's slots to that of its logits, where the routing was not given.
+template <class T>
+__device__ void route_back(const MiddleGrad<T>& m, int64_t t, int lane) {
+  if (!m.logits) return;
+  const int E = m.router.E, K = m.router.K;
+  float* dweights = m.dweights + t * K;
+#pragma unroll 1
+  for (int j = lane; m.aux.weights && j < K; j += 32)  // the lane that wrote it
+    dweights[j] += m.aux.weights[t * K + j];
+  __syncwarp();  // every slot's gradient is complete
+  router_gradient_token(m.logits + t * E, m.router, m.routing, dweights, m.aux, t, m.tokens,
+                        m.dlogits + t * E, lane);
 }
 
 // The middle of the backward, likewise.
 template <class T>
 __device__ void middle(const MiddleGrad<T>& m, int64_t group, int lane) {
-  const int E = m.router.E, K = m.router.K;
 #pragma unroll 1
   for (int64_t t = group * kGroup; t < (group + 1) * kGroup && t < m.tokens; ++t) {
     gate_gradient_token(m, t, lane);
-    if (!m.logits) continue;
-    float* dweights = m.dweights + t * K;
-    __syncwarp();  // every slot's gradient is written
-#pragma unroll 1
-    for (int j = lane; m.aux.weights && j < K; j += 32) dweights[j] += m.aux.weights[t * K + j];
-    __syncwarp();  // .. and complete
-    router_gradient_token(m.logits + t * E, m.router, m.routing, dweights, m.aux, t, m.tokens,
-                          m.dlogits + t * E, lane);
+    route_back(m, t, lane);
   }
 }
 

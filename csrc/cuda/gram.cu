@@ -1,8 +1,8 @@
 // Gram:  H^T x, the gradient of A (dS^T x), of B (H^T dy) and of the router (dlogits^T x).
 //
-// A block owns a tile of ranks and columns over a stretch of the tokens; the stretches' sums are then
-// added in order, so the bits depend on no schedule.  An fp32 H keeps all of its bits.
-// Reads T*D * ceil(R / 64) + T*R, writes 4*R*D bytes a stretch.
+// A block owns a tile of ranks and columns over a stretch of the tokens; the stretches' sums are
+// then added in order, so the bits depend on no schedule.  An fp32 H keeps all of its bits. Reads
+// T*D * ceil(R / 64) + T*R, writes 4*R*D bytes a stretch.
 //
 // Letters: T tokens, R rank rows, D columns of x.
 #include <algorithm>
@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kThreads, 2) gram_kernel(Gram<H, T> p) {
   Dot dot;
   dot.run(p.h, rank, p.R, p.x, column, p.columns, begin, end, shared,
           [](const H*, const T*, int64_t) {});
-  dot.write(p.parts + blockIdx.z * p.R * p.columns, rank, p.R, column, p.columns, shared);
+  float* out = p.parts + blockIdx.z * p.R * p.columns;
+  dot.write([&](int64_t r) { return out + r * p.columns; }, rank, p.R, column, p.columns, shared);
 }
 
 template <class T>

@@ -1,4 +1,5 @@
-// What the kernels take, and how they are launched: plain structs of pointers and sizes, no PyTorch.
+// What the kernels take, and how they are launched: plain structs of pointers and sizes, no
+// PyTorch.
 //
 // Letters: T tokens, E experts, K slots a token, R rank rows of all experts, W columns of S:
 // R, or with a shared A one expert's rank.  Launchers are defined for float, f16 and bf16.
@@ -18,10 +19,10 @@ struct Router {
 };
 
 struct Routing {
-  int32_t* indices = nullptr;     // (T, K), -1: an empty slot
-  float* weights = nullptr;       // (T, K)
-  float* lse = nullptr;           // (T,)
-  float* prob_parts = nullptr;    // (T / kGroup, E): sums of the gates over a group of tokens
+  int32_t* indices = nullptr;      // (T, K), -1: an empty slot
+  float* weights = nullptr;        // (T, K)
+  float* lse = nullptr;            // (T,)
+  float* prob_parts = nullptr;     // (T / kGroup, E): sums of the gates over a group of tokens
   int32_t* count_parts = nullptr;  // and of the slots
 };
 
@@ -74,9 +75,9 @@ struct MiddleGrad {
   Routing routing;
   Experts experts;
   RoutingGrad aux;
-  const float *g = nullptr, *s = nullptr;  // (T, R), (T, W)
-  const float* logits = nullptr;           // (T, E), null: the routing was given
-  T *ds = nullptr, *h = nullptr;           // (T, W), (T, R)
+  const float *g = nullptr, *s = nullptr;         // (T, R), (T, W)
+  const float* logits = nullptr;                  // (T, E), null: the routing was given
+  T *ds = nullptr, *h = nullptr;                  // (T, W), (T, R)
   float *dweights = nullptr, *dlogits = nullptr;  // (T, K), (T, E)
   int64_t tokens = 0;
 };
@@ -121,11 +122,42 @@ int64_t gram_stretch(int64_t tokens, int64_t columns, int R);
 template <class T>
 void add_parts(const float* parts, int64_t count, int64_t n, T* out, cudaStream_t);
 
+// The segmented plan: every slot's tokens sorted by expert, a tile of them meets one expert's rows.
+// S, G, H and dS (T, K, max_rank) hold a slot after the other.
+constexpr int kTileTokens = 64;
+
+struct Segments {
+  Experts experts;
+  int K = 0, max_rank = 0;
+  int64_t tokens = 0;
+  int32_t* order = nullptr;  // (K, T): tokens, by expert and then by number; those without one last
+  int32_t* starts = nullptr;  // (K, E + 2): where each expert's tokens start, and those without one
+};
+
+void sort_slots(const Segments&, const int32_t* indices, cudaStream_t);
+// out (T, K, max_rank) = x @ the rows of each slot's expert.
+template <class T>
+void segmented_shrink(const Segments&, const Rows<T>& x, const Rows<T>& rows, int64_t columns,
+                      float* out, cudaStream_t);
+template <class T>
+void segmented_gate(const Middle<T>&, const Segments&, cudaStream_t);
+template <class T>
+void segmented_gate(const MiddleGrad<T>&, const Segments&, cudaStream_t);
+// y = base + H @ the rows of each slot's expert; `wide` (T, D) holds the sums between the slots,
+// and before the first where `add_wide` says so.
+template <class T>
+void segmented_expand(const Segments&, const T* h, const Rows<T>& rows, const Rows<T>& base,
+                      float* wide, bool add_wide, int64_t columns, T* y, cudaStream_t);
+// out (R, D) = H^T x, each expert over its own tokens.
+template <class T>
+void segmented_gram(const Segments&, const T* h, const Rows<T>& x, int64_t columns, float* out,
+                    cudaStream_t);
+
 // mean_prob (E,) and counts (E,) from the sums over groups of tokens.
 void router_totals(const Routing&, int64_t tokens, int E, float* mean_prob, int64_t* counts,
                    cudaStream_t);
 void router_gradient(const Router&, const Routing&, const RoutingGrad&, const float* logits,
-                          int64_t tokens, float* dlogits, cudaStream_t);
+                     int64_t tokens, float* dlogits, cudaStream_t);
 
 // A table on the device without a copy from the host's memory, which would wait for it: kernel
 // arguments carry the values.

@@ -8,20 +8,7 @@ namespace lora_moe::cuda {
 namespace {
 
 std::tuple<Tensor, Tensor> shrink_op(Tensor x, Tensor a, MaybeTensor w) {
-  return dispatch(x, [&]<class T>() -> std::tuple<Tensor, Tensor> {
-    const OnDevice device(x);
-    if (w) w = wide(*w);
-    Shrink<T> p;
-    p.tokens = x.size(0), p.columns = p.stretch = x.size(1);
-    p.R = a.size(0), p.E = w ? w->size(0) : 0;
-    Tensor s = empty<float>(x, {p.tokens, p.R}), logits = empty<float>(x, {p.tokens, p.E});
-    p.x = rows<T>("x", x, x, p.tokens, p.columns);
-    p.a = rows<T>("lora_A", a, x, p.R, p.columns);
-    p.w = rows<float>("router_weight", w, x, p.E, p.columns);
-    p.s = mutable_data<float>(s), p.logits = mutable_data<float>(logits);
-    shrink(p, static_cast<const Middle<T>*>(nullptr), device.stream);
-    return {s, logits};
-  });
+  return shrink_rows(x, a, w);
 }
 
 Tensor gram_op(Tensor h, Tensor x) {
@@ -72,13 +59,29 @@ Tensor gram_of(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t 
   Tensor out = torch::stable::new_empty(x, {p.R, p.columns}, dtype);
   p.parts = mutable_data<float>(parts);
   gram(p, stream);
-  dispatch(out, [&]<class Out>() {
-    add_parts<Out>(p.parts, count, n, mutable_data<Out>(out), stream);
-  });
+  dispatch(out,
+           [&]<class Out>() { add_parts<Out>(p.parts, count, n, mutable_data<Out>(out), stream); });
   return out;
 }
 
 }  // namespace
+
+std::tuple<Tensor, Tensor> shrink_rows(const Tensor& x, const Tensor& a, const MaybeTensor& w) {
+  return dispatch(x, [&]<class T>() -> std::tuple<Tensor, Tensor> {
+    const OnDevice device(x);
+    const MaybeTensor wide_w = w ? MaybeTensor(wide(*w)) : w;
+    Shrink<T> p;
+    p.tokens = x.size(0), p.columns = p.stretch = x.size(1);
+    p.R = a.size(0), p.E = w ? w->size(0) : 0;
+    Tensor s = empty<float>(x, {p.tokens, p.R}), logits = empty<float>(x, {p.tokens, p.E});
+    p.x = rows<T>("x", x, x, p.tokens, p.columns);
+    p.a = rows<T>("lora_A", a, x, p.R, p.columns);
+    p.w = rows<float>("router_weight", wide_w, x, p.E, p.columns);
+    p.s = mutable_data<float>(s), p.logits = mutable_data<float>(logits);
+    shrink(p, static_cast<const Middle<T>*>(nullptr), device.stream);
+    return {s, logits};
+  });
+}
 
 // Pairs of x's dtype meet on the tensor cores; fp32 ones keep fp32 products beside any x.
 Tensor expand_rows(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const MaybeTensor& b2,
@@ -91,9 +94,8 @@ Tensor expand_rows(const Tensor& h, const Tensor& b, const MaybeTensor& h2, cons
   Tensor none_h = torch::stable::new_empty(h, {h.size(0), 0}, dtype);
   Tensor none_b = torch::stable::new_empty(h, {0, b.size(1)}, dtype);
   const Tensor first_h = exact ? none_h : as_dtype(h, dtype), first_b = exact ? none_b : b;
-  return dispatch(first_b, [&]<class T>() {
-    return expand_to<T>(first_h, first_b, wide_h, wide_b, base);
-  });
+  return dispatch(first_b,
+                  [&]<class T>() { return expand_to<T>(first_h, first_b, wide_h, wide_b, base); });
 }
 
 Tensor gram_rows(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream) {

@@ -5,6 +5,9 @@
 
 namespace lora_moe::cuda {
 
+// S = x A^T and logits = x W^T, both fp32.
+std::tuple<Tensor, Tensor> shrink_rows(const Tensor& x, const Tensor& a, const MaybeTensor& w);
+
 Tensor expand_rows(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const MaybeTensor& b2,
                    const MaybeTensor& base, ScalarType dtype);
 

@@ -2,6 +2,7 @@
 #include "linear.h"
 #include "project.h"
 #include "register.h"
+#include "segmented.h"
 
 namespace lora_moe::cuda {
 namespace {
@@ -17,7 +18,10 @@ struct Forward {
 
   Forward(const Tensor& x, const Tensor& lora_a, const Tensor& scaling, const Ints& offsets,
           bool shared_a)
-      : device(x), a(as_dtype(lora_a, x.scalar_type())), s(x), h(x),
+      : device(x),
+        a(as_dtype(lora_a, x.scalar_type())),
+        s(x),
+        h(x),
         experts(offsets, shared_a, scaling, x, device.stream) {
     const Experts& e = experts.experts;
     shrink.tokens = middle.tokens = x.size(0), shrink.columns = x.size(1), shrink.R = e.W;
@@ -31,11 +35,31 @@ struct Forward {
   }
 };
 
+// y and S of the segmented plan.
+template <class T>
+std::tuple<Tensor, Tensor> segmented_lora(const Tensor& x, const Tensor& a, const Tensor& b,
+                                          const MaybeTensor& base, const Tensor& indices,
+                                          const Tensor& weights, const Tensor& scaling,
+                                          const Ints& offsets, bool shared_a) {
+  const OnDevice device(x);
+  Segmented<T> plan(x, indices, weights, scaling, offsets, shared_a, device.stream);
+  const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
+  Tensor s = shared_a ? std::get<0>(shrink_rows(x, a_rounded, {})) : plan.shrink("x", x, a_rounded);
+  Tensor h = empty<T>(x, plan.slots());
+  Middle<T> middle;
+  middle.routing = routing_of(indices, weights, x);
+  middle.s = mutable_data<float>(s), middle.h = mutable_data<T>(h);
+  segmented_gate(middle, plan.segments, device.stream);
+  return {plan.expand(h, b_rounded, base, {}), s};
+}
+
 std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTensor base,
                                         Tensor indices, Tensor weights, Tensor scaling,
                                         Ints offsets, bool shared_a, std::string plan) {
   check_plan(plan);
   return dispatch(x, [&]<class T>() -> std::tuple<Tensor, Tensor> {
+    if (plan == "segmented")
+      return segmented_lora<T>(x, a, b, base, indices, weights, scaling, offsets, shared_a);
     Forward<T> forward(x, a, scaling, offsets, shared_a);
     Middle<T>& middle = forward.middle;
     middle.router = router_of("softmax", false, scaling.size(0), indices.size(1));
@@ -52,14 +76,22 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
                    Tensor scaling, Ints offsets, bool shared_a, int64_t top_k, std::string gate,
                    bool renormalize, double top_p, double threshold, std::string plan) {
   check_plan(plan);
+  const int64_t E = scaling.size(0);
+  const Router router = router_of(gate, renormalize, E, top_k, top_p, threshold);
   return dispatch(x, [&]<class T>() -> Routed {
+    if (plan == "segmented") {
+      const OnDevice device(x);
+      const RouterResults out = route(x, w, bias, router, device.stream);
+      const auto [y, s] =
+          segmented_lora<T>(x, a, b, base, out.indices, out.weights, scaling, offsets, shared_a);
+      return {y, out.indices, out.weights, out.logits, out.mean_prob, out.lse, out.counts, s};
+    }
     Forward<T> forward(x, a, scaling, offsets, shared_a);
-    const int64_t E = scaling.size(0);
     const Tensor wide_w = wide(w);
     RouterResults out(x, E, top_k);
     Shrink<T>& shrink = forward.shrink;
     Middle<T>& middle = forward.middle;
-    middle.router = router_of(gate, renormalize, E, top_k, top_p, threshold);
+    middle.router = router;
     middle.router.bias = contiguous<float>("bias", bias, x, {E});
     middle.routing = out.routing;
     shrink.E = E;

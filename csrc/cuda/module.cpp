@@ -17,8 +17,8 @@ namespace {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["architectures"] = TEXT(LORA_MOE_CUDA_ARCHS);
-  info["cuda_version"] = std::to_string(CUDART_VERSION / 1000) + "." +
-                         std::to_string(CUDART_VERSION % 1000 / 10);
+  info["cuda_version"] =
+      std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   info["torch_version"] = TORCH_VERSION;                      // whose headers were used
   info["torch_target_version"] = TEXT(TORCH_TARGET_VERSION);  // the oldest that can load it
   return info;

@@ -32,13 +32,16 @@ template <class T>
 struct Rows {
   const T* data = nullptr;
   int64_t stride = 0;
-  bool aligned = false;  // every row starts on 16 bytes: packs may be loaded whole
+  bool aligned = false;            // every row starts on 16 bytes: packs may be loaded whole
+  const int32_t* index = nullptr;  // if given, row i is the matrix's row index[i]
 
   Rows() = default;
   Rows(const T* data_, int64_t stride_) : data(data_), stride(stride_) {
     aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * sizeof(T) % 16 == 0;
   }
-  __host__ __device__ const T* row(int64_t i) const { return data + i * stride; }
+  __host__ __device__ const T* row(int64_t i) const {
+    return data + (index ? index[i] : i) * stride;
+  }
   __host__ __device__ explicit operator bool() const { return data != nullptr; }
 };
 

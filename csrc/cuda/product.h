@@ -1,9 +1,9 @@
 // The matrix product of one block of threads:  out (BM, BN) = left @ right, summed in fp32.
 //
-// Tiles of both operands go from global memory through registers to shared memory, one step ahead of
-// the products (two buffers, one barrier a step).  16-bit operands meet on the tensor cores, fp32
-// ones, or an fp32 and a 16-bit one, in exact fp32 multiply-adds.  Rows of a tile are padded by 16
-// bytes, which keeps the eight rows of a matrix load in different banks.
+// Tiles of both operands go from global memory through registers to shared memory, one step ahead
+// of the products (two buffers, one barrier a step).  16-bit operands meet on the tensor cores,
+// fp32 ones, or an fp32 and a 16-bit one, in exact fp32 multiply-adds.  Rows of a tile are padded
+// by 16 bytes, which keeps the eight rows of a matrix load in different banks.
 //
 // Letters: M rows, N columns of the result; K is summed over.
 #pragma once
@@ -39,8 +39,8 @@ struct Tile {
       const int64_t r = row + pack / (kColumns / kPack);
       const int64_t c = column + pack % (kColumns / kPack) * kPack;
       const bool inside = pack < kPacks && r < rows;
-      mine[i] = load_pack<kPack>(from.data + (inside ? r * from.stride : 0), c,
-                                 inside ? columns : 0, from.aligned);
+      mine[i] =
+          load_pack<kPack>(inside ? from.row(r) : from.data, c, inside ? columns : 0, from.aligned);
     }
   }
   __device__ void store(T* tile) const {
@@ -146,8 +146,7 @@ struct ExactSums {
 // kLeftAlongK: left lies in memory as (M, K), else as (K, M); kRightAlongK: (N, K), else (K, N).
 template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK, int BM, int BN>
 struct Product {
-  static constexpr bool kTensorCores =
-      kHalf<Left> && kServed<Left> && std::is_same_v<Left, Right>;
+  static constexpr bool kTensorCores = kHalf<Left> && kServed<Left> && std::is_same_v<Left, Right>;
   static constexpr int BK = kHalf<Left> && kHalf<Right> ? 32 : 16;
   using LeftTile = Tile<Left, kLeftAlongK ? BM : BK, kLeftAlongK ? BK : BM>;
   using RightTile = Tile<Right, kRightAlongK ? BN : BK, kRightAlongK ? BK : BN>;
@@ -162,23 +161,29 @@ struct Product {
   static __device__ int warp_m() { return warp_id() / 4 * (BM / 2); }
   static __device__ int warp_n() { return warp_id() % 4 * (BN / 4); }
 
-  // Sums over k in [begin, end); `also(left tile, right tile, k)` sees each step's tiles.
+  __device__ Product() {
+#pragma unroll
+    for (int i = 0; i < MI * NI; ++i) parts[i / NI][i % NI].zero();
+  }
+
+  // Adds the products of k in [begin, end); `also(left tile, right tile, k)` sees each step's
+  // tiles.
   template <class Also>
   __device__ void run(const Rows<Left>& left, int64_t m, int64_t M, const Rows<Right>& right,
                       int64_t n, int64_t N, int64_t begin, int64_t end, char* shared, Also also) {
-#pragma unroll
-    for (int i = 0; i < MI * NI; ++i) parts[i / NI][i % NI].zero();
     LeftTile left_tile;
     RightTile right_tile;
     const bool any = n < N;  // else only `also` has use for the left tiles
     const auto load = [&](int64_t k) {
       kLeftAlongK ? left_tile.load(left, m, M, k, end) : left_tile.load(left, k, end, m, M);
-      if (any) kRightAlongK ? right_tile.load(right, n, N, k, end) : right_tile.load(right, k, end, n, N);
+      if (any)
+        kRightAlongK ? right_tile.load(right, n, N, k, end) : right_tile.load(right, k, end, n, N);
     };
     load(begin);
     for (int64_t k = begin, step = 0; k < end; k += BK, ++step) {
       Left* left_step = reinterpret_cast<Left*>(shared + step % 2 * kStepBytes);
-      Right* right_step = reinterpret_cast<Right*>(shared + step % 2 * kStepBytes + LeftTile::kBytes);
+      Right* right_step =
+          reinterpret_cast<Right*>(shared + step % 2 * kStepBytes + LeftTile::kBytes);
       left_tile.store(left_step);
       if (any) right_tile.store(right_step);
       __syncthreads();  // the tiles are whole, and nobody reads the other buffer any more
@@ -249,17 +254,18 @@ struct Product {
         f(i, j, warp_m() + 16 * i + lane_id() / 2, warp_n() + 16 * j + lane_id() % 2 * 8);
   }
 
-  // The sums as rows of a contiguous fp32 matrix (M, N).
-  __device__ void write(float* out, int64_t m, int64_t M, int64_t n, int64_t N, char* shared) const {
+  // Columns n .. of the sums, to the rows that row(m) points at.
+  template <class Row>
+  __device__ void write(Row row, int64_t m, int64_t M, int64_t n, int64_t N, char* shared) const {
     each_part([&](int i, int j, int r, int c) {
       const Pack<float, 8> sums = take(i, j, shared);
       if (m + r >= M) return;
-      float* row = out + (m + r) * N;
-      const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0 && N % 4 == 0;
+      float* out = row(m + r);
+      const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
 #pragma unroll
       for (int q = 0; q < 8; q += 4) {
         const Pack<float, 4> four = {sums.v[q], sums.v[q + 1], sums.v[q + 2], sums.v[q + 3]};
-        store_pack(row, n + c + q, N, aligned, four);
+        store_pack(out, n + c + q, N, aligned, four);
       }
     });
   }

@@ -1,5 +1,5 @@
-// S and what follows in rank space, by the plan: all columns of x in one block, or for few tokens in
-// stretches that several blocks take, added in order.
+// S and what follows in rank space, by the plan: all columns of x in one block, or for few tokens
+// in stretches that several blocks take, added in order.
 #pragma once
 
 #include "experts.h"
@@ -9,8 +9,8 @@ namespace lora_moe::cuda {
 constexpr int64_t kStretch = 256;  // columns: sixteen blocks for D_in = 4096
 
 inline void check_plan(const std::string& plan) {
-  check(plan == "rank_dense" || plan == "decode",
-        "plan: the CUDA kernels run 'rank_dense' and 'decode', got '", plan, "'");
+  check(plan == "rank_dense" || plan == "segmented" || plan == "decode",
+        "plan: expected 'rank_dense', 'segmented' or 'decode', got '", plan, "'");
 }
 
 template <class T, class M>

@@ -57,15 +57,14 @@ __global__ void write_table_kernel(Values values, int n, int32_t* table) {
 
 }  // namespace
 
-void router_totals(const Routing& routing, int64_t tokens, int E, float* mean_prob,
-                   int64_t* counts, cudaStream_t stream) {
+void router_totals(const Routing& routing, int64_t tokens, int E, float* mean_prob, int64_t* counts,
+                   cudaStream_t stream) {
   launch("router_totals", router_totals_kernel, E, kSumThreads, stream, routing, tokens, E,
          mean_prob, counts);
 }
 
 void router_gradient(const Router& router, const Routing& routing, const RoutingGrad& aux,
-                          const float* logits, int64_t tokens, float* dlogits,
-                          cudaStream_t stream) {
+                     const float* logits, int64_t tokens, float* dlogits, cudaStream_t stream) {
   if (tokens > 0)
     launch("router_gradient", router_gradient_kernel, ceil_div(tokens, kSumThreads / 32),
            kSumThreads, stream, router, routing, aux, logits, tokens, dlogits);

@@ -25,8 +25,11 @@ __device__ inline float warp_max(float v) {
   return v;
 }
 
-// Gates of one token.  As in PyTorch a NaN among the logits, or an infinite maximum, makes every gate
-// of a softmax NaN.
+// Other numbers than an expert's are empty slots: -1, or what a caller got wrong.
+__device__ inline bool is_expert(int e, int E) { return e >= 0 && e < E; }
+
+// Gates of one token.  As in PyTorch a NaN among the logits, or an infinite maximum, makes every
+// gate of a softmax NaN.
 struct Gates {
   const float* logits;
   float shift, z, lse;
@@ -121,17 +124,18 @@ __device__ inline void router_gradient_token(const float* logits, const Router& 
                                              const Routing& routing, const float* dweights,
                                              const RoutingGrad& aux, int64_t t, int64_t tokens,
                                              float* dlogits, int lane) {
-  const Gates gates(logits, router, lane);
   const int32_t* ids = routing.indices + t * router.K;
   const float* weights = routing.weights + t * router.K;
   float z = 1.f, share = 0.f;
-  if (dweights && router.renormalize) {
+  const bool renormalized = dweights && router.renormalize;
+#pragma unroll 1
+  for (int j = 0; renormalized && j < router.K; ++j) share += dweights[j] * weights[j];
+  const Gates gates(logits, router, lane);
+  if (renormalized) {
     z = 0.f;
 #pragma unroll 1
-    for (int j = 0; j < router.K; ++j) {
+    for (int j = 0; j < router.K; ++j)
       if (ids[j] >= 0) z += gates(ids[j]);
-      share += dweights[j] * weights[j];
-    }
     z = nonzero(z);
   }
   const auto dp = [&](int e) {

@@ -73,7 +73,8 @@ constexpr int kBlocks = BN == 64 || (BN == 128 && kHalf<T>) ? 2 : 1;
 
 // Block (tokens, columns, stretch).
 template <class T, int BM, int BN, class M>
-__global__ void __launch_bounds__(kThreads, kBlocks<T, BN>) shrink_kernel(Shrink<T> p, M m, bool with_middle) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T, BN>)
+    shrink_kernel(Shrink<T> p, M m, bool with_middle) {
   if constexpr (!kServed<T>) return;
   using Dot = Product<T, T, true, true, BM, BN>;
   __shared__ __align__(128) char shared[Dot::kBytes];
@@ -89,8 +90,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, BN>) shrink_kernel(Shrink
           [&](const T* x, const T*, int64_t k) {
             if constexpr (M::kRouter) router.template add<Dot::BK>(x, p.w, expert, p.E, k, end);
           });
+  float* s = p.s + blockIdx.z * p.tokens * p.R;
   if (column < p.R)
-    dot.write(p.s + blockIdx.z * p.tokens * p.R, first, p.tokens, column, p.R, shared);
+    dot.write([&](int64_t t) { return s + t * p.R; }, first, p.tokens, column, p.R, shared);
   if constexpr (M::kRouter)
     router.write(p.logits + blockIdx.z * p.tokens * p.E, first, p.tokens, expert, p.E);
   if (!with_middle) return;

@@ -16,7 +16,8 @@ constexpr ScalarType scalar_type_of() {
   return ScalarType::Float;
 }
 
-// While it lives, launches and allocations go to x's device; `stream` is PyTorch's current one there.
+// While it lives, launches and allocations go to x's device; `stream` is PyTorch's current one
+// there.
 class OnDevice {
  public:
   cudaStream_t stream = nullptr;

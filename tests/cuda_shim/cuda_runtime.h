@@ -33,6 +33,14 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int bits) {
   return cuda_shim::exchange(value)[cuda_shim::lane() ^ bits];
 }
+inline unsigned __ballot_sync(unsigned, bool mine) {
+  const bool* all = cuda_shim::exchange(mine);
+  unsigned lanes = 0;
+  for (unsigned i = 0; i < 32; ++i) lanes |= unsigned(all[i]) << i;
+  return lanes;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };

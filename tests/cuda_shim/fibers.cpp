@@ -1,5 +1,5 @@
-// Fibers by ucontext.  A warp's barrier costs 32 switches of about a microsecond: slow, and enough for
-// blocks of 256 threads over tiles of a few thousand numbers.
+// Fibers by ucontext.  A warp's barrier costs 32 switches of about a microsecond: slow, and enough
+// for blocks of 256 threads over tiles of a few thousand numbers.
 #include "fibers.h"
 
 #include <ucontext.h>
@@ -67,8 +67,8 @@ void fiber_main() {
 
 void resume(unsigned thread) {
   thread_in_block = thread;
-  threadIdx = dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y,
-                   thread / blockDim.x / blockDim.y);
+  threadIdx =
+      dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y);
   Fiber& fiber = *fibers[thread];
   enter(fiber.stack.get(), kStack);
   swapcontext(&scheduler, &fiber.context);
@@ -130,7 +130,8 @@ void run_block(bool reverse) {
 }  // namespace
 
 bool is_skipped(std::source_location where) {
-  return int(where.line()) == skipped_line && std::string(where.file_name()).ends_with(skipped_file);
+  return int(where.line()) == skipped_line &&
+         std::string(where.file_name()).ends_with(skipped_file);
 }
 
 void wait_for_block() { leave(State::kAtBlock); }

@@ -1,8 +1,9 @@
 // A block of CUDA threads on one CPU core: every thread is a fiber, run until its next barrier.
 //
 // Threads of a warp run one after another up to a warp operation, warps one after another up to a
-// block barrier, first to last or last to first (CUDA_SHIM_ORDER=reverse): where a barrier is missing,
-// one of the two orders reads what is not there yet.  No barrier is stronger than CUDA promises.
+// block barrier, first to last or last to first (CUDA_SHIM_ORDER=reverse): where a barrier is
+// missing, one of the two orders reads what is not there yet.  No barrier is stronger than CUDA
+// promises.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,8 @@ extern int planted;
 inline unsigned lane() { return thread_in_block % 32; }
 inline unsigned warp() { return thread_in_block / 32; }
 
-// Values of a warp's lanes, exchanged at one barrier: two buffers, since a fast lane may already write
-// the next values while a slow one still reads these.
+// Values of a warp's lanes, exchanged at one barrier: two buffers, since a fast lane may already
+// write the next values while a slow one still reads these.
 template <class T>
 class Exchange {
  public:

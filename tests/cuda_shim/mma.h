@@ -1,5 +1,5 @@
-// nvcuda::wmma 16 x 16 x 16: each lane keeps elements lane, lane + 32, ..; CUDA hides its layout too.
-// Only mma_sync waits for the warp, as it reads other lanes' fragments.
+// nvcuda::wmma 16 x 16 x 16: each lane keeps elements lane, lane + 32, ..; CUDA hides its layout
+// too. Only mma_sync waits for the warp, as it reads other lanes' fragments.
 #pragma once
 
 #include "cuda_bf16.h"
@@ -33,7 +33,8 @@ template <class F, class T>
 void load_matrix_sync(F& f, const T* p, unsigned stride) {
   if (reinterpret_cast<uintptr_t>(p) % 32 || stride * sizeof(T) % 16) std::abort();
   for (int i = 0; i < 8; ++i)
-    f.x[i] = F::turned ? p[column_of(i) * stride + row_of(i)] : p[row_of(i) * stride + column_of(i)];
+    f.x[i] =
+        F::turned ? p[column_of(i) * stride + row_of(i)] : p[row_of(i) * stride + column_of(i)];
 }
 
 template <class F>

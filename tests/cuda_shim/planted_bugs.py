@@ -37,8 +37,17 @@ BUGS = [
     ("gram.cu", "p.stretch, p.tokens)", "p.stretch, p.tokens + (BUG ? 32 : 0))"),
     ("gram.cu", "if (i >= n) return", "if (!BUG && i >= n) return"),
     ("gating.h", "&& first + warp * kGroup < m.tokens", "&& (BUG || first + warp * kGroup < m.tokens)"),
-    ("gating.h", "if (e < 0 ||", "if ((!BUG && e < 0) ||"),
-    ("gating.h", "|| e >= experts.E) return", "|| (!BUG && e >= experts.E)) return"),
+    ("routing.h", "e >= 0 && e", "(BUG || e >= 0) && e"),
+    ("routing.h", "&& e < E; }", "&& (BUG || e < E); }"),
+    ("segmented.cu", "if (tile.count <= 0 ||", "if ((!BUG && tile.count <= 0) ||"),
+    ("segmented.cu", "|| tile.e == p.experts.E) return", "|| (!BUG && tile.e == p.experts.E)) return"),
+    ("segmented.cu", "if (rank >= ranks) return;\n  x", "if (!BUG && rank >= ranks) return;\n  x"),
+    ("segmented.cu", "if (rank >= ranks) return;\n  D", "if (!BUG && rank >= ranks) return;\n  D"),
+    ("segmented.cu", "if (tile.count <= 0) return", "if (!BUG && tile.count <= 0) return"),
+    ("segmented.cu", "if (r >= tile.count) return", "if (!BUG && r >= tile.count) return"),
+    ("segmented.cu", "if (d >= columns) return", "if (!BUG && d >= columns) return"),
+    ("segmented.cu", "if (t >= p.tokens) return", "if (!BUG && t >= p.tokens) return"),
+    ("sort_slots.cu", "t < p.tokens && expert_of", "(BUG || t < p.tokens) && expert_of"),
     ("router.cu", "if (t >= tokens) return", "if (!BUG && t >= tokens) return"),
     ("router.cu", "if (i >= step) continue", "if (!BUG && i >= step) continue"),
 ]  # fmt: skip
@@ -67,6 +76,7 @@ def barriers(csrc: Path) -> list[tuple[str, int]]:
     ]
 
 
+SEED = torch.Generator().manual_seed
 CASES = [  # each way through the kernels, none of whose tiles fit
     (Case("128 columns, scalar loads", 65, 7, 3, 17, 129, 65), torch.bfloat16),
     (Case("256 columns", 37, 3, 2, (70, 60, 50), 40, 72, with_bias=True), torch.float32),
@@ -85,22 +95,23 @@ def outputs_of(kernels, case, dtype):
     x, w, a, b, base = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base"))
     experts = v["scaling"], case.offsets, case.shared_a
     options = case.gate, case.renormalize
-    needs = [0], True, True, True, True, "rank_dense"
+    needs = [0], True, True, True, True
     router = case.K, *options, 0.9, 0.01
-    out = kernels.routed_lora(x, w, a, b, base, v["bias"], *experts, *router, "rank_dense")
-    _, ids, weights, logits, mean_prob, lse, _, s = out
-    aux = [t.cos() for t in (weights, logits, mean_prob, lse)]
-    saved = s, ids, weights
-    dy = base.cos()
-    grads = kernels.routed_lora_backward(
-        dy, *aux, x, w, a, b, *saved, logits, *experts, *options, *needs
-    )
-    given = ids.clone()
-    given[::3, 0], given[1::3, 1], given[2::3, 0] = -1, given[1::3, 0], case.E
-    grouped = kernels.grouped_lora(x, a, b, None, given, weights, *experts, "rank_dense")
-    more = kernels.grouped_lora_backward(dy, x, a, b, s, given, weights, *experts, *needs)
-    alone = kernels.router_topk_backward(*aux, ids, weights, logits, *options)
-    return [*out, *grads, *grouped, *more, alone]
+    given = torch.randint(-1, case.E + 1, (case.T, case.K), dtype=torch.int32, generator=SEED(0))
+    given[::3, 1] = given[::3, 0]  # twice
+    results = []
+    for plan in ("rank_dense", "segmented", "decode"):
+        out = kernels.routed_lora(x, w, a, b, base, v["bias"], *experts, *router, plan)
+        _, ids, weights, logits, mean_prob, lse, _, s = out
+        aux = [t.cos() for t in (weights, logits, mean_prob, lse)]
+        saved = x, w, a, b, s, ids, weights, logits
+        dy = base.cos()
+        grads = kernels.routed_lora_backward(dy, *aux, *saved, *experts, *options, *needs, plan)
+        y, s = kernels.grouped_lora(x, a, b, None, given, weights, *experts, plan)
+        saved = x, a, b, s, given, weights
+        more = kernels.grouped_lora_backward(dy, *saved, *experts, *needs, plan)
+        results += [*out, *grads, y, s, *more]
+    return [*results, kernels.router_topk_backward(*aux, ids, weights, logits, *options)]
 
 
 def is_seen(kernels, clean) -> bool:
