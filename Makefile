@@ -63,11 +63,11 @@ gpu-static: build $(VENV)/.test ## Compile the Triton kernels for every GPU and 
 
 check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
 	$(call step,building the CUDA kernels: about two minutes)
-	@LORA_MOE_SKIP_EXT=1 LORA_MOE_BUILD_CUDA=1 MAX_JOBS=$(JOBS) \
-		$(CUDA_VENV)/bin/python -W ignore setup.py -q build_ext --inplace
-	$(call step,checking the build)
-	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -W ignore -m tests.check_cuda
-	@$(CUDA_VENV)/bin/python -W ignore -m lora_moe info
+	@LORA_MOE_SKIP_EXT=1 LORA_MOE_BUILD_CUDA=1 MAX_JOBS=$(JOBS) $(CUDA_VENV)/bin/python -m pip install \
+		-qq --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	$(call step,checking what was installed)
+	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -P -W ignore tests/check_cuda.py
+	@$(CUDA_VENV)/bin/lora-moe info
 
 lint: $(VENV)/.lint ## Check style: ruff and clang-format
 	$(BIN)/ruff check
@@ -124,7 +124,7 @@ $(CUDA_VENV)/.torch: requirements/cuda.txt
 	$(call step,making $(CUDA_VENV) with a CUDA build of torch)
 	@$(PYTHON) -m venv --clear $(CUDA_VENV)
 	@$(CUDA_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
-		-r requirements/cuda.txt setuptools pybind11 numpy safetensors tqdm
+		-r requirements/cuda.txt setuptools wheel pybind11 numpy safetensors tqdm
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch requirements/build.txt requirements/constraints.txt pyproject.toml

@@ -108,7 +108,10 @@ def _load_cuda() -> dict:
         raise BackendUnavailable(
             "the CUDA extension is not built (LORA_MOE_BUILD_CUDA=1 builds it)"
         )
-    module = importlib.import_module("lora_moe._C_cuda")
+    try:
+        module = importlib.import_module("lora_moe._C_cuda")
+    except ImportError as error:
+        raise BackendUnavailable(f"the CUDA extension is built but does not load: {error}") from error
     if serving("cuda") != "reference":
         reason = (
             f"{serving('cuda')} serves CUDA tensors (LORA_MOE_BACKEND=cuda takes these kernels)"

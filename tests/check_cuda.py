@@ -1,4 +1,4 @@
-"""What can be shown of the CUDA build without a GPU: LORA_MOE_BACKEND=cuda python -m tests.check_cuda
+"""What can be shown of the CUDA build without a GPU: LORA_MOE_BACKEND=cuda python -P tests/check_cuda.py
 
 Every operator has a CUDA kernel registered, the Python paths run on fake CUDA tensors, and the binary
 holds code for the architectures that build_info() names.
