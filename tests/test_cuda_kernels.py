@@ -24,6 +24,7 @@ from . import eager
 from .cases import BY_NAME, CASES, Case, in_double, sample
 from .compare import assert_accurate
 from .cuda_shim import build
+from .through import NAMES, Through, forced, results
 
 pytestmark = pytest.mark.skipif(
     shutil.which(build.COMPILER) is None or sys.platform != "linux", reason="needs a C++ compiler"
@@ -313,6 +314,17 @@ def test_no_worse_than_eager(kernels, case, dtype):
     got = routed(kernels, inputs, case, "rank_dense")
     want = eager.routed_lora(in_double(inputs), case, got[1])[0]
     assert_accurate("y", got[0], want, eager.routed_lora(inputs, case, got[1])[0])
+
+
+@pytest.mark.parametrize("plan", ["rank_dense", "segmented", "decode"])
+def test_public_functions(kernels, plan):
+    """Through autograd, as a user calls them."""
+    case = BY_NAME["unequal ranks"]
+    v = sample(case)
+    with Through(kernels), forced(plan):
+        got = results(v, case, torch.float32)
+    want = results(in_double(v), case, torch.float64)
+    compare(NAMES, got, want, torch.float32)
 
 
 # --- contract -----------------------------------------------------------------------------------
