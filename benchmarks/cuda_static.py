@@ -35,7 +35,8 @@ SM = {
 }
 WARPS = 8  # of every kernel's blocks
 DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}
-MATMULS = ("shrink_kernel", "expand_kernel", "gram_kernel")
+PRODUCTS = ("shrink_kernel", "expand_kernel", "gram_kernel")
+MATMULS = (*PRODUCTS, *(f"segmented_{name}" for name in PRODUCTS))
 TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTCHMMA")
 FP32_FMA = re.compile(r"FFMA")
 FLOAT_ATOMIC = re.compile(r"(?:RED|ATOM|ATOMG|ATOMS)\.\S*\.(?:F16|F32|F64|BF16)")

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from ..cases import Case, sample
 from .build import FOLDER, ROOT, Kernels, build
 
+# Not here: what only saves work, as a return from blocks that would load and write nothing.
 # file, a piece of it that is there once, the piece with the bug; BUG is true where it is switched on
 BUGS = [
     ("numbers.h", "if (aligned && c + N <= end) return", "if (aligned && (BUG || c + N <= end)) return"),
@@ -39,11 +41,7 @@ BUGS = [
     ("gating.h", "&& first + warp * kGroup < m.tokens", "&& (BUG || first + warp * kGroup < m.tokens)"),
     ("routing.h", "e >= 0 && e", "(BUG || e >= 0) && e"),
     ("routing.h", "&& e < E; }", "&& (BUG || e < E); }"),
-    ("segmented.cu", "if (tile.count <= 0 ||", "if ((!BUG && tile.count <= 0) ||"),
     ("segmented.cu", "|| tile.e == p.experts.E) return", "|| (!BUG && tile.e == p.experts.E)) return"),
-    ("segmented.cu", "if (rank >= ranks) return;\n  x", "if (!BUG && rank >= ranks) return;\n  x"),
-    ("segmented.cu", "if (rank >= ranks) return;\n  D", "if (!BUG && rank >= ranks) return;\n  D"),
-    ("segmented.cu", "if (tile.count <= 0) return", "if (!BUG && tile.count <= 0) return"),
     ("segmented.cu", "if (r >= tile.count) return", "if (!BUG && r >= tile.count) return"),
     ("segmented.cu", "if (d >= columns) return", "if (!BUG && d >= columns) return"),
     ("segmented.cu", "if (t >= p.tokens) return", "if (!BUG && t >= p.tokens) return"),
@@ -85,9 +83,10 @@ CASES = [  # each way through the kernels, none of whose tiles fit
 ]
 
 
-def outputs(kernels) -> list[torch.Tensor]:
-    """Of all operators, on every case."""
-    return [out for case, dtype in CASES for out in outputs_of(kernels, case, dtype)]
+def outputs(kernels) -> Iterator[list[torch.Tensor]]:
+    """Of all operators, on every case and plan."""
+    for case, dtype in CASES:
+        yield from outputs_of(kernels, case, dtype)
 
 
 def outputs_of(kernels, case, dtype):
@@ -99,7 +98,6 @@ def outputs_of(kernels, case, dtype):
     router = case.K, *options, 0.9, 0.01
     given = torch.randint(-1, case.E + 1, (case.T, case.K), dtype=torch.int32, generator=SEED(0))
     given[::3, 1] = given[::3, 0]  # twice
-    results = []
     for plan in ("rank_dense", "segmented", "decode"):
         out = kernels.routed_lora(x, w, a, b, base, v["bias"], *experts, *router, plan)
         _, ids, weights, logits, mean_prob, lse, _, s = out
@@ -110,8 +108,8 @@ def outputs_of(kernels, case, dtype):
         y, s = kernels.grouped_lora(x, a, b, None, given, weights, *experts, plan)
         saved = x, a, b, s, given, weights
         more = kernels.grouped_lora_backward(dy, *saved, *experts, *needs, plan)
-        results += [*out, *grads, y, s, *more]
-    return [*results, kernels.router_topk_backward(*aux, ids, weights, logits, *options)]
+        yield [*out, *grads, y, s, *more]
+    yield [kernels.router_topk_backward(*aux, ids, weights, logits, *options)]
 
 
 def is_seen(kernels, clean) -> bool:
@@ -119,11 +117,12 @@ def is_seen(kernels, clean) -> bool:
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        same = True
         for order in ("forward", "reverse"):
             os.environ["CUDA_SHIM_ORDER"] = order
-            same = same and all(map(torch.equal, outputs(kernels), clean))
-        os._exit(0 if same else 1)
+            for some, expected in zip(outputs(kernels), clean, strict=True):
+                if not all(map(torch.equal, some, expected)):
+                    os._exit(1)
+        os._exit(0)
     return os.waitpid(child, 0)[1] != 0
 
 
@@ -134,8 +133,8 @@ def main() -> None:
     shutil.rmtree(csrc, ignore_errors=True)
     plant(ROOT / "csrc", csrc)
     kernels = Kernels(build(csrc, sanitize=True))
-    clean = outputs(kernels)
-    assert all(t.isfinite().all() for t in clean)
+    clean = list(outputs(kernels))
+    assert all(t.isfinite().all() for some in clean for t in some)
     print(json.dumps(["nothing", not is_seen(kernels, clean)]), flush=True)
     for number, (file, piece, _) in enumerate(BUGS, 1):
         kernels.shim.cuda_shim_plant(number)
