@@ -20,10 +20,9 @@ __device__ int expert_of(const int32_t* indices, int64_t t, int K, int j, int E)
   return is_expert(e, E) ? e : E;
 }
 
-// Sum over the block, the same for every thread.
+// Sum over the block, the same for every thread; `shared` is free for it.
 __device__ int block_sum(int v, int* shared) {
   for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
-  __syncthreads();  // the sums before these are read
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
   __syncthreads();  // all warps have written
   int sum = 0;
