@@ -7,6 +7,7 @@ VENV ?= .venv
 CUDA_VENV ?= build/check-cuda
 JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
@@ -20,7 +21,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test test-host test-triton test-reference sanitize-ttsem gpu-static \
+.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize-ttsem gpu-static \
 	check-cuda lint format clean
 
 help: ## Show this help
@@ -30,6 +31,7 @@ help: ## Show this help
 	@echo "  PYTHON=$(PYTHON)   makes .venv; a torch (>= 2.10) that it already has is used as it is"
 	@echo "  TORCH=           what pip installs as torch instead, for example TORCH='torch==2.12.0'"
 	@echo "  JOBS=$(JOBS)           test processes"
+	@echo "  BENCH_ARGS=      for lora-moe bench, for example BENCH_ARGS='--set all --json new.json'"
 	@echo "  PYTEST_ARGS=     more for pytest, for example PYTEST_ARGS='-k router'"
 
 venv: $(VENV)/.torch ## Make .venv with torch in it
@@ -38,6 +40,10 @@ build: $(VENV)/.extension ## Install the package into .venv (editable) and build
 demo: build $(VENV)/.demo ## Train a mixture of LoRA experts on real data and show what it does
 	$(call step,demo)
 	@$(BIN)/python -m examples.demo --out build/demo
+
+bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machine's limit (docs/benchmarks.md)
+	$(call step,benchmarks)
+	@$(BIN)/lora-moe bench $(BENCH_ARGS)
 
 test: test-host test-triton test-reference ## Run all tests
 

@@ -35,7 +35,6 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 TORCH_TARGET_VERSION = "0x020a000000000000"  # stable ABI: what is built here loads in torch >= 2.10
 SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
 KERNELS = sorted(glob("csrc/cuda/*.cu"))
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 SKIP = os.environ.get("LORA_MOE_SKIP_EXT")
 BUILD_CUDA = os.environ.get("LORA_MOE_BUILD_CUDA", "0") == "1"
 CUDA_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # those of them that nvcc knows; 8.0 runs on 8.x too
@@ -57,7 +56,7 @@ def extension(isa: str) -> Extension:
     return Extension(
         f"lora_moe._C_{isa}",
         SOURCES,
-        depends=["setup.py", *HEADERS],
+        depends=["setup.py", *headers("csrc/cpu")],
         include_dirs=[pybind11.get_include()],  # -I: found before torch's own copy
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu", "c10"],
@@ -72,6 +71,11 @@ def extension(isa: str) -> Extension:
         language="c++",
         optional=SKIP != "0",
     )
+
+
+def headers(folder: str) -> list[str]:
+    """Those that files of a folder may include."""
+    return sorted({*glob("csrc/*.h"), *glob(f"{folder}/*.h")})
 
 
 def stop(reason: str):
@@ -132,7 +136,7 @@ def cuda_extension() -> Extension:
     extension = Extension(
         "lora_moe._C_cuda",
         sorted(glob("csrc/cuda/*.cpp")),
-        depends=["setup.py", *HEADERS],
+        depends=["setup.py", *headers("csrc/cuda")],
         include_dirs=[pybind11.get_include(), str(toolkit / "include")],
         library_dirs=[*cpp_extension.library_paths(), *library_dirs],
         libraries=["torch_cuda", "torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
@@ -215,7 +219,8 @@ class BuildOperators(build_ext):
 
 def is_stale(obj: str, src: str) -> bool:
     built = os.stat(obj).st_mtime
-    return any(os.stat(path).st_mtime > built for path in (src, "setup.py", *HEADERS))
+    used = (src, "setup.py", *headers(os.path.dirname(src)))
+    return any(os.stat(path).st_mtime > built for path in used)
 
 
 # The kernels' folder must not become a top-level package: `triton_kernels` is another project.

@@ -51,6 +51,7 @@ def accesses(text):
             }
         elif access := ACCESS.search(line):
             pointer = re.search(NAME, line[access.end() :])
+            assert re.search(r"loc\((#loc\d*)\)$", line), line
             where = locations.get(re.search(r"loc\((#loc\d*)\)$", line).group(1), ())
             found.append(Access(access.group(1), roots[root_name(pointer.group())], where))
         elif POINTER.search(line) and "ptr" in line:
