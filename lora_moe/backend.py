@@ -111,7 +111,9 @@ def _load_cuda() -> dict:
     try:
         module = importlib.import_module("lora_moe._C_cuda")
     except ImportError as error:
-        raise BackendUnavailable(f"the CUDA extension is built but does not load: {error}") from error
+        raise BackendUnavailable(
+            f"the CUDA extension is built but does not load: {error}"
+        ) from error
     if serving("cuda") != "reference":
         reason = (
             f"{serving('cuda')} serves CUDA tensors (LORA_MOE_BACKEND=cuda takes these kernels)"

@@ -17,14 +17,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_moe import reference
-from lora_moe.plan import saved_ranks
+from lora_moe import plan, reference
 
 from . import eager
 from .cases import BY_NAME, CASES, Case, in_double, sample
 from .compare import assert_accurate
 from .cuda_shim import build
-from .through import NAMES, Through, forced, results
+from .through import NAMES, Through, results
 
 pytestmark = pytest.mark.skipif(
     shutil.which(build.COMPILER) is None or sys.platform != "linux", reason="needs a C++ compiler"
@@ -108,8 +107,8 @@ def routed_backward(ops, v, case, dy, aux, saved, *rest):
     )  # fmt: skip
 
 
-def all_needed(frozen=(), plan="rank_dense"):
-    return list(frozen), True, True, True, True, plan
+def all_needed(frozen=(), chosen="rank_dense"):
+    return list(frozen), True, True, True, True, chosen
 
 
 def cotangents(case):
@@ -133,11 +132,11 @@ def test_routed_lora(kernels, case, dtype):
     check_routed_backward(kernels, inputs, case, want, dtype)
 
 
-def check_routed_backward(kernels, inputs, case, out, dtype, plan="rank_dense"):
+def check_routed_backward(kernels, inputs, case, out, dtype, chosen="rank_dense"):
     dy, aux = noise(case.T, case.D_out, dtype=dtype), cotangents(case)
     saved = [out[i] for i in (1, 2, 3, 7)]
     given = [saved[0], *(v.float() for v in saved[1:])]
-    got = routed_backward(kernels, inputs, case, dy, aux, given, *all_needed(plan=plan))
+    got = routed_backward(kernels, inputs, case, dy, aux, given, *all_needed(chosen=chosen))
     want = routed_backward(
         reference, in_double(inputs), case, dy.double(), in_fp64(aux), in_fp64(given)
     )
@@ -222,10 +221,10 @@ def test_segmented(kernels, case, dtype):
     inputs = grouped_sample(case, dtype)
     exact = {k: v.double() if k != "ids" and v is not None else v for k, v in inputs.items()}
     y, s = grouped(kernels, inputs, case, "segmented")
-    assert s.shape == (case.T, saved_ranks("segmented", case.offsets, case.K, case.shared_a))
+    assert s.shape == (case.T, plan.saved_ranks("segmented", case.offsets, case.K, case.shared_a))
     want, dense_s = grouped(reference, exact, case)
     compare(["y"], [y], [want], dtype)
-    got = grouped_backward(kernels, inputs, case, s, *all_needed(plan="segmented"))
+    got = grouped_backward(kernels, inputs, case, s, *all_needed(chosen="segmented"))
     want = grouped_backward(reference, exact, case, dense_s)
     compare(["dx", "dweights", "da", "db"], got, want, dtype, case.T)
 
@@ -234,7 +233,7 @@ def test_segmented(kernels, case, dtype):
     compare(["y", *ROUTING], got, want, dtype)
     dy, aux = inputs["dy"], cotangents(case)
     got = routed_backward(
-        kernels, inputs, case, dy, aux, [*got[1:4], s], *all_needed(plan="segmented")
+        kernels, inputs, case, dy, aux, [*got[1:4], s], *all_needed(chosen="segmented")
     )
     want = routed_backward(
         reference, in_double(inputs), case, dy.double(), in_fp64(aux), [*want[1:4], dense_s]
@@ -316,14 +315,15 @@ def test_no_worse_than_eager(kernels, case, dtype):
     assert_accurate("y", got[0], want, eager.routed_lora(inputs, case, got[1])[0])
 
 
-@pytest.mark.parametrize("plan", ["rank_dense", "segmented", "decode"])
-def test_public_functions(kernels, plan):
+@pytest.mark.parametrize("chosen", plan.PLANS)
+def test_public_functions(kernels, chosen, monkeypatch):
     """Through autograd, as a user calls them."""
     case = BY_NAME["unequal ranks"]
     v = sample(case)
-    with Through(kernels), forced(plan):
-        got = results(v, case, torch.float32)
     want = results(in_double(v), case, torch.float64)
+    monkeypatch.setattr(plan, "choose", lambda *shapes, **more: chosen)
+    with Through(kernels):
+        got = results(v, case, torch.float32)
     compare(NAMES, got, want, torch.float32)
 
 
