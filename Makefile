@@ -4,12 +4,13 @@
 PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
+CUDA_VENV ?= build/check-cuda
 JOBS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CXX_FOUND := $(shell command -v $(CXX))
 PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one thread a process: two thread pools on the same cores would wait for each other
@@ -23,8 +24,8 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize-ttsem gpu-static lint \
-	format clean
+.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize-ttsem gpu-static \
+	check-cuda lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
@@ -85,6 +86,14 @@ sanitize: $(VENV)/.test ## Run the tests of the C++ operators under AddressSanit
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q \
 		-p no:cacheprovider $(BLACK_BOX) -k "not compile and not gradcheck" $(PYTEST_ARGS)
 
+check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
+	$(call step,building the CUDA kernels: about two minutes)
+	@LORA_MOE_SKIP_EXT=1 LORA_MOE_BUILD_CUDA=1 MAX_JOBS=$(JOBS) $(CUDA_VENV)/bin/python -m pip install \
+		-qq --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	$(call step,checking what was installed)
+	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -P -W ignore tests/check_cuda.py
+	@$(CUDA_VENV)/bin/lora-moe info
+
 lint: $(VENV)/.lint ## Check style: ruff and clang-format
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -134,6 +143,13 @@ $(VENV)/.torch: $(VENV)/.python requirements/torch.txt
 	fi
 	@$(BIN)/python -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
 	@$(BIN)/python -W ignore -c "$$TELL_TORCH"
+	@touch $@
+
+$(CUDA_VENV)/.torch: requirements/cuda.txt
+	$(call step,making $(CUDA_VENV) with a CUDA build of torch)
+	@$(PYTHON) -m venv --clear $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		-r requirements/cuda.txt setuptools wheel pybind11 numpy safetensors tqdm
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch requirements/build.txt requirements/constraints.txt pyproject.toml

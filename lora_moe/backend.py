@@ -2,6 +2,7 @@
 
     auto       the best that works for each device; never fails
     triton     Triton kernels (for CPU tensors too with TRITON_INTERPRET=1)
+    cuda       the CUDA C++ extension, for CUDA tensors that Triton does not serve
     cpp        the C++ extension, for CPU tensors
     reference  plain PyTorch everywhere
 
@@ -124,7 +125,24 @@ def _checking_ids(grouped_lora):
 
 
 def _load_cuda() -> dict:
-    raise BackendUnavailable("not part of this build")
+    if importlib.util.find_spec("lora_moe._C_cuda") is None:
+        raise BackendUnavailable(
+            "the CUDA extension is not built (LORA_MOE_BUILD_CUDA=1 builds it)"
+        )
+    try:
+        module = importlib.import_module("lora_moe._C_cuda")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the CUDA extension is built but does not load: {error}"
+        ) from error
+    if serving("cuda") != "reference":
+        reason = (
+            f"{serving('cuda')} serves CUDA tensors (LORA_MOE_BACKEND=cuda takes these kernels)"
+        )
+        return {"available": False, "reason": reason, **module.build_info()}
+    module.register_operators()
+    _serving["cuda"] = "cuda"
+    return module.build_info()
 
 
 def _load_reference() -> dict:

@@ -67,7 +67,8 @@ def info() -> int:
     for name, state in backends.items():
         available, reason = state.pop("available"), state.pop("reason")
         about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in state.items())
-        print(f"  {name:<10} {'yes' if available else 'no':<4} {about or reason}".rstrip())
+        why = "; ".join(filter(None, (reason, about)))
+        print(f"  {name:<10} {'yes' if available else 'no':<4} {why}".rstrip())
     return 0
 
 

@@ -50,7 +50,7 @@ PARTS = {
 }
 BACKENDS = {
     "triton": PLANS,
-    "cuda": (RANK_DENSE, SEGMENTED),
+    "cuda": PLANS,
     "cpp": (SEGMENTED,),
     "reference": PLANS,
 }
