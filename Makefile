@@ -24,7 +24,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize-ttsem gpu-static \
+.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize sanitize-ttsem gpu-static \
 	check-cuda lint format clean
 
 help: ## Show this help

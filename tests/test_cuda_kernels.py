@@ -23,7 +23,7 @@ from . import eager
 from .cases import BY_NAME, CASES, Case, in_double, sample
 from .compare import assert_accurate
 from .cuda_shim import build
-from .through import NAMES, Through, results
+from .through import NAMES, results, through
 
 pytestmark = pytest.mark.skipif(
     shutil.which(build.COMPILER) is None or sys.platform != "linux", reason="needs a C++ compiler"
@@ -322,7 +322,7 @@ def test_public_functions(kernels, chosen, monkeypatch):
     v = sample(case)
     want = results(in_double(v), case, torch.float64)
     monkeypatch.setattr(plan, "choose", lambda *shapes, **more: chosen)
-    with Through(kernels):
+    with through(kernels):
         got = results(v, case, torch.float32)
     compare(NAMES, got, want, torch.float32)
 

@@ -24,7 +24,7 @@ from lora_moe.plan import DECODE, RANK_DENSE, SEGMENTED, override
 from .cases import Case, in_double, sample
 from .compare import assert_accurate
 from .interpreter import Sanitizer, interpreting, overflow_checked
-from .through import NAMES, Through, results
+from .through import NAMES, results, through
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -189,7 +189,7 @@ def layer(kernels, bug):
     v = sample(bug.case)
     want = results(in_double(v), bug.case, torch.float64)
     v = {k: gapped(t) if k in ("x", "base") else t for k, t in v.items()}
-    with Sanitizer() as sanitizer, Through(kernels), override(bug.plan):
+    with Sanitizer() as sanitizer, through(kernels), override(bug.plan):
         got = results(v, bug.case, torch.float32)
     assert sanitizer.launches > 0
     for name, g, w in zip(NAMES, got, want):
@@ -222,7 +222,7 @@ def far_layer(kernels, bug):
     x = far_apart()
     a = torch.ones(16, x.shape[1], dtype=torch.bfloat16)
     routing = Routing.from_ids(torch.tensor([[0, 1], [2, 3], [1, 2]]), num_experts=4)
-    with overflow_checked(), Through(kernels), override(bug.plan):
+    with overflow_checked(), through(kernels), override(bug.plan):
         F.grouped_lora(x, a, a, routing, rank_offsets=4)
 
 

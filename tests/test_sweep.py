@@ -20,7 +20,7 @@ from .cases import Case, in_double, sample
 from .compare import assert_accurate
 from .interpreter import interpreting
 from .test_functional import PARAMETERS, cotangents, gradients, leaves, routed
-from .through import Through
+from .through import through
 
 pytest.importorskip("triton")
 INTERPRETED = not torch.cuda.is_available()
@@ -81,7 +81,7 @@ def test_sweep(values):
     dtype = values["dtype"]
     inputs = sample(case, dtype)
     v = leaves(inputs, *PARAMETERS)
-    with Through(kernels), plans.override(values["plan"]):
+    with through(kernels), plans.override(values["plan"]):
         y, routing = routed(v, case)
         dys = cotangents([y])
         got = gradients([y], dys, v, PARAMETERS)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from unittest import mock
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_moe import backend
 from lora_moe import functional as F
 
 NAMES = ("y", "dx", "dw", "da", "db")
 
 
-class Through(TorchDispatchMode):
-    """Operators of ours run through the launchers of `kernels`."""
+@contextlib.contextmanager
+def through(kernels):
+    """Inside, operators of ours run through the launchers of `kernels`, by the plans of Triton's."""
+    with _Through(kernels), mock.patch.object(backend, "serving", lambda device_type: "triton"):
+        yield
 
+
+class _Through(TorchDispatchMode):
     def __init__(self, kernels):
         super().__init__()
         self.kernels = kernels

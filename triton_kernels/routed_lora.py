@@ -183,7 +183,11 @@ def _segmented(x, base, routing, experts):
 
 
 def _tile(x, experts):
-    kernel = "routed_lora_shared" if experts.shared_a else "routed_lora"
+    kernel = "routed_lora"
+    if experts.shared_a:
+        kernel = "routed_lora_shared"
+    elif experts.EP > 16:
+        kernel = "routed_lora_many_experts"
     return choose(kernel, x, experts.EP * experts.RP)
 
 

@@ -33,7 +33,7 @@ def shrink(part, T, half, width):
     if T <= FEW and half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, **stretch}
     if not half:
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 8, **stretch}
+        return {"BLOCK_T": 32, "BLOCK_D": 32, "num_warps": 8, **stretch}
     rows, columns = (32, 32) if part == "ampere" else (64, 64)
     return {"BLOCK_T": rows, "BLOCK_D": columns, **stretch}
 
@@ -45,9 +45,14 @@ def routed_lora(part, T, half, width):
         return {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "STRETCH": stretch}
     tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
     if half:
-        rows, stretch = (64, ALL) if width <= 128 else (32, None)
-        return tile | {"BLOCK_T": rows, "BLOCK_D": 64, "STRETCH": stretch}
+        stretch = ALL if width <= 128 else None
+        return tile | {"BLOCK_T": 64, "BLOCK_D": 64, "STRETCH": stretch}
     return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "STRETCH": None}
+
+
+def routed_lora_many_experts(part, T, half, width):
+    """Their logits and gates leave no room for S of more than 128 ranks as well."""
+    return routed_lora(part, SOME if width > 128 else T, half, width)
 
 
 def routed_lora_shared(part, T, half, width):
@@ -70,7 +75,7 @@ def rank_gradient(part, T, half, width):
 def rank_gradient_unequal(part, T, half, width):
     """A table of rows makes one address of every element of S: half the tokens fit."""
     tile = rank_gradient(part, T, half, width)
-    return tile | {"BLOCK_T": min(tile["BLOCK_T"], 32)}
+    return tile | {"BLOCK_T": min(tile["BLOCK_T"], 32), "BLOCK_D": 64}
 
 
 def expand(part, T, half, width):
@@ -79,7 +84,7 @@ def expand(part, T, half, width):
 
 def gram(part, T, half, width):
     warps = 4 if width <= 16 else 8
-    return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": warps}
+    return {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32, "MAX_R": 128, "num_warps": warps}
 
 
 def segmented(part, T, half, width):
@@ -96,9 +101,7 @@ def segmented_gram(part, T, half, width):
 
 
 def router_topk(part, T, half, width):
-    if half and width > 32:
-        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8}
-    return {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32, "num_warps": 4 if width <= 32 else 8}
+    return {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32, "num_warps": 8}
 
 
 def route_logits(part, T, half, width):
@@ -122,6 +125,7 @@ TILES = {
     for tile in (
         shrink,
         routed_lora,
+        routed_lora_many_experts,
         routed_lora_shared,
         decode,
         rank_gradient,
