@@ -16,7 +16,10 @@ PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --
 # one thread a process: two thread pools on the same cores would wait for each other
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # what must hold on every backend alike
+SANITIZERS := -fsanitize=address,undefined
 BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py
+# of these, what depends on the plan; fp16 differs from bf16 in nothing that does
+FORCED := tests/test_functional.py -k 'not float16 and not router_topk and not shrink'
 step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
@@ -54,6 +57,10 @@ test-host: build $(VENV)/.test ## Run the whole suite on the backend that serves
 test-triton: build $(VENV)/.test ## Run the public functions on the Triton kernels, interpreted without a GPU
 	$(call step,tests of the public functions on the Triton kernels)
 	@LORA_MOE_BACKEND=triton $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+	@for plan in rank_dense segmented decode; do \
+		printf '\033[1m==> the same with plan %s for every call\033[0m\n' $$plan; \
+		LORA_MOE_PLAN=$$plan LORA_MOE_BACKEND=triton $(PYTEST) $(FORCED) $(PYTEST_ARGS) || exit 1; \
+	done
 
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
@@ -66,6 +73,18 @@ sanitize-ttsem: build $(VENV)/.ttsem ## A second opinion on the Triton kernels: 
 
 gpu-static: build $(VENV)/.test ## Compile the Triton kernels for every GPU and write docs/gpu_static.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --jobs $(JOBS) --markdown docs/gpu_static.md
+
+sanitize: $(VENV)/.test ## Run the tests of the C++ operators under AddressSanitizer and UBSan
+	$(call step,compiling the C++ operators with sanitizers)
+	@ISA=$$($(BIN)/python -c 'from lora_moe.backend import cpu_isas; print(cpu_isas()[0])'); \
+	CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=all -g1" LDFLAGS="$(SANITIZERS)" LORA_MOE_SKIP_EXT=0 \
+		LORA_MOE_BUILD_ISA=$$ISA $(BIN)/python setup.py -q build --build-base build/sanitize \
+		--build-lib build/sanitize/lib
+	@rm -rf build/sanitize/lib/tests && cp -r tests build/sanitize/lib/tests
+	$(call step,tests under sanitizers)
+	@cd build/sanitize/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" LORA_MOE_BACKEND=cpp \
+		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q \
+		-p no:cacheprovider $(BLACK_BOX) -k "not compile and not gradcheck" $(PYTEST_ARGS)
 
 check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
 	$(call step,building the CUDA kernels: about two minutes)

@@ -30,7 +30,11 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {"portable": []}  # the baseline: SSE2 on x86-64, NEON on aarch64
 if platform.machine().lower() in ("x86_64", "amd64"):
-    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512}
+    ISA_FLAGS |= {
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    }
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # stable ABI: what is built here loads in torch >= 2.10
 SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]

@@ -15,13 +15,14 @@ import importlib
 import importlib.util
 import os
 import platform
+import warnings
 
 import torch
 
 from . import ops
 
 BACKENDS = ("triton", "cuda", "cpp", "reference")
-ISAS = ("avx512", "avx2", "portable")  # best first
+ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
 
 _serving: dict[str, str] = {}
 _facts: dict[str, dict] = {}
@@ -53,7 +54,9 @@ def cpu_isas() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine().lower() not in ("x86_64", "amd64") or capability == "DEFAULT":
         return ["portable"]
-    return list(ISAS if capability.startswith("AVX512") else ISAS[1:])
+    if not capability.startswith("AVX512"):
+        return list(ISAS[2:])
+    return list(ISAS if torch.cpu._is_avx512_bf16_supported() else ISAS[1:])
 
 
 def _load_cpp() -> dict:
@@ -82,15 +85,33 @@ def _load_triton() -> dict:
             "this torch has no CUDA or ROCm; TRITON_INTERPRET=1 runs the kernels on CPU tensors"
         )
     kernels = importlib.import_module("lora_moe.triton_kernels")
+    out_of_resources = importlib.import_module("triton.runtime.errors").OutOfResources
     keys = ("CUDA", "CPU") if interpreted else ("CUDA",)
     for name in ops.SCHEMAS:
         for key in keys:
-            kernel = getattr(kernels, name)
+            kernel = _or_reference(name, getattr(kernels, name), out_of_resources)
             if key == "CPU" and name == "grouped_lora":
                 kernel = _checking_ids(kernel)
             torch.library.impl(f"lora_moe::{name}", key, kernel)
     _serving.update({key.lower(): "triton" for key in keys})
     return {"interpreted": interpreted, "version": importlib.import_module("triton").__version__}
+
+
+def _or_reference(name, kernel, out_of_resources):
+    """A kernel that does not fit the device gives way to plain PyTorch, with one warning."""
+
+    def run(*args):
+        try:
+            return kernel(*args)
+        except out_of_resources as error:
+            warnings.warn(
+                f"lora_moe: {name} does not fit this GPU ({error}): plain PyTorch serves instead",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return ops.reference_operator(name)(*args)
+
+    return run
 
 
 def _checking_ids(grouped_lora):

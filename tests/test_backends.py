@@ -52,6 +52,16 @@ def test_same_numbers_in_fp32(twin, cpp, tmp_path):
             assert relative_error(value, cpp[name]) <= bound * UNIT[torch.float32], name
 
 
+@pytest.mark.parametrize("isa", BUILT[1:])
+def test_numeric_goals_of_every_instruction_set(isa):
+    """The best one is what all other tests run; a CPU without it gives answers as accurate."""
+    environment = {**os.environ, "LORA_MOE_BACKEND": "cpp", "LORA_MOE_ISA": isa}
+    selected = ["tests/test_functional.py", "-k", "test_routed_lora and not float64"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *selected]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 @pytest.mark.skipif(lora_moe.backend_info()["serving"]["cpu"] != "cpp", reason="of the C++ backend")
 def test_offsets_beyond_two_to_the_31():
     """Rows so far apart that int32 arithmetic would wrap; the memory between them is never touched."""

@@ -78,7 +78,7 @@ def expand(part, T, half, width):
 
 
 def gram(part, T, half, width):
-    warps = 4 if part == "cdna" or width <= 16 else 8  # of 64 threads there
+    warps = 4 if width <= 16 else 8
     return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": warps}
 
 
@@ -175,5 +175,7 @@ def choose(kernel, x, width):
     part, T, half = family(x.device), len(x), x.itemsize == 2
     if part == "interpreter":
         return interpreted(kernel, T, half)
-    tile = {"num_warps": 4, "num_stages": 2 if part == "cdna" else 3}
-    return tile | TILES[kernel](part, T, half, width)
+    tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
+    if part == "cdna":  # its warps have 64 threads
+        tile |= {"num_warps": tile["num_warps"] // 2, "num_stages": 2}
+    return tile

@@ -2,6 +2,7 @@
 // weights = p[ids] (/ their sum),  and its gradient.  A picked expert may be dropped: its id is -1.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -16,6 +17,25 @@ inline void check_ids(const int32_t* indices, int64_t n, int64_t E) {
           indices[i]);
 }
 
+// Numbers in whole vectors for E of them.
+template <class C>
+constexpr int64_t padded(int64_t E) {
+  return (E + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+
+// The largest of E scores, none of them +inf or all of them NaN; NaN is passed over.
+template <class C>
+inline C largest(const C* score, int64_t E) {
+  Vec<C> top = broadcast(-std::numeric_limits<C>::infinity());
+  for (int64_t e = 0; e < E; e += kLanes<C>) {
+    const Vec<C> s = load(score + e);
+    top = s > top ? s : top;
+  }
+  C best = top[0];
+  for (int i = 1; i < kLanes<C>; ++i) best = std::max(best, top[i]);
+  return best;
+}
+
 struct Gate {
   bool sigmoid;
   bool renormalize;
@@ -27,12 +47,16 @@ struct Gate {
     check(sigmoid || name == "softmax", "gate: expected softmax or sigmoid, got ", name);
   }
 
-  // p (E,) of logits (E,); returns logsumexp of the logits.
+  // p (E,) of logits (E,), in memory of padded(E); returns logsumexp of the logits.
   template <class C>
   C values(const C* logits, int64_t E, C* p) const {
     C top = -std::numeric_limits<C>::infinity(), sum = 0;
     for (int64_t e = 0; e < E; ++e) top = logits[e] > top ? logits[e] : top;
-    for (int64_t e = 0; e < E; ++e) sum += p[e] = std::exp(logits[e] - top);
+    for (int64_t e = 0; e < E; e += kLanes<C>) {
+      const Vec<C> l = load_tail(logits + e, std::min<int64_t>(kLanes<C>, E - e));
+      store(p + e, exp_negative(l - broadcast(top)));
+    }
+    for (int64_t e = 0; e < E; ++e) sum += p[e];
     for (int64_t e = 0; e < E; ++e) p[e] = sigmoid ? 1 / (1 + std::exp(-logits[e])) : p[e] / sum;
     return top + std::log(sum);
   }
@@ -48,21 +72,22 @@ struct Gate {
   }
 
   // The K largest of p + bias, largest first: ties to the lower id, NaN after everything else.
-  // `score` (E,) is scratch.  Ids are distinct and in range whatever the values are.
+  // `score`, in memory of padded(E), is scratch: NaN where an expert has been taken.
+  // Ids are distinct and in range whatever the values are.
   template <class C>
-  void pick(const C* p, const C* bias, int64_t E, int64_t K, C* score, char* taken,
-            int32_t* ids) const {
+  void pick(const C* p, const C* bias, int64_t E, int64_t K, C* score, int32_t* ids) const {
+    constexpr C least = -std::numeric_limits<C>::infinity();
+    constexpr C taken = std::numeric_limits<C>::quiet_NaN();
     for (int64_t e = 0; e < E; ++e) {
       score[e] = bias ? p[e] + bias[e] : p[e];
-      if (std::isnan(score[e])) score[e] = -std::numeric_limits<C>::infinity();
-      taken[e] = 0;
+      if (std::isnan(score[e])) score[e] = least;
     }
+    std::fill(score + E, score + padded<C>(E), taken);
     for (int64_t j = 0; j < K; ++j) {
-      int64_t best = -1;
-      for (int64_t e = 0; e < E; ++e)
-        if (!taken[e] && (best < 0 || score[e] > score[best])) best = e;
-      taken[best] = 1;
-      ids[j] = int32_t(best);
+      const C best = largest(score, E);
+      const int64_t e = std::find(score, score + E, best) - score;
+      score[e] = taken;
+      ids[j] = int32_t(e);
     }
   }
 
@@ -78,7 +103,8 @@ struct Gate {
   }
 
   // Gradient of the logits from those of weights (K), p (E), lse and the logits themselves;
-  // null pointers are zeros.  `p` and `dp` (E,) are scratch, out (E,) may not alias them.
+  // null pointers are zeros.  `p` and `dp`, in memory of padded(E), are scratch, not out (E,)
+  // itself.
   template <class C>
   void backward(const C* logits, const int32_t* ids, const C* weights, const C* dweights,
                 const C* dmean_prob, C per_token, const C* dlse, const C* dlogits, int64_t E,

@@ -12,9 +12,9 @@ std::tuple<Tensor, Tensor> shrink(Tensor x, Tensor a, MaybeTensor w) {
     const auto x_rows = rows<T>("x", x, n, D);
     const auto a_rows = rows<T>("lora_A", a, R, D);
     const auto w_rows = rows<W>("router_weight", w, E, D);
-    Tensor s = empty<C>(x, {n, R}), logits = empty<C>(x, {n, E});
+    Tensor s = empty<C>({n, R}), logits = empty<C>({n, E});
     C *s_data = mutable_data<C>(s), *logits_data = mutable_data<C>(logits);
-    for_blocks(n, [&](int64_t, int64_t begin, int64_t end) {
+    Blocks(n).run([&](int64_t, int64_t begin, int64_t end) {
       const auto xs = pointers(x_rows.data, x_rows.stride, begin, end);
       const auto ss = pointers(s_data, R, begin, end);
       dot_rows(xs.data(), ss.data(), end - begin, a_rows.data, a_rows.stride, R, D);
@@ -43,13 +43,13 @@ struct Term {
     else
       b = rows<T>("lora_B", b_, R, D);
   }
-  void add(int64_t begin, int64_t end, int64_t c, int64_t columns, C* const* acc) const {
+  void add(Sums<T>& sums, int64_t begin, int64_t end, int64_t c) const {
     if (!h) return;
     const auto hs = pointers(h, R, begin, end);
     if (wide_b)
-      expand_rows(hs.data(), acc, end - begin, R, wide_b.data + c, wide_b.stride, columns);
+      sums.add(end - begin, nullptr, hs.data(), R, wide_b.data + c, wide_b.stride);
     else
-      expand_rows(hs.data(), acc, end - begin, R, b.data + c, b.stride, columns);
+      sums.add(end - begin, nullptr, hs.data(), R, b.data + c, b.stride);
   }
 };
 
@@ -61,13 +61,12 @@ Tensor expand_to(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const 
   check(!h2 || (b2 && h2->size(0) == n), "expand: expected H2 and B2 together, of H's rows");
   const Term<T> second = h2 ? Term<T>(*h2, *b2, D) : Term<T>();
   const auto base_rows = rows<T>("base", base, n, D);
-  Tensor y = torch::stable::new_empty(h, {n, D}, scalar_type_of<T>());
+  Tensor y = empty<T>({n, D});
   T* y_data = mutable_data<T>(y);
-  for_blocks(n, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<acc_t<T>*> acc;
-    write_rows<T>(begin, end, D, base_rows, y_data, acc, [&](int64_t c, int64_t columns) {
-      first.add(begin, end, c, columns, acc.data());
-      second.add(begin, end, c, columns, acc.data());
+  Blocks(n).run([&](int64_t, int64_t begin, int64_t end) {
+    write_rows<T>(begin, end, D, base_rows, y_data, [&](Sums<T>& sums, int64_t c) {
+      first.add(sums, begin, end, c);
+      second.add(sums, begin, end, c);
     });
   });
   return y;
@@ -95,12 +94,15 @@ Tensor gram(Tensor h, Tensor x) {
     const int64_t n = x.size(0), D = x.size(1), R = h.size(1);
     const auto x_rows = rows<T>("x", x, n, D);
     const C* h_data = contiguous<C>("H", h, {n, R});
-    Tensor out = empty<C>(h, {R, D});
-    C* out_data = mutable_data<C>(out);
+    Tensor out = empty<C>({R, D});
+    const GradientRows<T> gradient{mutable_data<C>(out), true, D};
     const auto xs = pointers(x_rows.data, x_rows.stride, 0, n);
-    const auto hs = pointers(h_data, R, 0, n);
-    for_columns<C>(D, [&](int64_t begin, int64_t end) {
-      gram_rows(hs.data(), xs.data(), n, R, begin, end, out_data, D);
+    const auto columns = uninitialized<C>(R * n);  // H^T
+    for (int64_t t = 0; t < n; ++t)
+      for (int64_t i = 0; i < R; ++i) columns[i * n + t] = h_data[t * R + i];
+    const int64_t span = std::min(gradient_span(R), kChunk);
+    for_tasks((D + span - 1) / span, kSerialBytes, [&](int64_t i) {
+      gradient.sum(0, R, columns.get(), n, xs.data(), i * span, std::min(span, D - i * span));
     });
     return out;
   });

@@ -5,8 +5,10 @@
 //   dx = dS A + dlogits W
 //   dB = H^T dy           dA, dW = [dS | dlogits]^T x
 //
-// First a pass over blocks of tokens (dy is read, dx written), then one over columns of x and of dy
-// for the sums over tokens, each owned by one thread and taken in the tokens' order.
+// First a pass over blocks of tokens (dy is read, dx written), then one over chunks of columns of x
+// and of dy for the sums over tokens, each owned by one thread and taken in the tokens' order.
+#include <functional>
+
 #include "experts.h"
 #include "router.h"
 #include "rows.h"
@@ -22,11 +24,6 @@ struct Needs {
   }
 };
 
-template <class C>
-std::unique_ptr<C[]> uninitialized(int64_t n) {
-  return std::unique_ptr<C[]>(new C[n]);
-}
-
 template <class T, class RouterWeight>
 struct Backward {
   using C = acc_t<T>;
@@ -38,7 +35,11 @@ struct Backward {
   const C *s, *weights, *scaling;
   const int32_t* ids;
   C *dweights = nullptr, *dlogits = nullptr;  // results of the first pass
-  std::unique_ptr<C[]> ds, h;                 // (T, W), (T, K, max_rank)
+  std::unique_ptr<C[]> ds;                    // (T, W)
+  // What the sums over tokens multiply with: a rank row's numbers for all tokens one after the
+  // other.
+  std::unique_ptr<C[]> ds_columns, h_columns, dlogits_columns;
+  Ints place;  // of a slot among those of its expert
 
   Backward(const Tensor& dy_, const Tensor& x_, const Tensor& a_, const Tensor& b_,
            const Tensor& s_, const Tensor& indices, const Tensor& weights_, const Tensor& scaling_,
@@ -56,119 +57,136 @@ struct Backward {
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
     check_ids(ids, tokens * K, experts.E);
     ds = uninitialized<C>(tokens * W);
-    h = uninitialized<C>(tokens * K * experts.max_rank);
+    ds_columns = uninitialized<C>(tokens * K * experts.max_rank);
+    h_columns = uninitialized<C>(tokens * K * experts.max_rank);
   }
 
-  // dweights (T, K), dS and H of tokens [begin, end).
-  void rank_gradient(const Grouping& group, int64_t begin, int64_t end) {
-    const int64_t r = experts.max_rank, n = group.slots.size();
-    std::vector<C> g(n * r);
-    std::vector<const T*> from(n);
-    for (int64_t i = 0; i < n; ++i) from[i] = dy.row(group.slots[i] / K);
-    const auto to = pointers(g.data(), r, 0, n);
-    std::fill_n(ds.get() + begin * W, (end - begin) * W, C(0));
-    std::fill_n(dweights + begin * K, (end - begin) * K, C(0));
-    for (int64_t e = 0; e < experts.E; ++e) {
-      const int64_t first = group.start[e], rank = experts.rank(e);
-      dot_rows(from.data() + first, to.data() + first, group.start[e + 1] - first,
-               b.row(experts.offsets[e]), b.stride, rank, D_out);
-      for (int64_t i = first; i < group.start[e + 1]; ++i)
-        slot_gradient(group.slots[i], to[i], rank, scaling[e]);
-    }
-  }
-
-  // dx of tokens [begin, end).
-  void input_gradient(const Grouping& group, int64_t begin, int64_t end, T* dx) {
-    const int64_t n = group.slots.size();
-    std::vector<C*> acc, to(n);
-    std::vector<const C*> from(n);
-    for (int64_t i = 0; i < n; ++i) from[i] = row_ds(group.slots[i]);
-    const auto all_ds = pointers<const C>(ds.get(), W, begin, end);
-    const auto all_dlogits = pointers<const C>(dlogits, experts.E, begin, end);
-    write_rows<T>(begin, end, D_in, {}, dx, acc, [&](int64_t c, int64_t columns) {
-      for (int64_t i = 0; i < n; ++i) to[i] = acc[group.slots[i] / K - begin];
-      if (experts.shared_a)
-        expand_rows(all_ds.data(), acc.data(), end - begin, W, a.data + c, a.stride, columns);
-      for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e)
-        expand_rows(from.data() + group.start[e], to.data() + group.start[e],
-                    group.start[e + 1] - group.start[e], experts.rank(e),
-                    a.row(experts.offsets[e]) + c, a.stride, columns);
-      if (w)
-        expand_rows(all_dlogits.data(), acc.data(), end - begin, experts.E, w.data + c, w.stride,
-                    columns);
+  // The first pass: routing_gradient(begin, end) turns dweights of these tokens into dlogits.
+  template <class F>
+  Grouping tokens_pass(T* dx, F routing_gradient) {
+    Grouping all(ids, K, experts.E, 0, tokens);
+    place.resize(tokens * K);
+    for (int64_t i = 0; i < all.size(); ++i) place[all.slots[i]] = i;
+    const Blocks blocks(tokens, experts.E, K);
+    blocks.run([&](int64_t, int64_t begin, int64_t end) {
+      const Grouping group(ids, K, experts.E, begin, end);
+      rank_gradient(all, group, begin, end, blocks.few());
+      routing_gradient(begin, end);
+      if (dx) input_gradient(group, begin, end, blocks.few(), dx);
     });
+    return all;
   }
 
-  // da (R or r, D_in), dw (E, D_in) and db (R, D_out); null pointers are not needed.
-  void parameter_gradients(C* da, C* dw, C* db) {
-    Grouping group;
-    group.sort(ids, K, experts.E, 0, tokens);
-    const int64_t n = group.slots.size();
+  // The second: gradients of a (R or r, D_in), of w (E, D_in) and of b (R, D_out).
+  void parameters_pass(const Grouping& all, GradientRows<T> da, GradientRows<T> dw,
+                       GradientRows<T> db) {
+    const int64_t n = all.size();
     std::vector<const T*> xs(n), dys(n);
-    std::vector<const C*> dss(n), hs(n);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t slot = group.slots[i];
-      xs[i] = x.row(slot / K);
-      dys[i] = dy.row(slot / K);
-      dss[i] = row_ds(slot);
-      hs[i] = h.get() + slot * experts.max_rank;
-    }
+    for (int64_t i = 0; i < n; ++i) xs[i] = x.row(all.tokens[i]), dys[i] = dy.row(all.tokens[i]);
     const auto all_x = pointers(x.data, x.stride, 0, tokens);
-    const auto all_ds = pointers<const C>(ds.get(), W, 0, tokens);
-    const auto all_dlogits = pointers<const C>(dlogits, experts.E, 0, dw ? tokens : 0);
-    if (da || dw)
-      for_columns<C>(D_in, [&](int64_t begin, int64_t end) {
-        if (dw)
-          gram_rows(all_dlogits.data(), all_x.data(), tokens, experts.E, begin, end, dw, D_in);
-        if (da && experts.shared_a)
-          gram_rows(all_ds.data(), all_x.data(), tokens, W, begin, end, da, D_in);
-        else if (da)
-          expert_grams(group, dss, xs, begin, end, da, D_in);
-      });
-    if (db)
-      for_columns<C>(D_out, [&](int64_t begin, int64_t end) {
-        expert_grams(group, hs, dys, begin, end, db, D_out);
-      });
+    std::vector<std::function<void()>> tasks;
+    const auto add = [&](const GradientRows<T>& out, int64_t row, int64_t R, const C* h,
+                         int64_t count, const T* const* rows) {
+      const int64_t span = gradient_span(R);
+      for (int64_t c = 0; out && c < out.D; c += span)
+        tasks.push_back([=] { out.sum(row, R, h, count, rows, c, std::min(span, out.D - c)); });
+    };
+    add(dw, 0, experts.E, dlogits_columns.get(), tokens, all_x.data());
+    if (experts.shared_a) add(da, 0, W, ds_columns.get(), tokens, all_x.data());
+    for (int64_t e = 0; e < experts.E; ++e) {
+      // An expert without tokens, or frozen, sums over no rows: its gradient is zeros.
+      const int64_t i = all.start[e], count = needs.is_frozen(e) ? 0 : all.count(e);
+      const int64_t row = experts.offsets[e], rank = experts.rank(e), at = i * experts.max_rank;
+      if (!experts.shared_a) add(da, row, rank, ds_columns.get() + at, count, xs.data() + i);
+      add(db, row, rank, h_columns.get() + at, count, dys.data() + i);
+    }
+    const int64_t bytes = (tokens + experts.R) * (D_in + D_out) * int64_t(sizeof(T));
+    for_tasks(int64_t(tasks.size()), bytes, [&](int64_t i) { tasks[i](); });
   }
 
  private:
   const C* row_ds(int64_t slot) const { return ds.get() + slot / K * W + experts.column(slot % K); }
 
-  void slot_gradient(int64_t slot, const C* g, int64_t rank, C scale) {
-    const C* from = s + slot / K * W + experts.column(slot % K);
-    C* to = ds.get() + slot / K * W + experts.column(slot % K);
-    C* h_row = h.get() + slot * experts.max_rank;
-    const C gate = weights[slot] * scale;
-    for (int64_t i = 0; i < rank; ++i) {
-      to[i] += g[i] * gate;
-      h_row[i] = from[i] * gate;
-    }
-    dweights[slot] = dot(g, from, rank) * scale;
+  // dweights (T, K), dS and H of tokens [begin, end).
+  void rank_gradient(const Grouping& all, const Grouping& group, int64_t begin, int64_t end,
+                     bool few) {
+    const int64_t r = experts.max_rank, n = group.size();
+    const auto g = uninitialized<C>(n * r);
+    std::fill_n(ds.get() + begin * W, (end - begin) * W, C(0));
+    std::fill_n(dweights + begin * K, (end - begin) * K, C(0));
+    const int64_t bytes = std::min(n, experts.E) * r * D_out * int64_t(sizeof(T));
+    for_rows(experts, group, few, bytes, [&](int64_t e, int64_t first, int64_t last) {
+      const int64_t i = group.start[e], count = group.count(e);
+      std::vector<const T*> from;
+      for (int64_t j = i; j < i + count; ++j) from.push_back(dy.row(begin + group.tokens[j]));
+      const auto to = pointers(g.get() + first, r, i, i + count);
+      dot_rows(from.data(), to.data(), count, b.row(experts.offsets[e] + first), b.stride,
+               last - first, D_out);
+    });
+    for (int64_t e = 0; e < experts.E; ++e)
+      for (int64_t i = group.start[e]; i < group.start[e + 1]; ++i)
+        slot_gradient(all, group.slots[i], e, g.get() + i * r);
+    for (int64_t t = begin; experts.shared_a && t < end; ++t)
+      for (int64_t i = 0; i < W; ++i) ds_columns[i * tokens + t] = ds[t * W + i];
   }
 
-  void expert_grams(const Grouping& group, const std::vector<const C*>& left,
-                    const std::vector<const T*>& right, int64_t begin, int64_t end, C* out,
-                    int64_t ldo) {
-    for (int64_t e = 0; e < experts.E; ++e) {
-      // An expert without tokens, or frozen, sums over no rows: its gradient is written as zeros.
-      const int64_t i = group.start[e], n = needs.is_frozen(e) ? 0 : group.start[e + 1] - i;
-      gram_rows(left.data() + i, right.data() + i, n, experts.rank(e), begin, end,
-                out + experts.offsets[e] * ldo, ldo);
+  void slot_gradient(const Grouping& all, int64_t slot, int64_t e, const C* g) {
+    const int64_t rank = experts.rank(e), count = all.count(e);
+    const int64_t column = all.start[e] * experts.max_rank + place[slot] - all.start[e];
+    const int64_t row = slot / K * W + experts.column(slot % K);
+    const C gate = weights[slot] * scaling[e];
+    for (int64_t i = 0; i < rank; ++i) {
+      ds[row + i] += g[i] * gate;
+      if (!experts.shared_a) ds_columns[column + i * count] = ds[row + i];
+      h_columns[column + i * count] = s[row + i] * gate;
     }
+    dweights[slot] = dot(g, s + row, rank) * scaling[e];
+  }
+
+  // dx of tokens [begin, end).
+  void input_gradient(const Grouping& group, int64_t begin, int64_t end, bool few, T* dx) {
+    std::vector<const C*> from;
+    for (int64_t slot : group.slots) from.push_back(row_ds(slot));
+    const auto all_ds = pointers<const C>(ds.get(), W, begin, end);
+    const auto all_dlogits = pointers<const C>(dlogits, experts.E, begin, w ? end : begin);
+    const auto add = [&](Sums<T>& sums, int64_t c) {
+      if (experts.shared_a) sums.add(end - begin, nullptr, all_ds.data(), W, a.data + c, a.stride);
+      for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e) {
+        const int64_t i = group.start[e];
+        sums.add(group.count(e), group.tokens.data() + i, from.data() + i, experts.rank(e),
+                 a.row(experts.offsets[e]) + c, a.stride);
+      }
+      if (w) sums.add(end - begin, nullptr, all_dlogits.data(), experts.E, w.data + c, w.stride);
+    };
+    if (few)
+      write_few_rows<T>(end, D_in, experts.E * D_in * int64_t(sizeof(T)), {}, dx, add);
+    else
+      write_rows<T>(begin, end, D_in, {}, dx, add);
   }
 };
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
-Tensor result(const Tensor& like, bool needed, Ints shape) {
-  return empty<T>(like, needed ? shape : Ints{0});
-}
-
-template <class T>
 T* pointer(Tensor& t, bool needed) {
   return needed ? mutable_data<T>(t) : nullptr;
 }
+
+// The gradient of `parameter`, in its own dtype if the kernels can write that, else in the sums'.
+template <class T>
+struct ParameterGradient {
+  Tensor tensor;
+  ScalarType dtype;
+  GradientRows<T> rows;
+
+  ParameterGradient(const Tensor& parameter, bool needed) : dtype(parameter.scalar_type()) {
+    const bool wide = dtype != scalar_type_of<T>();
+    const Ints shape = needed ? Ints{parameter.size(0), parameter.size(1)} : Ints{0};
+    tensor = wide ? empty<acc_t<T>>(shape) : empty<T>(shape);
+    if (needed) rows = {tensor.mutable_data_ptr(), wide, parameter.size(1)};
+  }
+  Tensor done() const { return as_dtype(tensor, dtype); }
+};
 
 Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor indices,
                             Tensor weights, Tensor scaling, Ints offsets, bool shared_a,
@@ -181,21 +199,14 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
                             std::move(offsets), shared_a,
                             {std::move(frozen), need_x, need_w, need_a, need_b});
     const int64_t n = backward.tokens;
-    Tensor dx = result<T>(x, need_x, {n, backward.D_in});
-    Tensor dweights = empty<C>(x, {n, backward.K});
-    Tensor da = result<C>(x, need_a, {a.size(0), backward.D_in});
-    Tensor db = result<C>(x, need_b, {b.size(0), backward.D_out});
+    Tensor dx = empty<T>(need_x ? Ints{n, backward.D_in} : Ints{0});
+    Tensor dweights = empty<C>({n, backward.K});
+    const ParameterGradient<T> da(a, need_a), db(b, need_b);
     backward.dweights = mutable_data<C>(dweights);
-    T* dx_data = pointer<T>(dx, need_x);
-    for_blocks(n, [&](int64_t, int64_t begin, int64_t end) {
-      Grouping group;
-      group.sort(backward.ids, backward.K, backward.experts.E, begin, end);
-      backward.rank_gradient(group, begin, end);
-      if (need_x) backward.input_gradient(group, begin, end, dx_data);
-    });
-    backward.parameter_gradients(pointer<C>(da, need_a), nullptr, pointer<C>(db, need_b));
-    if (!need_w) dweights = empty<C>(x, {0});
-    return {dx, dweights, as_dtype(da, a.scalar_type()), as_dtype(db, b.scalar_type())};
+    const Grouping all = backward.tokens_pass(pointer<T>(dx, need_x), [](int64_t, int64_t) {});
+    if (need_a || need_b) backward.parameters_pass(all, da.rows, {}, db.rows);
+    if (!need_w) dweights = empty<C>({0});
+    return {dx, dweights, da.done(), db.done()};
   });
 }
 
@@ -219,30 +230,24 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
     const auto slot_grad = uninitialized<C>(n * K), logit_grad = uninitialized<C>(n * E);
     backward.dweights = slot_grad.get();
     backward.dlogits = logit_grad.get();
-    Tensor dx = result<T>(x, need_x, {n, backward.D_in});
-    Tensor dw = result<C>(x, need_w, {E, backward.D_in});
-    Tensor da = result<C>(x, need_a, {a.size(0), backward.D_in});
-    Tensor db = result<C>(x, need_b, {b.size(0), backward.D_out});
-    T* dx_data = pointer<T>(dx, need_x);
-    for_blocks(n, [&](int64_t, int64_t begin, int64_t end) {
-      Grouping group;
-      group.sort(backward.ids, K, E, begin, end);
-      backward.rank_gradient(group, begin, end);
-      std::vector<C> scratch(2 * E);
+    backward.dlogits_columns = uninitialized<C>(E * n);
+    Tensor dx = empty<T>(need_x ? Ints{n, backward.D_in} : Ints{0});
+    const ParameterGradient<T> dw(w, need_w), da(a, need_a), db(b, need_b);
+    const auto routing_gradient = [&](int64_t begin, int64_t end) {
+      std::vector<C> scratch(2 * padded<C>(E));
       for (int64_t t = begin; t < end; ++t) {
-        C* slot = slot_grad.get() + t * K;
+        C *slot = slot_grad.get() + t * K, *out = logit_grad.get() + t * E;
         for (int64_t j = 0; grad.weights && j < K; ++j) slot[j] += grad.weights[t * K + j];
         gate.backward(logit + t * E, backward.ids + t * K, backward.weights + t * K, (const C*)slot,
                       grad.mean_prob, C(1) / C(n), grad.lse ? grad.lse + t : nullptr,
                       grad.logits ? grad.logits + t * E : nullptr, E, K, scratch.data(),
-                      scratch.data() + E, logit_grad.get() + t * E);
+                      scratch.data() + padded<C>(E), out);
+        for (int64_t e = 0; e < E; ++e) backward.dlogits_columns[e * n + t] = out[e];
       }
-      if (need_x) backward.input_gradient(group, begin, end, dx_data);
-    });
-    backward.parameter_gradients(pointer<C>(da, need_a), pointer<C>(dw, need_w),
-                                 pointer<C>(db, need_b));
-    return {dx, as_dtype(dw, w.scalar_type()), as_dtype(da, a.scalar_type()),
-            as_dtype(db, b.scalar_type())};
+    };
+    const Grouping all = backward.tokens_pass(pointer<T>(dx, need_x), routing_gradient);
+    if (need_w || need_a || need_b) backward.parameters_pass(all, da.rows, dw.rows, db.rows);
+    return {dx, dw.done(), da.done(), db.done()};
   });
 }
 

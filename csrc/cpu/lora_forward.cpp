@@ -16,8 +16,10 @@ struct Forward {
   Experts experts;
   Rows<const T> x, a, b, base;
   const C* scaling;
-  int64_t D_in, D_out, K, W;
+  int64_t tokens, D_in, D_out, K, W;
   Tensor a_rounded, b_rounded, y, s;
+  T* y_data;
+  C* s_data;
 
   Forward(const Tensor& x_, const Tensor& a_, const Tensor& b_, const MaybeTensor& base_,
           const Tensor& scaling_, Ints offsets, bool shared_a, int64_t top_k)
@@ -25,77 +27,78 @@ struct Forward {
         K(top_k),
         a_rounded(as_dtype(a_, x_.scalar_type())),
         b_rounded(as_dtype(b_, x_.scalar_type())) {
+    tokens = x_.size(0);
     D_in = x_.size(1);
     D_out = b_.size(1);
     W = experts.saved(K);
-    x = rows<T>("x", x_, x_.size(0), D_in);
+    x = rows<T>("x", x_, tokens, D_in);
     a = rows<T>("lora_A", a_rounded, experts.rows_a(), D_in);
     b = rows<T>("lora_B", b_rounded, experts.R, D_out);
-    base = rows<T>("base", base_, x_.size(0), D_out);
+    base = rows<T>("base", base_, tokens, D_out);
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
-    y = empty<T>(x_, {x_.size(0), D_out});
-    s = empty<C>(x_, {x_.size(0), W});
+    y_data = mutable_data<T>(y = empty<T>({tokens, D_out}));
+    s_data = mutable_data<C>(s = empty<C>({tokens, W}));
   }
 
-  void block(int64_t begin, int64_t end, const int32_t* ids, const C* weights) {
-    Grouping group;
-    group.sort(ids, K, experts.E, begin, end);
-    shrink(group, begin, end);
-    const std::vector<C> h = gated(group, begin, weights);
-    expand(group, h, begin, end);
+  // Tokens [begin, end) through shrink, gate and expand: a block, or in parallel all of a few.
+  void run(int64_t begin, int64_t end, const int32_t* ids, const C* weights, bool few) {
+    const Grouping group(ids, K, experts.E, begin, end);
+    shrink(group, begin, end, few);
+    const auto h = gated(group, weights);
+    const auto hs = pointers<const C>(h.get(), experts.max_rank, 0, group.size());
+    const auto add = [&](Sums<T>& sums, int64_t c) {
+      for (int64_t e = 0; e < experts.E; ++e) {
+        const int64_t i = group.start[e];
+        sums.add(group.count(e), group.tokens.data() + i, hs.data() + i, experts.rank(e),
+                 b.row(experts.offsets[e]) + c, b.stride);
+      }
+    };
+    if (few)
+      write_few_rows<T>(end, D_out, weight_bytes(group, D_out), base, y_data, add);
+    else
+      write_rows<T>(begin, end, D_out, base, y_data, add);
   }
 
  private:
-  void shrink(const Grouping& group, int64_t begin, int64_t end) {
-    C* s_data = mutable_data<C>(s);
-    std::fill_n(s_data + begin * W, (end - begin) * W, C(0));
-    std::vector<const T*> from;
-    std::vector<C*> to;
+  int64_t weight_bytes(const Grouping& group, int64_t D) const {
+    return std::min(group.size(), experts.E) * experts.max_rank * D * int64_t(sizeof(T));
+  }
+
+  void shrink(const Grouping& group, int64_t begin, int64_t end, bool few) {
+    const int64_t bytes = weight_bytes(group, D_in);
     if (experts.shared_a) {
-      from = pointers(x.data, x.stride, begin, end);
-      to = pointers(s_data, W, begin, end);
-      dot_rows(from.data(), to.data(), end - begin, a.data, a.stride, experts.max_rank, D_in);
+      const auto from = pointers(x.data, x.stride, begin, end);
+      const auto to = pointers(s_data, W, begin, end);
+      dot_rows(from.data(), to.data(), end - begin, a.data, a.stride, W, D_in);
       return;
     }
-    for (int64_t slot : group.slots) {
-      from.push_back(x.row(slot / K));
-      to.push_back(s_data + slot / K * W + experts.column(slot % K));
-    }
-    for (int64_t e = 0; e < experts.E; ++e) {
-      const int64_t i = group.start[e], n = group.start[e + 1] - i;
-      dot_rows(from.data() + i, to.data() + i, n, a.row(experts.offsets[e]), a.stride,
-               experts.rank(e), D_in);
-    }
+    std::fill_n(s_data + begin * W, (end - begin) * W, C(0));
+    for_rows(experts, group, few, bytes, [&](int64_t e, int64_t first, int64_t last) {
+      std::vector<const T*> from;
+      std::vector<C*> to;
+      for (int64_t i = group.start[e]; i < group.start[e + 1]; ++i) {
+        from.push_back(x.row(begin + group.tokens[i]));
+        to.push_back(row_s(group.slots[i]) + first);
+      }
+      dot_rows(from.data(), to.data(), group.count(e), a.row(experts.offsets[e] + first), a.stride,
+               last - first, D_in);
+    });
   }
 
   // H of each slot in the group's order: (slots, max_rank).
-  std::vector<C> gated(const Grouping& group, int64_t begin, const C* weights) {
+  std::unique_ptr<C[]> gated(const Grouping& group, const C* weights) {
     const int64_t r = experts.max_rank;
-    std::vector<C> h(group.slots.size() * r);
+    auto h = uninitialized<C>(group.size() * r);
     for (int64_t e = 0; e < experts.E; ++e)
       for (int64_t i = group.start[e]; i < group.start[e + 1]; ++i) {
-        const int64_t slot = group.slots[i];
-        const C gate = weights[slot] * scaling[e];
-        const C* from = mutable_data<C>(s) + slot / K * W + experts.column(slot % K);
+        const C gate = weights[group.slots[i]] * scaling[e];
+        const C* from = row_s(group.slots[i]);
         for (int64_t j = 0; j < experts.rank(e); ++j) h[i * r + j] = from[j] * gate;
       }
     return h;
   }
 
-  void expand(const Grouping& group, const std::vector<C>& h, int64_t begin, int64_t end) {
-    const int64_t n = group.slots.size();
-    const auto from = pointers(h.data(), experts.max_rank, 0, n);
-    std::vector<C*> acc, to(n);
-    write_rows<T>(
-        begin, end, D_out, base, mutable_data<T>(y), acc, [&](int64_t c, int64_t columns) {
-          for (int64_t i = 0; i < n; ++i) to[i] = acc[group.slots[i] / K - begin];
-          for (int64_t e = 0; e < experts.E; ++e) {
-            const int64_t i = group.start[e];
-            expand_rows(from.data() + i, to.data() + i, group.start[e + 1] - i, experts.rank(e),
-                        b.row(experts.offsets[e]) + c, b.stride, columns);
-          }
-        });
-  }
+  C* row_s(int64_t slot) { return s_data + slot / K * W + experts.column(slot % K); }
 };
 
 void check_plan(const std::string& plan) {
@@ -113,8 +116,10 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
     const C* weight = contiguous<C>("weights", weights, {n, K});
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, K);
     check_ids(ids, n * K, forward.experts.E);
-    for_blocks(
-        n, [&](int64_t, int64_t begin, int64_t end) { forward.block(begin, end, ids, weight); });
+    const Blocks blocks(n, forward.experts.E, K);
+    blocks.run([&](int64_t, int64_t begin, int64_t end) {
+      forward.run(begin, end, ids, weight, blocks.few());
+    });
     return {forward.y, forward.s};
   });
 }
@@ -130,12 +135,15 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, top_k);
     check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
           " rows, one per expert, got ", router.E);
-    const int32_t* ids = mutable_data<int32_t>(router.indices);
-    const acc_t<T>* weights = mutable_data<acc_t<T>>(router.weights);
-    for_blocks(router.tokens, [&](int64_t number, int64_t begin, int64_t end) {
-      router.block(number, begin, end);
-      forward.block(begin, end, ids, weights);
-    });
+    if (router.blocks.few()) {
+      router.few();
+      forward.run(0, router.tokens, router.ids, router.weight, true);
+    } else {
+      router.blocks.run([&](int64_t number, int64_t begin, int64_t end) {
+        router.block(number, begin, end);
+        forward.run(begin, end, router.ids, router.weight, false);
+      });
+    }
     router.finish();
     return {forward.y,        router.indices, router.weights, router.logits,
             router.mean_prob, router.lse,     router.counts,  forward.s};

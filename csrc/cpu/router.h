@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gating.h"
-#include "tiles.h"
+#include "rows.h"
 
 namespace lora_moe {
 
@@ -15,68 +15,84 @@ struct Router {
   Rows<const W> w;
   const C* bias;
   int64_t tokens, D, E, K;
-  Tensor indices, weights, logits, lse, mean_prob, counts, partial_prob, partial_counts;
+  Blocks blocks;
+  Tensor indices, weights, logits, lse, mean_prob, counts;
+  int32_t* ids;  // (T, K), and so on: the memory of these
+  C *weight, *logit, *log_sum, *mean;
+  int64_t* count;
+  std::unique_ptr<C[]> partial_prob;  // (blocks, E)
+  std::unique_ptr<int64_t[]> partial_count;
 
   Router(const Tensor& x_, const Tensor& w_, const MaybeTensor& bias_, int64_t top_k, Gate gate_)
-      : gate(gate_), tokens(x_.size(0)), D(x_.size(1)), E(w_.size(0)), K(top_k) {
+      : gate(gate_),
+        tokens(x_.size(0)),
+        D(x_.size(1)),
+        E(w_.size(0)),
+        K(top_k),
+        blocks(tokens, E, K) {
     x = rows<T>("x", x_, tokens, D);
     w = rows<W>("router_weight", w_, E, D);
     bias = contiguous<C>("bias", bias_, {E});
     check(K >= 1 && K <= E, "top_k: expected an integer in [1, ", E, "], got ", K);
-    indices = empty<int32_t>(x_, {tokens, K});
-    weights = empty<C>(x_, {tokens, K});
-    logits = empty<C>(x_, {tokens, E});
-    lse = empty<C>(x_, {tokens});
-    mean_prob = empty<C>(x_, {E});
-    counts = empty<int64_t>(x_, {E});
-    partial_prob = empty<C>(x_, {count_blocks(tokens), E});
-    partial_counts = empty<int64_t>(x_, {count_blocks(tokens), E});
+    ids = mutable_data<int32_t>(indices = empty<int32_t>({tokens, K}));
+    weight = mutable_data<C>(weights = empty<C>({tokens, K}));
+    logit = mutable_data<C>(logits = empty<C>({tokens, E}));
+    log_sum = mutable_data<C>(lse = empty<C>({tokens}));
+    mean = mutable_data<C>(mean_prob = empty<C>({E}));
+    count = mutable_data<int64_t>(counts = empty<int64_t>({E}));
+    partial_prob = uninitialized<C>(blocks.count() * E);
+    partial_count = uninitialized<int64_t>(blocks.count() * E);
   }
 
   // Routes tokens [begin, end): logits, ids, weights, lse, and this block's share of the sums.
   void block(int64_t number, int64_t begin, int64_t end) {
-    std::vector<const T*> xs(end - begin);
-    std::vector<C*> out(end - begin);
-    for (int64_t t = begin; t < end; ++t) {
-      xs[t - begin] = x.row(t);
-      out[t - begin] = mutable_data<C>(logits) + t * E;
-    }
-    dot_rows(xs.data(), out.data(), end - begin, w.data, w.stride, E, D);
+    multiply(begin, end, 0, E);
     decide(number, begin, end);
   }
 
+  // Routes all of a few tokens: every thread reads its own rows of w.
+  void few() {
+    for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(W), [&](int64_t i) {
+      multiply(0, tokens, i * kTileColumns, std::min(E, (i + 1) * kTileColumns));
+    });
+    if (tokens > 0) decide(0, 0, tokens);
+  }
+
   void finish() {
-    C* mean = mutable_data<C>(mean_prob);
-    int64_t* count = mutable_data<int64_t>(counts);
     std::fill_n(mean, E, C(0));
     std::fill_n(count, E, int64_t(0));
-    for (int64_t n = 0; n < count_blocks(tokens); ++n)
+    for (int64_t n = 0; n < blocks.count(); ++n)
       for (int64_t e = 0; e < E; ++e) {
-        mean[e] += mutable_data<C>(partial_prob)[n * E + e];
-        count[e] += mutable_data<int64_t>(partial_counts)[n * E + e];
+        mean[e] += partial_prob[n * E + e];
+        count[e] += partial_count[n * E + e];
       }
     for (int64_t e = 0; tokens > 0 && e < E; ++e) mean[e] /= C(tokens);
   }
 
  private:
+  // logits of tokens [begin, end) and experts [first, last)
+  void multiply(int64_t begin, int64_t end, int64_t first, int64_t last) {
+    const auto xs = pointers(x.data, x.stride, begin, end);
+    const auto out = pointers(logit + first, E, begin, end);
+    dot_rows(xs.data(), out.data(), end - begin, w.row(first), w.stride, last - first, D);
+  }
+
   void decide(int64_t number, int64_t begin, int64_t end) {
-    std::vector<C> scratch(2 * E);
-    std::vector<char> taken(E);
-    C *p = scratch.data(), *score = p + E;
-    C* prob = mutable_data<C>(partial_prob) + number * E;
-    int64_t* count = mutable_data<int64_t>(partial_counts) + number * E;
+    const auto scratch = uninitialized<C>(2 * padded<C>(E));
+    C *p = scratch.get(), *score = p + padded<C>(E);
+    C* prob = partial_prob.get() + number * E;
+    int64_t* picked = partial_count.get() + number * E;
     std::fill_n(prob, E, C(0));
-    std::fill_n(count, E, int64_t(0));
+    std::fill_n(picked, E, int64_t(0));
     for (int64_t t = begin; t < end; ++t) {
-      int32_t* ids = mutable_data<int32_t>(indices) + t * K;
-      C* weight = mutable_data<C>(weights) + t * K;
-      mutable_data<C>(lse)[t] = gate.values(mutable_data<C>(logits) + t * E, E, p);
-      gate.pick(p, bias, E, K, score, taken.data(), ids);
-      gate.drop(p, K, ids);
-      const C z = gate.normalizer(p, ids, K);
+      int32_t* id = ids + t * K;
+      log_sum[t] = gate.values(logit + t * E, E, p);
+      gate.pick(p, bias, E, K, score, id);
+      gate.drop(p, K, id);
+      const C z = gate.normalizer(p, id, K);
       for (int64_t j = 0; j < K; ++j) {
-        weight[j] = ids[j] < 0 ? C(0) : p[ids[j]] / z;
-        if (ids[j] >= 0) ++count[ids[j]];
+        weight[t * K + j] = id[j] < 0 ? C(0) : p[id[j]] / z;
+        if (id[j] >= 0) ++picked[id[j]];
       }
       for (int64_t e = 0; e < E; ++e) prob[e] += p[e];
     }

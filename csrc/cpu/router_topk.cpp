@@ -10,7 +10,10 @@ Routing router_topk(Tensor x, Tensor w, MaybeTensor bias, int64_t top_k, std::st
                     bool renormalize, double top_p, double threshold) {
   return dispatch(x, w, [&]<class T, class W>() -> Routing {
     Router<T, W> router(x, w, bias, top_k, Gate(gate, renormalize, top_p, threshold));
-    for_blocks(router.tokens, [&](int64_t n, int64_t b, int64_t e) { router.block(n, b, e); });
+    if (router.blocks.few())
+      router.few();
+    else
+      router.blocks.run([&](int64_t n, int64_t b, int64_t e) { router.block(n, b, e); });
     router.finish();
     return {router.indices,   router.weights, router.logits,
             router.mean_prob, router.lse,     router.counts};
@@ -27,14 +30,15 @@ Tensor backward(const MaybeTensor& dweights, const MaybeTensor& dlogits,
   const C* weight = contiguous<C>("weights", weights, {T, K});
   const C* logit = contiguous<C>("logits", logits, {T, E});
   check_ids(ids, T * K, E);
-  Tensor out = empty<C>(logits, {T, E});
-  for_blocks(T, [&](int64_t, int64_t begin, int64_t end) {
-    std::vector<C> scratch(2 * E);
+  Tensor out = empty<C>({T, E});
+  Blocks(T).run([&](int64_t, int64_t begin, int64_t end) {
+    std::vector<C> scratch(2 * padded<C>(E));
     for (int64_t t = begin; t < end; ++t)
       gate.backward(logit + t * E, ids + t * K, weight + t * K,
                     grad.weights ? grad.weights + t * K : nullptr, grad.mean_prob, C(1) / C(T),
                     grad.lse ? grad.lse + t : nullptr, grad.logits ? grad.logits + t * E : nullptr,
-                    E, K, scratch.data(), scratch.data() + E, mutable_data<C>(out) + t * E);
+                    E, K, scratch.data(), scratch.data() + padded<C>(E),
+                    mutable_data<C>(out) + t * E);
   });
   return out;
 }

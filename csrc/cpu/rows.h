@@ -7,53 +7,126 @@
 
 namespace lora_moe {
 
+constexpr int64_t kChunk = 256;  // columns
+
+// Sums for rows of bf16 columns are kept split into even and odd ones.
 template <class T>
-LORA_MOE_INLINE void widen_row(const T* from, acc_t<T>* to, int64_t n) {
-  constexpr int64_t L = kLanes<acc_t<T>>;
-  int64_t c = 0;
-  for (; c + L <= n; c += L) store(to + c, load(from + c));
-  if (c < n) store(to + c, load_tail(from + c, n - c));  // `to` is padded to whole vectors
+constexpr bool kSplit = std::is_same_v<T, bf16>;
+
+template <class C>
+std::unique_ptr<C[]> uninitialized(int64_t n) {
+  return std::unique_ptr<C[]>(new C[n]);
 }
 
-template <class T>
-LORA_MOE_INLINE void narrow_row(const acc_t<T>* from, T* to, int64_t n) {
-  constexpr int64_t L = kLanes<acc_t<T>>;
-  int64_t c = 0;
-  for (; c + L <= n; c += L) store(to + c, load(from + c));
-  if (c < n) store_tail(to + c, load(from + c), n - c);
+template <class C>
+inline const C* zeros() {
+  alignas(64) static const C row[kChunk] = {};
+  return row;
 }
 
-// y = round(base + what add(first column, columns) adds to the sums), for rows [begin, end).
-// `acc` points at the sums of each row; it is filled here and stays the same for every chunk.
-template <class T, class F>
-inline void write_rows(int64_t begin, int64_t end, int64_t D, Rows<const T> base, T* y,
-                       std::vector<acc_t<T>*>& acc, F add) {
+// y = round(base + sums) for rows [begin, end) and columns [c, c + columns).  fp32 and fp64 add up
+// in y itself; 16-bit rows need `scratch` of (end - begin) kChunk numbers.
+template <class T>
+class Sums {
+ public:
   using C = acc_t<T>;
-  const int64_t n = end - begin;
-  std::vector<C> sums(n * kChunk);
-  acc.resize(n);
-  for (int64_t t = 0; t < n; ++t) acc[t] = sums.data() + t * kChunk;
-  for (int64_t c = 0; c < D; c += kChunk) {
-    const int64_t columns = std::min(kChunk, D - c);
-    for (int64_t t = 0; t < n; ++t) {
-      if (base)
-        widen_row(base.row(begin + t) + c, acc[t], columns);
-      else
-        std::fill_n(acc[t], kChunk, C(0));
+  static constexpr bool kInPlace = std::is_same_v<T, C>;
+
+  Sums(int64_t begin, int64_t end, int64_t c, int64_t columns, Rows<const T> base, T* y, int64_t D,
+       C* scratch)
+      : columns_(columns), y_(y + begin * D + c), D_(D), from_(end - begin), to_(end - begin) {
+    for (size_t t = 0; t < to_.size(); ++t) {
+      from_[t] = zeros<C>();
+      if constexpr (kInPlace) {
+        to_[t] = y_ + t * D;
+        if (base) from_[t] = base.row(begin + t) + c;
+      } else {
+        to_[t] = scratch + t * kChunk;
+        if (base) widen(base.row(begin + t) + c, to_[t]), from_[t] = to_[t];
+      }
     }
-    add(c, columns);
-    for (int64_t t = 0; t < n; ++t) narrow_row(acc[t], y + (begin + t) * D + c, columns);
+  }
+
+  // Adds h[i] (R) times rows b (R, columns) to row which[i], or i: n different ones, a row that
+  // stands twice one after the other excepted.
+  template <class B>
+  void add(int64_t n, const int64_t* which, const C* const* h, int64_t R, const B* b, int64_t ldb) {
+    const C* from[kTileRows];
+    C* to[kTileRows];
+    const int64_t most = tile_rows(n);
+    for (int64_t i = 0, rows; i < n; i += rows) {
+      for (rows = 0; rows < most && i + rows < n; ++rows) {
+        const int64_t t = which ? which[i + rows] : i + rows;
+        if (rows && to_[t] == to[rows - 1]) break;  // twice: not in the same tile
+        if (from_[t] != to_[t]) prefetch<true>(y_ + t * D_ + kChunk, columns_);
+        from[rows] = from_[t];
+        from_[t] = to[rows] = to_[t];
+      }
+      add_rows<kSplit<T>>(h + i, rows, R, MatrixRows<B>{b, ldb}, columns_, from, to);
+    }
+  }
+
+  void write() {
+    for (size_t t = 0; t < to_.size(); ++t) {
+      if constexpr (!kInPlace)
+        narrow(from_[t], y_ + t * D_);
+      else if (from_[t] != to_[t])
+        std::copy_n(from_[t], columns_, to_[t]);
+    }
+  }
+
+ private:
+  static constexpr int64_t L = kLanes<C>;
+
+  void widen(const T* from, C* to) const {
+    for (int64_t c = 0; c < columns_; c += 2 * L) {
+      const int64_t left = std::min(2 * L, columns_ - c);
+      store_pair<false>(to + c, load_pair_tail<kSplit<T>>(from + c, left));
+    }
+  }
+  void narrow(const C* from, T* to) const {
+    int64_t c = 0;
+    for (; c + 2 * L <= columns_; c += 2 * L)
+      store_pair<kSplit<T>>(to + c, load_pair<false>(from + c));
+    if (c < columns_) store_pair_tail<kSplit<T>>(to + c, load_pair<false>(from + c), columns_ - c);
+  }
+
+  int64_t columns_;
+  T* y_;
+  int64_t D_;
+  std::vector<const C*> from_;
+  std::vector<C*> to_;
+};
+
+// Rows [begin, end) of y (T, D): add(sums, first column) for one chunk after the other.
+template <class T, class F>
+inline void write_rows(int64_t begin, int64_t end, int64_t D, Rows<const T> base, T* y, F add) {
+  const auto scratch = uninitialized<acc_t<T>>((end - begin) * kChunk);
+  for (int64_t c = 0; c < D; c += kChunk) {
+    Sums<T> sums(begin, end, c, std::min(kChunk, D - c), base, y, D, scratch.get());
+    add(sums, c);
+    sums.write();
   }
 }
 
-// f(first column, one past the last), in parallel over ranges of columns: sums over all tokens then
-// have one owner each, who adds in the tokens' order.
-template <class C, class F>
-inline void for_columns(int64_t D, F f) {
-  constexpr int64_t size = kTileVectors * kLanes<C>;
-  torch::stable::parallel_for(0, (D + size - 1) / size, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i * size, std::min(D, (i + 1) * size));
+// The same for few rows, the chunks in parallel.
+template <class T, class F>
+inline void write_few_rows(int64_t n, int64_t D, int64_t bytes, Rows<const T> base, T* y, F add) {
+  const int64_t chunk = D < 8 * kChunk ? kChunk / 4 : kChunk;
+  for_tasks((D + chunk - 1) / chunk, bytes, [&](int64_t i) {
+    const auto scratch = uninitialized<acc_t<T>>(n * kChunk);
+    const int64_t c = i * chunk;
+    Sums<T> sums(0, n, c, std::min(chunk, D - c), base, y, D, scratch.get());
+    add(sums, c);
+    sums.write();
   });
+}
+
+// Columns of a sum over tokens that one task owns: a page of each row, so that one address
+// translation serves several chunks, and no more sums than the second-level cache keeps beside
+// them.
+inline int64_t gradient_span(int64_t R) {
+  return std::clamp<int64_t>((1 << 15) / R / kChunk * kChunk, kChunk, 1024);
 }
 
 // Pointers to rows [begin, end) of a matrix.
@@ -63,5 +136,73 @@ inline std::vector<C*> pointers(C* p, int64_t stride, int64_t begin, int64_t end
   for (int64_t t = begin; t < end; ++t) out[t - begin] = p + t * stride;
   return out;
 }
+
+// A gradient that is a sum over tokens: rows of `out` in the parameter's dtype, T or the sums' own.
+template <class T>
+struct GradientRows {
+  using C = acc_t<T>;
+  void* data = nullptr;
+  bool wide = false;
+  int64_t D = 0;
+  explicit operator bool() const { return data != nullptr; }
+
+  // out[row + i][c .. c + columns) = sum over s of h[i][s] x[s][c ..]   for i < R, s < n.
+  // A tile of a run of tokens stays in cache for all i, and the next one is on its way meanwhile.
+  void sum(int64_t row, int64_t R, const C* h, int64_t n, const T* const* x, int64_t c,
+           int64_t columns) const {
+    const int64_t stride = (columns + kTile - 1) / kTile * kTile;
+    const auto sums = uninitialized<C>(R * stride);
+    if (n == 0) std::fill_n(sums.get(), R * stride, C(0));
+    for (int64_t s = 0; s < n; s += kRun) {
+      const int64_t run = std::min(kRun, n - s);
+      for (int64_t d = 0; d < columns; d += kTile) {
+        const int64_t width = std::min(kTile, columns - d);
+        const bool more = d + kTile < columns;
+        const T* const* next = x + (more || s + run + run > n ? s : s + run);
+        add(sums.get() + d, stride, R, h + s, n, run,
+            {x + s, c + d, next, more ? c + d + kTile : c}, width, s == 0);
+      }
+    }
+    for (int64_t i = 0; i < R; ++i) {
+      const int64_t at = (row + i) * D + c;
+      if (wide)
+        write(sums.get() + i * stride, static_cast<C*>(data) + at, columns);
+      else
+        write(sums.get() + i * stride, static_cast<T*>(data) + at, columns);
+    }
+  }
+
+ private:
+  static constexpr int64_t kTile = kTileColumns * kLanes<C>;
+
+  static void add(C* sums, int64_t stride, int64_t R, const C* h, int64_t ldh, int64_t n,
+                  ListedRows<T> rows, int64_t columns, bool first) {
+    const C *hs[kTileRows], *from[kTileRows];
+    C* to[kTileRows];
+    const int64_t most = tile_rows(R);
+    for (int64_t i = 0; i < R; i += most) {
+      const int64_t count = std::min(most, R - i);
+      for (int64_t m = 0; m < count; ++m) {
+        hs[m] = h + (i + m) * ldh;
+        to[m] = sums + (i + m) * stride;
+        from[m] = first ? zeros<C>() : to[m];
+      }
+      // every pass over the tile asks for its share of the next one's columns
+      constexpr int64_t line = 64 / sizeof(T);
+      const int64_t begin = i * kTile / R / line, end = (i + count) * kTile / R / line;
+      ListedRows<T> share = rows;
+      share.next_column += begin * line;
+      share.count = (end - begin) * line;
+      add_rows<kSplit<T>>(hs, count, n, share, columns, from, to);
+    }
+  }
+
+  template <class P>
+  static void write(const C* from, P* to, int64_t columns) {
+    constexpr int64_t step = 2 * kLanes<C>;
+    for (int64_t c = 0; c < columns; c += step)
+      store_pair_tail<kSplit<T>>(to + c, load_pair<false>(from + c), std::min(step, columns - c));
+  }
+};
 
 }  // namespace lora_moe

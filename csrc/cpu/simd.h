@@ -4,6 +4,7 @@
 // widened when loaded and rounded to nearest even, once, when stored.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -112,6 +113,28 @@ LORA_MOE_INLINE T narrow(acc_t<T> v) {
 
 // --- one vector ----------------------------------------------------------------------------------
 
+// The first n <= kVectorBytes bytes of a register; the other bytes are zero, their memory
+// untouched.
+template <class V>
+LORA_MOE_INLINE V load_bytes(const void* p, int64_t n) {
+#if defined(__AVX512BW__)
+  return (V)_mm512_maskz_loadu_epi8(n > 0 ? ~0ull >> (64 - n) : 0, p);
+#else
+  V out = {};
+  std::memcpy(&out, p, n);
+  return out;
+#endif
+}
+
+template <class V>
+LORA_MOE_INLINE void store_bytes(void* p, V v, int64_t n) {
+#if defined(__AVX512BW__)
+  _mm512_mask_storeu_epi8(p, n > 0 ? ~0ull >> (64 - n) : 0, (__m512i)v);
+#else
+  std::memcpy(p, &v, n);
+#endif
+}
+
 template <class T>
 LORA_MOE_INLINE Vec<acc_t<T>> load(const T* p) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -157,19 +180,27 @@ LORA_MOE_INLINE void store(T* p, Vec<acc_t<T>> v) {
   }
 }
 
-// The first n < kLanes elements; the other lanes are zero and their memory is not touched.
+// The first n <= kLanes elements; the other lanes are zero and their memory is not touched.
 template <class T>
 LORA_MOE_INLINE Vec<acc_t<T>> load_tail(const T* p, int64_t n) {
-  T padded[kLanes<acc_t<T>>] = {};
-  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
-  return load(padded);
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    return load_bytes<Vec<T>>(p, n * sizeof(T));
+  } else {
+    T padded[kLanes<acc_t<T>>] = {};
+    for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+    return load(padded);
+  }
 }
 
 template <class T>
 LORA_MOE_INLINE void store_tail(T* p, Vec<acc_t<T>> v, int64_t n) {
-  T padded[kLanes<acc_t<T>>];
-  store(padded, v);
-  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    store_bytes(p, v, n * sizeof(T));
+  } else {
+    T padded[kLanes<acc_t<T>>];
+    store(padded, v);
+    for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+  }
 }
 
 // a * b + c, fused where the CPU can.  Spelled out, because a compiler that contracts on its own
@@ -199,20 +230,145 @@ LORA_MOE_INLINE Vec<C> broadcast(C v) {
   return v - Vec<C>{};  // all lanes v, a zero's sign included
 }
 
-// Sum of the lanes by halves: always the same tree, so always the same bits.
-template <class V, size_t... I>
-LORA_MOE_INLINE auto fold_halves(V v, std::index_sequence<I...>) {
-  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (I + sizeof...(I))...);
+// --- two vectors of one row ----------------------------------------------------------------------
+
+// A pair covers 2 kLanes columns of a row.  bf16 needs no unpacking if the first vector takes the
+// even columns and the second the odd ones: `Split` says that a computation keeps its sums so.
+template <class C>
+struct Pair {
+  Vec<C> first, second;
+};
+
+LORA_MOE_INLINE Vec<float> even(Word32 columns) { return (Vec<float>)(columns << 16); }
+LORA_MOE_INLINE Vec<float> odd(Word32 columns) { return (Vec<float>)(columns & 0xffff0000); }
+
+template <int first, int step, class V, size_t... I>
+LORA_MOE_INLINE V pick_lanes(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (first + step * I)...);
+}
+template <class V>
+using LanesOf = std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>;
+
+// Of the lanes of a and b one after the other: those with even numbers, those with odd ones.
+template <class V>
+LORA_MOE_INLINE V even_lanes(V a, V b) {
+  return pick_lanes<0, 2>(a, b, LanesOf<V>{});
+}
+template <class V>
+LORA_MOE_INLINE V odd_lanes(V a, V b) {
+  return pick_lanes<1, 2>(a, b, LanesOf<V>{});
 }
 
-template <class V>
-LORA_MOE_INLINE auto sum_lanes(V v) {
-  constexpr size_t lanes = sizeof(V) / sizeof(v[0]);
-  if constexpr (lanes == 2) {
-    return v[0] + v[1];
+// The inverse: lanes of a and of b in turn, from lane `first` of each.
+template <int first, class V, size_t... I>
+LORA_MOE_INLINE V interleave(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * sizeof...(I))...);
+}
+
+template <bool Split, class T>
+LORA_MOE_INLINE Pair<acc_t<T>> as_pair(Vec<acc_t<T>> a, Vec<acc_t<T>> b) {
+  if constexpr (Split) return {even_lanes(a, b), odd_lanes(a, b)};
+  return {a, b};
+}
+
+template <bool Split, class T>
+LORA_MOE_INLINE Pair<acc_t<T>> load_pair(const T* p) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    static_assert(Split, "bf16 columns come split");
+    Word32 columns;
+    std::memcpy(&columns, p, sizeof columns);
+    return {even(columns), odd(columns)};
   } else {
-    return sum_lanes(fold_halves(v, std::make_index_sequence<lanes / 2>{}));
+    return as_pair<Split, T>(load(p), load(p + kLanes<acc_t<T>>));
   }
+}
+
+// The first n < 2 kLanes columns.
+template <bool Split, class T>
+LORA_MOE_INLINE Pair<acc_t<T>> load_pair_tail(const T* p, int64_t n) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const Word32 columns = load_bytes<Word32>(p, n * sizeof(T));
+    return {even(columns), odd(columns)};
+  } else {
+    constexpr int64_t L = kLanes<acc_t<T>>;
+    const int64_t second = n > L ? n - L : 0;
+    return as_pair<Split, T>(load_tail(p, n - second), load_tail(p + L, second));
+  }
+}
+
+LORA_MOE_INLINE Word32 rounded_bits(Vec<float> v) {  // bf16 in the upper half, noise below
+  const Word32 bits = (Word32)v;
+  const Mask32 is_nan = v != v;
+  return is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
+}
+
+template <bool Split, class T>
+LORA_MOE_INLINE void store_pair_tail(T* p, Pair<acc_t<T>> v, int64_t n) {
+  using V = Vec<acc_t<T>>;
+  constexpr int64_t L = kLanes<acc_t<T>>;
+  if constexpr (std::is_same_v<T, bf16> && Split) {
+    const Word32 columns = rounded_bits(v.first) >> 16 | (rounded_bits(v.second) & 0xffff0000);
+    store_bytes(p, columns, n * sizeof(T));
+  } else if constexpr (Split) {
+    store_pair_tail<false>(p,
+                           Pair<acc_t<T>>{interleave<0>(v.first, v.second, LanesOf<V>{}),
+                                          interleave<L / 2>(v.first, v.second, LanesOf<V>{})},
+                           n);
+  } else {
+    const int64_t second = n > L ? n - L : 0;
+    store_tail(p, v.first, n - second);
+    store_tail(p + L, v.second, second);
+  }
+}
+
+template <bool Split, class T>
+LORA_MOE_INLINE void store_pair(T* p, Pair<acc_t<T>> v) {
+  store_pair_tail<Split>(p, v, 2 * kLanes<acc_t<T>>);
+}
+
+// --- memory --------------------------------------------------------------------------------------
+
+// Asks for the lines of n elements, to be read or written soon: rows of tokens lie in any order and
+// pages apart, so the hardware does not see them coming.
+template <bool Write = false, class T>
+LORA_MOE_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + i, Write, 2);
+}
+
+// --- sums of lanes -------------------------------------------------------------------------------
+
+// out[i] = sum of the lanes of v[i], for kLanes vectors: neighbours first, then neighbours of
+// those, always the same tree.  Two shuffles and an addition for two vectors, not for one.
+template <class C>
+LORA_MOE_INLINE Vec<C> sum_lanes(Vec<C> (&v)[kLanes<C>]) {
+#pragma GCC unroll 5
+  for (int n = kLanes<C> / 2; n > 0; n /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+      v[i] = even_lanes(v[2 * i], v[2 * i + 1]) + odd_lanes(v[2 * i], v[2 * i + 1]);
+  return v[0];
+}
+
+// --- functions -----------------------------------------------------------------------------------
+
+// e^v for v <= 0 or NaN, within 2 units in the last place (fp32): 2^n e^f, |f| <= ln 2 / 2, with
+// e^f by its Taylor polynomial of degree 7.
+LORA_MOE_INLINE Vec<float> exp_negative(Vec<float> v) {
+  const Vec<float> shift = broadcast(0x1.8p23f);  // adding it rounds to an integer
+  const Vec<float> n = multiply_add(v, broadcast(1.44269504f), shift) - shift;
+  Vec<float> f = multiply_add(n, broadcast(-0x1.62e4p-1f), v);  // ln 2 in two parts
+  f = multiply_add(n, broadcast(-0x1.7f7d1cp-20f), f);
+  Vec<float> e = broadcast(1 / 5040.f);
+  for (float c : {1 / 720.f, 1 / 120.f, 1 / 24.f, 1 / 6.f, 0.5f, 1.f, 1.f})
+    e = multiply_add(e, f, broadcast(c));
+  const Vec<float> bounded = n < -126 ? broadcast(-126.f) : n;
+  const Mask32 exponent = (__builtin_convertvector(bounded, Mask32) + 127) << 23;
+  return n < -126 ? Vec<float>{} : e * (Vec<float>)exponent;  // a NaN stays: e is one
+}
+LORA_MOE_INLINE Vec<double> exp_negative(Vec<double> v) {
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = std::exp(v[i]);
+  return v;
 }
 
 }  // namespace lora_moe

@@ -1,12 +1,11 @@
-// The three products of LoRA-MoE over lists of rows, blocked for registers.
+// The two products of LoRA-MoE over lists of rows, blocked for registers.
 //
-//   dot_rows     out[t][i]  = sum over d of x[t][d] a[i][d]         shrink, and G = dy B^T
-//   expand_rows  acc[t][c] += sum over i of h[t][i] b[i][c]         expand, and dx
-//   gram_rows    out[i][c]  = sum over t of h[t][i] x[t][c]         dA, dB, dW_router
+//   dot_rows  out[t][i] = sum over d of x[t][d] a[i][d]               shrink, and G = dy B^T
+//   add_rows  to[t][c] = from[t][c] + sum over i of h[t][i] b[i][c]   expand, dx, dA, dB and dW
 //
 // Rows of tokens are reached through pointers, so the tokens of one expert need not be gathered.
-// A tile's remainder repeats its last row: every row of every tile goes through the same
-// instructions in the same order, hence a token's bits never depend on its neighbours.
+// Every row of every tile goes through the same additions in the same order, hence a token's bits
+// never depend on its neighbours.
 #pragma once
 
 #include <algorithm>
@@ -15,65 +14,98 @@
 
 namespace lora_moe {
 
-constexpr int kTileRows = 4;
-constexpr int kTileVectors = 4;
+// A tile's sums, its operands and nothing else fill the registers: 32 of them, or 16.
+constexpr int kTileRows = kVectorBytes == 64 ? 6 : 4;
+constexpr int kTileColumns = kVectorBytes == 64 ? 4 : 2;  // rows of a; vectors of a row
 
-// Columns of fp32 or fp64 accumulators kept in cache while experts add to them.
-constexpr int64_t kChunk = 256;
-
-// Long sums are taken in runs of this many terms, each from zero: fewer roundings at full size.
+// Long sums are taken in runs of this many steps, each from zero: fewer roundings at full size, and
+// a tile's part of its rows stays in the first-level cache.
 constexpr int64_t kRun = 64;
+
+// Rows of a tile where there are n: no tile much smaller than the others.
+constexpr int64_t tile_rows(int64_t n) {
+  const int64_t tiles = (n + kTileRows - 1) / kTileRows;
+  return n == 0 ? 1 : (n + tiles - 1) / tiles;
+}
+
+// f.template operator()<M>() with M = rows <= kTileRows, a constant.
+template <int M = kTileRows, class F>
+LORA_MOE_INLINE void with_rows(int64_t rows, F f) {
+  if constexpr (M > 1)
+    if (rows < M) return with_rows<M - 1>(rows, f);
+  f.template operator()<M>();
+}
+
+// How two rows multiply: what of each fills a register, and what these add to the lanes of a sum.
+template <class X, class A>
+struct Product {
+  using C = acc_t<X>;
+  using Register = Vec<C>;
+  static constexpr int64_t step = kLanes<C>;
+  template <class T>
+  static LORA_MOE_INLINE Register load(const T* p) {
+    return lora_moe::load(p);
+  }
+  template <class T>
+  static LORA_MOE_INLINE Register load_tail(const T* p, int64_t n) {
+    return lora_moe::load_tail(p, n);
+  }
+  static LORA_MOE_INLINE Vec<C> add(Register x, Register a, Vec<C> sum) {
+    return multiply_add(x, a, sum);
+  }
+};
+
+template <>
+struct Product<bf16, bf16> {
+  using Register = Word32;
+  static constexpr int64_t step = 2 * kLanes<float>;
+  static LORA_MOE_INLINE Register load(const bf16* p) {
+    Register bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
+  }
+  static LORA_MOE_INLINE Register load_tail(const bf16* p, int64_t n) {
+    return load_bytes<Register>(p, n * sizeof(bf16));
+  }
+  static LORA_MOE_INLINE Vec<float> add(Register x, Register a, Vec<float> sum) {
+#if defined(__AVX512BF16__)
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)a);
+#else
+    return multiply_add(odd(x), odd(a), multiply_add(even(x), even(a), sum));
+#endif
+  }
+};
 
 template <int M, int N, bool Tail, class X, class A, class C>
 LORA_MOE_INLINE void dot_step(const X* const (&x)[M], const A* const (&a)[N], int64_t d,
-                              int64_t left, Vec<C> (&acc)[M][N]) {
-  Vec<C> av[N];
-#pragma GCC unroll 4
-  for (int n = 0; n < N; ++n) av[n] = Tail ? load_tail(a[n] + d, left) : load(a[n] + d);
-#pragma GCC unroll 4
+                              int64_t left, Vec<C> (&sum)[M][N]) {
+  using P = Product<X, A>;
+  typename P::Register as[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) as[n] = Tail ? P::load_tail(a[n] + d, left) : P::load(a[n] + d);
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
-    const Vec<C> xv = Tail ? load_tail(x[m] + d, left) : load(x[m] + d);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[m][n] = multiply_add(xv, av[n], acc[m][n]);
+    const auto xs = Tail ? P::load_tail(x[m] + d, left) : P::load(x[m] + d);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[m][n] = P::add(xs, as[n], sum[m][n]);
   }
 }
 
+// out[m * N + n] over D columns of a run, padded to whole vectors
 template <int M, int N, class X, class A, class C>
-inline void dot_tile(const X* const (&x)[M], const A* const (&a)[N], int64_t D, C (&out)[M][N]) {
-  constexpr int64_t L = kLanes<C>;
-  Vec<C> total[M][N] = {};
-  for (int64_t d = 0; d < D;) {
-    const int64_t end = std::min(D, d + kRun * L);
-    Vec<C> acc[M][N] = {};
-    for (; d + L <= end; d += L) dot_step<M, N, false, X, A, C>(x, a, d, 0, acc);
-    if (d < end) dot_step<M, N, true, X, A, C>(x, a, d, end - d, acc), d = end;
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) total[m][n] += acc[m][n];
-  }
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) out[m][n] = sum_lanes(total[m][n]);
-}
-
-template <class C>
-inline C dot(const C* x, const C* a, int64_t n) {
-  C out[1][1];
-  dot_tile<1, 1, C, C, C>({x}, {a}, n, out);
-  return out[0][0];
-}
-
-template <int M, class X, class A, class C>
-inline void dot_rows_tile(const X* const* x, C* const* out, int64_t rows, const A* a, int64_t lda,
-                          int64_t R, int64_t D) {
-  const X* xs[M];
-  for (int m = 0; m < M; ++m) xs[m] = x[std::min<int64_t>(m, rows - 1)];
-  for (int64_t i = 0; i < R; i += kTileRows) {
-    const A* as[kTileRows];
-    for (int n = 0; n < kTileRows; ++n) as[n] = a + std::min<int64_t>(i + n, R - 1) * lda;
-    C tile[M][kTileRows];
-    dot_tile(xs, as, D, tile);
-    const int64_t columns = std::min<int64_t>(kTileRows, R - i);
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < columns; ++n) out[m][i + n] = tile[m][n];
+inline void dot_tile(const X* const (&x)[M], const A* const (&a)[N], int64_t D, C* out) {
+  constexpr int64_t L = kLanes<C>, step = Product<X, A>::step;
+  Vec<C> sum[M][N] = {};
+  int64_t d = 0;
+  for (; d + step <= D; d += step) dot_step<M, N, false, X, A, C>(x, a, d, 0, sum);
+  if (d < D) dot_step<M, N, true, X, A, C>(x, a, d, D - d, sum);
+#pragma GCC unroll 8
+  for (int i = 0; i < M * N; i += L) {
+    Vec<C> group[L] = {};
+#pragma GCC unroll 16
+    for (int j = 0; j < L; ++j)
+      if (i + j < M * N) group[j] = sum[(i + j) / N][(i + j) % N];
+    store(out + i, sum_lanes<C>(group));
   }
 }
 
@@ -81,140 +113,122 @@ inline void dot_rows_tile(const X* const* x, C* const* out, int64_t rows, const 
 template <class X, class A, class C>
 inline void dot_rows(const X* const* x, C* const* out, int64_t T, const A* a, int64_t lda,
                      int64_t R, int64_t D) {
-  for (int64_t t = 0; t < T; t += kTileRows) {
-    const int64_t rows = std::min<int64_t>(kTileRows, T - t);
-    if (rows == 1)
-      dot_rows_tile<1>(x + t, out + t, rows, a, lda, R, D);
-    else
-      dot_rows_tile<kTileRows>(x + t, out + t, rows, a, lda, R, D);
-  }
+  constexpr int N = kTileColumns;
+  constexpr int64_t run = kRun * Product<X, A>::step;
+  const int64_t rows = tile_rows(T);
+  for (int64_t t = 0; t < T; t += rows)
+    with_rows(std::min(rows, T - t), [&]<int M>() {
+      for (int64_t d = 0; d < D; d += run) {
+        const int64_t columns = std::min(run, D - d);
+        const X* xs[M];
+        for (int m = 0; m < M; ++m) xs[m] = x[t + m] + d;
+        for (int64_t i = 0; i < R; i += N) {
+          const A* as[N];  // a remainder's last row stands there again
+          for (int n = 0; n < N; ++n) as[n] = a + std::min(i + n, R - 1) * lda + d;
+          C tile[M * N + kLanes<C>];
+          dot_tile<M, N, X, A, C>(xs, as, columns, tile);
+          for (int m = 0; m < M; ++m)
+            for (int n = 0; n < std::min<int64_t>(N, R - i); ++n) {
+              C& o = out[t + m][i + n];
+              o = tile[m * N + n] + (d > 0 ? o : 0);
+            }
+        }
+      }
+    });
 }
 
-template <int M, int V, bool Tail, class B, class C>
-inline void expand_tile(const C* const (&h)[M], int64_t R, const B* b, int64_t ldb,
-                        C* const (&acc)[M], int64_t c, int64_t left) {
+// A short one: rows of an expert's rank.
+template <class C>
+inline C dot(const C* x, const C* a, int64_t n) {
+  C out;
+  C* outs = &out;
+  dot_rows<C, C, C>(&x, &outs, 1, a, n, 1, n);
+  return out;
+}
+
+// The rows to add: of a matrix; or from a list, where those of the next tile are asked for
+// meanwhile, as they lie in any order and pages apart, so that the hardware does not see them
+// coming.
+template <class T>
+struct MatrixRows {
+  const T* data;
+  int64_t stride;
+  const T* operator()(int64_t i) const { return data + i * stride; }
+  MatrixRows after(int64_t i) const { return {data + i * stride, stride}; }
+  void ahead(int64_t) const {}
+};
+
+template <class T>
+struct ListedRows {
+  const T* const* rows;
+  int64_t column;
+  const T* const* next;  // as many rows, from this column, this many columns
+  int64_t next_column, count;
+  const T* operator()(int64_t i) const { return rows[i] + column; }
+  ListedRows after(int64_t i) const { return {rows + i, column, next + i, next_column, count}; }
+  void ahead(int64_t i) const { prefetch(next[i] + next_column, count); }
+};
+
+// Sums of split columns stand in whole vectors; other sums may end with the row.
+template <int M, int V, bool Split, bool Tail, class Row, class C>
+LORA_MOE_INLINE void add_tile(const C* const (&h)[M], int64_t R, Row row, int64_t c, int64_t left,
+                              const C* const (&from)[M], C* const (&to)[M]) {
   Vec<C> sum[M][V] = {};
   for (int64_t i = 0; i < R; ++i) {
-    Vec<C> bv[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const B* p = b + i * ldb + c + v * kLanes<C>;
-      bv[v] = Tail ? load_tail(p, left) : load(p);
+    row.ahead(i);
+    Vec<C> bs[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v += 2) {
+      const auto* p = row(i) + c + v * kLanes<C>;
+      const auto pair = Tail ? load_pair_tail<Split>(p, left) : load_pair<Split>(p);
+      bs[v] = pair.first;
+      bs[v + 1] = pair.second;
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const Vec<C> hv = broadcast(h[m][i]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(hv, bv[v], sum[m][v]);
+      const Vec<C> hm = broadcast(h[m][i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(hm, bs[v], sum[m][v]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[m][v] += load(acc[m] + c + v * kLanes<C>);
-  // All loads before any store: the repeated rows of a remainder must not add twice.
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(acc[m] + c + v * kLanes<C>, sum[m][v]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v += 2) {
+      constexpr int64_t L = kLanes<C>;
+      const C* p = from[m] + c + v * L;
+      const auto before = Tail && !Split ? load_pair_tail<false>(p, left) : load_pair<false>(p);
+      const Pair<C> after = {before.first + sum[m][v], before.second + sum[m][v + 1]};
+      store_pair_tail<false>(to[m] + c + v * L, after, Tail && !Split ? left : 2 * L);
+    }
 }
 
-template <int M, class B, class C>
-inline void expand_run(const C* const (&hs)[M], C* const (&ys)[M], int64_t R, const B* b,
-                       int64_t ldb, int64_t columns) {
+template <bool Split, int M, class Row, class C>
+inline void add_run(const C* const (&h)[M], int64_t R, Row row, int64_t columns,
+                    const C* const (&from)[M], C* const (&to)[M]) {
+  constexpr int V = kTileColumns;
   constexpr int64_t L = kLanes<C>;
   int64_t c = 0;
-  for (; c + kTileVectors * L <= columns; c += kTileVectors * L)
-    expand_tile<M, kTileVectors, false>(hs, R, b, ldb, ys, c, 0);
-  for (; c + L <= columns; c += L) expand_tile<M, 1, false>(hs, R, b, ldb, ys, c, 0);
-  if (c < columns) expand_tile<M, 1, true>(hs, R, b, ldb, ys, c, columns - c);
+  for (; c + V * L <= columns; c += V * L) add_tile<M, V, Split, false>(h, R, row, c, 0, from, to);
+  for (; c + 2 * L <= columns; c += 2 * L) add_tile<M, 2, Split, false>(h, R, row, c, 0, from, to);
+  if (c < columns) add_tile<M, 2, Split, true>(h, R, row, c, columns - c, from, to);
 }
 
-template <int M, class B, class C>
-inline void expand_rows_tile(const C* const* h, C* const* acc, int64_t rows, int64_t R, const B* b,
-                             int64_t ldb, int64_t columns) {
-  const C* hs[M];
-  C* ys[M];
-  for (int m = 0; m < M; ++m) {
-    hs[m] = h[std::min<int64_t>(m, rows - 1)];
-    ys[m] = acc[std::min<int64_t>(m, rows - 1)];
-  }
-  for (; R > kRun; R -= kRun, b += kRun * ldb) {
-    expand_run<M>(hs, ys, kRun, b, ldb, columns);
-    for (int m = 0; m < M; ++m) hs[m] += kRun;
-  }
-  expand_run<M>(hs, ys, R, b, ldb, columns);
-}
-
-// h: T pointers to rows of R; acc: T pointers to rows of `columns`, padded to whole vectors.
-template <class B, class C>
-inline void expand_rows(const C* const* h, C* const* acc, int64_t T, int64_t R, const B* b,
-                        int64_t ldb, int64_t columns) {
-  for (int64_t t = 0, rows; t < T; t += rows) {
-    // A token that took the expert twice stands twice in a row: never in the same tile.
-    for (rows = 1; rows < kTileRows && t + rows < T && acc[t + rows] != acc[t + rows - 1];) ++rows;
-    if (rows == 1)
-      expand_rows_tile<1>(h + t, acc + t, rows, R, b, ldb, columns);
-    else
-      expand_rows_tile<kTileRows>(h + t, acc + t, rows, R, b, ldb, columns);
-  }
-}
-
-template <int M, int V, bool Tail, bool First, class X, class C>
-inline void gram_tile(const C* const* h, const X* const* x, int64_t T, int64_t i, int64_t c,
-                      int64_t left, C* out, int64_t ldo) {
-  Vec<C> sum[M][V] = {};
-  for (int64_t t = 0; t < T; ++t) {
-    Vec<C> xv[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const X* p = x[t] + c + v * kLanes<C>;
-      xv[v] = Tail ? load_tail(p, left) : load(p);
+// h: T <= kTileRows pointers to rows of R; `to`: as many different rows; `from` may be `to`.
+template <bool Split, class Row, class C>
+inline void add_rows(const C* const* h, int64_t T, int64_t R, Row row, int64_t columns,
+                     const C* const* from, C* const* to) {
+  with_rows(T, [&]<int M>() {
+    const C *hs[M], *source[M];
+    C* target[M];
+    std::copy_n(h, M, hs);
+    std::copy_n(from, M, source);
+    std::copy_n(to, M, target);
+    for (int64_t i = 0; i < R; i += kRun) {
+      add_run<Split>(hs, std::min(kRun, R - i), row.after(i), columns, source, target);
+      for (int m = 0; m < M; ++m) hs[m] += kRun, source[m] = target[m];
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const Vec<C> hv = broadcast(h[t][i + m]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[m][v] = multiply_add(hv, xv[v], sum[m][v]);
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) {
-      C* p = out + (i + m) * ldo + c + v * kLanes<C>;
-      if (Tail)
-        store_tail(p, First ? sum[m][v] : load_tail(p, left) + sum[m][v], left);
-      else
-        store(p, First ? sum[m][v] : load(p) + sum[m][v]);
-    }
-}
-
-template <int M, bool First, class X, class C>
-inline void gram_columns(const C* const* h, const X* const* x, int64_t T, int64_t i, int64_t begin,
-                         int64_t end, C* out, int64_t ldo) {
-  constexpr int64_t L = kLanes<C>;
-  int64_t c = begin;
-  for (; c + kTileVectors * L <= end; c += kTileVectors * L)
-    gram_tile<M, kTileVectors, false, First>(h, x, T, i, c, 0, out, ldo);
-  for (; c + L <= end; c += L) gram_tile<M, 1, false, First>(h, x, T, i, c, 0, out, ldo);
-  if (c < end) gram_tile<M, 1, true, First>(h, x, T, i, c, end - c, out, ldo);
-}
-
-template <bool First, class X, class C>
-inline void gram_run(const C* const* h, const X* const* x, int64_t T, int64_t R, int64_t begin,
-                     int64_t end, C* out, int64_t ldo) {
-  int64_t i = 0;
-  for (; i + kTileRows <= R; i += kTileRows)
-    gram_columns<kTileRows, First>(h, x, T, i, begin, end, out, ldo);
-  for (; i < R; ++i) gram_columns<1, First>(h, x, T, i, begin, end, out, ldo);
-}
-
-// h: T pointers to rows of R; x: T pointers to rows; writes columns [begin, end) of out (R, ldo).
-template <class X, class C>
-inline void gram_rows(const C* const* h, const X* const* x, int64_t T, int64_t R, int64_t begin,
-                      int64_t end, C* out, int64_t ldo) {
-  gram_run<true>(h, x, std::min(T, kRun), R, begin, end, out, ldo);
-  for (int64_t t = kRun; t < T; t += kRun)
-    gram_run<false>(h + t, x + t, std::min(kRun, T - t), R, begin, end, out, ldo);
+  });
 }
 
 }  // namespace lora_moe
