@@ -166,7 +166,7 @@ def test_works_without_triton(python, site, tmp_path):
     [
         ("cpp", "the C++ extension is not built"),
         ("triton", "triton is not installed"),
-        ("cuda", "not part of this build"),
+        ("cuda", "the CUDA extension is not built"),
     ],
 )
 def test_backend_that_is_forced_and_missing_raises(python, site, tmp_path, backend, why):
