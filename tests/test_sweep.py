@@ -29,6 +29,8 @@ with interpreting() if INTERPRETED else contextlib.nullcontext():
 
 UNEQUAL = (5, 1, 17, 2)  # repeated for as many experts as there are
 MOST_RANKS = 2100  # of all experts: the interpreter takes milliseconds for a few of them
+# What tells right from wrong by 1 %; over the few numbers of some cases chance decides about less
+UNITS = {torch.float32: 16, torch.bfloat16: 2.0}
 FACTORS = {
     "plan": plans.PLANS,
     "dtype": (torch.float32, torch.bfloat16),
@@ -43,7 +45,7 @@ FACTORS = {
 def possible(case):
     ranks = case["rank"]
     total = case["E"] * (sum(UNEQUAL) / 4 if ranks == UNEQUAL else ranks)
-    busy = case["T"] * case["K"] > 600 and case["E"] > 64  # minutes in the interpreter
+    busy = case["T"] * case["E"] > 4200  # minutes in the interpreter
     return case["K"] <= case["E"] and total <= MOST_RANKS and not busy
 
 
@@ -89,13 +91,10 @@ def test_sweep(values):
     assert all(len(set(row)) == case.K and 0 <= min(row) <= max(row) < E for row in ids.tolist())
     exact = leaves(in_double(inputs), *PARAMETERS)
     want = eager.routed_lora(exact, case, ids)[0]
-    usual = leaves(inputs, *PARAMETERS)
-    plain = eager.routed_lora(usual, case, ids)[0]
-    assert_accurate("y", y, want, plain, dtype=dtype)
     expected = gradients([want], dys, exact, PARAMETERS)
-    other = gradients([plain], dys, usual, PARAMETERS)
+    assert_accurate("y", y, want, dtype=dtype, units=UNITS[dtype])
     for key in got:
         if case.K == 1 and key == "router_weight":  # w = p / p = 1: no gradient but rounding
-            assert got[key].abs().max() <= 1e-3 * max(1.0, float(y.detach().abs().max()))
+            assert (got[key].abs() <= 1e-3 * max(1.0, float(dys[0].norm()))).all()
         else:
-            assert_accurate(f"d{key}", got[key], expected[key], other[key], dtype=dtype)
+            assert_accurate(f"d{key}", got[key], expected[key], dtype=dtype, units=UNITS[dtype])

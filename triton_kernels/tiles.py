@@ -33,7 +33,7 @@ def shrink(part, T, half, width):
     if T <= FEW and half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, **stretch}
     if not half:
-        return {"BLOCK_T": 32, "BLOCK_D": 32, "num_warps": 8, **stretch}
+        return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **stretch}
     rows, columns = (32, 32) if part == "ampere" else (64, 64)
     return {"BLOCK_T": rows, "BLOCK_D": columns, **stretch}
 
@@ -83,7 +83,7 @@ def expand(part, T, half, width):
 
 
 def gram(part, T, half, width):
-    warps = 4 if width <= 16 else 8
+    warps = 8 if half and width > 16 else 4
     return {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32, "MAX_R": 128, "num_warps": warps}
 
 
@@ -101,7 +101,7 @@ def segmented_gram(part, T, half, width):
 
 
 def router_topk(part, T, half, width):
-    return {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32, "num_warps": 8}
+    return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64, "num_warps": 8}
 
 
 def route_logits(part, T, half, width):
