@@ -93,7 +93,7 @@ def segmented(part, T, half, width):
     Few tokens hold few experts, so that little is multiplied by zero; and one size fits every T.
     """
     tile = {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32, "BLOCK_N": 64, "COLUMNS": max(128, width)}
-    return tile | {"num_warps": 4 if width <= 128 else 8}
+    return tile | {"num_warps": 4 if width <= 128 else 8, "num_stages": 3 if half else 2}
 
 
 def segmented_gram(part, T, half, width):
