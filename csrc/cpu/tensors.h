@@ -130,8 +130,12 @@ inline Tensor empty(Ints shape) {
 }
 
 // t, or a copy of it in another dtype, rounded to nearest.
-inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
-  if (t.scalar_type() == dtype) return t;
+inline Tensor as_dtype(const char* name, const Tensor& t, ScalarType dtype) {
+  const ScalarType own = t.scalar_type();
+  if (own == dtype) return t;
+  check(own == ScalarType::Float || own == ScalarType::BFloat16 || own == ScalarType::Half ||
+            own == ScalarType::Double,
+        name, ": expected a floating dtype, got code ", int(own));
   Tensor out = torch::stable::new_empty(t, t.sizes(), dtype);
   torch::stable::copy_(out, t);
   return out;
@@ -172,7 +176,7 @@ inline auto dispatch(const Tensor& x, const Tensor& w, F f) {
 
 // f(0), .., f(n - 1): each by the next idle thread, so that tasks may differ in size.  Whoever runs
 // a task owns what it writes, hence the result is the same for any number of threads.  Below this
-// many bytes to read, waking the threads costs more than they save (3 us on a Zen 5).
+// many bytes to read, waking the threads costs more than they save.
 constexpr int64_t kSerialBytes = 1 << 17;
 
 template <class F>
