@@ -4,11 +4,13 @@
 PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
+CUDA_VENV ?= build/check-cuda
 JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CXX_FOUND := $(shell command -v $(CXX))
 PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one thread a process: two thread pools on the same cores would wait for each other
@@ -16,12 +18,14 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 # what must hold on every backend alike
 SANITIZERS := -fsanitize=address,undefined
 BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py
+# of these, what depends on the plan; fp16 differs from bf16 in nothing that does
+FORCED := tests/test_functional.py -k 'not float16 and not router_topk and not shrink'
 step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo test test-host test-triton test-reference sanitize-ttsem gpu-static lint \
-	format clean
+.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize-ttsem gpu-static \
+	check-cuda lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
@@ -30,6 +34,7 @@ help: ## Show this help
 	@echo "  PYTHON=$(PYTHON)   makes .venv; a torch (>= 2.10) that it already has is used as it is"
 	@echo "  TORCH=           what pip installs as torch instead, for example TORCH='torch==2.12.0'"
 	@echo "  JOBS=$(JOBS)           test processes"
+	@echo "  BENCH_ARGS=      for lora-moe bench, for example BENCH_ARGS='--set all --json new.json'"
 	@echo "  PYTEST_ARGS=     more for pytest, for example PYTEST_ARGS='-k router'"
 
 venv: $(VENV)/.torch ## Make .venv with torch in it
@@ -38,6 +43,10 @@ build: $(VENV)/.extension ## Install the package into .venv (editable) and build
 demo: build $(VENV)/.demo ## Train a mixture of LoRA experts on real data and show what it does
 	$(call step,demo)
 	@$(BIN)/python -m examples.demo --out build/demo
+
+bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machine's limit (docs/benchmarks.md)
+	$(call step,benchmarks)
+	@$(BIN)/lora-moe bench $(BENCH_ARGS)
 
 test: test-host test-triton test-reference ## Run all tests
 
@@ -48,6 +57,10 @@ test-host: build $(VENV)/.test ## Run the whole suite on the backend that serves
 test-triton: build $(VENV)/.test ## Run the public functions on the Triton kernels, interpreted without a GPU
 	$(call step,tests of the public functions on the Triton kernels)
 	@LORA_MOE_BACKEND=triton $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+	@for plan in rank_dense segmented decode; do \
+		printf '\033[1m==> the same with plan %s for every call\033[0m\n' $$plan; \
+		LORA_MOE_PLAN=$$plan LORA_MOE_BACKEND=triton $(PYTEST) $(FORCED) $(PYTEST_ARGS) || exit 1; \
+	done
 
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
@@ -72,6 +85,14 @@ sanitize: $(VENV)/.test ## Run the tests of the C++ operators under AddressSanit
 	@cd build/sanitize/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" LORA_MOE_BACKEND=cpp \
 		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q \
 		-p no:cacheprovider $(BLACK_BOX) -k "not compile and not gradcheck" $(PYTEST_ARGS)
+
+check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
+	$(call step,building the CUDA kernels: about two minutes)
+	@LORA_MOE_SKIP_EXT=1 LORA_MOE_BUILD_CUDA=1 MAX_JOBS=$(JOBS) $(CUDA_VENV)/bin/python -m pip install \
+		-qq --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	$(call step,checking what was installed)
+	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -P -W ignore tests/check_cuda.py
+	@$(CUDA_VENV)/bin/lora-moe info
 
 lint: $(VENV)/.lint ## Check style: ruff and clang-format
 	$(BIN)/ruff check
@@ -122,6 +143,13 @@ $(VENV)/.torch: $(VENV)/.python requirements/torch.txt
 	fi
 	@$(BIN)/python -W ignore -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
 	@$(BIN)/python -W ignore -c "$$TELL_TORCH"
+	@touch $@
+
+$(CUDA_VENV)/.torch: requirements/cuda.txt
+	$(call step,making $(CUDA_VENV) with a CUDA build of torch)
+	@$(PYTHON) -m venv --clear $(CUDA_VENV)
+	@$(CUDA_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
+		-r requirements/cuda.txt setuptools wheel pybind11 numpy safetensors tqdm
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch requirements/build.txt requirements/constraints.txt pyproject.toml

@@ -7,14 +7,21 @@ run: no library mixes flags, so no inline function built for one CPU is ever cal
 Read from the environment:
     LORA_MOE_SKIP_EXT=1         build no C++ operators; =0: a failure to build them is an error
     LORA_MOE_BUILD_ISA=avx2,..  build these instruction sets only, not all of the architecture
+    LORA_MOE_BUILD_CUDA=1       build the CUDA kernels too, with nvcc; a missing piece is an error
+    TORCH_CUDA_ARCH_LIST=8.0;.. .. for these architectures; CUDA_HOME: where nvcc's toolkit is
     MAX_JOBS=n                  compile n files at a time, not one a core
     CXX, CXXFLAGS, LDFLAGS      as everywhere
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -31,8 +38,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 TORCH_TARGET_VERSION = "0x020a000000000000"  # stable ABI: what is built here loads in torch >= 2.10
 SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+KERNELS = sorted(glob("csrc/cuda/*.cu"))
 SKIP = os.environ.get("LORA_MOE_SKIP_EXT")
+BUILD_CUDA = os.environ.get("LORA_MOE_BUILD_CUDA", "0") == "1"
+CUDA_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # those of them that nvcc knows; 8.0 runs on 8.x too
 
 
 def warn(reason: str) -> None:
@@ -51,7 +60,7 @@ def extension(isa: str) -> Extension:
     return Extension(
         f"lora_moe._C_{isa}",
         SOURCES,
-        depends=["setup.py", *HEADERS],
+        depends=["setup.py", *headers("csrc/cpu")],
         include_dirs=[pybind11.get_include()],  # -I: found before torch's own copy
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu", "c10"],
@@ -68,7 +77,99 @@ def extension(isa: str) -> Extension:
     )
 
 
+def headers(folder: str) -> list[str]:
+    """Those that files of a folder may include."""
+    return sorted({*glob("csrc/*.h"), *glob(f"{folder}/*.h")})
+
+
+def stop(reason: str):
+    sys.exit(f"LORA_MOE_BUILD_CUDA=1: {reason}")
+
+
+def find_nvcc() -> Path:
+    """nvcc of CUDA_HOME or of the PATH, as the file in its toolkit."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if found is None:
+        stop(f"no nvcc in {home + '/bin' if home else 'PATH'}; set CUDA_HOME to a CUDA toolkit")
+    said = subprocess.run(
+        [found, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    )
+    top = re.search(r"^#\$ TOP=(.*)$", said.stderr, re.M)  # `found` may be a script elsewhere
+    return Path(top[1]).resolve() / "bin/nvcc" if top else Path(found).resolve()
+
+
+def nvcc_release(nvcc: Path) -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    return re.search(r"release (\d+\.\d+)", said)[1]
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    """Names such as 8.0 or 9.0+PTX, a bad one refused."""
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\w+)", said))
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    archs = [a for a in re.split("[; ]+", asked or CUDA_ARCHS) if a]
+    for arch in archs if asked else ():
+        if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", arch) or arch_number(arch) not in known:
+            stop(f"TORCH_CUDA_ARCH_LIST: nvcc {nvcc_release(nvcc)} has no architecture {arch!r}")
+    return [a for a in archs if arch_number(a) in known]
+
+
+def arch_number(arch: str) -> str:
+    return arch.removesuffix("+PTX").replace(".", "")
+
+
+def cuda_extension() -> Extension:
+    try:
+        import pybind11
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        stop(f"{error} (the build needs torch and pybind11: try --no-build-isolation)")
+    nvcc = find_nvcc()
+    if torch.version.cuda is None:
+        stop(f"torch {torch.__version__} has no CUDA; install a CUDA build of torch")
+    if torch.version.cuda.split(".")[0] != nvcc_release(nvcc).split(".")[0]:
+        stop(
+            f"nvcc {nvcc_release(nvcc)} does not fit torch {torch.__version__}, built for CUDA"
+            f" {torch.version.cuda}; set CUDA_HOME to that toolkit"
+        )
+    toolkit = nvcc.parents[1]
+    library_dirs = [str(p) for p in (toolkit / "lib64", toolkit / "lib") if p.is_dir()]
+    extension = Extension(
+        "lora_moe._C_cuda",
+        sorted(glob("csrc/cuda/*.cpp")),
+        depends=["setup.py", *headers("csrc/cuda")],
+        include_dirs=[pybind11.get_include(), str(toolkit / "include")],
+        library_dirs=[*cpp_extension.library_paths(), *library_dirs],
+        libraries=["torch_cuda", "torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
+        extra_compile_args=[
+            *(arg for path in cpp_extension.include_paths() for arg in ("-isystem", path)),
+            f"-DLORA_MOE_CUDA_ARCHS={';'.join(cuda_archs(nvcc))}",
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+            *("-DUSE_CUDA", "-std=c++20", "-fvisibility=hidden", "-Wall"),
+        ],
+        language="c++",
+    )
+    extension.nvcc = [nvcc, *(flag for arch in cuda_archs(nvcc) for flag in code_flags(arch))]
+    return extension
+
+
+def code_flags(arch: str) -> list[str]:
+    number = arch_number(arch)
+    ptx = [f"-gencode=arch=compute_{number},code=compute_{number}"]
+    return [
+        f"-gencode=arch=compute_{number},code=sm_{number}",
+        *(ptx if arch.endswith("+PTX") else []),
+    ]
+
+
 def extensions() -> list[Extension]:
+    return [*cpu_extensions(), *([cuda_extension()] if BUILD_CUDA else [])]
+
+
+def cpu_extensions() -> list[Extension]:
     if SKIP == "1":
         warn("LORA_MOE_SKIP_EXT=1")
         return []
@@ -96,6 +197,8 @@ class BuildOperators(build_ext):
 
     def build_extension(self, ext):
         self.build_temp = f"{self.object_root}/{ext.name}"  # each set of flags its own objects
+        if hasattr(ext, "nvcc"):
+            ext.extra_objects = self.compile_kernels(ext)
         ext.extra_compile_args += ["-O1", "-g", "-UNDEBUG"] if self.debug else ["-O3", "-g0"]
         try:
             super().build_extension(ext)
@@ -103,10 +206,25 @@ class BuildOperators(build_ext):
             self.failures.append(f"{ext.name}: {error}")
             raise
 
+    def compile_kernels(self, ext) -> list[str]:
+        """Objects of the .cu files; nvcc takes an architecture after the other, so files go in parallel."""
+        flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-c"]
+        os.makedirs(self.build_temp, exist_ok=True)
+
+        def compile_kernel(source):
+            target = f"{self.build_temp}/{Path(source).stem}.cu.o"
+            if not os.path.exists(target) or is_stale(target, source):
+                subprocess.run([*ext.nvcc, *flags, source, "-o", target], check=True)
+            return target
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
+            return list(pool.map(compile_kernel, KERNELS))
+
 
 def is_stale(obj: str, src: str) -> bool:
     built = os.stat(obj).st_mtime
-    return any(os.stat(path).st_mtime > built for path in (src, "setup.py", *HEADERS))
+    used = (src, "setup.py", *headers(os.path.dirname(src)))
+    return any(os.stat(path).st_mtime > built for path in used)
 
 
 # The kernels' folder must not become a top-level package: `triton_kernels` is another project.

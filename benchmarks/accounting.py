@@ -4,8 +4,9 @@
 
 The layer runs forward and backward up to its launches (benchmarks/launches.py).  A kernel must move what its
 arguments hold, once: the compiled code says which of them it reads and which it writes.  So must every
-operator of PyTorch's that is neither a view nor an allocation.  The base layer's own GEMMs and autograd's
-addition of its dx to ours are left out: what is counted is what the experts add.
+operator of PyTorch's that is neither a view nor an allocation.  Buffers with a static bound count whole,
+also where a routing fills part of them.  The base layer's own GEMMs and autograd's addition of its dx to
+ours are left out: what is counted is what the experts add.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import NamedTuple
 import torch
 
 from lora_moe import LoraMoeConfig, LoraMoeLinear
+from lora_moe.plan import override
 
 from . import schemes, ttir
 from .launches import Launch, Operator, launches
-from .scenarios import forced
 
 ALLOCATIONS = (
     "empty",
@@ -56,6 +57,8 @@ def count(events):
 
 
 def kernel(launch):
+    if isinstance(launch.kernel, Exception):
+        raise launch.kernel
     sides = {True: set(), False: set()}
     for access in ttir.accesses(launch.kernel.asm["ttir"]):
         sides[True] |= {access.argument} if access.reads else set()
@@ -102,7 +105,7 @@ def layer(s, *, plan=None, dtype=torch.bfloat16, target="sm_90"):
     base = torch.nn.Linear(s.D, s.D, bias=False, dtype=dtype, device="meta").requires_grad_(False)
     experts = LoraMoeLinear(base, LoraMoeConfig(num_experts=s.E, r=s.r, top_k=s.K))
     x = torch.empty(s.T, s.D, dtype=dtype, device="meta", requires_grad=True)
-    with forced(plan), launches(target) as forward:
+    with override(plan), launches(target) as forward:
         y = experts(x)
     trained = [p for p in experts.parameters() if p.requires_grad]
     with launches(target) as backward:

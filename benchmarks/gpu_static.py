@@ -40,12 +40,18 @@ def compile_for(target, dtypes, scenarios):
                 with launches(target) as seen:
                     operands = SCENARIOS[scenario].run(getattr(torch, name), T)
                 for launch in seen:
-                    if isinstance(launch, Launch) and launch.kernel.hash not in known:
-                        known.add(launch.kernel.hash)
+                    key = isinstance(launch, Launch) and compiled_key(launch)
+                    if key and key not in known:
+                        known.add(key)
                         facts = {"dtype": name, "target": target, "scenario": scenario}
                         facts["another_T"] = T != SCENARIOS[scenario].T
                         line = row(launch, operands, TARGETS[target]) | facts
                         print(json.dumps(line), flush=True)
+
+
+def compiled_key(launch):
+    failed = isinstance(launch.kernel, Exception)
+    return f"{launch.name}: {launch.kernel}" if failed else launch.kernel.hash
 
 
 def rows(targets, dtypes=DTYPES, scenarios=(), jobs=2):
@@ -67,6 +73,8 @@ def rows(targets, dtypes=DTYPES, scenarios=(), jobs=2):
 
 def violations(row):
     """What the project promises of every default configuration, and this row breaks."""
+    if "error" in row:
+        yield f"does not compile: {row['error']}"
     if row["spills"]:
         yield f"{row['spills']} spills"
     if row["shared_bytes"] > row["shared_limit"]:
@@ -102,7 +110,7 @@ loops.  Load bits: of x, dy, A and B, the narrowest; of the widest load where a 
 
 def markdown(rows):
     """A table a target, and what breaks a promise at the end."""
-    yield f"# {__doc__.partition(chr(10))[0]}\n{INTRO}"
+    yield f"# {__doc__.partition(chr(10))[0]}\n{INTRO.rstrip()}"
     for target in dict.fromkeys(row["target"] for row in rows):
         of_target = [row for row in rows if row["target"] == target]
         yield f"\n## {target}: {of_target[0]['shared_limit'] // 1024} KB of shared memory a block\n"
@@ -124,9 +132,9 @@ def markdown(rows):
 
 
 def tile(config):
-    """What varies from tile to tile, in short: T64 D64, 8 warps, 3 stages."""
+    """What varies from tile to tile, in short: T=64 D=64, 8 warps, 3 stages."""
     options = dict(option.split("=") for option in config.split())
-    sizes = [f"{name[6:]}{n}" for name, n in options.items() if name.startswith("BLOCK_")]
+    sizes = [f"{name[6:]}={n}" for name, n in options.items() if name.startswith("BLOCK_")]
     return f"{' '.join(sizes)}, {options['num_warps']} warps, {options['num_stages']} stages"
 
 

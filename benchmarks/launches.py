@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
+from triton.compiler.errors import CompilationError
 from triton.runtime.jit import JITFunction
 
 from lora_moe import backend, triton_kernels
@@ -27,7 +28,7 @@ backend._serving["meta"] = "triton"
 
 
 class Launch(NamedTuple):
-    """Of a Triton kernel: what was compiled, the arguments by name, and how it was configured."""
+    """Of a Triton kernel: what was compiled, or why it was not; the arguments by name; the configuration."""
 
     name: str
     kernel: Any
@@ -66,7 +67,10 @@ def launches(target, *, compiled=True):
     run, seen = JITFunction.run, []
 
     def note(jit, *args, grid, warmup, **options):
-        kernel = run(jit, *args, grid=grid, warmup=True, **options) if compiled else None
+        try:
+            kernel = run(jit, *args, grid=grid, warmup=True, **options) if compiled else None
+        except (CompilationError, RuntimeError) as error:  # of the front end, of a pass
+            kernel = error
         arguments = dict(flatten(zip(jit.arg_names, args)))
         seen.append(Launch(jit.__name__, kernel, arguments, options))
 

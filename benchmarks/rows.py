@@ -14,9 +14,17 @@ SM = {
     100: (64, 32, 228, 227), 120: (48, 24, 100, 99),
 }  # fmt: skip
 
+NOTHING = {
+    "config": "num_warps=0 num_stages=0", "registers": 0, "spills": 0, "shared_bytes": 0, "shared_limit": 0,
+    "occupancy": 0, "limiter": "not compiled", "dots": 0, "dot_loops": 0, "tensor_core_loops": 0,
+    "tensor_core_ops": 0, "fp32_fmas": 0, "float_atomics": 0, "load_bits": 0, "wide_loads": {}, "loads": {},
+}  # fmt: skip
+
 
 def row(launch, operands, target):
     """`operands` are the tensors of the call by name, to tell which argument is which."""
+    if isinstance(launch.kernel, Exception):
+        return {"kernel": launch.name, "error": str(launch.kernel).splitlines()[-1]} | NOTHING
     kernel, code = launch.kernel, binary.instructions(launch.kernel)
     dot_loops, dots = ttir.loops_with_dots(kernel.asm["ttir"])
     loops = binary.loops(code)

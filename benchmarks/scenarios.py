@@ -7,7 +7,6 @@ Letters: T tokens, E experts, K picked experts a token, R rank rows of all exper
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -35,7 +34,7 @@ class Scenario:
     def run(self, dtype, T=None):
         """Forward and backward; returns the wide operands by name."""
         v = operands(self, dtype, T or self.T)
-        with forced(self.plan):
+        with plan.override(self.plan):
             self.call(v, self)
         return v
 
@@ -53,17 +52,6 @@ def operands(scenario, dtype, T):
         "W": leaf(E, D, dtype=torch.float32),
         "ids": leaf(T, scenario.K, dtype=torch.int32), "gates": leaf(T, scenario.K, dtype=torch.float32),
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def forced(name):
-    choose = plan.choose
-    if name is not None:
-        plan.choose = lambda *shapes, **more: name
-    try:
-        yield
-    finally:
-        plan.choose = choose
 
 
 def experts(scenario):
@@ -124,6 +112,19 @@ SCENARIOS = {
     "256 ranks, some tokens": Scenario(routed, SOME, (16,) * 16),
     "1024 ranks": Scenario(routed, MANY, (16,) * 64),
     "1024 ranks, few tokens": Scenario(routed, FEW, (16,) * 64),
+    "1024 ranks, dense": Scenario(routed, MANY, (16,) * 64, plan="rank_dense"),
+    "decode": Scenario(routed, FEW, (16,) * 8, plan="decode"),
+    "decode, unequal ranks": Scenario(grouped, FEW, (4, 8, 16, 24), plan="decode"),
+    "segmented": Scenario(routed, MANY, (16,) * 64, plan="segmented"),
+    "segmented, few tokens": Scenario(routed, FEW, (16,) * 64, plan="segmented"),
+    "segmented, unequal ranks": Scenario(grouped, MANY, (4, 8, 16, 24), plan="segmented"),
+    "segmented, shared A": Scenario(
+        partial(grouped, shared_a=True), MANY, (16,) * 64, plan="segmented"
+    ),
+    "segmented, rank 128": Scenario(routed, MANY, (128,) * 16, plan="segmented"),
+    "segmented, frozen expert": Scenario(
+        partial(routed, frozen=(1,)), MANY, (16,) * 64, plan="segmented"
+    ),
     "rank 64": Scenario(routed, MANY, (64,) * 8),
     "unequal ranks": Scenario(grouped, MANY, (4, 8, 16, 24)),
     "unequal ranks, few tokens": Scenario(grouped, FEW, (4, 8, 16, 24)),

@@ -7,6 +7,7 @@ is defined before it is used.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 NAME = r"%[\w.$#-]+"
@@ -51,11 +52,20 @@ def accesses(text):
             }
         elif access := ACCESS.search(line):
             pointer = re.search(NAME, line[access.end() :])
-            where = locations.get(re.search(r"loc\((#loc\d*)\)$", line).group(1), ())
-            found.append(Access(access.group(1), roots[root_name(pointer.group())], where))
+            found.append(
+                Access(access.group(1), roots[root_name(pointer.group())], where(line, locations))
+            )
         elif POINTER.search(line) and "ptr" in line:
             follow(line, roots)
     return found
+
+
+def where(line, locations):
+    """A location stands in a table, or in the line itself where nothing else has it."""
+    if match := re.search(r"loc\((#loc\d*)\)$", line):
+        return locations.get(match.group(1), ())
+    inline = re.search(r'"([^"]*)":(\d+):(\d+)\)+$', line)
+    return ((Path(inline[1]).name, int(inline[2]), int(inline[3])),) if inline else ()
 
 
 def follow(line, roots):

@@ -10,6 +10,7 @@ printed and decide nothing.
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import lora_moe
+from benchmarks import machine, timing
 from examples import figures, measure, peers, report, smollm2, tasks, training
 from examples.agreement import follow
 from examples.reload import logits_of
@@ -36,7 +38,7 @@ def main():
     args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    found = {"machine": measure.machine(), "backend": lora_moe.backend_info()["serving"]["cpu"]}
+    found = {"machine": machine.describe(), "backend": lora_moe.backend_info()["serving"]["cpu"]}
     tokenizer, model = smollm2.load_tokenizer(), smollm2.load_model(args.layers)
     three = tasks.load_tasks(args.heldout)
     start = peers.start_weights(model, SEED)
@@ -187,7 +189,7 @@ def cost(model, start, batch, rounds):
         name: partial(training.train_step, m, training.optimizer_of(m, LEARNING_RATE), batch)
         for name, m in contenders.items()
     }
-    seconds = measure.step_seconds(steps, rounds)
+    seconds = timing.interleave(steps, rounds, timing.once, laggard=math.inf)
     measure.return_memory_at_once()
     peak = {name: measure.peak_bytes(step) for name, step in tqdm(steps.items(), "memory")}
     rows = {

@@ -1,10 +1,9 @@
-"""What a training step costs: seconds, bytes saved for the backward, peak memory."""
+"""What a training step costs in memory: bytes saved for the backward, and the peak."""
 
 import ctypes
 import gc
 import platform
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -12,20 +11,6 @@ import torch
 from examples.training import loss_of
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's numbers for mallopt
-
-
-def step_seconds(steps, rounds):
-    """{name: seconds of one call, `rounds` of them}; the contenders take turns, after a warm-up."""
-    for step in steps.values():
-        step()
-    seconds = {name: [] for name in steps}
-    for turn in range(rounds):
-        names = list(steps)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def median(values):
@@ -76,25 +61,23 @@ def peak_bytes(step, rounds=3):
         return None
     rises = []
     for _ in range(rounds):
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        before = resident_bytes()
         reset.write_text("5")  # the high-water mark starts again from here
-        before = _status("VmRSS")
         step()
         rises.append(_status("VmHWM") - before)
     return median(rises)
+
+
+def resident_bytes():
+    """Resident memory without what is garbage already; None where Linux is missing."""
+    if not Path("/proc/self/status").exists():
+        return None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _status(field):
     """A line of /proc/self/status, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(field + ":")[1].split()[0]) * 1024
-
-
-def machine():
-    """The processor's name, the threads torch uses, torch's version."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"

@@ -12,10 +12,10 @@ import math
 import warnings
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from benchmarks.peers import hidden, loop_into, route, spread
 from examples.smollm2 import share
 from lora_moe import LoraMoeConfig, LoraMoeLinear, inject
 
@@ -38,11 +38,13 @@ class LoopLoraMoe(nn.Module):
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])  # (T, D_in)
         y = self.base_layer(flat)  # (T, D_out)
-        self.indices, weights, self.gate = route(flat, self.router_weight, self.replay)
-        for e in range(NUM_EXPERTS):
-            rows, slot = torch.where(self.indices == e)
-            out = F.linear(flat[rows], self.lora_A[e]) @ self.lora_B[e]
-            y.index_add_(0, rows, out * weights[rows, slot, None])
+        self.indices, weights, self.gate = route(
+            flat, self.router_weight, TOP_K, ALPHA / RANK, self.replay
+        )
+        experts = range(NUM_EXPERTS)  # also without tokens, so that every parameter has a gradient
+        if not torch.is_grad_enabled():
+            experts = self.indices.unique().tolist()
+        y = loop_into(y, flat, self.lora_A, self.lora_B, self.indices, weights, experts)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -58,18 +60,9 @@ class StackedLoraMoe(nn.Module):
 
     def forward(self, x):
         flat = x.reshape(-1, x.shape[-1])  # (T, D_in)
-        self.indices, weights, self.gate = route(flat, self.router_weight)
-        spread = torch.zeros_like(self.gate).scatter(1, self.indices, weights)  # (T, E)
-        h = F.linear(flat, self.lora_A) * spread.repeat_interleave(RANK, dim=1)  # (T, R)
+        self.indices, weights, self.gate = route(flat, self.router_weight, TOP_K, ALPHA / RANK)
+        h = hidden(flat, self.lora_A, spread(self.indices, weights, NUM_EXPERTS))  # (T, R)
         return self.base_layer(flat).addmm_(h, self.lora_B).view(*x.shape[:-1], -1)
-
-
-def route(x, router_weight, replay=None):
-    """indices (T, K), weights (T, K), gate (T, E): softmax, top-k, renormalised, times alpha / r."""
-    gate = F.linear(x, router_weight).softmax(dim=-1)  # (T, E)
-    indices = gate.topk(TOP_K, dim=-1).indices if replay is None else replay
-    weights = gate.gather(1, indices)
-    return indices, weights / weights.sum(dim=-1, keepdim=True) * (ALPHA / RANK), gate
 
 
 def balance(model):

@@ -19,6 +19,7 @@ from .io import adapter_info, load_adapter, save_adapter  # noqa: E402
 from .layers import LoraMoeLinear  # noqa: E402
 from .losses import aux_loss, router_stats  # noqa: E402
 from .routing import Routing  # noqa: E402
+from .warm import warm_up  # noqa: E402
 
 __version__ = "0.1.0.dev0"
 
@@ -39,4 +40,5 @@ __all__ = [
     "router_stats",
     "save_adapter",
     "set_routing",
+    "warm_up",
 ]

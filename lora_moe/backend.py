@@ -2,6 +2,7 @@
 
     auto       the best that works for each device; never fails
     triton     Triton kernels (for CPU tensors too with TRITON_INTERPRET=1)
+    cuda       the CUDA C++ extension, for CUDA tensors that Triton does not serve
     cpp        the C++ extension, for CPU tensors
     reference  plain PyTorch everywhere
 
@@ -14,6 +15,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import warnings
 
 import torch
 
@@ -83,15 +85,33 @@ def _load_triton() -> dict:
             "this torch has no CUDA or ROCm; TRITON_INTERPRET=1 runs the kernels on CPU tensors"
         )
     kernels = importlib.import_module("lora_moe.triton_kernels")
+    out_of_resources = importlib.import_module("triton.runtime.errors").OutOfResources
     keys = ("CUDA", "CPU") if interpreted else ("CUDA",)
     for name in ops.SCHEMAS:
         for key in keys:
-            kernel = getattr(kernels, name)
+            kernel = _or_reference(name, getattr(kernels, name), out_of_resources)
             if key == "CPU" and name == "grouped_lora":
                 kernel = _checking_ids(kernel)
             torch.library.impl(f"lora_moe::{name}", key, kernel)
     _serving.update({key.lower(): "triton" for key in keys})
     return {"interpreted": interpreted, "version": importlib.import_module("triton").__version__}
+
+
+def _or_reference(name, kernel, out_of_resources):
+    """A kernel that does not fit the device gives way to plain PyTorch, with one warning."""
+
+    def run(*args):
+        try:
+            return kernel(*args)
+        except out_of_resources as error:
+            warnings.warn(
+                f"lora_moe: {name} does not fit this GPU ({error}): plain PyTorch serves instead",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return ops.reference_operator(name)(*args)
+
+    return run
 
 
 def _checking_ids(grouped_lora):
@@ -105,7 +125,24 @@ def _checking_ids(grouped_lora):
 
 
 def _load_cuda() -> dict:
-    raise BackendUnavailable("not part of this build")
+    if importlib.util.find_spec("lora_moe._C_cuda") is None:
+        raise BackendUnavailable(
+            "the CUDA extension is not built (LORA_MOE_BUILD_CUDA=1 builds it)"
+        )
+    try:
+        module = importlib.import_module("lora_moe._C_cuda")
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the CUDA extension is built but does not load: {error}"
+        ) from error
+    if serving("cuda") != "reference":
+        reason = (
+            f"{serving('cuda')} serves CUDA tensors (LORA_MOE_BACKEND=cuda takes these kernels)"
+        )
+        return {"available": False, "reason": reason, **module.build_info()}
+    module.register_operators()
+    _serving["cuda"] = "cuda"
+    return module.build_info()
 
 
 def _load_reference() -> dict:

@@ -1,4 +1,4 @@
-"""lora-moe info | inspect DIR | doctor: what serves, what an adapter holds, and whether all is right."""
+"""lora-moe info | inspect DIR | doctor | bench: what serves, what an adapter holds, is it right and fast."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
@@ -42,7 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.set_defaults(run=lambda args: doctor(args.backends))
 
-    args = parser.parse_args(argv)
+    about = "time our layers beside plain PyTorch and the machine's limit; needs a checkout"
+    command = commands.add_parser("bench", help=about, add_help=False)  # has options of its own
+    command.set_defaults(run=None)
+
+    args, rest = parser.parse_known_args(argv)
+    if args.run is None:
+        return bench(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args.run(args)
 
 
@@ -58,7 +67,8 @@ def info() -> int:
     for name, state in backends.items():
         available, reason = state.pop("available"), state.pop("reason")
         about = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in state.items())
-        print(f"  {name:<10} {'yes' if available else 'no':<4} {about or reason}".rstrip())
+        why = "; ".join(filter(None, (reason, about)))
+        print(f"  {name:<10} {'yes' if available else 'no':<4} {why}".rstrip())
     return 0
 
 
@@ -137,6 +147,21 @@ def _print_check(name, check, dtype, output, gradients, limit):
     numbers = [f"{value:.2f} u" for value in (output, gradients, limit)]
     print(_DOCTOR_ROW.format(name, check, dtype, *numbers, "ok" if passed else "FAIL"))
     return passed
+
+
+def bench(argv) -> int:
+    """The suite is no part of the wheel: its peers, plots and models are nothing that a layer needs."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "benchmarks/command.py").exists():
+        print(
+            "lora-moe bench: the benchmarks are not in the wheel; run it in a checkout of the sources",
+            file=sys.stderr,
+        )
+        return 1
+    sys.path.insert(0, str(checkout))
+    from benchmarks import command
+
+    return command.main(argv)
 
 
 if __name__ == "__main__":

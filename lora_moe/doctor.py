@@ -22,6 +22,7 @@ import torch
 
 from . import Routing, reference
 from . import functional as F
+from .backend import BackendUnavailable
 
 T, D_IN, D_OUT, E, K = 33, 256, 192, 5, 2
 CHECKS = {  # ranks, shared_a, and (gate, renormalize) unless the caller gives the routing
@@ -111,6 +112,8 @@ def formula(check, x, w, a, b, base):
 
 if __name__ == "__main__":
     on_gpu = os.environ.get("LORA_MOE_BACKEND") in ("triton", "cuda")
+    if os.environ.get("LORA_MOE_BACKEND") == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("there is no CUDA device")
     device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
     for result in run(device, list(LIMITS)[1 if on_gpu else 0 :]):  # no fp64 in GPU kernels
         print(json.dumps(result), flush=True)

@@ -256,6 +256,11 @@ _TABLE = {
 }
 
 
+def reference_operator(name):
+    """The operator in plain PyTorch, on any device and for every plan."""
+    return _TABLE[name][0]
+
+
 def _without_autocast(function):
     """Autocast decided x's dtype before the call; inside, it would round the products themselves."""
 

@@ -50,7 +50,7 @@ PARTS = {
 }
 BACKENDS = {
     "triton": PLANS,
-    "cuda": (RANK_DENSE, SEGMENTED),
+    "cuda": PLANS,
     "cpp": (SEGMENTED,),
     "reference": PLANS,
 }
@@ -91,8 +91,7 @@ def candidates(T, D_in, D_out, ranks, top_k, dtype, part, shared_a=False) -> lis
         add(DECODE, 2, outside + size * D_in * rows_a + used_b, router + products)
     add(RANK_DENSE, 2 if R <= 256 else 4, outside + weights + middle, router + products)
 
-    tile = 64 if size == 2 and T > FEW else 16
-    held = experts_in_a_tile(T, E, top_k, tile)
+    held = experts_in_a_tile(T, E, top_k, tile=16)
     columns = held * max(ranks)
     blocks = max(1.0, columns / 128)  # x is read anew for every 128 columns, mostly from cache
     again = size * T * D_in * (1 + 0.25 * (blocks - 1))
@@ -110,7 +109,7 @@ def experts_in_a_tile(T: int, E: int, top_k: int, tile: int) -> float:
     """How many different experts a tile of sorted tokens holds, for a router that spreads them evenly.
 
     Tokens are sorted by the experts of their first two slots: a tile holds few first ones and as many
-    second ones as there are pairs in it.  Further slots come as they are.  (T = 8192, K = 2, tile 64:
+    second ones as there are pairs in it.  Further slots come as they are.  (T = 8192, K = 2, a tile of 64:
     2.0, 2.7, 5.3 and 15 of 8, 16, 32 and 64 experts; counted on random routings 2.2, 3.0, 6.0 and 17.3.)
     """
     rows = max(1, min(tile, T))

@@ -17,23 +17,24 @@ from .cases import BY_NAME, leaves, sample, some_cases
 from .test_functional import BACKEND, PARAMETERS, experts_of, routed
 
 ops = torch.ops.lora_moe
-PLAN = plan.BACKENDS[BACKEND][0]
+PLANS = plan.BACKENDS[BACKEND]
+PLAN = PLANS[0]
 no_double = pytest.mark.skipif(BACKEND == "triton", reason="Triton kernels have no float64")
 
 
-def operator_calls(case, dtype=torch.float32):
+def operator_calls(case, dtype=torch.float32, plan=PLAN):
     """Arguments for every operator, as the autograd.Functions would pass them."""
     v = sample(case, dtype)
     x, w, a, b = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B"))
     router = (case.K, case.gate, case.renormalize, math.inf, 0.0)
     experts = (v["scaling"], case.offsets, case.shared_a)
-    forward = (x, w, a, b, v["base"], v["bias"], *experts, *router, PLAN)
+    forward = (x, w, a, b, v["base"], v["bias"], *experts, *router, plan)
     y, indices, weights, logits, mean_prob, lse, _, s = ops.routed_lora(*forward)
     saved = (x, a, b, s, indices, weights)
     aux = tuple(torch.ones_like(t) for t in (weights, logits, mean_prob, lse))
     dy = torch.ones_like(y)
-    needs = ([0], True, True, True, True, PLAN)
-    partial = ([], True, False, False, True, PLAN)
+    needs = ([0], True, True, True, True, plan)
+    partial = ([], True, False, False, True, plan)
     return {
         "router_topk": [(x, w, v["bias"], *router)],
         "router_topk_backward": [
@@ -46,7 +47,7 @@ def operator_calls(case, dtype=torch.float32):
             (logits, w, logits, w, x, dtype),
         ],
         "gram": [(logits, x)],
-        "grouped_lora": [(x, a, b, v["base"], indices, weights, *experts, PLAN)],
+        "grouped_lora": [(x, a, b, v["base"], indices, weights, *experts, plan)],
         "grouped_lora_backward": [
             (dy, *saved, *experts, *needs),
             (dy, *saved, *experts, *partial),
@@ -60,9 +61,12 @@ def operator_calls(case, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", operator_calls(BY_NAME["odd"]))
+@pytest.mark.parametrize("plan", PLANS)
 @some_cases("odd", "unequal ranks", "shared A", "no rows")
-def test_opcheck(name, case):
-    for args in operator_calls(case)[name]:
+def test_opcheck(name, case, plan):
+    if plan != PLAN and "lora" not in name:
+        pytest.skip("takes no plan")
+    for args in operator_calls(case, plan=plan)[name]:
         torch.library.opcheck(
             getattr(ops, name).default,
             args,

@@ -131,6 +131,13 @@ def test_installed_wheel_works_beside_the_other_triton_kernels(python, site, tmp
     assert str(site / "lora_moe") in python(code, cwd=tmp_path, PYTHONPATH=site).stdout
 
 
+def test_installed_wheel_says_where_the_benchmarks_are(python, site, tmp_path):
+    code = "from lora_moe.cli import main; raise SystemExit(main(['bench']))"
+    done = python(code, cwd=tmp_path, check=False, PYTHONPATH=site)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("run it in a checkout of the sources")
+
+
 def test_checkout_works_without_installing(python, checkout):
     assert str(checkout) in python(FIRST_STEPS, cwd=checkout).stdout
     bare = python("import triton_kernels", cwd=checkout, check=False)

@@ -17,10 +17,14 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from lora_moe import Routing
+from lora_moe import functional as F
+from lora_moe.plan import DECODE, RANK_DENSE, SEGMENTED, override
+
 from .cases import Case, in_double, sample
 from .compare import assert_accurate
 from .interpreter import Sanitizer, interpreting, overflow_checked
-from .through import NAMES, Through, forced, results
+from .through import NAMES, Through, results
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -30,6 +34,7 @@ SOURCES = Path(__file__).parent.parent / "triton_kernels"
 LAYER = Case("several tiles", 70, 4, 2, 16, 72, 80)  # nothing fits a tile
 LONG = Case("several stretches of tokens", 300, 4, 2, 4, 40, 40)
 FEW = Case("D in stretches", 5, 4, 2, 16, 72, 80)
+IDLE = Case("most experts idle", 5, 16, 1, 4, 40, 40, renormalize=False)
 number = itertools.count()
 
 
@@ -40,7 +45,7 @@ class Bug(NamedTuple):
     found: str  # by the message of the check
     call: str = "layer"
     case: Case = LAYER
-    plan: str = "rank_dense"
+    plan: str = RANK_DENSE
 
 
 OUTSIDE = "outside of every argument"
@@ -110,6 +115,33 @@ BUGS = {
     "ranks past the first block forgotten": Bug(
         "expand", "for r0 in range(0, R, BLOCK_R):", "for r0 in range(0, tl.minimum(R, 16), 16):", WRONG,
     ),
+    "segmented: other dropped from a gather": Bug(
+        "segmented_gram", "mask=(i < stop)[:, None] & (d < D)[None, :], other=0.0)",
+        "mask=(i < stop)[:, None] & (d < D)[None, :])", NAN, plan=SEGMENTED,
+    ),
+    "segmented: experts without a token left unwritten": Bug(
+        "segmented_gram", "    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)\n",
+        "    if start == stop:\n        return\n    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)\n",
+        NAN, case=IDLE, plan=SEGMENTED,
+    ),
+    "segmented: ties take the same place": Bug(
+        "sort_tokens", "(i[None, :] < before[:, None])", "(i[None, :] < 0)",
+        f"{OUTSIDE}|{BETWEEN}|{WRONG}", plan=SEGMENTED,
+    ),
+    "segmented: mask dropped from a list": Bug(
+        "list_experts", "e, mask=held > 0)", "e)", f"{OUTSIDE}|{TWO}|{WRONG}", plan=SEGMENTED,
+    ),
+    "segmented: gathered row offset in int32": Bug(
+        "segmented_shrink", "t = tl.load(order_ptr + i, mask=t_ok, other=0).to(tl.int64)",
+        "t = tl.load(order_ptr + i, mask=t_ok, other=0)", INT32, "far_layer", plan=SEGMENTED,
+    ),
+    "decode: every program writes S": Bug(
+        "decode", "s, mask=in_first(inside, part))", "s, mask=inside)", TWO, case=FEW, plan=DECODE,
+    ),
+    "decode: partial sums one short": Bug(
+        "decode", "s = add_parts(s_parts_ptr, PARTS, T", "s = add_parts(s_parts_ptr, PARTS - 1, T",
+        WRONG, case=FEW, plan=DECODE,
+    ),
     "weight of the wrong slot": Bug(
         "gating", "value = tl.load(values_ptr + t * K + j,", "value = tl.load(values_ptr + t * K,", WRONG,
     ),
@@ -157,7 +189,7 @@ def layer(kernels, bug):
     v = sample(bug.case)
     want = results(in_double(v), bug.case, torch.float64)
     v = {k: gapped(t) if k in ("x", "base") else t for k, t in v.items()}
-    with Sanitizer() as sanitizer, Through(kernels), forced(bug.plan):
+    with Sanitizer() as sanitizer, Through(kernels), override(bug.plan):
         got = results(v, bug.case, torch.float32)
     assert sanitizer.launches > 0
     for name, g, w in zip(NAMES, got, want):
@@ -171,15 +203,27 @@ def gapped(t):
     return wide[:, :-5]
 
 
-def far_rows(kernels, bug):
+def far_apart():
     """A few rows so far apart that an offset needs 64 bits; the memory is mapped, not filled."""
     rows, D, stride = 3, 32, 2**30 + 8
     memory = torch.frombuffer(mmap.mmap(-1, 2 * ((rows - 1) * stride + D)), dtype=torch.bfloat16)
-    x = memory.as_strided((rows, D), (stride, 1))
-    h, b = torch.ones(rows, 16), torch.ones(16, D, dtype=torch.bfloat16)
+    return memory.as_strided((rows, D), (stride, 1))
+
+
+def far_rows(kernels, bug):
+    x = far_apart()
+    h, b = torch.ones(len(x), 16), torch.ones(16, x.shape[1], dtype=torch.bfloat16)
     with overflow_checked():
         kernels.gram(h, x)
         kernels.expand(h, b, None, None, x, torch.bfloat16)
 
 
-CALLS = {"layer": layer, "far_rows": far_rows}
+def far_layer(kernels, bug):
+    x = far_apart()
+    a = torch.ones(16, x.shape[1], dtype=torch.bfloat16)
+    routing = Routing.from_ids(torch.tensor([[0, 1], [2, 3], [1, 2]]), num_experts=4)
+    with overflow_checked(), Through(kernels), override(bug.plan):
+        F.grouped_lora(x, a, a, routing, rank_offsets=4)
+
+
+CALLS = {"layer": layer, "far_rows": far_rows, "far_layer": far_layer}

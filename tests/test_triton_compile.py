@@ -12,13 +12,20 @@ from benchmarks import gpu_static
 
 pytest.importorskip("triton")
 
-MATMULS = ("many tokens", "some tokens", "few tokens", "1024 ranks", "unequal ranks", "matmuls")
+MATMULS = (
+    "many tokens", "some tokens", "few tokens", "1024 ranks, dense", "unequal ranks", "matmuls",
+    "segmented", "segmented, unequal ranks", "decode",
+)  # fmt: skip
 WANTED = {
     "bfloat16": (),  # all scenarios
     "float32": MATMULS,
-    "float16": ("many tokens", "few tokens"),  # differs from bf16 in the router's products only
+    "float16": (
+        "many tokens",
+        "few tokens",
+        "segmented",
+    ),  # differs from bf16 in the router's products only
 }
-SMALL = ("many tokens", "few tokens", "1024 ranks")  # for parts with 99 KB of shared memory
+SMALL = ("many tokens", "few tokens", "segmented")  # for parts with 99 KB of shared memory
 
 
 @pytest.mark.parametrize("dtype", WANTED)

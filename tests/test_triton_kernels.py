@@ -24,7 +24,7 @@ from lora_moe.plan import PLANS
 from . import eager
 from .cases import BY_NAME, CASES, Case, in_double, sample
 from .compare import assert_accurate
-from .interpreter import Sanitizer, interpreting
+from .interpreter import Sanitizer, interpreting, overflow_checked
 
 pytest.importorskip("triton")
 INTERPRETED = not torch.cuda.is_available()
@@ -347,35 +347,57 @@ def test_only_what_is_needed(case):
                 torch.testing.assert_close(got[rows], full[rows])
 
 
+@every_plan
 @some("tiles fit", "unequal ranks", "shared A", "wide: 1024 ranks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype):
+def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype, plan):
     """Interpreted, not even on the size class of the batch."""
     case = replace(case, T=70)
     v = on_device(sample(case, dtype))
-    full = routed(kernels, v, case, "rank_dense")
+    full = routed(kernels, v, case, plan)
     for rows in (slice(0, 1), slice(40, 57)) if INTERPRETED else (slice(0, 65),):
         part = {**v, "x": v["x"][rows], "base": v["base"][rows]}
-        got = routed(kernels, part, case, "rank_dense")
+        got = routed(kernels, part, case, plan)
         for i in (0, 1, 2, 3, 5, 7):  # all but the batch's statistics
             assert torch.equal(got[i], full[i][rows])
 
 
-def test_deterministic_in_any_order_of_programs(monkeypatch):
+@every_plan
+def test_deterministic_in_any_order_of_programs(monkeypatch, plan):
     case = BY_NAME["one past a tile"]
     v, dy = on_device(sample(case)), noise(case.T, case.D_out).to(DEVICE)
 
     def everything():
-        out = routed(kernels, v, case, "rank_dense")
+        out = routed(kernels, v, case, plan)
         saved = [out[i] for i in (1, 2, 3, 7)]
         aux = [a.to(DEVICE) for a in cotangents(case)]
-        return *out, *routed_backward(kernels, v, case, dy, aux, saved, *all_needed())
+        return *out, *routed_backward(kernels, v, case, dy, aux, saved, *all_needed(plan=plan))
 
     first = everything()
     if INTERPRETED:
         shuffle_programs(monkeypatch)
     for a, b in zip(first, everything()):
         assert torch.equal(a, b)
+
+
+@some("odd", "one past a tile", "unequal ranks", "shared A", "wide: unequal")
+def test_plans_agree(case):
+    """All outputs and gradients in fp32, to 4 u; what the router decides exactly."""
+    v, dy = on_device(sample(case)), noise(case.T, case.D_out).to(DEVICE)
+
+    def everything(plan):
+        *out, s = routed(kernels, v, case, plan)
+        aux = [a.to(DEVICE) for a in cotangents(case)]
+        saved = *out[1:4], s
+        return *out, *routed_backward(kernels, v, case, dy, aux, saved, *all_needed(plan=plan))
+
+    first, *others = [host(everything(plan)) for plan in PLANS]
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            if a.is_floating_point():
+                assert_accurate("plans", b, a, dtype=torch.float32, units=4)
+            else:
+                assert torch.equal(a, b)
 
 
 def shuffle_programs(monkeypatch):
@@ -485,16 +507,6 @@ def test_offsets_beyond_int32():
     assert torch.equal(y, want)
 
 
-@contextlib.contextmanager
-def overflow_checked():
-    from triton.runtime.interpreter import interpreter_builder
-
-    before = interpreter_builder.options.debug
-    object.__setattr__(interpreter_builder.options, "debug", True)
-    yield
-    object.__setattr__(interpreter_builder.options, "debug", before)
-
-
 def test_fp64_is_refused():
     case = BY_NAME["odd"]
     v = on_device(sample(case, torch.float64))
@@ -522,3 +534,63 @@ def test_ranks_from_1_to_1024():
             got = routed(kernels, on_device(inputs), case, "rank_dense")
         want = routed(reference, in_double(inputs), case)
         compare(["y", *ROUTING, "S"], got, want, torch.float32)
+
+
+# --- launching ----------------------------------------------------------------------------------
+
+
+def test_a_tile_that_does_not_fit_is_tried_without_a_pipeline():
+    from triton.runtime.errors import OutOfResources
+
+    launching = importlib.import_module("lora_moe.triton_kernels.launching")
+    tried = []
+
+    class Kernel:
+        def __init__(self, fits):
+            self.fits = fits
+
+        def __getitem__(self, grid):
+            def run(*args, **options):
+                tried.append(options["num_stages"])
+                if options["num_stages"] > self.fits:
+                    raise OutOfResources(200, 100, "shared memory")
+
+            return run
+
+    x = torch.zeros(1, device=DEVICE)
+    launching.launch(x, Kernel(1), (1,), x, num_stages=3)
+    assert tried == [3, 1]
+    with pytest.raises(OutOfResources):
+        launching.launch(x, Kernel(0), (1,), x, num_stages=3)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_does_not_fit_at_all_is_served_by_the_reference(plan):
+    """Once with the S of every plan, and with one warning that names the operator."""
+    from triton.runtime.errors import OutOfResources
+
+    from lora_moe import backend
+
+    def too_large(*args):
+        raise OutOfResources(200, 100, "shared memory")
+
+    case = BY_NAME["unequal ranks"]
+    v = sample(case)
+    run = backend._or_reference("routed_lora", too_large, OutOfResources)
+    args = [v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base", "bias", "scaling")]
+    with pytest.warns(RuntimeWarning, match="routed_lora does not fit this GPU"):
+        got = run(*args, *experts(case), *router(case), plan)
+    want = list(routed(reference, v, case))
+    want[7] = saved_as(plan, want[7], want[1], case)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autotuning_times_other_layers_anew_but_no_other_t():
+    launching = importlib.import_module("lora_moe.triton_kernels.launching")
+    kernel = importlib.import_module("lora_moe.triton_kernels.expand")._expand_kernel
+    tuned = launching.tuned(kernel)
+    assert {"D", "R", "BLOCK_T", "BLOCK_D"} <= set(tuned.keys)
+    assert "T" not in tuned.keys
+    assert len(tuned.configs) > 1
+    assert all(not config.kwargs for config in tuned.configs), "tiles decide bits"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_moe import functional as F
-from lora_moe import plan as plans
 
 NAMES = ("y", "dx", "dw", "da", "db")
 
@@ -25,17 +22,6 @@ class Through(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         with self:
             return getattr(self.kernels, func._opname)(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def forced(plan):
-    """`plan` whatever the cost model says."""
-    choose = plans.choose
-    plans.choose = lambda *shapes, **more: plan
-    try:
-        yield
-    finally:
-        plans.choose = choose
 
 
 def results(v, case, dtype):

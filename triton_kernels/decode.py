@@ -66,11 +66,11 @@ def _decode_kernel(
 
     gates = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if logits_parts_ptr is not None:
-        e = tl.arange(0, BLOCK_E)
-        inside = t_ok[:, None] & (e < E)[None, :]
-        logits = add_parts(logits_parts_ptr, PARTS, T, t0, E, e, inside, BLOCK_T)
+        every = tl.arange(0, BLOCK_E)
+        in_logits = t_ok[:, None] & (every < E)[None, :]
+        logits = add_parts(logits_parts_ptr, PARTS, T, t0, E, every, in_logits, BLOCK_T)
         gates = route(
-            logits, bias_ptr, top_p, threshold, routing, part, t0, t, t_ok, e, e < E, T, E,
+            logits, bias_ptr, top_p, threshold, routing, part, t0, t, t_ok, every, every < E, T, E,
             K, GATE, RENORMALIZE,
         )  # fmt: skip
 
@@ -94,22 +94,22 @@ def _decode_kernel(
             s_row = row
             if SHARED:
                 s_row = column % RP
-            inside = t_ok[:, None] & row_ok[None, :]
-            s = add_parts(s_parts_ptr, PARTS, T, t0, width, s_row, inside, BLOCK_T)
+            in_s = t_ok[:, None] & row_ok[None, :]
+            s = add_parts(s_parts_ptr, PARTS, T, t0, width, s_row, in_s, BLOCK_T)
             if SHARED:  # S is that of the first expert
-                inside &= (e == 0)[None, :]
-            tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(inside, part))
+                in_s &= (e == 0)[None, :]
+            tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(in_s, part))
             h = round_to(tl.where(gate != 0, s * gate, 0.0), y_ptr.dtype.element_ty)
             b = b_ptr + row[:, None].to(tl.int64) * stride_br + n
             b = tl.load(b, mask=row_ok[:, None] & (n < D_out), other=0.0)
             y = dot(h, convert(b, h.dtype), y, PRECISION)
 
-    inside = t_ok[:, None] & (n < D_out)
+    in_y = t_ok[:, None] & (n < D_out)
     if base_ptr is not None:
-        base = tl.load(base_ptr + t[:, None] * stride_baset + n, mask=inside, other=0.0)
+        base = tl.load(base_ptr + t[:, None] * stride_baset + n, mask=in_y, other=0.0)
         y += widen(base)
     y = round_to(y, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + t[:, None] * D_out + n, y, mask=inside)
+    tl.store(y_ptr + t[:, None] * D_out + n, y, mask=in_y)
 
 
 def decode(x, w, bias, base, experts, routing, gate):

@@ -1,7 +1,7 @@
 """Expand:  y = base + H @ B (+ H2 @ B2).
 
 Skinny the other way: y is the only large operand besides base, and each is touched once.  H and B meet
-in the narrower dtype, each rounded once; a pair in fp32 keeps fp32 products.  The second pair makes the
+in the narrower dtype, each rounded once; a pair in fp32 keeps what y can hold.  The second pair makes the
 gradient of x in one pass: dx = dS A + dlogits W.  A loop over ranks serves any R without a spill.
 Reads T*D (base) + (R+R2)*D, writes T*D.
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .launching import column_rows, launch, padded, precision, require_supported
-from .numerics import INTERPRETED, dot, matched, round_to, widen
+from .numerics import INTERPRETED, dot, dot_for_16_bits, matched, round_to, widen
 from .tiles import choose
 
 
@@ -84,7 +84,10 @@ def add_product(
         b = b_ptr + row[:, None].to(tl.int64) * stride_br + d[None, :]
         b = tl.load(b, mask=(row < R)[:, None] & d_ok[None, :], other=0.0)
         h, b = matched(h, b, out_dtype)
-        y = dot(h, b, y, PRECISION)
+        if h.dtype == tl.float32 and out_dtype != tl.float32:
+            y = dot_for_16_bits(h, b, y)
+        else:
+            y = dot(h, b, y, PRECISION)
     return y
 
 

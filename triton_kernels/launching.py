@@ -4,15 +4,18 @@ Letters: E experts, R rank rows of all experts, r one expert's rank.
 """
 
 import functools
+import os
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from .numerics import INTERPRETED
 from .tiles import family
 
+AUTOTUNE = os.environ.get("LORA_MOE_AUTOTUNE") == "1"
 SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -33,9 +36,33 @@ def padded(n, most):
 
 
 def launch(x, kernel, grid, *args, **options):
-    """Launch on x's own device, which need not be the current one."""
+    """Launch on x's own device, which need not be the current one.
+
+    A tile that the part has no room for is tried once more without the pipeline's buffers.
+    """
+    options["enable_fp_fusion"] = True  # a default that is changing
     with torch.cuda.device_of(x):
-        kernel[grid](*args, enable_fp_fusion=True, **options)  # a default that is changing
+        if AUTOTUNE and not INTERPRETED:
+            tile = {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
+            tuned(kernel)[grid](*args, **tile)
+            return
+        try:
+            kernel[grid](*args, **options)
+        except OutOfResources:
+            kernel[grid](*args, **options | {"num_stages": 1})
+
+
+@functools.cache
+def tuned(kernel):
+    """The kernel with the number of warps and stages that its first call finds fastest.
+
+    Timed anew for other sizes of the layer, dtypes and tiles, never for another T.  The tiles themselves
+    stay, as buffers and the order of sums hang on them: tuning changes no bit of a result.
+    """
+    sizes = [name for name in ("D", "D_in", "D_out", "R", "E") if name in kernel.arg_names]
+    tiles = [name for name in kernel.arg_names if name.startswith("BLOCK") or name in ("EP", "RP")]
+    configs = [triton.Config({}, num_warps=w, num_stages=s) for w in (2, 4, 8) for s in (1, 2, 3)]
+    return triton.autotune(configs, key=sizes + tiles)(kernel)
 
 
 def precision(x):

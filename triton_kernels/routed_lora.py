@@ -105,25 +105,22 @@ def _routed_lora_kernel(
     h = apply_gate(tl.where(s_ok[None, :], s, 0.0), narrow(gate, EP), EP, RP)
     if h_ptr is not None:
         h = round_to(h, h_ptr.dtype.element_ty)
-    else:
-        h = round_to(h, y_ptr.dtype.element_ty)
-
-    if h_ptr is not None:
         inside = t_ok[:, None] & row_ok[None, :]
         tl.store(rows_of(h_ptr, t0, R, row, BLOCK_T), h, mask=inside)
     else:
+        h = round_to(h, y_ptr.dtype.element_ty)
         first = part * STRETCH
         for n0 in range(first, tl.minimum(first + STRETCH, D_out), BLOCK_N):
             n = (n0 + tl.arange(0, BLOCK_N))[None, :]
             b = b_ptr + row[:, None].to(tl.int64) * stride_br + n
             b = convert(tl.load(b, mask=row_ok[:, None] & (n < D_out), other=0.0), h.dtype)
             y = dot(h, b, tl.zeros((BLOCK_T, BLOCK_N), tl.float32), PRECISION)
-            inside = t_ok[:, None] & (n < D_out)
+            in_y = t_ok[:, None] & (n < D_out)
             if base_ptr is not None:
-                base = tl.load(base_ptr + t[:, None] * stride_baset + n, mask=inside, other=0.0)
+                base = tl.load(base_ptr + t[:, None] * stride_baset + n, mask=in_y, other=0.0)
                 y += widen(base)
             y = round_to(y, y_ptr.dtype.element_ty)
-            tl.store(y_ptr + t[:, None] * D_out + n, y, mask=inside)
+            tl.store(y_ptr + t[:, None] * D_out + n, y, mask=in_y)
 
 
 def routed_lora(
@@ -158,7 +155,7 @@ def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, pl
     if len(x) == 0 or not experts.fit_registers:
         s, _ = shrink(x, a, None)
         return _expand_gated(s, routing, experts, base, x.dtype), s
-    tile = choose("routed_lora", x, experts.EP * experts.RP)
+    tile = _tile(x, experts)
     return _launch(x, None, None, experts, base, routing, gate_options(indices.shape[1]), tile)
 
 
@@ -167,7 +164,7 @@ def _rank_dense(x, w, bias, base, experts, gate):
         s, logits = shrink(x, experts.a, w)
         routing = route_logits(logits, bias, gate)
         return _expand_gated(s, Routing(*routing[:2]), experts, base, x.dtype), *routing, s
-    tile = choose("routed_lora", x, experts.EP * experts.RP)
+    tile = _tile(x, experts)
     routing = new_routing(x, len(w), gate["K"], tile["BLOCK_T"])
     bias = None if bias is None else bias.float()
     y, s = _launch(x, column_rows(w), bias, experts, base, routing, gate, tile)
@@ -183,6 +180,11 @@ def _segmented(x, base, routing, experts):
     s, h = segmented_shrink(x, experts.a, s, routing, experts, segments)
     y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
     return y, s.view(len(x), -1)
+
+
+def _tile(x, experts):
+    kernel = "routed_lora_shared" if experts.shared_a else "routed_lora"
+    return choose(kernel, x, experts.EP * experts.RP)
 
 
 def _expand_gated(s, routing, experts, base, dtype):

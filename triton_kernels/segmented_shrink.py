@@ -107,8 +107,9 @@ def _segmented_shrink_kernel(
     gate *= tl.load(scaling_ptr + e, mask=e_ok, other=0.0)[None, :]
     gated = round_to(apply_gate(s, gate, EP, RP), tile_ptr.dtype.element_ty)
     column = block * EP * RP + tl.arange(0, EP * RP)
-    at = tile * BLOCK_T * (L * RP) + tl.arange(0, BLOCK_T)[:, None] * (L * RP) + column[None, :]
-    tl.store(tile_ptr + at, gated, mask=t_ok[:, None] & (column < number * RP)[None, :])
+    tile_ptr += tile * BLOCK_T * (L * RP)
+    in_tile = tl.arange(0, BLOCK_T)[:, None] * (L * RP) + column[None, :]
+    tl.store(tile_ptr + in_tile, gated, mask=t_ok[:, None] & (column < number * RP)[None, :])
 
     c = tl.arange(0, RP)[None, :]
     for j in range(K):

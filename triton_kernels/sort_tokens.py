@@ -2,7 +2,7 @@
 
     rank of an item = number of items in its window with a smaller key, or the same key and before it
 
-Counting is quadratic in the window, and still nothing beside the products that follow; in return the sort
+Counting is quadratic in the window, and still little beside the products that follow; in return the sort
 is stable, deterministic for any number of experts, and needs neither atomics nor a scan over programs.
 Sorted are either tokens, by the two experts of their first two slots, so that a tile of neighbours holds few
 different experts, or slots, by expert, which also yields where each expert's slots start.
@@ -15,20 +15,23 @@ import triton
 import triton.language as tl
 
 from .launching import launch
+from .numerics import INTERPRETED
 from .tiles import sort_window
 
 
 @triton.jit
-def _keys(indices_ptr, i, i_ok, E, K: tl.constexpr, SLOTS: tl.constexpr):
+def _keys(indices_ptr, i, i_ok, E, K: tl.constexpr, BY: tl.constexpr):
     """What item i sorts by; one without experts comes last.
 
     Which of a token's two experts comes first makes no difference; ids that are none count as E.
     """
-    if SLOTS or K == 1:
+    if BY == "slot":
         key = _expert(indices_ptr + i, i_ok, E)
+    elif BY == "expert":
+        key = _expert(indices_ptr + i * K, i_ok, E)
     else:
-        one = _expert(indices_ptr + i * K, i_ok, E).to(tl.int64)
-        two = _expert(indices_ptr + i * K + 1, i_ok, E).to(tl.int64)
+        one = _expert(indices_ptr + i * K, i_ok, E)
+        two = _expert(indices_ptr + i * K + 1, i_ok, E)
         key = tl.minimum(one, two) * (E + 1) + tl.maximum(one, two)
     return key
 
@@ -47,48 +50,51 @@ def _sort_tokens_kernel(
     N,
     E,
     K: tl.constexpr,
-    SLOTS: tl.constexpr,
+    BY: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     window = tl.program_id(1).to(tl.int64)
     first = window * WINDOW
     last = tl.minimum(first + WINDOW, N)
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_item = (mine < WINDOW) & (first + mine < last)
-    key = _keys(indices_ptr, first + mine, is_item, E, K, SLOTS)
+    key = _keys(indices_ptr, first + mine, is_item, E, K, BY)
     before = first + mine
     e = mine - WINDOW
-    if SLOTS:  # past the window's items come the experts, whose rank is where they start
+    if BY == "slot":  # past the window's items come the experts, whose rank is where they start
         key = tl.where(e < 0, key, e)
         before = tl.where(e < 0, before, first)
 
     rank = tl.zeros((BLOCK,), tl.int32)
-    for i0 in range(first, last, BLOCK):
-        i = i0 + tl.arange(0, BLOCK)
-        other = _keys(indices_ptr, i, i < last, E, K, SLOTS)[None, :]
+    for i0 in range(first, last, STEP):
+        i = i0 + tl.arange(0, STEP)
+        other = _keys(indices_ptr, i, i < last, E, K, BY)[None, :]
         smaller = (other < key[:, None]) | (
             (other == key[:, None]) & (i[None, :] < before[:, None])
         )
         rank += tl.sum((smaller & (i < last)[None, :]).to(tl.int32), 1)
 
     tl.store(order_ptr + first + rank, (first + mine).to(tl.int32), mask=is_item)
-    if SLOTS:
+    if BY == "slot":
         tl.store(starts_ptr + window * (E + 1) + e, rank, mask=(e >= 0) & (e <= E))
 
 
 def sort_tokens(indices, E):
     """order (T,) int32: tokens with the same experts side by side."""
-    return _launch(indices, len(indices), E, False)[0]
+    pairs = indices.shape[1] > 1 and (E + 1) ** 2 < 2**31
+    return _launch(indices, len(indices), E, "pair" if pairs else "expert")[0]
 
 
 def sort_slots(indices, E):
     """order (T*K,) int32 of slots t*K + j, and where each expert's start in a window, (windows, E+1)."""
-    return _launch(indices, indices.numel(), E, True)
+    return _launch(indices, indices.numel(), E, "slot")
 
 
-def _launch(indices, N, E, slots):
-    window, block = sort_window(N), 128
+def _launch(indices, N, E, by):
+    window, slots = sort_window(N, by), by == "slot"
+    block, step = (128, 128) if INTERPRETED else (32, 256)
     windows = triton.cdiv(N, window)
     order = indices.new_empty(N)
     starts = indices.new_empty(windows, E + 1) if slots else None
@@ -98,8 +104,9 @@ def _launch(indices, N, E, slots):
         (window // block + (triton.cdiv(E + 1, block) if slots else 0), windows),
         *(indices, order, starts, N, E),
         K=indices.shape[1],
-        SLOTS=slots,
+        BY=by,
         WINDOW=window,
         BLOCK=block,
+        STEP=step,
     )
     return order, starts

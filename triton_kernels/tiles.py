@@ -30,9 +30,9 @@ def family(device):
 
 def shrink(part, T, half, width):
     stretch = {"STRETCH": 512} if T <= FEW else {"STRETCH": 1024} if T <= SOME else {}
-    if T <= FEW and part == "cdna" and half:
+    if T <= FEW and half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, **stretch}
-    if T <= FEW or not half:
+    if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 8, **stretch}
     rows, columns = (32, 32) if part == "ampere" else (64, 64)
     return {"BLOCK_T": rows, "BLOCK_D": columns, **stretch}
@@ -45,13 +45,19 @@ def routed_lora(part, T, half, width):
         return {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "STRETCH": stretch}
     tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
     if half:
-        stretch = ALL if width <= 128 else None
-        return tile | {"BLOCK_T": 64, "BLOCK_D": 64, "STRETCH": stretch}
+        rows, stretch = (64, ALL) if width <= 128 else (32, None)
+        return tile | {"BLOCK_T": rows, "BLOCK_D": 64, "STRETCH": stretch}
     return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "STRETCH": None}
 
 
+def routed_lora_shared(part, T, half, width):
+    """So few rows of A that a longer step is needed to load them whole."""
+    tile = routed_lora(part, T, half, width)
+    return tile | {"BLOCK_D": 2 * tile["BLOCK_D"] if half else tile["BLOCK_D"]}
+
+
 def decode(part, T, half, width):
-    return {"BLOCK_T": 16, "BLOCK_N": 32, "BLOCK_R": max(16, min(width, 64) if half else 16)}
+    return {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": max(16, min(width, 64) if half else 16)}
 
 
 def rank_gradient(part, T, half, width):
@@ -72,16 +78,17 @@ def expand(part, T, half, width):
 
 
 def gram(part, T, half, width):
-    warps = 4 if part == "cdna" else 8  # of 64 threads there
+    warps = 4 if width <= 16 else 8
     return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": warps}
 
 
 def segmented(part, T, half, width):
-    """A tile of tokens and the rank columns of its experts that a program of `segmented_shrink` takes."""
-    if width > 128:  # one expert's columns alone
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 64, "COLUMNS": width, "num_warps": 8}
-    rows = 64 if half and T > FEW else 16
-    return {"BLOCK_T": rows, "BLOCK_D": 64 if half else 32, "BLOCK_N": 64, "COLUMNS": 128}
+    """A tile of tokens and the rank columns of its experts that a program of `segmented_shrink` takes.
+
+    Few tokens hold few experts, so that little is multiplied by zero; and one size fits every T.
+    """
+    tile = {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32, "BLOCK_N": 64, "COLUMNS": max(128, width)}
+    return tile | {"num_warps": 4 if width <= 128 else 8}
 
 
 def segmented_gram(part, T, half, width):
@@ -89,12 +96,14 @@ def segmented_gram(part, T, half, width):
 
 
 def router_topk(part, T, half, width):
-    return {"BLOCK_T": 16, "BLOCK_D": 32, "num_warps": 4 if width <= 64 else 8}
+    if half and width > 32:
+        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8}
+    return {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32, "num_warps": 4 if width <= 32 else 8}
 
 
 def route_logits(part, T, half, width):
     return {
-        "BLOCK_T": max(1, min(16, 8192 // width)),
+        "BLOCK_T": max(1, min(16, 4096 // width)),
         "BLOCK_D": 16,
         "num_warps": 4 if width <= 256 else 8,
     }
@@ -113,6 +122,7 @@ TILES = {
     for tile in (
         shrink,
         routed_lora,
+        routed_lora_shared,
         decode,
         rank_gradient,
         rank_gradient_unequal,
@@ -142,7 +152,7 @@ def interpreted(kernel, T, half):
         tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
     elif kernel.startswith("rank_gradient"):
         tile["IN_PARTS"] = few
-    elif kernel == "routed_lora":
+    elif kernel.startswith("routed_lora"):
         tile |= {"BLOCK_N": 64, "IN_PARTS": few, "STRETCH": None}
         if half and some:  # as on a GPU; fp32 sums in `expand` take another order
             tile["STRETCH"] = 64 if few else ALL
@@ -151,10 +161,13 @@ def interpreted(kernel, T, half):
     return tile
 
 
-def sort_window(N):
-    """Items that are sorted against each other: at most eight windows up to 131,072 of them."""
-    least, most = (128, 256) if INTERPRETED else (1024, 16384)
-    return min(most, max(least, triton.next_power_of_2(triton.cdiv(N, 8))))
+def sort_window(N, by):
+    """Items that are sorted against each other; of slots fewer, as an expert's are one program's work."""
+    if INTERPRETED:
+        least, most = 128, 256
+    else:
+        least, most = 1024, 8192 if by == "slot" else 16384
+    return min(most, max(least, triton.next_power_of_2(N)))
 
 
 def choose(kernel, x, width):
@@ -162,5 +175,7 @@ def choose(kernel, x, width):
     part, T, half = family(x.device), len(x), x.itemsize == 2
     if part == "interpreter":
         return interpreted(kernel, T, half)
-    tile = {"num_warps": 4, "num_stages": 2 if part == "cdna" else 3}
-    return tile | TILES[kernel](part, T, half, width)
+    tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
+    if part == "cdna":  # its warps have 64 threads
+        tile |= {"num_warps": tile["num_warps"] // 2, "num_stages": 2}
+    return tile

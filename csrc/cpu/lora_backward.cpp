@@ -185,15 +185,14 @@ struct ParameterGradient {
     tensor = wide ? empty<acc_t<T>>(shape) : empty<T>(shape);
     if (needed) rows = {tensor.mutable_data_ptr(), wide, parameter.size(1)};
   }
-  Tensor done() const { return as_dtype("gradient", tensor, dtype); }
+  Tensor done() const { return as_dtype(tensor, dtype); }
 };
 
 Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor indices,
                             Tensor weights, Tensor scaling, Ints offsets, bool shared_a,
                             Ints frozen, bool need_x, bool need_w, bool need_a, bool need_b,
                             std::string plan) {
-  const Tensor a_rounded = as_dtype("lora_A", a, x.scalar_type()),
-               b_rounded = as_dtype("lora_B", b, x.scalar_type());
+  const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
   return dispatch(x, [&]<class T>() -> Grads {
     using C = acc_t<T>;
     Backward<T, T> backward(dy, x, a_rounded, b_rounded, s, indices, weights, scaling,
@@ -217,8 +216,7 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
                            Tensor scaling, Ints offsets, bool shared_a, std::string gate_name,
                            bool renormalize, Ints frozen, bool need_x, bool need_w, bool need_a,
                            bool need_b, std::string plan) {
-  const Tensor a_rounded = as_dtype("lora_A", a, x.scalar_type()),
-               b_rounded = as_dtype("lora_B", b, x.scalar_type());
+  const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
   return dispatch(x, w, [&]<class T, class W>() -> Grads {
     using C = acc_t<T>;
     const Gate gate(gate_name, renormalize);

@@ -25,8 +25,8 @@ struct Forward {
           const Tensor& scaling_, Ints offsets, bool shared_a, int64_t top_k)
       : experts(std::move(offsets), shared_a, scaling_.size(0)),
         K(top_k),
-        a_rounded(as_dtype("lora_A", a_, x_.scalar_type())),
-        b_rounded(as_dtype("lora_B", b_, x_.scalar_type())) {
+        a_rounded(as_dtype(a_, x_.scalar_type())),
+        b_rounded(as_dtype(b_, x_.scalar_type())) {
     tokens = x_.size(0);
     D_in = x_.size(1);
     D_out = b_.size(1);

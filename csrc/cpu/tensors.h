@@ -1,19 +1,11 @@
 // From stable-ABI tensors to typed rows and back: views, allocation, checks, dispatch on dtype.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
-#include <vector>
 
+#include "../tensors.h"
 #include "simd.h"
 
 #if defined(__linux__)
@@ -21,26 +13,6 @@
 #endif
 
 namespace lora_moe {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
-// Why not TORCH_CHECK: the stable ABI's own macro buries the message under file and function names.
-template <class... Parts>
-inline void check(bool ok, const Parts&... parts) {
-  if (__builtin_expect(ok, 1)) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-inline std::string text(const Ints& sizes) {
-  std::string out = "(";
-  for (int64_t n : sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(n);
-  return out + ")";
-}
 
 template <class T>
 constexpr ScalarType scalar_type_of() {
@@ -126,18 +98,6 @@ inline Tensor empty(Ints shape) {
   Tensor out(handle);
   const int64_t bytes = numel * int64_t(sizeof(T));
   if (bytes >= 1 << 22) prefer_huge_pages(out.mutable_data_ptr(), bytes);
-  return out;
-}
-
-// t, or a copy of it in another dtype, rounded to nearest.
-inline Tensor as_dtype(const char* name, const Tensor& t, ScalarType dtype) {
-  const ScalarType own = t.scalar_type();
-  if (own == dtype) return t;
-  check(own == ScalarType::Float || own == ScalarType::BFloat16 || own == ScalarType::Half ||
-            own == ScalarType::Double,
-        name, ": expected a floating dtype, got code ", int(own));
-  Tensor out = torch::stable::new_empty(t, t.sizes(), dtype);
-  torch::stable::copy_(out, t);
   return out;
 }
 

@@ -1,0 +1,220 @@
+"""What nvcc makes of the kernels of csrc/cuda, for GPUs that need not be there.
+
+    python -m benchmarks.cuda_static [--targets sm_80,sm_90] [--json FILE] [--markdown FILE]
+
+Each file is compiled for each target and the machine code is read: registers, spills, shared memory and
+occupancy of every kernel; tensor-core instructions, fp32 FMAs and the widest global load in the loops
+that multiply.  The keys of a row are those of the Triton table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import triton
+
+SOURCES = Path(__file__).parents[1] / "csrc/cuda"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
+# warps and blocks an SM, KB of shared memory an SM and a block
+SM = {
+    "sm_75": (32, 16, 64, 64),
+    "sm_80": (64, 32, 164, 163),
+    "sm_90": (64, 32, 228, 227),
+    "sm_100": (64, 32, 228, 227),
+    "sm_120": (48, 24, 100, 99),
+}
+WARPS = 8  # of every kernel's blocks
+DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}
+PRODUCTS = ("shrink_kernel", "expand_kernel", "gram_kernel")
+MATMULS = (*PRODUCTS, *(f"segmented_{name}" for name in PRODUCTS))
+TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTCHMMA")
+FP32_FMA = re.compile(r"FFMA")
+FLOAT_ATOMIC = re.compile(r"(?:RED|ATOM|ATOMG|ATOMS)\.\S*\.(?:F16|F32|F64|BF16)")
+
+
+def rows(targets=TARGETS, jobs=2) -> list[dict]:
+    """One a kernel and target; stubs that sm_75 holds for bf16 are left out."""
+    work = itertools.product(sorted(SOURCES.glob("*.cu")), targets)
+    with ThreadPoolExecutor(jobs) as pool:
+        return [row for found in pool.map(lambda w: list(rows_of(*w)), work) for row in found]
+
+
+def rows_of(source, target):
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernels.cubin")
+        output = run("nvcc", "-std=c++20", "-O3", f"-arch={target}", "-cubin", "-o", cubin, source)
+        if output:
+            raise RuntimeError(f"{source.name}, {target}: nvcc warns\n{output}")
+        usage = run(TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
+        code = run(TOOLS / "nvdisasm", "-c", cubin)
+    resources = dict(re.findall(r"Function (\S+):\s+(.*)", usage))
+    for function, text in functions(code):
+        name, dtype, config = describe(function)
+        if name in MATMULS and dtype == "bfloat16" and target == "sm_75":
+            continue
+        yield {
+            "kernel": name,
+            "config": config,
+            "dtype": dtype,
+            "target": target,
+            **occupancy(target, resources[function]),
+            **instructions(text),
+        }
+
+
+def run(*command) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}: {done.stderr}")
+    return done.stdout + (done.stderr if command[0] == "nvcc" else "")
+
+
+def functions(code):
+    """Every kernel's name and lines of machine code."""
+    parts = re.split(r"^\.text\.(\S+):$", code, flags=re.M)
+    return zip(parts[1::2], (part.splitlines() for part in parts[2::2]))
+
+
+def describe(function):
+    """shrink_kernel<__half, 64, 128, Middle<__half>> -> shrink_kernel, float16, 64 x 128 Middle"""
+    readable = run("c++filt", function)
+    name = re.search(r"(\w+_kernel)\b", readable).group(1)
+    arguments = re.search(rf"{name}<(.*)>\(", readable)
+    arguments = arguments.group(1) if arguments else ""
+    dtypes = [DTYPES[d] for d in re.findall(r"__nv_bfloat16|__half|float", arguments)]
+    tile = " x ".join(re.findall(r"\b\d+\b", arguments))
+    middle = re.search(r"Middle\w*", arguments)
+    mixed = "fp32 H" if name == "gram_kernel" and dtypes[0] != dtypes[1] else ""
+    config = " ".join(filter(None, (tile, middle and middle.group(0), mixed)))
+    return name, dtypes[-1] if dtypes else "float32", config
+
+
+def occupancy(target, usage):
+    registers, stack, shared = (
+        int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "SHARED")
+    )
+    warps, blocks, sm_kb, block_kb = SM[target]
+    # registers go to a warp in units of 256, to its quarter of the SM; a block reserves 1 KB from sm_80 on
+    a_warp = -(-registers * 32 // 256) * 256
+    most = {
+        "registers": 4 * (16384 // a_warp) // WARPS,
+        "shared memory": sm_kb * 1024 // (shared + (0 if target == "sm_75" else 1024) or 1),
+        "warps": warps // WARPS,
+        "blocks": blocks,
+    }
+    limiter = min(most, key=most.get)
+    return {
+        "registers": registers,
+        "stack_bytes": stack,
+        "shared_bytes": shared,
+        "shared_limit": min(block_kb, 99) * 1024,
+        "occupancy": round(most[limiter] * WARPS / warps, 3),
+        "limiter": limiter,
+    }
+
+
+def instructions(lines):
+    code = [re.sub(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?", "", line) for line in lines]
+    hot = [loop for loop in loops(code) if count(TENSOR_CORE, loop) or count(FP32_FMA, loop) >= 32]
+    in_loops = list(itertools.chain(*hot))
+    loads = (re.search(r"^LDG\S*\.(32|64|128)\b", line) for line in in_loops)
+    widths = [int(load.group(1)) for load in loads if load]
+    return {
+        "spills": count(re.compile(r"STL|LDL"), code),
+        "tensor_core_ops": count(TENSOR_CORE, in_loops),
+        "tensor_core_loops": sum(count(TENSOR_CORE, loop) > 0 for loop in hot),
+        "fp32_fmas": count(FP32_FMA, in_loops),
+        "float_atomics": count(FLOAT_ATOMIC, code),
+        "load_bits": max(widths, default=0),
+    }
+
+
+def loops(code):
+    """Instructions of every loop, from a label to the branch back, without those of loops inside it."""
+    labels = {m.group(1): n for n, line in enumerate(code) if (m := re.match(r"(\.L\S+):", line))}
+    branches = (
+        (labels.get(m.group(1), n), n)
+        for n, line in enumerate(code)
+        if (m := re.search(r"BRA.*`\((\.L\S+)\)", line))
+    )
+    spans = {(first, last) for first, last in branches if first < last}
+    for first, last in spans:
+        inside = (range(*o) for o in spans if first <= o[0] and o[1] <= last and o != (first, last))
+        yield [code[n] for n in sorted(set(range(first, last)).difference(*inside))]
+
+
+def count(pattern, code):
+    return sum(bool(pattern.match(line)) for line in code)
+
+
+def violations(row):
+    """What the project promises of every kernel, and this one breaks."""
+    if row["spills"]:
+        yield f"{row['spills']} spills"
+    if row["shared_bytes"] > row["shared_limit"]:
+        yield f"{row['shared_bytes']} bytes of shared memory"
+    if row["float_atomics"]:
+        yield "float atomics"
+    if row["kernel"] in MATMULS and row["load_bits"] < 128:
+        yield f"loads of {row['load_bits']} bits"
+    halves = row["dtype"] != "float32" and row["config"] != "fp32 H"
+    if row["kernel"] in MATMULS and halves and not row["tensor_core_ops"]:
+        yield "no tensor cores"
+
+
+COLUMNS = {
+    "kernel": "kernel", "config": "tile", "dtype": "dtype", "target": "target", "registers": "registers",
+    "spills": "spills", "shared_bytes": "shared B", "occupancy": "occupancy", "limiter": "limited by",
+    "tensor_core_ops": "tensor-core ops", "fp32_fmas": "FMAs", "load_bits": "load bits",
+}  # fmt: skip
+
+
+def markdown(found) -> str:
+    lines = [
+        COLUMNS.values(),
+        ["---"] * len(COLUMNS),
+        *([r[key] for key in COLUMNS] for r in found),
+    ]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+    if shutil.which("nvcc") is None:
+        parser.exit(2, "cuda_static: nvcc is not in PATH\n")
+    found = rows(args.targets.split(","))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(markdown(found))
+    if not (args.json or args.markdown):
+        print(markdown(found))
+    broken = [
+        f"{r['kernel']} {r['config']} {r['dtype']} {r['target']}: {why}"
+        for r in found
+        for why in violations(r)
+    ]
+    print(
+        *broken
+        or [f"{len(found)} kernels: no spills, no float atomics, 128-bit loads, tensor cores"],
+        sep="\n",
+    )
+    raise SystemExit(bool(broken))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""SmolLM2-135M with experts on all its linears: a training step, a generated token, memory.
+
+    lora-moe bench end-to-end [--repeats 7] [--json FILE] [--markdown FILE]
+
+E=8, r=8, k=2 in ours, in a loop over experts and as dense stacked products, from the same weights; PEFT's
+plain LoRA of as many active parameters (r=16); the model without an adapter.  A step is forward, backward
+and AdamW on 480 tokens; without an adapter it is forward and backward down to the embeddings.  Peak memory
+is each contender's in a process of its own.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, timing
+from benchmarks.report import duration
+from examples import measure, peers, smollm2, training
+
+SENTENCES, LENGTH = 32, 15
+PROMPT, GENERATED = 32, 8
+SEED = 0
+AGREE = 1e-3  # of the losses; the routing flips where two experts nearly tie
+STACKED, LOOP, PEFT = "dense stacked", "loop over experts", "PEFT LoRA, r=16"
+CONTENDERS = {
+    "ours": peers.ours,
+    STACKED: peers.stacked,
+    LOOP: peers.loop,
+    PEFT: lambda model, start: peers.peft_lora(model, SEED),
+    "no adapter": lambda model, start: smollm2.share(model),
+}
+MIXTURES = ("ours", STACKED, LOOP)
+PARTS = ("memory", "step", "token")
+
+
+def main(argv=None):
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.peak:
+        print(json.dumps(peak_of(args.peak, args.layers)))
+        return 0
+    result = run(args)
+    text = markdown(result)
+    print(text)
+    if args.json:
+        args.json.write_text(json.dumps(result))
+    if args.markdown:
+        args.markdown.write_text(text)
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="lora-moe bench end-to-end",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved turns")
+    parser.add_argument(
+        "--layers", type=int, help="only the model's first layers, for a quick look"
+    )
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    parser.add_argument("--peak", choices=CONTENDERS, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def run(args):
+    """{part: {contender: value}}; seconds are lists, one a turn."""
+    models = contenders(smollm2.load_model(args.layers))
+    batch = random_batch()
+    check(models, batch)
+    result = {"machine": machine.describe(), "repeats": args.repeats}
+    if "memory" in args.parts:
+        result["saved_bytes"] = saved_bytes(models, batch)
+        result["peak"] = {name: peak_in_a_process(name, args) for name in models}
+    if "step" in args.parts:
+        steps = {name: stepper(model, batch) for name, model in models.items()}
+        result["step"] = timing.interleave(steps, args.repeats, timing.once, laggard=math.inf)
+    if "token" in args.parts:
+        tokens = {name: generator(model) for name, model in models.items()}
+        result["token"] = timing.interleave(tokens, args.repeats, per_token, laggard=math.inf)
+    return result
+
+
+def saved_bytes(models, batch):
+    """Above the un-adapted model."""
+    plain = measure.saved_bytes_unadapted(models["no adapter"], batch)
+    adapted = {name: model for name, model in models.items() if name != "no adapter"}
+    return {name: measure.saved_bytes(model, batch) - plain for name, model in adapted.items()}
+
+
+def per_token(call, calls):
+    return timing.once(call, 1) / GENERATED
+
+
+def contenders(model, names=CONTENDERS):
+    """{name: model}: mixtures from the same weights, with a lora_B that is not zero."""
+    start = peers.start_weights(model, SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    for _, b, _ in start.values():
+        b.normal_(0, 0.01, generator=generator)
+    return {name: CONTENDERS[name](model, start) for name in names}
+
+
+def random_batch():
+    """ids (N, L), targets (N, L): one asked token a sentence, as with an answer to a prompt."""
+    generator = torch.Generator().manual_seed(SEED)
+    ids = torch.randint(1000, 40000, (SENTENCES, LENGTH), generator=generator)
+    targets = torch.full_like(ids, -1)
+    targets[:, -1] = ids[:, 0]
+    return ids, targets
+
+
+@torch.no_grad()
+def check(models, batch):
+    """The mixtures are one function: their losses agree, or nothing is timed."""
+    ours, *others = (training.loss_of(models[name], *batch).item() for name in MIXTURES)
+    if not all(abs(ours - other) <= AGREE * abs(other) for other in others):
+        raise SystemExit(f"the mixtures differ: losses {ours}, {others}")
+
+
+def stepper(model, batch):
+    """A training step; for a model with nothing to train its forward and backward."""
+    if any(p.requires_grad for p in model.parameters()):
+        return partial(training.train_step, model, training.optimizer_of(model, 1e-4), batch)
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: out.requires_grad_() if torch.is_grad_enabled() else None
+    )
+    return lambda: training.loss_of(model, *batch).backward()
+
+
+def generator(model):
+    """Greedy decoding of some tokens after a prompt, with the cache of keys and values."""
+    ids = random_batch()[0].view(1, -1)[:, :PROMPT]
+    with torch.no_grad():
+        start = model(input_ids=ids, use_cache=True)
+    cache, first = start.past_key_values, start.logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def generate():
+        token = first
+        for _ in range(GENERATED):
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        cache.crop(PROMPT - cache.get_seq_length())  # negative: so many tokens are dropped
+
+    return generate
+
+
+def peak_in_a_process(name, args):
+    command = [sys.executable, "-m", "benchmarks.end_to_end", "--peak", name]
+    for option in ("threads", "layers"):
+        value = getattr(args, option)
+        command += [f"--{option}", str(value)] if value else []
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], check=True, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_of(name, layers):
+    """Bytes: how far a step rises above the level between steps, and above the bare model."""
+    model = smollm2.load_model(layers)
+    measure.return_memory_at_once()
+    bare = measure.resident_bytes()
+    (adapted,) = contenders(model, [name]).values()
+    step = stepper(adapted, random_batch())
+    step()  # the optimizer's state is there from now on
+    if bare is None:
+        return None
+    level = measure.resident_bytes()
+    rise = measure.peak_bytes(step)
+    return {"a step": rise, "above the bare model": level + rise - bare, "process": level + rise}
+
+
+def markdown(result):
+    """A row a contender, then what was claimed."""
+    columns = [*seconds_columns(result), *bytes_columns(result)]
+    lines = [
+        f"{result['machine']}; medians of {result['repeats']} interleaved turns, quartiles in brackets.",
+        "",
+        f"| | {' | '.join(title for title, _ in columns)} |",
+        "|---|" + "---:|" * len(columns),
+        *(f"| {n} | {' | '.join(cells.get(n, '') for _, cells in columns)} |" for n in CONTENDERS),
+    ]
+    return "\n".join([*lines, "", *claims(result)]) + "\n"
+
+
+def seconds_columns(result):
+    for part, other in (("step", PEFT), ("token", "no adapter")):
+        seconds = result.get(part, {})
+        if seconds:
+            yield part, {n: duration(statistics.median(s)) for n, s in seconds.items()}
+            yield (
+                f"/ {other}",
+                {n: f"{timing.ratio(s, seconds[other])}" for n, s in seconds.items()},
+            )
+
+
+def bytes_columns(result):
+    if "saved_bytes" in result:
+        yield "saved for backward", {n: mebibytes(b) for n, b in result["saved_bytes"].items()}
+    peak = {name: found for name, found in result.get("peak", {}).items() if found}
+    for kind in next(iter(peak.values()), ()):
+        yield f"peak: {kind}", {name: mebibytes(found[kind]) for name, found in peak.items()}
+
+
+def claims(result):
+    """One line a ratio that was promised."""
+    if "step" in result:
+        step = result["step"]
+        slower = (timing.ratio(step[name], step["ours"]) for name in (LOOP, STACKED))
+        yield f"- step: {timing.ratio(step['ours'], step[PEFT])} times PEFT's"
+        yield "- step: the loop {}, dense stacked {} times ours".format(*slower)
+    if "token" in result:
+        token = result["token"]
+        ratio = timing.ratio(token["ours"], token["no adapter"])
+        yield f"- token: {ratio} times the un-adapted model's"
+    if "saved_bytes" in result:
+        saved = result["saved_bytes"]
+        yield f"- saved for backward: {saved['ours'] / saved[LOOP]:.3f} times the loop's"
+    if result.get("peak", {}).get("ours"):
+        ours, plain = (result["peak"][name] for name in ("ours", PEFT))
+        ratios = ", ".join(f"{kind} {ours[kind] / plain[kind]:.2f}" for kind in ours)
+        yield f"- peak memory, times PEFT's: {ratios}"
+
+
+def mebibytes(value):
+    return "" if value is None else f"{value / 2**20:,.0f} MiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What a layer costs as tokens, picked experts and experts grow, the router and dense gradients apart.
+
+Expected: linear in T and K; flat in E but for two things that must grow: the router's product x W^T,
+and in the backward the writing of dA and dB, dense by contract, for experts that nobody picked too.
+"""
+
+import statistics
+from dataclasses import replace
+
+import torch
+
+from benchmarks import contenders as entry
+from benchmarks import timing
+from benchmarks.shapes import Shape, sample
+from benchmarks.suite import PASSES
+from lora_moe import functional
+
+BASE = Shape(2048, 1024, 1024, 8, 16)
+AXES = {"T": (1024, 2048, 4096, 8192), "K": (1, 2, 4, 8), "E": (8, 16, 32, 64, 128)}
+QUICK = Shape(32, 64, 48, 4, 4), {"T": (16, 32), "K": (1, 2), "E": (4, 8)}
+
+
+def run(options, progress=lambda text: None):
+    """A row per axis, value, dtype and pass, with the seconds of the parts, turn by turn."""
+    base, axes = QUICK if options.quick else (BASE, AXES)
+    rows = []
+    for axis, values in axes.items():
+        for shape in (replace(base, **{axis: value}) for value in values):
+            for dtype in options.dtypes:
+                for name in options.passes:
+                    progress(f"scaling {shape} {dtype} {name}")
+                    seconds = measure(shape, dtype, name == PASSES[1], options)
+                    where = {"axis": axis, "value": getattr(shape, axis), "base": str(base)}
+                    dtype_name = str(dtype).removeprefix("torch.")
+                    rows.append(where | {"dtype": dtype_name, "pass": name, "seconds": seconds})
+    return rows
+
+
+def measure(shape, dtype, backward, options):
+    """Seconds of all of it, of the router by itself, and of writing dA and dB by itself."""
+    inputs = sample(shape, dtype, options.device)
+    copies = entry.copies_for(shape, inputs, options.cache)
+    states = entry.states(entry.peers.rows, shape, inputs, backward, copies)
+    x, router, a, b = states[0]
+    dy = inputs.dy if backward else None
+    dweights = torch.ones(shape.T, shape.K, device=x.device) if backward else None
+
+    def route(x, router, top_k):
+        return functional.router_topk(x, router, top_k, renormalize=top_k > 1).weights
+
+    parts = {
+        "all": entry.prepare(entry.ours, states, shape.K, dy),
+        "router": entry.prepare(route, [(x, router)], shape.K, dweights),
+    }
+    if backward:
+        parts["dA and dB"] = lambda: [torch.empty_like(t).fill_(0) for t in (a, b)]
+    return timing.interleave(parts, options.repeats, options.clock, laggard=float("inf"))
+
+
+def rest(row):
+    """Median seconds without the parts that must grow with E."""
+    medians = {name: statistics.median(s) for name, s in row["seconds"].items()}
+    return 2 * medians["all"] - sum(medians.values())
+
+
+def growth(row, first):
+    """The rest over the first row's, per token and picked expert where those are the axis."""
+    factor = row["value"] / first["value"] if row["axis"] != "E" else 1.0
+    return rest(row) / rest(first) / factor

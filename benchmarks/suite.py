@@ -1,0 +1,113 @@
+"""Times every contender on every shape, after holding its numbers to fp64, and keeps all samples."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks import contenders as entry
+from benchmarks import machine, timing
+from benchmarks.shapes import sample
+
+FORMAT = 1  # of the JSON
+PASSES = ("forward", "forward+backward")
+CPU_CLOCKS = {"wall clock": timing.warm}
+
+
+@dataclass(frozen=True)
+class Options:
+    device: str = "cpu"
+    repeats: int = 7
+    compiled: bool = True
+    quick: bool = False
+    dtypes: tuple = (torch.float32, torch.bfloat16)
+    passes: tuple = PASSES
+    clocks: dict = field(default_factory=lambda: CPU_CLOCKS)  # {name: timing.warm or its like}
+
+    @property
+    def cache(self):
+        """Bytes that decode must not find its weights in."""
+        return 1 if self.quick else machine.cache_bytes(self.device)
+
+    @property
+    def clock(self):
+        return next(iter(self.clocks.values()))
+
+
+def run(shapes, options, progress=lambda text: None):
+    """The report as plain data: the machine, its limits, a row per shape, dtype, pass and clock."""
+    load = os.getloadavg()[0]
+    limits = machine.limits(options.device, options.clock, options.quick)
+    rows = []
+    for shape in shapes:
+        for dtype in options.dtypes:
+            for name in options.passes:
+                progress(f"{shape} {dtype} {name}")
+                rows += measure(shape, dtype, name, options)
+    after = machine.limits(options.device, options.clock, options.quick)
+    return {
+        "format": FORMAT,
+        "machine": machine.describe(options.device),
+        "load": load,  # processes that wanted a core when the run began; 0 on a quiet machine
+        "limits": machine.best(limits, after),
+        "repeats": options.repeats,
+        "rows": rows,
+    }
+
+
+def measure(shape, dtype, name, options):
+    """A row a clock: seconds of each contender turn by turn, errors, what was left out and why."""
+    inputs, backward = sample(shape, dtype, options.device), name == PASSES[1]
+    copies = entry.copies_for(shape, inputs, options.cache)
+    calls, errors, left_out = admit(shape, inputs, backward, copies, options)
+    facts = {
+        "shape": vars(shape),
+        "text": str(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "pass": name,
+        "flops": shape.flops(backward),
+        "bytes": shape.bytes(inputs.x.element_size(), inputs.touched, backward),
+        "copies": copies,
+        "errors": errors,
+    }
+    rows = []
+    for clock_name, clock in options.clocks.items():
+        refused = dict(left_out)
+        seconds = timing.interleave(
+            calls,
+            options.repeats,
+            clock,
+            refuse=lambda n, why, r=refused: r.update({n: reason(why)}),
+        )
+        rows.append(facts | {"clock": clock_name, "seconds": seconds, "left_out": refused})
+    return rows
+
+
+def admit(shape, inputs, backward, copies, options):
+    """{name: call} of the contenders that are right, {name: error in units}, {name: why left out}."""
+    torch._dynamo.reset()
+    calls, errors, left_out, states, right = {}, {}, {}, {}, {}
+    dy = inputs.dy if backward else None
+    for one in entry.contenders(options.device, options.compiled):
+        try:
+            entry.refuse_hopeless(one.name, shape, inputs.x.element_size())
+            if one.same not in right:
+                right[one.same] = entry.truth(one, shape, inputs, backward)
+            if one.layout not in states:
+                states[one.layout] = entry.states(one.layout, shape, inputs, backward, copies)
+            call = entry.prepare(one.forward, states[one.layout], shape.K, dy)
+            outputs = entry.joined(call(), one.layout, shape)
+            errors[one.name] = units = entry.units(outputs, right[one.same], inputs.x.dtype)
+            if not units <= entry.LIMITS[inputs.x.dtype]:
+                raise entry.LeftOut(f"wrong: {units:.0f} units in the last place from fp64")
+            calls[one.name] = call
+        except Exception as why:  # of whatever kind torch.compile and grouped_mm raise
+            left_out[one.name] = reason(why)
+    return calls, errors, left_out
+
+
+def reason(why):
+    """An exception in one line; torch.compile buries what went wrong behind all operands."""
+    text = str(why).rpartition("): got ")[2]
+    text = next((line for line in text.splitlines() if line.strip()), "")[:160]
+    return text if isinstance(why, entry.LeftOut) else f"{type(why).__name__}: {text}"

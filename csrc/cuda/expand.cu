@@ -1,0 +1,68 @@
+// Expand:  y = base + H @ B (+ H2 @ B2), summed in fp32 and rounded once.
+//
+// The second pair makes the gradient of x in one pass: dx = dS A + dlogits W, with fp32 products
+// for the router.  Reads T*D (base) + (R + R2)*D, writes T*D.
+//
+// Letters: T tokens, D columns of y, R and R2 rank rows.
+#include "kernels.h"
+#include "launch.h"
+#include "product.h"
+
+namespace lora_moe::cuda {
+namespace {
+
+constexpr int BM = 64, BN = 64;
+
+// Neighbouring blocks share rows of H, which then stay in the cache.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) expand_kernel(Expand<T> p) {
+  if constexpr (!kServed<T>) return;
+  using Dot = Product<T, T, true, false, BM, BN>;
+  using Exact = Product<float, float, true, false, BM, BN>;
+  constexpr int kBytes = Dot::kBytes > Exact::kBytes ? Dot::kBytes : Exact::kBytes;
+  __shared__ __align__(128) char shared[kBytes];
+  const int64_t across = ceil_div(p.columns, BN);
+  const int64_t first = blockIdx.x / across * BM, column = blockIdx.x % across * BN;
+  const auto nothing = [](const auto*, const auto*, int64_t) {};
+
+  Dot dot;
+  Exact exact;
+  dot.run(p.h, first, p.tokens, p.b, column, p.columns, 0, p.R, shared, nothing);
+  exact.run(p.h2, first, p.tokens, p.b2, column, p.columns, 0, p.R2, shared, nothing);
+
+  const bool aligned = p.columns * sizeof(T) % 16 == 0;
+  Dot::each_part([&](int i, int j, int r, int c) {
+    Pack<float, 8> sums = dot.take(i, j, shared);
+    Pack<float, 8> more = {};
+    if (p.R2 > 0) more = exact.take(i, j, shared);
+    const int64_t t = first + r, d = column + c;
+    if (t >= p.tokens) return;
+    constexpr int N = 16 / sizeof(T);
+#pragma unroll
+    for (int q = 0; q < 8; q += N) {
+      Pack<T> out = {};
+      if (p.base) out = load_pack<N>(p.base.row(t), d + q, p.columns, p.base.aligned);
+#pragma unroll
+      for (int v = 0; v < N; ++v) {
+        const float base = p.base ? widen(out.v[v]) : 0.f;
+        out.v[v] = narrow<T>(base + sums.v[q + v] + more.v[q + v]);
+      }
+      store_pack<N>(p.y + t * p.columns, d + q, p.columns, aligned, out);
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+void expand(const Expand<T>& p, cudaStream_t stream) {
+  if (p.tokens == 0 || p.columns == 0) return;
+  launch("expand", expand_kernel<T>, ceil_div(p.columns, BN) * ceil_div(p.tokens, BM), kThreads,
+         stream, p);
+}
+
+template void expand(const Expand<float>&, cudaStream_t);
+template void expand(const Expand<f16>&, cudaStream_t);
+template void expand(const Expand<bf16>&, cudaStream_t);
+
+}  // namespace lora_moe::cuda

@@ -1,0 +1,115 @@
+// The experts and the router of an operator call, checked, as the kernels take them.
+//
+// Letters: T tokens, E experts, K slots a token, R rank rows of all experts, W columns of S.
+#pragma once
+
+#include <algorithm>
+
+#include "tensors.h"
+
+namespace lora_moe::cuda {
+
+inline Router router_of(const std::string& gate, bool renormalize, int64_t E, int64_t K,
+                        double top_p = 0, double threshold = 0) {
+  check(gate == "softmax" || gate == "sigmoid", "gate: expected softmax or sigmoid, got ", gate);
+  check(K >= 1, "top_k: expected an integer in [1, ", E, "], got ", K);
+  Router router;
+  router.E = E, router.K = K;
+  router.sigmoid = gate == "sigmoid", router.renormalize = renormalize;
+  router.top_p = top_p, router.threshold = threshold;
+  return router;
+}
+
+// What a router fills: indices, weights and lse by token, mean_prob and counts at last by `finish`.
+struct RouterResults {
+  Tensor indices, weights, logits, mean_prob, lse, counts, prob_parts, count_parts;
+  Routing routing;
+
+  RouterResults(const Tensor& x, int64_t E, int64_t K) {
+    const int64_t T = x.size(0), groups = ceil_div(T, kGroup);
+    indices = empty<int32_t>(x, {T, K});
+    weights = empty<float>(x, {T, K});
+    logits = empty<float>(x, {T, E});
+    mean_prob = empty<float>(x, {E});
+    lse = empty<float>(x, {T});
+    counts = empty<int64_t>(x, {E});
+    prob_parts = empty<float>(x, {groups, E});
+    count_parts = empty<int32_t>(x, {groups, E});
+    routing = {mutable_data<int32_t>(indices), mutable_data<float>(weights),
+               mutable_data<float>(lse), mutable_data<float>(prob_parts),
+               mutable_data<int32_t>(count_parts)};
+  }
+  void finish(cudaStream_t stream) {
+    router_totals(routing, logits.size(0), logits.size(1), mutable_data<float>(mean_prob),
+                  mutable_data<int64_t>(counts), stream);
+  }
+};
+
+// The router alone: logits, decisions and totals.
+RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias, Router router,
+                    cudaStream_t stream);
+
+// A routing that is only read.
+inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Tensor& like) {
+  const Ints shape = {like.size(0), indices.size(1)};
+  Routing routing;
+  routing.indices = const_cast<int32_t*>(contiguous<int32_t>("indices", indices, like, shape));
+  routing.weights = const_cast<float*>(contiguous<float>("weights", weights, like, shape));
+  return routing;
+}
+
+// Gradients of the routing, made contiguous: PyTorch's are often one number, expanded.
+struct RoutingGradTensors {
+  MaybeTensor weights, logits, mean_prob, lse;
+  RoutingGrad grad;
+
+  RoutingGradTensors(const MaybeTensor& dweights, const MaybeTensor& dlogits,
+                     const MaybeTensor& dmean_prob, const MaybeTensor& dlse, const Tensor& like,
+                     int64_t K)
+      : weights(dense(dweights)),
+        logits(dense(dlogits)),
+        mean_prob(dense(dmean_prob)),
+        lse(dense(dlse)) {
+    const int64_t T = like.size(0), E = like.size(1);
+    grad.weights = contiguous<float>("dweights", weights, like, {T, K});
+    grad.logits = contiguous<float>("dlogits", logits, like, {T, E});
+    grad.mean_prob = contiguous<float>("dmean_prob", mean_prob, like, {E});
+    grad.lse = contiguous<float>("dlse", lse, like, {T});
+  }
+
+ private:
+  static MaybeTensor dense(const MaybeTensor& t) {
+    return t ? MaybeTensor(torch::stable::contiguous(*t)) : t;
+  }
+};
+
+// Experts with the table of their rows on the device; equal ranks need none.
+struct ExpertRows {
+  Experts experts;
+  MaybeTensor table;
+  int max_rank = 0;
+
+  ExpertRows(const Ints& offsets, bool shared_a, const Tensor& scaling, const Tensor& x,
+             cudaStream_t stream) {
+    const int64_t E = int64_t(offsets.size()) - 1;
+    check(E >= 1 && offsets[0] == 0, "offsets: expected one more than experts, 0 first");
+    bool equal = true;
+    for (int64_t e = 0; e < E; ++e) {
+      const int64_t rank = offsets[e + 1] - offsets[e];
+      check(rank > 0, "offsets: expected ascending rows, got rank ", rank, " at expert ", e);
+      max_rank = std::max<int>(max_rank, rank);
+      equal = equal && rank == offsets[1];
+    }
+    check(equal || !shared_a, "offsets: expected equal ranks with a shared A");
+    experts.scaling = contiguous<float>("scaling", scaling, x, {E});
+    experts.E = E, experts.R = offsets[E], experts.rank = max_rank;
+    experts.shared_a = shared_a;
+    experts.W = shared_a ? max_rank : experts.R;
+    if (equal) return;
+    table = empty<int32_t>(x, {E + 1});
+    write_table(offsets.data(), E + 1, mutable_data<int32_t>(*table), stream);
+    experts.offsets = mutable_data<int32_t>(*table);
+  }
+};
+
+}  // namespace lora_moe::cuda

@@ -1,0 +1,76 @@
+// Gram:  H^T x, the gradient of A (dS^T x), of B (H^T dy) and of the router (dlogits^T x).
+//
+// A block owns a tile of ranks and columns over a stretch of the tokens; the stretches' sums are
+// then added in order, so the bits depend on no schedule.  An fp32 H keeps all of its bits. Reads
+// T*D * ceil(R / 64) + T*R, writes 4*R*D bytes a stretch.
+//
+// Letters: T tokens, R rank rows, D columns of x.
+#include <algorithm>
+
+#include "kernels.h"
+#include "launch.h"
+#include "product.h"
+
+namespace lora_moe::cuda {
+namespace {
+
+constexpr int BM = 64, BN = 128;
+constexpr int kSumThreads = 256;
+
+// Block (columns, ranks, stretch).
+template <class H, class T>
+__global__ void __launch_bounds__(kThreads, 2) gram_kernel(Gram<H, T> p) {
+  if constexpr (!kServed<T>) return;
+  using Dot = Product<H, T, false, false, BM, BN>;
+  __shared__ __align__(128) char shared[Dot::kBytes];
+  const int64_t column = int64_t(blockIdx.x) * BN, rank = int64_t(blockIdx.y) * BM;
+  const int64_t begin = blockIdx.z * p.stretch, end = min(begin + p.stretch, p.tokens);
+  Dot dot;
+  dot.run(p.h, rank, p.R, p.x, column, p.columns, begin, end, shared,
+          [](const H*, const T*, int64_t) {});
+  float* out = p.parts + blockIdx.z * p.R * p.columns;
+  dot.write([&](int64_t r) { return out + r * p.columns; }, rank, p.R, column, p.columns, shared);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    add_parts_kernel(const float* parts, int64_t count, int64_t n, T* out) {
+  const int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (i >= n) return;
+  float sum = 0.f;
+  for (int64_t part = 0; part < count; ++part) sum += parts[part * n + i];
+  out[i] = narrow<T>(sum);
+}
+
+}  // namespace
+
+// Tokens a block: about 256 blocks, each of at least 256 tokens.
+int64_t gram_stretch(int64_t tokens, int64_t columns, int R) {
+  const int64_t blocks = ceil_div(columns, BN) * ceil_div(R, BM);
+  const int64_t stretches = std::max<int64_t>(1, std::min(256 / blocks, tokens / 256));
+  return ceil_div(ceil_div(tokens, stretches), 32) * 32;
+}
+
+template <class H, class T>
+void gram(const Gram<H, T>& p, cudaStream_t stream) {
+  const dim3 grid(ceil_div(p.columns, BN), ceil_div(p.R, BM), ceil_div(p.tokens, p.stretch));
+  launch("gram", gram_kernel<H, T>, grid, kThreads, stream, p);
+}
+
+template <class T>
+void add_parts(const float* parts, int64_t count, int64_t n, T* out, cudaStream_t stream) {
+  if (n > 0)
+    launch("add_parts", add_parts_kernel<T>, ceil_div(n, kSumThreads), kSumThreads, stream, parts,
+           count, n, out);
+}
+
+template void gram(const Gram<float, float>&, cudaStream_t);
+template void gram(const Gram<float, f16>&, cudaStream_t);
+template void gram(const Gram<float, bf16>&, cudaStream_t);
+template void gram(const Gram<f16, f16>&, cudaStream_t);
+template void gram(const Gram<bf16, bf16>&, cudaStream_t);
+template void add_parts(const float*, int64_t, int64_t, float*, cudaStream_t);
+template void add_parts(const float*, int64_t, int64_t, f16*, cudaStream_t);
+template void add_parts(const float*, int64_t, int64_t, bf16*, cudaStream_t);
+
+}  // namespace lora_moe::cuda

@@ -1,0 +1,166 @@
+// What the kernels take, and how they are launched: plain structs of pointers and sizes, no
+// PyTorch.
+//
+// Letters: T tokens, E experts, K slots a token, R rank rows of all experts, W columns of S:
+// R, or with a shared A one expert's rank.  Launchers are defined for float, f16 and bf16.
+#pragma once
+
+#include "numbers.h"
+
+namespace lora_moe::cuda {
+
+constexpr int kGroup = 8;  // tokens of one warp in the middle, and of one partial sum
+
+struct Router {
+  const float* bias = nullptr;  // (E,)
+  int E = 0, K = 0;
+  bool sigmoid = false, renormalize = false;
+  float top_p = 0, threshold = 0;
+};
+
+struct Routing {
+  int32_t* indices = nullptr;      // (T, K), -1: an empty slot
+  float* weights = nullptr;        // (T, K)
+  float* lse = nullptr;            // (T,)
+  float* prob_parts = nullptr;     // (T / kGroup, E): sums of the gates over a group of tokens
+  int32_t* count_parts = nullptr;  // and of the slots
+};
+
+struct Experts {
+  const float* scaling = nullptr;    // (E,)
+  const int32_t* offsets = nullptr;  // (E + 1,), or null: every expert has `rank` rows
+  int rank = 0;
+  int E = 0, R = 0, W = 0;
+  bool shared_a = false;
+
+  __host__ __device__ int first(int e) const { return offsets ? offsets[e] : e * rank; }
+  __host__ __device__ int last(int e) const { return first(e + 1); }
+  __host__ __device__ int saved(int e) const { return shared_a ? 0 : first(e); }  // column of S
+};
+
+// Gradients of the routing from outside the experts; null where there is none.
+struct RoutingGrad {
+  const float *weights = nullptr, *logits = nullptr, *mean_prob = nullptr, *lse = nullptr;
+};
+
+// S = x A^T and logits = x W^T over stretches of the columns of x, each with its own sums.
+template <class T>
+struct Shrink {
+  Rows<T> x, a;
+  Rows<float> w;
+  float *s = nullptr, *logits = nullptr;  // (stretches, T, R), (stretches, T, E)
+  int64_t tokens = 0, columns = 0, stretch = 0;
+  int R = 0, E = 0;
+  int64_t stretches() const { return stretch ? ceil_div(columns, stretch) : 1; }
+};
+
+// The middle of the forward: top-k of the logits unless the routing is given, and H = gate(S).
+template <class T>
+struct Middle {
+  static constexpr bool kRouter = true;  // the logits are formed beside S
+  Router router;
+  Routing routing;
+  Experts experts;
+  const float* logits = nullptr;  // (T, E), null: the routing is given
+  const float* s = nullptr;       // (T, W), null: no experts
+  T* h = nullptr;                 // (T, R)
+  int64_t tokens = 0;
+};
+
+// The middle of the backward, from G = dy B^T.
+template <class T>
+struct MiddleGrad {
+  static constexpr bool kRouter = false;
+  Router router;
+  Routing routing;
+  Experts experts;
+  RoutingGrad aux;
+  const float *g = nullptr, *s = nullptr;         // (T, R), (T, W)
+  const float* logits = nullptr;                  // (T, E), null: the routing was given
+  T *ds = nullptr, *h = nullptr;                  // (T, W), (T, R)
+  float *dweights = nullptr, *dlogits = nullptr;  // (T, K), (T, E)
+  int64_t tokens = 0;
+};
+
+// y = base + H B + H2 B2; the second pair in fp32.
+template <class T>
+struct Expand {
+  Rows<T> h, b, base;
+  Rows<float> h2, b2;
+  T* y = nullptr;  // (T, D)
+  int64_t tokens = 0, columns = 0;
+  int R = 0, R2 = 0;
+};
+
+// H^T x: sums over stretches of the tokens.
+template <class H, class T>
+struct Gram {
+  Rows<H> h;
+  Rows<T> x;
+  float* parts = nullptr;  // (stretches, R, D)
+  int64_t tokens = 0, columns = 0, stretch = 0;
+  int R = 0;
+};
+
+// One launch where a block holds all columns of S and of the logits, else the middle is a second.
+template <class T>
+void shrink(const Shrink<T>&, const Middle<T>*, cudaStream_t);
+template <class T>
+void shrink(const Shrink<T>&, const MiddleGrad<T>*, cudaStream_t);
+// The middles alone, when S or G came in stretches.
+template <class T>
+void gate_ranks(const Middle<T>&, cudaStream_t);
+template <class T>
+void gate_ranks(const MiddleGrad<T>&, cudaStream_t);
+
+template <class T>
+void expand(const Expand<T>&, cudaStream_t);
+template <class H, class T>
+void gram(const Gram<H, T>&, cudaStream_t);
+int64_t gram_stretch(int64_t tokens, int64_t columns, int R);
+// out = the sum of the parts, in order.  (parts, n) -> (n,)
+template <class T>
+void add_parts(const float* parts, int64_t count, int64_t n, T* out, cudaStream_t);
+
+// The segmented plan: every slot's tokens sorted by expert, a tile of them meets one expert's rows.
+// S, G, H and dS (T, K, max_rank) hold a slot after the other.
+constexpr int kTileTokens = 64;
+
+struct Segments {
+  Experts experts;
+  int K = 0, max_rank = 0;
+  int64_t tokens = 0;
+  int32_t* order = nullptr;  // (K, T): tokens, by expert and then by number; those without one last
+  int32_t* starts = nullptr;  // (K, E + 2): where each expert's tokens start, and those without one
+};
+
+void sort_slots(const Segments&, const int32_t* indices, cudaStream_t);
+// out (T, K, max_rank) = x @ the rows of each slot's expert.
+template <class T>
+void segmented_shrink(const Segments&, const Rows<T>& x, const Rows<T>& rows, int64_t columns,
+                      float* out, cudaStream_t);
+template <class T>
+void segmented_gate(const Middle<T>&, const Segments&, cudaStream_t);
+template <class T>
+void segmented_gate(const MiddleGrad<T>&, const Segments&, cudaStream_t);
+// y = base + H @ the rows of each slot's expert; `wide` (T, D) holds the sums between the slots,
+// and before the first where `add_wide` says so.
+template <class T>
+void segmented_expand(const Segments&, const T* h, const Rows<T>& rows, const Rows<T>& base,
+                      float* wide, bool add_wide, int64_t columns, T* y, cudaStream_t);
+// out (R, D) = H^T x, each expert over its own tokens.
+template <class T>
+void segmented_gram(const Segments&, const T* h, const Rows<T>& x, int64_t columns, float* out,
+                    cudaStream_t);
+
+// mean_prob (E,) and counts (E,) from the sums over groups of tokens.
+void router_totals(const Routing&, int64_t tokens, int E, float* mean_prob, int64_t* counts,
+                   cudaStream_t);
+void router_gradient(const Router&, const Routing&, const RoutingGrad&, const float* logits,
+                     int64_t tokens, float* dlogits, cudaStream_t);
+
+// A table on the device without a copy from the host's memory, which would wait for it: kernel
+// arguments carry the values.
+void write_table(const int64_t* values, int64_t n, int32_t* table, cudaStream_t);
+
+}  // namespace lora_moe::cuda

@@ -1,0 +1,89 @@
+// Number types, matrices of rows, and 16 bytes at a time of them.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace lora_moe::cuda {
+
+using f16 = __half;
+using bf16 = __nv_bfloat16;
+
+template <class T>
+constexpr bool kHalf = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
+
+// sm_75 has no tensor cores for bf16: kernels for it are empty there, and the operators refuse.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class T>
+constexpr bool kServed = !std::is_same_v<T, bf16>;
+#else
+template <class T>
+constexpr bool kServed = true;
+#endif
+
+__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows of unit stride along columns, `stride` numbers apart (0: one row, repeated).
+template <class T>
+struct Rows {
+  const T* data = nullptr;
+  int64_t stride = 0;
+  bool aligned = false;            // every row starts on 16 bytes: packs may be loaded whole
+  const int32_t* index = nullptr;  // if given, row i is the matrix's row index[i]
+
+  Rows() = default;
+  Rows(const T* data_, int64_t stride_) : data(data_), stride(stride_) {
+    aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * sizeof(T) % 16 == 0;
+  }
+  __host__ __device__ const T* row(int64_t i) const {
+    return data + (index ? index[i] : i) * stride;
+  }
+  __host__ __device__ explicit operator bool() const { return data != nullptr; }
+};
+
+#if defined(__CUDACC__)
+
+__device__ inline float widen(float v) { return v; }
+__device__ inline float widen(f16 v) { return __half2float(v); }
+__device__ inline float widen(bf16 v) { return __bfloat162float(v); }
+
+template <class T>
+__device__ T narrow(float v) {
+  if constexpr (std::is_same_v<T, f16>) return __float2half_rn(v);
+  if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16_rn(v);
+  if constexpr (std::is_same_v<T, float>) return v;
+}
+
+template <class T, int N = 16 / sizeof(T)>
+struct alignas(N * sizeof(T)) Pack {
+  T v[N];
+};
+
+// Columns c .. c+N-1 of a row with zeros past `end`; one load where the row is aligned.
+template <int N, class T>
+__device__ Pack<T, N> load_pack(const T* row, int64_t c, int64_t end, bool aligned) {
+  if (aligned && c + N <= end) return *reinterpret_cast<const Pack<T, N>*>(row + c);
+  Pack<T, N> out;
+#pragma unroll
+  for (int i = 0; i < N; ++i) out.v[i] = c + i < end ? row[c + i] : narrow<T>(0.f);
+  return out;
+}
+
+template <int N, class T>
+__device__ void store_pack(T* row, int64_t c, int64_t end, bool aligned, const Pack<T, N>& pack) {
+  if (aligned && c + N <= end) {
+    *reinterpret_cast<Pack<T, N>*>(row + c) = pack;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (c + i < end) row[c + i] = pack.v[i];
+}
+
+#endif
+
+}  // namespace lora_moe::cuda

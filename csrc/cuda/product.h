@@ -1,0 +1,274 @@
+// The matrix product of one block of threads:  out (BM, BN) = left @ right, summed in fp32.
+//
+// Tiles of both operands go from global memory through registers to shared memory, one step ahead
+// of the products (two buffers, one barrier a step).  16-bit operands meet on the tensor cores,
+// fp32 ones, or an fp32 and a 16-bit one, in exact fp32 multiply-adds.  Rows of a tile are padded
+// by 16 bytes, which keeps the eight rows of a matrix load in different banks.
+//
+// Letters: M rows, N columns of the result; K is summed over.
+#pragma once
+
+#include <mma.h>
+
+#include "numbers.h"
+
+namespace lora_moe::cuda {
+
+constexpr int kThreads = 256;  // eight warps, two along M and four along N
+constexpr int kWarps = kThreads / 32;
+constexpr int kPatchStride = 20;  // a warp's way from accumulators to memory: 16 x 16, padded
+
+__device__ inline int lane_id() { return threadIdx.x % 32; }
+__device__ inline int warp_id() { return threadIdx.x / 32; }
+
+// A tile in shared memory as it lies in global memory.
+template <class T, int kRows, int kColumns>
+struct Tile {
+  static constexpr int kPack = 16 / sizeof(T), kStride = kColumns + kPack;
+  static constexpr int kBytes = kRows * kStride * sizeof(T);
+  static constexpr int kPacks = kRows * kColumns / kPack;  // dealt out to the threads in turn
+  static constexpr int kMine = (kPacks + kThreads - 1) / kThreads;
+  Pack<T> mine[kMine];
+
+  // Rows row.., columns column.. of a matrix with `rows` x `columns`, zeros outside.
+  __device__ void load(const Rows<T>& from, int64_t row, int64_t rows, int64_t column,
+                       int64_t columns) {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int pack = threadIdx.x + i * kThreads;
+      const int64_t r = row + pack / (kColumns / kPack);
+      const int64_t c = column + pack % (kColumns / kPack) * kPack;
+      const bool inside = pack < kPacks && r < rows;
+      mine[i] =
+          load_pack<kPack>(inside ? from.row(r) : from.data, c, inside ? columns : 0, from.aligned);
+    }
+  }
+  __device__ void store(T* tile) const {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      const int pack = threadIdx.x + i * kThreads;
+      if (pack >= kPacks) continue;
+      const int r = pack / (kColumns / kPack), c = pack % (kColumns / kPack) * kPack;
+      *reinterpret_cast<Pack<T>*>(tile + r * kStride + c) = mine[i];
+    }
+  }
+};
+
+// Sixteen by sixteen sums of a warp, on the tensor cores ..
+template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK>
+struct Sums {
+  static constexpr int kStep = 16;
+  using Layout = nvcuda::wmma::row_major;
+  using Turned = nvcuda::wmma::col_major;
+  using LeftLayout = std::conditional_t<kLeftAlongK, Layout, Turned>;
+  using RightLayout = std::conditional_t<kRightAlongK, Turned, Layout>;
+  using LeftPart = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, Left, LeftLayout>;
+  using RightPart = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, Right, RightLayout>;
+  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> sums;
+
+  __device__ void zero() { nvcuda::wmma::fill_fragment(sums, 0.f); }
+  static __device__ void load(LeftPart& part, const Left* tile, int stride) {
+    nvcuda::wmma::load_matrix_sync(part, tile, stride);
+  }
+  static __device__ void load(RightPart& part, const Right* tile, int stride) {
+    nvcuda::wmma::load_matrix_sync(part, tile, stride);
+  }
+  __device__ void add(const LeftPart& left, const RightPart& right) {
+    nvcuda::wmma::mma_sync(sums, left, right, sums);
+  }
+  __device__ void put(float* patch) const {
+    nvcuda::wmma::store_matrix_sync(patch, sums, kPatchStride, nvcuda::wmma::mem_row_major);
+  }
+};
+
+// .. and in fp32: a lane has rows lane / 4 + 8 i and columns lane % 4 + 4 j.  A step's products are
+// summed apart before they join the total, which errs less than one long sum.
+template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK>
+struct ExactSums {
+  static constexpr int kStep = 4;
+  struct LeftPart {
+    Pack<Left, kStep> row[2];
+  };
+  struct RightPart {
+    Pack<Right, kStep> column[4];
+  };
+  float sums[2][4];
+
+  __device__ void zero() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0.f;
+  }
+  __device__ void join(const ExactSums& step) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] += step.sums[i / 4][i % 4];
+  }
+  static __device__ void load(LeftPart& part, const Left* tile, int stride) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      part.row[i] = along_k<kLeftAlongK>(tile, lane_id() / 4 + 8 * i, stride);
+  }
+  static __device__ void load(RightPart& part, const Right* tile, int stride) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      part.column[j] = along_k<kRightAlongK>(tile, lane_id() % 4 + 4 * j, stride);
+  }
+  __device__ void add(const LeftPart& left, const RightPart& right) {
+#pragma unroll
+    for (int k = 0; k < kStep; ++k)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          sums[i][j] = fmaf(widen(left.row[i].v[k]), widen(right.column[j].v[k]), sums[i][j]);
+  }
+  __device__ void put(float* patch) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        patch[(lane_id() / 4 + 8 * i) * kPatchStride + lane_id() % 4 + 4 * j] = sums[i][j];
+  }
+
+ private:
+  template <bool kAlongK, class T>
+  static __device__ Pack<T, kStep> along_k(const T* tile, int i, int stride) {
+    if constexpr (kAlongK) {
+      return *reinterpret_cast<const Pack<T, kStep>*>(tile + i * stride);
+    } else {
+      Pack<T, kStep> out;
+#pragma unroll
+      for (int k = 0; k < kStep; ++k) out.v[k] = tile[k * stride + i];
+      return out;
+    }
+  }
+};
+
+// kLeftAlongK: left lies in memory as (M, K), else as (K, M); kRightAlongK: (N, K), else (K, N).
+template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK, int BM, int BN>
+struct Product {
+  static constexpr bool kTensorCores = kHalf<Left> && kServed<Left> && std::is_same_v<Left, Right>;
+  static constexpr int BK = kHalf<Left> && kHalf<Right> ? 32 : 16;
+  using LeftTile = Tile<Left, kLeftAlongK ? BM : BK, kLeftAlongK ? BK : BM>;
+  using RightTile = Tile<Right, kRightAlongK ? BN : BK, kRightAlongK ? BK : BN>;
+  using Part = std::conditional_t<kTensorCores, Sums<Left, Right, kLeftAlongK, kRightAlongK>,
+                                  ExactSums<Left, Right, kLeftAlongK, kRightAlongK>>;
+  static constexpr int kStepBytes = LeftTile::kBytes + RightTile::kBytes;
+  static constexpr int kPatchBytes = kWarps * 16 * kPatchStride * 4;
+  static constexpr int kBytes = 2 * kStepBytes > kPatchBytes ? 2 * kStepBytes : kPatchBytes;
+  static constexpr int MI = BM / 32, NI = BN / 64;  // 16 x 16 parts of a warp
+  Part parts[MI][NI];
+
+  static __device__ int warp_m() { return warp_id() / 4 * (BM / 2); }
+  static __device__ int warp_n() { return warp_id() % 4 * (BN / 4); }
+
+  __device__ Product() {
+#pragma unroll
+    for (int i = 0; i < MI * NI; ++i) parts[i / NI][i % NI].zero();
+  }
+
+  // Adds the products of k in [begin, end); `also(left tile, right tile, k)` sees each step's
+  // tiles.
+  template <class Also>
+  __device__ void run(const Rows<Left>& left, int64_t m, int64_t M, const Rows<Right>& right,
+                      int64_t n, int64_t N, int64_t begin, int64_t end, char* shared, Also also) {
+    LeftTile left_tile;
+    RightTile right_tile;
+    const bool any = n < N;  // else only `also` has use for the left tiles
+    const auto load = [&](int64_t k) {
+      kLeftAlongK ? left_tile.load(left, m, M, k, end) : left_tile.load(left, k, end, m, M);
+      if (any)
+        kRightAlongK ? right_tile.load(right, n, N, k, end) : right_tile.load(right, k, end, n, N);
+    };
+    load(begin);
+    for (int64_t k = begin, step = 0; k < end; k += BK, ++step) {
+      Left* left_step = reinterpret_cast<Left*>(shared + step % 2 * kStepBytes);
+      Right* right_step =
+          reinterpret_cast<Right*>(shared + step % 2 * kStepBytes + LeftTile::kBytes);
+      left_tile.store(left_step);
+      if (any) right_tile.store(right_step);
+      __syncthreads();  // the tiles are whole, and nobody reads the other buffer any more
+      if (k + BK < end) load(k + BK);
+      if (any) multiply(left_step, right_step);
+      also(left_step, right_step, k);
+    }
+    __syncthreads();  // the buffers are free for patches
+  }
+
+  __device__ void multiply(const Left* left, const Right* right) {
+    if constexpr (kTensorCores) {
+      multiply(left, right, parts);
+    } else {
+      Part step[MI][NI];
+#pragma unroll
+      for (int i = 0; i < MI * NI; ++i) step[i / NI][i % NI].zero();
+      multiply(left, right, step);
+#pragma unroll
+      for (int i = 0; i < MI * NI; ++i) parts[i / NI][i % NI].join(step[i / NI][i % NI]);
+    }
+  }
+
+  static __device__ void multiply(const Left* left, const Right* right, Part (&sums)[MI][NI]) {
+#pragma unroll
+    for (int k = 0; k < BK; k += Part::kStep) {
+      typename Part::LeftPart left_parts[MI];
+#pragma unroll
+      for (int i = 0; i < MI; ++i) {
+        const int m = warp_m() + 16 * i;
+        Part::load(left_parts[i],
+                   left + (kLeftAlongK ? m * LeftTile::kStride + k : k * LeftTile::kStride + m),
+                   LeftTile::kStride);
+      }
+#pragma unroll
+      for (int j = 0; j < NI; ++j) {
+        typename Part::RightPart right_part;
+        const int n = warp_n() + 16 * j;
+        Part::load(right_part,
+                   right + (kRightAlongK ? n * RightTile::kStride + k : k * RightTile::kStride + n),
+                   RightTile::kStride);
+#pragma unroll
+        for (int i = 0; i < MI; ++i) sums[i][j].add(left_parts[i], right_part);
+      }
+    }
+  }
+
+  // Eight neighbouring sums of part (i, j) for each lane, by way of the warp's patch.
+  __device__ Pack<float, 8> take(int i, int j, char* shared) const {
+    float* patch = reinterpret_cast<float*>(shared) + warp_id() * 16 * kPatchStride;
+    __syncwarp();  // the part before this one is taken
+    parts[i][j].put(patch);
+    __syncwarp();
+    Pack<float, 8> out;
+#pragma unroll
+    for (int c = 0; c < 8; ++c)
+      out.v[c] = patch[lane_id() / 2 * kPatchStride + lane_id() % 2 * 8 + c];
+    return out;
+  }
+
+  // f(i, j, row, first of eight columns) for what the lane takes of each part.
+  template <class F>
+  static __device__ void each_part(F f) {
+#pragma unroll
+    for (int i = 0; i < MI; ++i)
+#pragma unroll
+      for (int j = 0; j < NI; ++j)
+        f(i, j, warp_m() + 16 * i + lane_id() / 2, warp_n() + 16 * j + lane_id() % 2 * 8);
+  }
+
+  // Columns n .. of the sums, to the rows that row(m) points at.
+  template <class Row>
+  __device__ void write(Row row, int64_t m, int64_t M, int64_t n, int64_t N, char* shared) const {
+    each_part([&](int i, int j, int r, int c) {
+      const Pack<float, 8> sums = take(i, j, shared);
+      if (m + r >= M) return;
+      float* out = row(m + r);
+      const bool aligned = reinterpret_cast<uintptr_t>(out) % 16 == 0;
+#pragma unroll
+      for (int q = 0; q < 8; q += 4) {
+        const Pack<float, 4> four = {sums.v[q], sums.v[q + 1], sums.v[q + 2], sums.v[q + 3]};
+        store_pack(out, n + c + q, N, aligned, four);
+      }
+    });
+  }
+};
+
+}  // namespace lora_moe::cuda

@@ -1,0 +1,31 @@
+// S and what follows in rank space, by the plan: all columns of x in one block, or for few tokens
+// in stretches that several blocks take, added in order.
+#pragma once
+
+#include "experts.h"
+
+namespace lora_moe::cuda {
+
+constexpr int64_t kStretch = 256;  // columns: sixteen blocks for D_in = 4096
+
+inline void check_plan(const std::string& plan) {
+  check(plan == "rank_dense" || plan == "segmented" || plan == "decode",
+        "plan: expected 'rank_dense', 'segmented' or 'decode', got '", plan, "'");
+}
+
+template <class T, class M>
+void project(Shrink<T> p, const M& middle, const std::string& plan, const Tensor& x,
+             cudaStream_t stream) {
+  p.stretch = plan == "decode" ? kStretch : p.columns;
+  if (p.stretches() == 1) return shrink(p, &middle, stream);
+  const int64_t count = p.stretches(), T_R = p.tokens * p.R, T_E = p.tokens * p.E;
+  float *s = p.s, *logits = p.logits;
+  Tensor s_parts = empty<float>(x, {count, T_R}), logits_parts = empty<float>(x, {count, T_E});
+  p.s = mutable_data<float>(s_parts), p.logits = mutable_data<float>(logits_parts);
+  shrink(p, static_cast<const M*>(nullptr), stream);
+  add_parts(p.s, count, T_R, s, stream);
+  add_parts(p.logits, count, T_E, logits, stream);
+  gate_ranks(middle, stream);
+}
+
+}  // namespace lora_moe::cuda

@@ -1,0 +1,113 @@
+"""The CUDA build: what nvcc makes of the kernels, what a missing piece says, and that the tests can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_moe import backend_info
+
+from .cuda_shim import build
+from .cuda_shim.planted_bugs import BUGS, barriers
+
+ROOT = Path(__file__).parents[1]
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+needs_compiler = pytest.mark.skipif(
+    shutil.which(build.COMPILER) is None or sys.platform != "linux", reason="needs a C++ compiler"
+)
+
+
+@needs_nvcc
+def test_machine_code():
+    """Without warnings, spills and float atomics; with tensor cores and 128-bit loads.
+
+    `python -m benchmarks.cuda_static` does all architectures.
+    """
+    cuda_static = pytest.importorskip("benchmarks.cuda_static")
+    rows = cuda_static.rows(["sm_80"])
+    assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
+    assert {*cuda_static.MATMULS} <= {row["kernel"] for row in rows}
+    broken = [
+        (row["kernel"], row["config"], why) for row in rows for why in cuda_static.violations(row)
+    ]
+    assert broken == []
+
+
+def test_violations_are_found():
+    cuda_static = pytest.importorskip("benchmarks.cuda_static")
+    good = {
+        "kernel": "gram_kernel", "config": "", "dtype": "bfloat16", "spills": 0, "float_atomics": 0,
+        "shared_bytes": 1, "shared_limit": 1, "load_bits": 128, "tensor_core_ops": 1,
+    }  # fmt: skip
+    assert list(cuda_static.violations(good)) == []
+    for bad in (
+        {"spills": 1}, {"float_atomics": 1}, {"shared_bytes": 2}, {"load_bits": 64}, {"tensor_core_ops": 0}
+    ):  # fmt: skip
+        assert len(list(cuda_static.violations(good | bad))) == 1
+
+
+@needs_compiler
+def test_missing_masks_and_barriers_are_seen():
+    """Each mask and each barrier of the kernels, removed; and with all in place, sanitizers are silent."""
+    found = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True)
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    libraries = [done.stdout.strip() for done in found]
+    if not all(map(os.path.isabs, libraries)):
+        pytest.skip("needs gcc's sanitizers")
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "LORA_MOE_BACKEND": "reference",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cuda_shim.planted_bugs"],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (nothing, silent), *bugs = map(json.loads, done.stdout.splitlines())
+    assert nothing == "nothing"
+    assert silent
+    assert len(bugs) == len(BUGS) + len(barriers(ROOT / "csrc"))
+    assert [name for name, seen in bugs if not seen] == []
+
+
+def build_cuda(**environment):
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORA_MOE", "CUDA", "TORCH"))}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext"],
+        cwd=ROOT, capture_output=True, text=True,
+        env=kept | {"LORA_MOE_SKIP_EXT": "1", "LORA_MOE_BUILD_CUDA": "1"} | environment,
+    )  # fmt: skip
+    assert done.returncode != 0
+    return done.stderr.splitlines()[-1]
+
+
+def test_no_nvcc(tmp_path):
+    assert build_cuda(CUDA_HOME=str(tmp_path)) == (
+        f"LORA_MOE_BUILD_CUDA=1: no nvcc in {tmp_path}/bin; set CUDA_HOME to a CUDA toolkit"
+    )
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.version.cuda is not None, reason="of a torch without CUDA")
+def test_torch_without_cuda():
+    assert build_cuda() == (
+        f"LORA_MOE_BUILD_CUDA=1: torch {torch.__version__} has no CUDA; install a CUDA build of torch"
+    )
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="of a torch without CUDA")
+def test_info_says_why_not():
+    state = backend_info()["backends"]["cuda"]
+    assert not state["available"]
+    assert re.search("LORA_MOE_BUILD_CUDA=1 builds it|LORA_MOE_BACKEND=|not load", state["reason"])

@@ -1,0 +1,126 @@
+"""The cost model's choices, what goes over its head, and what explain prints."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_moe import backend_info, plan
+from lora_moe import functional as F
+
+from .cases import BY_NAME, sample
+
+BACKEND = backend_info()["serving"]["cpu"]
+BF16 = torch.bfloat16
+
+
+def taken(T, E, r, k=2, dtype=BF16, part="sm_90", D=4096):
+    return plan.candidates(T, D, D, (r,) * E, k, dtype, part)[0].plan
+
+
+@pytest.mark.parametrize("part", plan.PARTS)
+def test_what_each_plan_is_for(part):
+    """Few tokens: decode.  Few ranks: rank-dense.  Many: segmented, the sooner the dearer a product is."""
+    assert taken(1, 8, 16, part=part) == plan.DECODE
+    assert taken(8192, 8, 16, part=part) == plan.RANK_DENSE
+    assert taken(8192, 256, 16, part=part) == plan.SEGMENTED
+    assert taken(8192, 64, 16, dtype=torch.float32, part=part) == plan.SEGMENTED
+
+
+def test_experts_in_a_tile_against_a_count():
+    """Of random routings, sorted as the kernels sort."""
+    g = torch.Generator().manual_seed(0)
+    for E, k, tile in (
+        (8, 2, 16),
+        (64, 2, 16),
+        (64, 2, 64),
+        (64, 1, 16),
+        (64, 4, 16),
+        (512, 2, 16),
+    ):
+        T = 8192
+        ids = torch.rand(T, E, generator=g).topk(k).indices
+        pairs = ids[:, :2].sort(1).values
+        order = torch.argsort(pairs[:, 0] * E + pairs[:, -1])
+        counted = [len(t.unique()) for t in ids[order].split(tile)]
+        mean = sum(counted) / len(counted)
+        assert plan.experts_in_a_tile(T, E, k, tile) == pytest.approx(mean, rel=0.25)
+
+
+def test_bytes_are_those_of_the_operands():
+    """rank_dense at T = 8192, 4096 x 4096, E = 8, r = 16: x, base, y, A, B and W, once each."""
+    dense = {c.plan: c for c in plan.candidates(8192, 4096, 4096, (16,) * 8, 2, BF16, "sm_90")}
+    want = 2 * (3 * 8192 * 4096 + 2 * 128 * 4096) + 4 * 8 * 4096
+    assert dense[plan.RANK_DENSE].bytes == want
+    assert dense[plan.RANK_DENSE].flops == 2 * 8192 * 4096 * (2 * 128 + 8)
+    assert plan.DECODE not in dense
+
+
+def test_the_choice_depends_on_the_class_of_t_only():
+    def choice(T):
+        return plan.choose("triton", T, 512, 512, tuple(range(0, 1040, 16)), 2, BF16)
+
+    assert choice(1) == choice(7) == choice(16) == plan.DECODE
+    assert choice(17) == choice(4096)
+    assert choice(4097) == choice(10**6)
+
+
+def test_override(monkeypatch):
+    shapes = 8192, 64, 64, (0, 8, 16), 1, BF16
+    with plan.override(plan.SEGMENTED):
+        assert plan.choose("triton", *shapes) == plan.SEGMENTED
+        with plan.override(None):
+            assert plan.choose("triton", *shapes) == plan.RANK_DENSE
+        with pytest.raises(ValueError, match="cpp backend runs"), plan.override(plan.DECODE):
+            plan.choose("cpp", *shapes)
+    assert plan.choose("triton", *shapes) == plan.RANK_DENSE
+    monkeypatch.setenv("LORA_MOE_PLAN", "decode")
+    assert plan.choose("triton", *shapes) == plan.DECODE
+    monkeypatch.setenv("LORA_MOE_PLAN", "fastest")
+    with pytest.raises(ValueError, match="'fastest'"):
+        plan.choose("triton", *shapes)
+    with pytest.raises(ValueError, match="'fastest'"), plan.override("fastest"):
+        pass
+
+
+def test_override_reaches_the_public_functions():
+    case = BY_NAME["odd"]
+    v = sample(case)
+    args = [v[k] for k in ("x", "router_weight", "lora_A", "lora_B")]
+    for name in plan.PLANS:
+        with plan.override(name):
+            if name in plan.BACKENDS[BACKEND]:
+                F.routed_lora(*args, case.K, rank_offsets=case.offsets)
+            else:
+                with pytest.raises(ValueError, match=f"{BACKEND} backend runs"):
+                    F.routed_lora(*args, case.K, rank_offsets=case.offsets)
+
+
+def test_explain(capsys):
+    ranked = plan.explain(8192, 4096, 4096, [16] * 64, 2, BF16, "sm_90")
+    out = capsys.readouterr().out
+    assert [c.plan for c in ranked] == [row.split()[0] for row in out.splitlines()[2:]]
+    assert ranked == sorted(ranked, key=lambda c: c.seconds)
+    assert out.splitlines()[2].endswith("<- taken")
+    assert plan.explain(8, 64, 64, [16] * 8, 2, torch.float32, "cpu") == []
+    assert "segmented" in capsys.readouterr().out
+    assert plan.explain(8, 64, 64, [4, 8], 2, BF16, torch.device("cuda"))[0].plan == plan.DECODE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"device": "tpu"}, {"k": 9}, {"k": 0}, {"ranks": []}, {"ranks": [8, 0]}, {"T": -1}],
+    ids=str,
+)
+def test_explain_refuses_what_no_call_has(change):
+    call = {
+        "T": 8,
+        "D_in": 64,
+        "D_out": 64,
+        "ranks": [16] * 8,
+        "k": 2,
+        "dtype": BF16,
+        "device": "cuda",
+    }
+    with pytest.raises(ValueError, match=r"device|ranks"):
+        plan.explain(**call | change)
