@@ -33,9 +33,13 @@ inline std::string text(const Ints& sizes) {
   return out + ")";
 }
 
-// t, or a copy of it in another dtype, rounded to nearest.
+// t, or a copy of it in another floating dtype, rounded to nearest.
 inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
-  if (t.scalar_type() == dtype) return t;
+  const ScalarType own = t.scalar_type();
+  if (own == dtype) return t;
+  check(own == ScalarType::Float || own == ScalarType::BFloat16 || own == ScalarType::Half ||
+            own == ScalarType::Double,
+        "parameter: expected a floating dtype, got code ", int(own));
   Tensor out = torch::stable::new_empty(t, t.sizes(), dtype);
   torch::stable::copy_(out, t);
   return out;

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -103,8 +102,11 @@ class LoraMoeLinear(nn.Module):
         y = self.base_layer(x, *args, **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(f"base_layer: expected a tensor from it, got {type(y).__name__}")
-        with _no_autocast(x.device.type):  # the base has decided: its output is in autocast's dtype
-            y, routing = self._add_experts(x.to(y.dtype), y)
+        if F.autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # the base has decided on y's dtype
+                y, routing = self._add_experts(x.to(y.dtype), y)
+        else:
+            y, routing = self._add_experts(x if x.dtype == y.dtype else x.to(y.dtype), y)
         if not _recomputing():
             self.routing = routing
         return y
@@ -112,6 +114,7 @@ class LoraMoeLinear(nn.Module):
     def _add_experts(self, x, base):
         config = self.config
         adapter = self.lora_A, self.lora_B
+        dropout = config.dropout if self.training else 0.0
         router = {
             "gate": config.gate,
             "renormalize": config.renormalize,
@@ -124,7 +127,6 @@ class LoraMoeLinear(nn.Module):
             "base": base,
             "frozen": self.frozen,
         }
-        dropout = config.dropout if self.training else 0.0
         if self.given is None and not dropout:
             return F.routed_lora(x, self.router_weight, *adapter, config.top_k, **router, **experts)
         if self.given is None:
@@ -204,12 +206,6 @@ def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.T
 def _device_of(base):
     tensors = itertools.chain(base.parameters(), base.buffers())
     return next((t.device for t in tensors), torch.get_default_device())
-
-
-def _no_autocast(device_type):
-    if F.autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 def _recomputing():

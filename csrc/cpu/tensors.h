@@ -136,7 +136,7 @@ inline auto dispatch(const Tensor& x, const Tensor& w, F f) {
 
 // f(0), .., f(n - 1): each by the next idle thread, so that tasks may differ in size.  Whoever runs
 // a task owns what it writes, hence the result is the same for any number of threads.  Below this
-// many bytes to read, waking the threads costs more than they save (3 us on a Zen 5).
+// many bytes to read, waking the threads costs more than they save.
 constexpr int64_t kSerialBytes = 1 << 17;
 
 template <class F>
