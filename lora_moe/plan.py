@@ -5,7 +5,7 @@ segmented   tokens are sorted by their experts and only the rows of picked exper
 decode      for up to 16 tokens: everything split until it fills the device, in two launches.
 
 The model: a launch lasts as long as the slower of moving its bytes and doing its products, plus what it costs
-to start one.  `explain` prints it, `override` (or LORA_MOE_PLAN) goes over its head.
+to start one.  `explain` prints it, `override` (or LORA_MOE_PLAN, read at import) goes over its head.
 
 Letters: T tokens, E experts, K picked a token, R rank rows, W width of the saved S.
 """
@@ -13,7 +13,6 @@ Letters: T tokens, E experts, K picked a token, R rank rows, W width of the save
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
 import os
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ RANK_DENSE, SEGMENTED, DECODE = "rank_dense", "segmented", "decode"
 PLANS = (RANK_DENSE, SEGMENTED, DECODE)
 FEW, SOME = 16, 4096  # tokens: the plan depends on T through these classes only, so that T may vary
 
-_override = contextvars.ContextVar("lora_moe_plan", default=None)
+_forced = os.environ.get("LORA_MOE_PLAN")  # a plain variable: torch.compile can guard on it
 
 
 class Part(NamedTuple):
@@ -122,18 +121,19 @@ def experts_in_a_tile(T: int, E: int, top_k: int, tile: int) -> float:
 
 @contextlib.contextmanager
 def override(plan: str | None):
-    """Inside, every call takes this plan; None leaves the choice to the model again.
+    """Inside, every call of the process takes this plan; None leaves the choice to the model again.
 
     Raises:
         ValueError: there is no such plan.  A backend that does not run it raises when it is called.
     """
     if plan is not None and plan not in PLANS:
         raise ValueError(f"plan: expected one of {PLANS}, got {plan!r}")
-    token = _override.set(plan)
+    global _forced
+    before, _forced = _forced, plan
     try:
         yield
     finally:
-        _override.reset(token)
+        _forced = before
 
 
 def choose(backend: str, T, D_in, D_out, offsets, top_k, dtype, shared_a=False) -> str:
@@ -143,13 +143,12 @@ def choose(backend: str, T, D_in, D_out, offsets, top_k, dtype, shared_a=False) 
     Raises:
         ValueError: the named plan does not exist, or the backend does not run it.
     """
-    forced = _override.get() or os.environ.get("LORA_MOE_PLAN")
-    if forced:
-        if forced not in BACKENDS[backend]:
+    if _forced is not None:
+        if _forced not in BACKENDS[backend]:
             raise ValueError(
-                f"plan: the {backend} backend runs {BACKENDS[backend]}, got {forced!r}"
+                f"plan: the {backend} backend runs {BACKENDS[backend]}, got {_forced!r}"
             )
-        return forced
+        return _forced
     if backend not in ("triton", "cuda"):
         return BACKENDS[backend][0]
     tokens = FEW if T <= FEW else 1024 if T <= SOME else 2 * SOME

@@ -17,7 +17,7 @@ from lora_moe import plan as plans
 
 from . import eager
 from .cases import Case, in_double, sample
-from .compare import assert_accurate
+from .compare import UNIT, assert_accurate, relative_error
 from .interpreter import interpreting
 from .test_functional import PARAMETERS, cotangents, gradients, leaves, routed
 from .through import through
@@ -85,16 +85,24 @@ def test_sweep(values):
     v = leaves(inputs, *PARAMETERS)
     with through(kernels), plans.override(values["plan"]):
         y, routing = routed(v, case)
-        dys = cotangents([y])
+        dys = [d.to(dtype).double() for d in cotangents([y])]  # as the kernels see it
         got = gradients([y], dys, v, PARAMETERS)
     ids = routing.indices
     assert all(len(set(row)) == case.K and 0 <= min(row) <= max(row) < E for row in ids.tolist())
     exact = leaves(in_double(inputs), *PARAMETERS)
     want = eager.routed_lora(exact, case, ids)[0]
     expected = gradients([want], dys, exact, PARAMETERS)
-    assert_accurate("y", y, want, dtype=dtype, units=UNITS[dtype])
+    plain = leaves(inputs, *PARAMETERS)
+    usual = eager.routed_lora(plain, case, ids)[0]
+    other = gradients([usual], dys, plain, PARAMETERS)
+
+    def check(name, out, truth, eagers):  # eager bounds what is ill-conditioned, as with D = 1
+        units = max(UNITS[dtype], 1.5 * relative_error(eagers, truth) / UNIT[dtype])
+        assert_accurate(name, out, truth, dtype=dtype, units=units)
+
+    check("y", y, want, usual)
     for key in got:
         if case.K == 1 and key == "router_weight":  # w = p / p = 1: no gradient but rounding
             assert (got[key].abs() <= 1e-3 * max(1.0, float(dys[0].norm()))).all()
         else:
-            assert_accurate(f"d{key}", got[key], expected[key], dtype=dtype, units=UNITS[dtype])
+            check(f"d{key}", got[key], expected[key], other[key])

@@ -17,7 +17,7 @@ MATMULS = (
     "segmented", "segmented, unequal ranks", "decode",
 )  # fmt: skip
 WANTED = {
-    "bfloat16": (),  # all scenarios
+    "bfloat16": MATMULS,
     "float32": MATMULS,
     "float16": (
         "many tokens",
@@ -35,6 +35,12 @@ def test_triton_compile(target, dtype):
     assert {row["scenario"] for row in rows} >= {"many tokens", "few tokens"}
     assert any(row["dots"] for row in rows)
     assert broken(rows) == []
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_every_scenario(target):
+    """The others' machine code is read by `make gpu-static` alone."""
+    assert broken(gpu_static.rows([target], ["bfloat16"])) == []
 
 
 @pytest.mark.parametrize("dtype", WANTED)

@@ -34,15 +34,15 @@ def shrink(part, T, half, width):
         return {"BLOCK_T": 16, "BLOCK_D": 64, **stretch}
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **stretch}
-    rows, columns = (32, 32) if part == "ampere" else (64, 64)
-    return {"BLOCK_T": rows, "BLOCK_D": columns, **stretch}
+    return {"BLOCK_T": 32 if part == "ampere" else 64, "BLOCK_D": 64, **stretch}
 
 
 def routed_lora(part, T, half, width):
     """STRETCH: columns of y a program writes, all of them at most; None: `expand` writes y."""
     if T <= SOME or (part == "ampere" and width > 128):
         stretch = 512 if half and T <= SOME else None
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "STRETCH": stretch}
+        tile = {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "STRETCH": stretch}
+        return tile | {"num_warps": 4 if width <= 128 else 8}
     tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
     if half:
         stretch = ALL if width <= 128 else None
@@ -113,7 +113,7 @@ def route_logits(part, T, half, width):
 
 
 def router_topk_backward(part, T, half, width):
-    return {"BLOCK_T": max(1, min(32, 4096 // width)), "num_warps": 4 if width <= 256 else 8}
+    return {"BLOCK_T": max(1, min(16, 4096 // width)), "num_warps": 4 if width <= 256 else 8}
 
 
 def gate_ranks(part, T, half, width):
