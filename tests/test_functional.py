@@ -542,3 +542,23 @@ def test_dropped_experts(case, renormalize, options):
     expected = gradients([want], dys, exact, PARAMETERS)
     for name in got:
         assert_accurate(f"d{name}", got[name], expected[name], units=16)
+
+
+def test_rank_masks_are_gates_of_single_rank_experts():
+    """MoRE: a task sees a prefix of the ranks, each with its own scale; a gate per rank row, E = R."""
+    case = BY_NAME["tiles fit"]
+    v = leaves(sample(case), "x", "lora_A", "lora_B")
+    x, a, b = v["x"], v["lora_A"], v["lora_B"]
+    g = torch.Generator().manual_seed(0)
+    prefix = torch.randint(0, case.R + 1, (case.T, 1), generator=g)
+    scale = torch.randn(case.R, generator=g)
+    mask = torch.where(torch.arange(case.R) < prefix, scale, 0).requires_grad_()
+    y = F.grouped_lora(x, a, b, Routing.from_gates(mask), rank_offsets=1)
+    want = ((x @ a.T) * mask) @ b
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    dy = torch.randn(y.shape, generator=g)
+    got, expected = (torch.autograd.grad(out, (x, a, b, mask), dy) for out in (y, want))
+    for name, one, other in zip(("x", "lora_A", "lora_B", "mask"), got, expected, strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
