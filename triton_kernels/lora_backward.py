@@ -7,6 +7,8 @@ Four launches and one that adds up partial sums, each skipped when its gradient 
 are read twice, dx is written once.  The segmented plan does the same on tiles of sorted tokens.
 """
 
+import functools
+
 from .add_parts import add_parts
 from .expand import expand
 from .gram import gram_pair_parts, gram_parts
@@ -107,21 +109,24 @@ class Segmented(RankDense):
         self.segments = segments_of(x, routing.indices, experts)
         out = segmented_rank_gradient(dy, s.contiguous(), routing, experts, self.segments)
         self.columns, self.ds, self.h, self.dweights = out
-        self.slots = sorted_slots(routing.indices, len(experts.scaling))
         if router is not None:
             self.dlogits = logits_gradient(self.dweights, routing, router)
 
     def input(self):
         if self.experts.shared_a:
-            return expand(
-                self.shared_ds(), self.experts.a, self.dlogits, self.w, None, self.x.dtype
-            )
+            return expand(self.shared_ds, self.experts.a, self.dlogits, self.w, None, self.x.dtype)
         a = self.experts.a
         return segmented_expand(
             self.columns, a, self.dlogits, self.w, None, self.segments, self.experts, self.x.dtype
         )
 
+    @functools.cached_property
+    def slots(self):
+        return sorted_slots(self.indices, len(self.experts.scaling))
+
+    @functools.cached_property
     def shared_ds(self):
+        """What a shared A gets: the sum of a token's slots."""
         return self.ds.sum(1).to(self.x.dtype)
 
     def a_and_w(self):
@@ -129,7 +134,7 @@ class Segmented(RankDense):
 
     def a(self):
         if self.experts.shared_a:
-            return gram_parts(self.shared_ds(), self.x, self.experts.a.dtype)
+            return gram_parts(self.shared_ds, self.x, self.experts.a.dtype)
         return self.by_expert(self.ds, self.x, self.experts.a.dtype)
 
     def b(self):
