@@ -40,7 +40,7 @@ BUGS = [
     ("expand.cu", "if (t >= p.tokens) return", "if (!BUG && t >= p.tokens) return"),
     ("gram.cu", "p.stretch, p.tokens)", "p.stretch, p.tokens + (BUG ? 32 : 0))"),
     ("gram.cu", "if (i >= n) return", "if (!BUG && i >= n) return"),
-    ("gating.h", "&& first + warp * kGroup < m.tokens", "&& (BUG || first + warp * kGroup < m.tokens)"),
+    ("gating.h", "if (first + t < m.tokens)", "if (BUG || first + t < m.tokens)"),
     ("routing.h", "e >= 0 && e", "(BUG || e >= 0) && e"),
     ("routing.h", "&& e < E; }", "&& (BUG || e < E); }"),
     ("segmented.cu", "|| tile.e == p.experts.E) return", "|| (!BUG && tile.e == p.experts.E)) return"),
