@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(Expand<T> p) {
 
   Dot dot;
   Wide wide;
-  dot.run(p.h, first, p.tokens, p.b, column, p.columns, 0, p.R, shared, nothing);
   wide.run(p.h2, first, p.tokens, p.b2, column, p.columns, 0, p.R2, shared, nothing);
+  dot.run(p.h, first, p.tokens, p.b, column, p.columns, 0, p.R, shared, nothing);
 
   const bool aligned = p.columns * sizeof(T) % 16 == 0;
   Dot::each_part([&](int i, int j, int r, int c) {
