@@ -41,6 +41,8 @@ BUGS = [
     ("gram.cu", "p.stretch, p.tokens)", "p.stretch, p.tokens + (BUG ? 32 : 0))"),
     ("gram.cu", "if (i >= n) return", "if (!BUG && i >= n) return"),
     ("gating.h", "if (first + t < m.tokens)", "if (BUG || first + t < m.tokens)"),
+    ("gating.h", "t < m.tokens; ++t) {\n    if", "(BUG || t < m.tokens); ++t) {\n    if"),
+    ("gating.h", "t < m.tokens; ++t) {\n    gate", "(BUG || t < m.tokens); ++t) {\n    gate"),
     ("routing.h", "e >= 0 && e", "(BUG || e >= 0) && e"),
     ("routing.h", "&& e < E; }", "&& (BUG || e < E); }"),
     ("segmented.cu", "|| tile.e == p.experts.E) return", "|| (!BUG && tile.e == p.experts.E)) return"),
