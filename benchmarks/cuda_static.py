@@ -167,9 +167,12 @@ def violations(row):
         yield "float atomics"
     if row["kernel"] in MATMULS and row["load_bits"] < 128:
         yield f"loads of {row['load_bits']} bits"
-    halves = row["dtype"] != "float32" and row["config"] != "fp32 H"
-    if row["kernel"] in MATMULS and halves and not row["tensor_core_ops"]:
+    halves = row["kernel"] in MATMULS and row["dtype"] != "float32"
+    in_terms = row["target"] != "sm_75"  # fp32 operands beside 16-bit ones
+    if halves and not row["tensor_core_ops"] and (in_terms or row["config"] != "fp32 H"):
         yield "no tensor cores"
+    if halves and in_terms and row["fp32_fmas"] >= 64:  # the exponentials of the gates are 36
+        yield f"{row['fp32_fmas']} fp32 FMAs"
 
 
 COLUMNS = {

@@ -46,10 +46,12 @@ def test_violations_are_found():
     good = {
         "kernel": "gram_kernel", "config": "", "dtype": "bfloat16", "spills": 0, "float_atomics": 0,
         "shared_bytes": 1, "shared_limit": 1, "load_bits": 128, "tensor_core_ops": 1,
+        "fp32_fmas": 36, "target": "sm_80",
     }  # fmt: skip
     assert list(cuda_static.violations(good)) == []
     for bad in (
-        {"spills": 1}, {"float_atomics": 1}, {"shared_bytes": 2}, {"load_bits": 64}, {"tensor_core_ops": 0}
+        {"spills": 1}, {"float_atomics": 1}, {"shared_bytes": 2}, {"load_bits": 64}, {"tensor_core_ops": 0},
+        {"fp32_fmas": 64},
     ):  # fmt: skip
         assert len(list(cuda_static.violations(good | bad))) == 1
 
@@ -95,6 +97,20 @@ def build_cuda(**environment):
 def test_no_nvcc(tmp_path):
     assert build_cuda(CUDA_HOME=str(tmp_path)) == (
         f"LORA_MOE_BUILD_CUDA=1: no nvcc in {tmp_path}/bin; set CUDA_HOME to a CUDA toolkit"
+    )
+
+
+def test_nvcc_of_another_version(tmp_path):
+    """A torch that was built for CUDA 13.0 meets the nvcc of 12.8 that is first in PATH."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.version.cuda = '13.0'\n")
+    path = f"{nvcc.parent}:{os.environ['PATH']}"
+    assert build_cuda(PATH=path, PYTHONPATH=str(tmp_path)) == (
+        f"LORA_MOE_BUILD_CUDA=1: nvcc 12.8 does not fit torch {torch.__version__}, built for CUDA 13.0;"
+        " set CUDA_HOME to that toolkit"
     )
 
 

@@ -1,7 +1,7 @@
 // Expand:  y = base + H @ B (+ H2 @ B2), summed in fp32 and rounded once.
 //
-// The second pair makes the gradient of x in one pass: dx = dS A + dlogits W, with fp32 products
-// for the router.  Reads T*D (base) + (R + R2)*D, writes T*D.
+// The second pair makes the gradient of x in one pass: dx = dS A + dlogits W, both of them fp32 in
+// the router's product.  Reads T*D (base) + (R + R2)*D, writes T*D.
 //
 // Letters: T tokens, D columns of y, R and R2 rank rows.
 #include "kernels.h"
@@ -18,23 +18,23 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2) expand_kernel(Expand<T> p) {
   if constexpr (!kServed<T>) return;
   using Dot = Product<T, T, true, false, BM, BN>;
-  using Exact = Product<float, float, true, false, BM, BN>;
-  constexpr int kBytes = Dot::kBytes > Exact::kBytes ? Dot::kBytes : Exact::kBytes;
+  using Wide = Product<float, float, true, false, BM, BN, kHalf<T>>;
+  constexpr int kBytes = Dot::kBytes > Wide::kBytes ? Dot::kBytes : Wide::kBytes;
   __shared__ __align__(128) char shared[kBytes];
   const int64_t across = ceil_div(p.columns, BN);
   const int64_t first = blockIdx.x / across * BM, column = blockIdx.x % across * BN;
   const auto nothing = [](const auto*, const auto*, int64_t) {};
 
   Dot dot;
-  Exact exact;
+  Wide wide;
+  wide.run(p.h2, first, p.tokens, p.b2, column, p.columns, 0, p.R2, shared, nothing);
   dot.run(p.h, first, p.tokens, p.b, column, p.columns, 0, p.R, shared, nothing);
-  exact.run(p.h2, first, p.tokens, p.b2, column, p.columns, 0, p.R2, shared, nothing);
 
   const bool aligned = p.columns * sizeof(T) % 16 == 0;
   Dot::each_part([&](int i, int j, int r, int c) {
     Pack<float, 8> sums = dot.take(i, j, shared);
     Pack<float, 8> more = {};
-    if (p.R2 > 0) more = exact.take(i, j, shared);
+    if (p.R2 > 0) more = wide.take(i, j, shared);
     const int64_t t = first + r, d = column + c;
     if (t >= p.tokens) return;
     constexpr int N = 16 / sizeof(T);

@@ -5,7 +5,7 @@
 // Only rows of picked experts are touched; what other experts hold, NaN too, reaches nothing.
 #pragma once
 
-#include "numbers.h"
+#include "product.h"
 #include "routing.h"
 
 namespace lora_moe::cuda {
@@ -134,12 +134,13 @@ __device__ void middle(const MiddleGrad<T>& m, int64_t group, int lane) {
   }
 }
 
-// Tokens first .. first + BM - 1, a group a warp.
+// Tokens first .. first + BM - 1, a group a warp at a time: no warp is without one.
 template <int BM, class M>
 __device__ void middle_of_block(const M& m, int64_t first) {
-  const int warp = threadIdx.x / 32;
-  if (warp < BM / kGroup && first + warp * kGroup < m.tokens)
-    middle(m, first / kGroup + warp, threadIdx.x % 32);
+  static_assert(BM % (kWarps * kGroup) == 0);
+#pragma unroll 1
+  for (int t = warp_id() * kGroup; t < BM; t += kWarps * kGroup)
+    if (first + t < m.tokens) middle(m, (first + t) / kGroup, lane_id());
 }
 
 }  // namespace lora_moe::cuda

@@ -9,7 +9,7 @@
 
 namespace lora_moe::cuda {
 
-constexpr int kGroup = 8;  // tokens of one warp in the middle, and of one partial sum
+constexpr int kGroup = 4;  // tokens of one warp in the middle, and of one partial sum
 
 struct Router {
   const float* bias = nullptr;  // (E,)

@@ -1,9 +1,9 @@
 // The matrix product of one block of threads:  out (BM, BN) = left @ right, summed in fp32.
 //
 // Tiles of both operands go from global memory through registers to shared memory, one step ahead
-// of the products (two buffers, one barrier a step).  16-bit operands meet on the tensor cores,
-// fp32 ones, or an fp32 and a 16-bit one, in exact fp32 multiply-adds.  Rows of a tile are padded
-// by 16 bytes, which keeps the eight rows of a matrix load in different banks.
+// of the products (two buffers, one barrier a step).  16-bit operands meet on the tensor cores; so
+// does an fp32 one beside them, in bf16 terms.  Two fp32 ones meet in fp32 multiply-adds.  Rows of
+// a tile are padded by 16 bytes, which keeps the eight rows of a matrix load in different banks.
 //
 // Letters: M rows, N columns of the result; K is summed over.
 #pragma once
@@ -11,6 +11,7 @@
 #include <mma.h>
 
 #include "numbers.h"
+#include "terms.h"
 
 namespace lora_moe::cuda {
 
@@ -81,6 +82,77 @@ struct Sums {
   }
 };
 
+// Numbers k .. k+3 of row or column i of a tile.
+template <bool kAlongK, class T>
+__device__ Pack<T, 4> along_k(const T* tile, int i, int k, int stride) {
+  if constexpr (kAlongK) {
+    return *reinterpret_cast<const Pack<T, 4>*>(tile + i * stride + k);
+  } else {
+    Pack<T, 4> out;
+#pragma unroll
+    for (int v = 0; v < 4; ++v) out.v[v] = tile[(k + v) * stride + i];
+    return out;
+  }
+}
+
+// .. in bf16 terms on the tensor cores, where one operand is fp32, or both are and the sum will be
+// rounded to 16 bits: a lane has rows lane / 4 + 8 i and columns lane % 4 * 2 + 8 j and the next ..
+template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK>
+struct SplitSums {
+  static constexpr int kStep = 16;
+  static constexpr bool kBothWide = std::is_same_v<Left, Right>;
+  struct LeftPart {
+    Terms<Left, kBothWide> row[2];
+  };
+  struct RightPart {
+    Terms<Right, kBothWide> column[2];
+  };
+  float sums[2][4];
+
+  __device__ void zero() {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0.f;
+  }
+  static __device__ void load(LeftPart& part, const Left* tile, int stride) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      part.row[i].split(
+          along_k<kLeftAlongK>(tile, lane_id() / 4 + 8 * i, lane_id() % 4 * 4, stride));
+  }
+  static __device__ void load(RightPart& part, const Right* tile, int stride) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      part.column[j].split(
+          along_k<kRightAlongK>(tile, lane_id() / 4 + 8 * j, lane_id() % 4 * 4, stride));
+  }
+  // The smallest products first; that of two low halves is left out, an error of 2^-16.  They are
+  // summed apart, as the tensor cores cut where fp32 rounds.
+  __device__ void add(const LeftPart& left, const RightPart& right) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float step[4] = {};
+#pragma unroll
+      for (int l = Terms<Left, kBothWide>::kCount - 1; l >= 0; --l)
+#pragma unroll
+        for (int r = Terms<Right, kBothWide>::kCount - 1; r >= 0; --r)
+          if (!kBothWide || l + r < 2)
+            multiply_add(step, left.row[0].term[l], left.row[1].term[l], right.column[j].term[r]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j][i] += step[i];
+    }
+  }
+  // f(row, column, sum)
+  template <class F>
+  __device__ void each(F f) const {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      f(lane_id() / 4 + i / 2 % 2 * 8, i / 4 * 8 + lane_id() % 4 * 2 + i % 2, sums[i / 4][i % 4]);
+  }
+  __device__ void put(float* patch) const {
+    each([&](int row, int column, float sum) { patch[row * kPatchStride + column] = sum; });
+  }
+};
+
 // .. and in fp32: a lane has rows lane / 4 + 8 i and columns lane % 4 + 4 j.  A step's products are
 // summed apart before they join the total, which errs less than one long sum.
 template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK>
@@ -105,12 +177,12 @@ struct ExactSums {
   static __device__ void load(LeftPart& part, const Left* tile, int stride) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      part.row[i] = along_k<kLeftAlongK>(tile, lane_id() / 4 + 8 * i, stride);
+      part.row[i] = along_k<kLeftAlongK>(tile, lane_id() / 4 + 8 * i, 0, stride);
   }
   static __device__ void load(RightPart& part, const Right* tile, int stride) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      part.column[j] = along_k<kRightAlongK>(tile, lane_id() % 4 + 4 * j, stride);
+      part.column[j] = along_k<kRightAlongK>(tile, lane_id() % 4 + 4 * j, 0, stride);
   }
   __device__ void add(const LeftPart& left, const RightPart& right) {
 #pragma unroll
@@ -128,30 +200,22 @@ struct ExactSums {
       for (int j = 0; j < 4; ++j)
         patch[(lane_id() / 4 + 8 * i) * kPatchStride + lane_id() % 4 + 4 * j] = sums[i][j];
   }
-
- private:
-  template <bool kAlongK, class T>
-  static __device__ Pack<T, kStep> along_k(const T* tile, int i, int stride) {
-    if constexpr (kAlongK) {
-      return *reinterpret_cast<const Pack<T, kStep>*>(tile + i * stride);
-    } else {
-      Pack<T, kStep> out;
-#pragma unroll
-      for (int k = 0; k < kStep; ++k) out.v[k] = tile[k * stride + i];
-      return out;
-    }
-  }
 };
 
 // kLeftAlongK: left lies in memory as (M, K), else as (K, M); kRightAlongK: (N, K), else (K, N).
-template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK, int BM, int BN>
+// kRounded: sums of an fp32 pair end in 16 bits.
+template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK, int BM, int BN,
+          bool kRounded = false>
 struct Product {
   static constexpr bool kTensorCores = kHalf<Left> && kServed<Left> && std::is_same_v<Left, Right>;
   static constexpr int BK = kHalf<Left> && kHalf<Right> ? 32 : 16;
   using LeftTile = Tile<Left, kLeftAlongK ? BM : BK, kLeftAlongK ? BK : BM>;
   using RightTile = Tile<Right, kRightAlongK ? BN : BK, kRightAlongK ? BK : BN>;
-  using Part = std::conditional_t<kTensorCores, Sums<Left, Right, kLeftAlongK, kRightAlongK>,
-                                  ExactSums<Left, Right, kLeftAlongK, kRightAlongK>>;
+  static constexpr bool kSplit = kServed<bf16> && (kRounded || !std::is_same_v<Left, Right>);
+  using Part = std::conditional_t<
+      kTensorCores, Sums<Left, Right, kLeftAlongK, kRightAlongK>,
+      std::conditional_t<kSplit, SplitSums<Left, Right, kLeftAlongK, kRightAlongK>,
+                         ExactSums<Left, Right, kLeftAlongK, kRightAlongK>>>;
   static constexpr int kStepBytes = LeftTile::kBytes + RightTile::kBytes;
   static constexpr int kPatchBytes = kWarps * 16 * kPatchStride * 4;
   static constexpr int kBytes = 2 * kStepBytes > kPatchBytes ? 2 * kStepBytes : kPatchBytes;
@@ -180,10 +244,10 @@ struct Product {
         kRightAlongK ? right_tile.load(right, n, N, k, end) : right_tile.load(right, k, end, n, N);
     };
     load(begin);
-    for (int64_t k = begin, step = 0; k < end; k += BK, ++step) {
-      Left* left_step = reinterpret_cast<Left*>(shared + step % 2 * kStepBytes);
-      Right* right_step =
-          reinterpret_cast<Right*>(shared + step % 2 * kStepBytes + LeftTile::kBytes);
+    for (int64_t k = begin; k < end; k += BK) {
+      char* buffer = shared + (k - begin) / BK % 2 * kStepBytes;
+      Left* left_step = reinterpret_cast<Left*>(buffer);
+      Right* right_step = reinterpret_cast<Right*>(buffer + LeftTile::kBytes);
       left_tile.store(left_step);
       if (any) right_tile.store(right_step);
       __syncthreads();  // the tiles are whole, and nobody reads the other buffer any more
@@ -195,7 +259,7 @@ struct Product {
   }
 
   __device__ void multiply(const Left* left, const Right* right) {
-    if constexpr (kTensorCores) {
+    if constexpr (kTensorCores || kSplit) {
       multiply(left, right, parts);
     } else {
       Part step[MI][NI];

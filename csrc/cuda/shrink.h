@@ -17,8 +17,8 @@ namespace lora_moe::cuda {
 
 constexpr int kRouterColumns = 32;  // of a block: a warp has experts warp, warp + 8, ..
 
-// Logits of tokens lane, lane + 32 for each of a warp's experts, in fp32 products.
-template <class Tile, int BM>
+// Logits of tokens lane, lane + 32 for each of a warp's experts, in fp32 multiply-adds.
+template <class T, int BM>
 struct RouterSums {
   static constexpr int kRows = BM / 32, kExperts = kRouterColumns / kWarps;
   float sums[kRows][kExperts];
@@ -29,7 +29,7 @@ struct RouterSums {
   }
 
   // One step, summed apart first: the tile's BK columns of x are columns k .. of w.
-  template <int BK, class T>
+  template <class Tile, int BK>
   __device__ void add(const T* x, const Rows<float>& w, int first, int E, int64_t k, int64_t end) {
     RouterSums step;
 #pragma unroll 1
@@ -55,15 +55,49 @@ struct RouterSums {
       sums[i / kExperts][i % kExperts] += step.sums[i / kExperts][i % kExperts];
   }
 
-  __device__ void write(float* logits, int64_t m, int64_t M, int first, int E) const {
+  // f(token, expert, sum)
+  template <class F>
+  __device__ void each(F f) const {
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int j = 0; j < kExperts; ++j) {
-        const int64_t t = m + lane_id() + 32 * i;
-        const int e = first + warp_id() + kWarps * j;
-        if (t < M && e < E) logits[t * E + e] = sums[i][j];
+      for (int j = 0; j < kExperts; ++j) f(lane_id() + 32 * i, warp_id() + kWarps * j, sums[i][j]);
+  }
+};
+
+// The same on the tensor cores, 16 tokens and 16 experts a warp, the weight in its three terms.  Of
+// 32 tokens two warps form the same sums.
+template <class T, int BM>
+struct RouterTerms {
+  using Part = SplitSums<T, float, true, true>;
+  Part sums;
+
+  static __device__ int token() { return warp_id() / 2 * 16 % BM; }
+  static __device__ int expert() { return warp_id() % 2 * 16; }
+
+  __device__ RouterTerms() { sums.zero(); }
+
+  template <class Tile, int BK>
+  __device__ void add(const T* x, const Rows<float>& w, int first, int E, int64_t k, int64_t end) {
+    if (first + expert() >= E) return;
+#pragma unroll
+    for (int c = 0; c < BK; c += Part::kStep) {
+      typename Part::LeftPart left;
+      typename Part::RightPart right;
+      Part::load(left, x + token() * Tile::kStride + c, Tile::kStride);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int e = first + expert() + lane_id() / 4 + 8 * j;
+        const int64_t column = k + c + lane_id() % 4 * 4;
+        right.column[j].split(load_pack<4>(w.row(e < E ? e : 0), column, end, w.aligned));
       }
+      sums.add(left, right);
+    }
+  }
+
+  template <class F>
+  __device__ void each(F f) const {
+    sums.each([&](int i, int j, float sum) { f(token() + i, expert() + j, sum); });
   }
 };
 
@@ -85,16 +119,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, BN>)
   const int64_t end = min(begin + p.stretch, p.columns);
 
   Dot dot;
-  RouterSums<typename Dot::LeftTile, BM> router;
+  std::conditional_t<kHalf<T> && kServed<bf16>, RouterTerms<T, BM>, RouterSums<T, BM>> router;
   dot.run(p.x, first, p.tokens, p.a, column, p.R, begin, end, shared,
           [&](const T* x, const T*, int64_t k) {
-            if constexpr (M::kRouter) router.template add<Dot::BK>(x, p.w, expert, p.E, k, end);
+            if constexpr (M::kRouter)
+              router.template add<typename Dot::LeftTile, Dot::BK>(x, p.w, expert, p.E, k, end);
           });
   float* s = p.s + blockIdx.z * p.tokens * p.R;
   if (column < p.R)
     dot.write([&](int64_t t) { return s + t * p.R; }, first, p.tokens, column, p.R, shared);
   if constexpr (M::kRouter)
-    router.write(p.logits + blockIdx.z * p.tokens * p.E, first, p.tokens, expert, p.E);
+    router.each([&](int i, int j, float sum) {
+      const int64_t t = first + i;
+      const int e = expert + j;
+      if (t < p.tokens && e < p.E) p.logits[(blockIdx.z * p.tokens + t) * p.E + e] = sum;
+    });
   if (!with_middle) return;
   __syncthreads();  // S and the logits of this block's tokens are written
   middle_of_block<BM>(m, first);
