@@ -136,7 +136,7 @@ BUGS = {
         "t = tl.load(order_ptr + i, mask=t_ok, other=0)", INT32, "far_layer", plan=SEGMENTED,
     ),
     "decode: every program writes S": Bug(
-        "decode", "s, mask=in_first(inside, part))", "s, mask=inside)", TWO, case=FEW, plan=DECODE,
+        "decode", "s, mask=in_first(in_s, part))", "s, mask=in_s)", TWO, case=FEW, plan=DECODE,
     ),
     "decode: partial sums one short": Bug(
         "decode", "s = add_parts(s_parts_ptr, PARTS, T", "s = add_parts(s_parts_ptr, PARTS - 1, T",

@@ -90,6 +90,14 @@ class Experts(NamedTuple):
         return max(self.ranks)
 
     @property
+    def own_columns(self):
+        """Columns of an expert in a tile of the segmented plan: no dot takes those of two experts together.
+
+        So in which order a token's experts are summed does not depend on who else is in the tile.
+        """
+        return max(16, self.RP)
+
+    @property
     def fit_registers(self):
         """Whether S of all experts fits beside the sums of a dot; if not, they go a few at a time."""
         return self.EP * self.RP <= 256

@@ -88,7 +88,7 @@ def segmented_gram(h, x, slots, experts, frozen, dtype):
     out = x.new_empty(R, D, dtype=dtype)
     parts = None if windows == 1 else x.new_empty(windows, R, D, dtype=torch.float32)
     tile = choose("segmented_gram", x, experts.RP)
-    RP = max(16, experts.RP)
+    RP = experts.own_columns
     block_r = min(RP, 128)
     launch(
         x,

@@ -154,7 +154,7 @@ class Segments(NamedTuple):
 
 def segments_of(x, indices, experts):
     E = len(experts.scaling)
-    tile = choose("segmented", x, experts.RP)
+    tile = choose("segmented", x, experts.own_columns)
     order = sort_tokens(indices, E)
     return Segments(order, *list_experts(indices, order, E, tile["BLOCK_T"]), tile)
 
@@ -162,7 +162,7 @@ def segments_of(x, indices, experts):
 def segmented_shrink(x, a, s, routing, experts, segments):
     """S (T, K, r) fp32, or the given S (T, r) of a shared A; and H tile by tile, in x's dtype."""
     T, K = routing.indices.shape
-    columns = segments.new_columns(x, experts.RP)
+    columns = segments.new_columns(x, experts.own_columns)
     if s is None:
         s = x.new_empty(T, K, experts.largest, dtype=torch.float32)
         source = x, x.stride(0), a, a.stride(0)
@@ -175,7 +175,7 @@ def segmented_shrink(x, a, s, routing, experts, segments):
 def segmented_rank_gradient(dy, s, routing, experts, segments):
     """dS tile by tile; dS and H (T, K, r); dweights (T, K)."""
     b, (T, K) = experts.b, routing.indices.shape
-    columns = segments.new_columns(dy, experts.RP)
+    columns = segments.new_columns(dy, experts.own_columns)
     # what a shared A gets from a token's slots is summed before it is rounded
     kind = torch.float32 if experts.shared_a else dy.dtype
     ds = dy.new_empty(T, K, experts.largest, dtype=kind)
@@ -187,8 +187,7 @@ def segmented_rank_gradient(dy, s, routing, experts, segments):
 
 def _launch(source, routing, s, out, experts, segments, D, backward):
     (T, K), (tiles, L) = routing.indices.shape, segments.experts.shape
-    EP = max(1, min(triton.next_power_of_2(L), segments.tile["COLUMNS"] // experts.RP))
-    EP = max(EP, 16 // experts.RP)  # a dot wants as many columns
+    EP = max(1, min(triton.next_power_of_2(L), segments.tile["COLUMNS"] // experts.own_columns))
     launch(
         source[0],
         _segmented_shrink_kernel,
@@ -200,7 +199,7 @@ def _launch(source, routing, s, out, experts, segments, D, backward):
         BACKWARD=backward,
         SHARED=experts.shared_a,
         EP=EP,
-        RP=experts.RP,
+        RP=experts.own_columns,
         PRECISION=precision(source[0]),
         **{k: v for k, v in segments.tile.items() if k not in ("COLUMNS", "BLOCK_N")},
     )

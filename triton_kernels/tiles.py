@@ -31,7 +31,7 @@ def family(device):
 def shrink(part, T, half, width):
     stretch = {"STRETCH": 512} if T <= FEW else {"STRETCH": 1024} if T <= SOME else {}
     if T <= FEW and half:
-        return {"BLOCK_T": 16, "BLOCK_D": 64, **stretch}
+        return {"BLOCK_T": 32, "BLOCK_D": 32 if width > 16 else 64, **stretch}
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **stretch}
     return {"BLOCK_T": 32 if part == "ampere" else 64, "BLOCK_D": 64, **stretch}
@@ -83,8 +83,9 @@ def expand(part, T, half, width):
 
 
 def gram(part, T, half, width):
-    warps = 8 if half and width > 16 else 4
-    return {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32, "MAX_R": 128, "num_warps": warps}
+    if not half:
+        return {"BLOCK_T": 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8 if width > 16 else 4}
 
 
 def segmented(part, T, half, width):
@@ -180,6 +181,8 @@ def choose(kernel, x, width):
     if part == "interpreter":
         return interpreted(kernel, T, half)
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
+    if kernel.startswith("routed_lora") and x.dtype == torch.float16:
+        tile["BLOCK_D"] //= 2  # beside the router's fp32 W an fp16 x is two bf16 terms
     if part == "cdna":  # its warps have 64 threads
         tile |= {"num_warps": tile["num_warps"] // 2, "num_stages": 2}
     return tile
