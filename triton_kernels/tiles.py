@@ -31,10 +31,12 @@ def family(device):
 def shrink(part, T, half, width):
     stretch = {"STRETCH": 512} if T <= FEW else {"STRETCH": 1024} if T <= SOME else {}
     if T <= FEW and half:
-        return {"BLOCK_T": 32, "BLOCK_D": 32 if width > 16 else 64, **stretch}
+        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **stretch}
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **stretch}
-    return {"BLOCK_T": 32 if part == "ampere" else 64, "BLOCK_D": 64, **stretch}
+    if part == "ampere":
+        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **stretch}
+    return {"BLOCK_T": 64, "BLOCK_D": 64, **stretch}
 
 
 def routed_lora(part, T, half, width):
@@ -45,8 +47,8 @@ def routed_lora(part, T, half, width):
         return tile | {"num_warps": 4 if width <= 128 else 8}
     tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
     if half:
-        stretch = ALL if width <= 128 else None
-        return tile | {"BLOCK_T": 64, "BLOCK_D": 64, "STRETCH": stretch}
+        stretch = ALL if width <= 128 and part != "ampere" else None
+        return tile | {"BLOCK_T": 32 if part == "ampere" else 64, "BLOCK_D": 64, "STRETCH": stretch}
     return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "STRETCH": None}
 
 
@@ -181,8 +183,10 @@ def choose(kernel, x, width):
     if part == "interpreter":
         return interpreted(kernel, T, half)
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
-    if kernel.startswith("routed_lora") and x.dtype == torch.float16:
+    if x.dtype == torch.float16 and kernel in ("shrink", "router_topk", "routed_lora"):
         tile["BLOCK_D"] //= 2  # beside the router's fp32 W an fp16 x is two bf16 terms
+        if tile["BLOCK_T"] * tile["BLOCK_D"] < 256 * tile["num_warps"]:
+            tile["num_warps"] //= 2  # every thread still loads 128 bits of x
     if part == "cdna":  # its warps have 64 threads
         tile |= {"num_warps": tile["num_warps"] // 2, "num_stages": 2}
     return tile
