@@ -17,6 +17,7 @@ import functools
 import os
 from collections.abc import Sequence
 from itertools import pairwise
+from operator import index
 from typing import NamedTuple
 
 import torch
@@ -152,13 +153,19 @@ def choose(backend: str, T, D_in, D_out, offsets, top_k, dtype, shared_a=False) 
     if backend not in ("triton", "cuda"):
         return BACKENDS[backend][0]
     tokens = FEW if T <= FEW else 1024 if T <= SOME else 2 * SOME
-    ranks = tuple(stop - start for start, stop in pairwise(offsets))
-    return _cheapest(backend, tokens, D_in, D_out, ranks, top_k, dtype, shared_a)
+    # while tracing, sizes of a layer may be symbols: they become numbers
+    ranks = tuple(index(stop) - index(start) for start, stop in pairwise(offsets))
+    sizes = index(D_in), index(D_out)
+    return _cheapest(backend, tokens, *sizes, ranks, index(top_k), dtype, shared_a)
 
 
 @torch.compiler.assume_constant_result
+def _cheapest(*call):  # dynamo looks through lru_cache, and would trace the model
+    return _ranked(*call)
+
+
 @functools.lru_cache(maxsize=1024)
-def _cheapest(backend, T, D_in, D_out, ranks, top_k, dtype, shared_a):
+def _ranked(backend, T, D_in, D_out, ranks, top_k, dtype, shared_a):
     ranked = candidates(T, D_in, D_out, ranks, top_k, dtype, this_part(), shared_a)
     return next(c.plan for c in ranked if c.plan in BACKENDS[backend])
 

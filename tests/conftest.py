@@ -4,11 +4,16 @@ LORA_MOE_BACKEND=triton runs the public functions on them; the tests of the kern
 """
 
 import os
+from pathlib import Path
 
 # before numpy: with a second thread the interpreter's small matrix products take a hundred times as long
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # kernels of some cores sum a row in another order according to where in the tile it lies
-os.environ["OPENBLAS_CORETYPE"] = "Prescott"
+os.environ["OPENBLAS_CORETYPE"] = (
+    "SkylakeX"
+    if any("avx512f" in info.read_text() for info in Path("/proc").glob("cpuinfo"))
+    else "Prescott"
+)
 
 import importlib.util
 

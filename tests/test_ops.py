@@ -139,7 +139,8 @@ def test_compile_fullgraph_and_dynamic_tokens():
         return y.square().mean() + routing.lse.square().mean() + routing.mean_prob.square().sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
-    for rows in (63, 33, 7):  # not 64: one symbol would stand for T and for R, which is fixed
+    # of one size class, as the plan may change with it; not 64, which would stand for R as well
+    for rows in (63, 33, 20):
         v = sample(case)
         v = leaves({**v, "x": v["x"][:rows], "base": v["base"][:rows]}, *PARAMETERS)
         got = torch.autograd.grad(compiled(v), [v[k] for k in PARAMETERS])

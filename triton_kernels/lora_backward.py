@@ -60,7 +60,6 @@ class RankDense:
 
     def results(self, need_x, need_a, need_w, need_b):
         """dx, da, dw, db; empty where not needed."""
-        nothing = self.dy.new_empty(0)
         sums = {}
         if need_a and need_w:
             sums["a"], sums["w"] = self.a_and_w()
@@ -70,9 +69,9 @@ class RankDense:
             sums["w"] = gram_parts(self.dlogits, self.x, self.w.dtype)
         if need_b:
             sums["b"] = self.b()
-        dx = self.input() if need_x else nothing
+        dx = self.input() if need_x else self.dy.new_empty(0)
         add_parts(*((parts, out) for parts, out in sums.values() if parts is not None))
-        return dx, *(sums[name][1] if name in sums else nothing for name in "awb")
+        return dx, *(sums[name][1] if name in sums else self.dy.new_empty(0) for name in "awb")
 
     def input(self):
         return expand(self.ds, self.experts.a, self.dlogits, self.w, None, self.x.dtype)
