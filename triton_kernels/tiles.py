@@ -48,7 +48,8 @@ def routed_lora(part, T, half, width):
     tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
     if half:
         stretch = ALL if width <= 128 and part != "ampere" else None
-        return tile | {"BLOCK_T": 32 if part == "ampere" else 64, "BLOCK_D": 64, "STRETCH": stretch}
+        few = {"BLOCK_T": 16, "num_warps": 4} if part == "ampere" else {"BLOCK_T": 64}
+        return tile | {"BLOCK_D": 64, "STRETCH": stretch, **few}
     return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "STRETCH": None}
 
 
@@ -60,7 +61,7 @@ def routed_lora_many_experts(part, T, half, width):
 def routed_lora_shared(part, T, half, width):
     """So few rows of A that a longer step is needed to load them whole."""
     tile = routed_lora(part, T, half, width)
-    return tile | {"BLOCK_D": 2 * tile["BLOCK_D"] if half else tile["BLOCK_D"]}
+    return tile | {"BLOCK_D": 2 * tile["BLOCK_D"]}
 
 
 def decode(part, T, half, width):
@@ -71,7 +72,8 @@ def rank_gradient(part, T, half, width):
     if T <= SOME:
         return {"BLOCK_T": 16, "BLOCK_D": 32, "IN_PARTS": True}
     rows = 16 if not half else 32 if part == "ampere" or width > 128 else 64
-    return {"BLOCK_T": rows, "BLOCK_D": 64 if half else 32, "IN_PARTS": False, "num_warps": 8}
+    tile = {"BLOCK_T": rows, "BLOCK_D": 64, "IN_PARTS": False, "num_warps": 8}
+    return tile | {"num_stages": 3 if half else 2}
 
 
 def rank_gradient_unequal(part, T, half, width):
@@ -183,7 +185,10 @@ def choose(kernel, x, width):
     if part == "interpreter":
         return interpreted(kernel, T, half)
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
-    if x.dtype == torch.float16 and kernel in ("shrink", "router_topk", "routed_lora"):
+    splits_x = kernel == "router_topk" or (kernel in ("shrink", "routed_lora") and width > 16)
+    if x.dtype == torch.float16 and kernel == "gram":
+        tile["MAX_R"] = 64  # beside dlogits, too, it is two terms
+    elif x.dtype == torch.float16 and splits_x and not tile.get("IN_PARTS"):
         tile["BLOCK_D"] //= 2  # beside the router's fp32 W an fp16 x is two bf16 terms
         if tile["BLOCK_T"] * tile["BLOCK_D"] < 256 * tile["num_warps"]:
             tile["num_warps"] //= 2  # every thread still loads 128 bits of x
