@@ -48,8 +48,7 @@ def routed_lora(part, T, half, width):
     tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
     if half:
         stretch = ALL if width <= 128 and part != "ampere" else None
-        few = {"BLOCK_T": 16, "num_warps": 4} if part == "ampere" else {"BLOCK_T": 64}
-        return tile | {"BLOCK_D": 64, "STRETCH": stretch, **few}
+        return tile | {"BLOCK_T": 64, "BLOCK_D": 32 if part == "ampere" else 64, "STRETCH": stretch}
     return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "STRETCH": None}
 
 
@@ -61,7 +60,7 @@ def routed_lora_many_experts(part, T, half, width):
 def routed_lora_shared(part, T, half, width):
     """So few rows of A that a longer step is needed to load them whole."""
     tile = routed_lora(part, T, half, width)
-    return tile | {"BLOCK_D": 2 * tile["BLOCK_D"]}
+    return tile | {"BLOCK_D": 128 if half else 64}
 
 
 def decode(part, T, half, width):
@@ -184,11 +183,13 @@ def choose(kernel, x, width):
     part, T, half = family(x.device), len(x), x.itemsize == 2
     if part == "interpreter":
         return interpreted(kernel, T, half)
+    if x.dtype == torch.float16 and part == "ampere" and kernel == "routed_lora":
+        T = min(T, SOME)  # the two terms of x leave no room for S: `shrink` goes ahead
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
     splits_x = kernel == "router_topk" or (kernel in ("shrink", "routed_lora") and width > 16)
     if x.dtype == torch.float16 and kernel == "gram":
-        tile["MAX_R"] = 64  # beside dlogits, too, it is two terms
-    elif x.dtype == torch.float16 and splits_x and not tile.get("IN_PARTS"):
+        tile |= {"BLOCK_D": 32, "MAX_R": 64, "num_warps": 4}  # so it is beside dlogits
+    elif x.dtype == torch.float16 and splits_x and tile["BLOCK_D"] > 32:
         tile["BLOCK_D"] //= 2  # beside the router's fp32 W an fp16 x is two bf16 terms
         if tile["BLOCK_T"] * tile["BLOCK_D"] < 256 * tile["num_warps"]:
             tile["num_warps"] //= 2  # every thread still loads 128 bits of x
