@@ -102,7 +102,7 @@ def _gram_parts(h, x, dtype, rows, h2, dtype2):
     wanted = R if rows is None else len(rows)
     if T == 0 or D == 0 or R == 0 or wanted + R2 == 0:
         return [(None, x.new_zeros(n, D, dtype=kind)) for n, kind in ((R, dtype), (R2, dtype2))]
-    tile = choose("gram", x, R)
+    tile = choose("gram" if R2 <= 16 else "gram_many_experts", x, R)
     block_r, block_r2 = padded(wanted, tile.pop("MAX_R")), padded(R2, 64)
     columns = triton.cdiv(D, tile["BLOCK_D"])
     blocks = max(triton.cdiv(wanted, block_r), triton.cdiv(R2, block_r2))

@@ -91,6 +91,10 @@ def gram(part, T, half, width):
     return {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8 if width > 16 else 4}
 
 
+def gram_many_experts(part, T, half, width):
+    return gram(part, T, half, width)
+
+
 def segmented(part, T, half, width):
     """A tile of tokens and the rank columns of its experts that a program of `segmented_shrink` takes.
 
@@ -136,6 +140,7 @@ TILES = {
         rank_gradient_unequal,
         expand,
         gram,
+        gram_many_experts,
         segmented,
         segmented_gram,
         router_topk,
@@ -154,7 +159,7 @@ def interpreted(kernel, T, half):
         tile["STRETCH"] = tile["BLOCK_D"]
     elif kernel == "decode":
         tile = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": 128}
-    elif kernel == "gram":
+    elif kernel.startswith("gram"):
         tile["MAX_R"] = 128
     elif kernel == "segmented":
         tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
@@ -187,7 +192,7 @@ def choose(kernel, x, width):
         T = min(T, SOME)  # the two terms of x leave no room for S: `shrink` goes ahead
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
     splits_x = kernel == "router_topk" or (kernel in ("shrink", "routed_lora") and width > 16)
-    if x.dtype == torch.float16 and kernel == "gram":
+    if x.dtype == torch.float16 and kernel == "gram_many_experts":
         tile |= {"BLOCK_D": 32, "MAX_R": 64, "num_warps": 4}  # so it is beside dlogits
     elif x.dtype == torch.float16 and splits_x and tile["BLOCK_D"] > 32:
         tile["BLOCK_D"] //= 2  # beside the router's fp32 W an fp16 x is two bf16 terms
