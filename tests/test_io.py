@@ -421,4 +421,8 @@ def test_a_kill_during_a_save_leaves_one_whole_version(saved):
         float(v) for layer in injected(fresh).values() for v in layer.lora_B.detach().flatten()
     }
     assert values in ({0.0}, {1.0})
-    assert {name for name in os.listdir(saved) if not name.endswith(".tmp")} == {FILE}
+    # beside what the killed write leaves: our own temporary file, or the one that safetensors makes for it
+    left = {
+        name for name in os.listdir(saved) if not (name.endswith(".tmp") or name.startswith(".tmp"))
+    }
+    assert left == {FILE}

@@ -192,7 +192,8 @@ def choose(kernel, x, width):
         T = min(T, SOME)  # the two terms of x leave no room for S: `shrink` goes ahead
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
     splits_x = kernel == "router_topk" or (kernel in ("shrink", "routed_lora") and width > 16)
-    if x.dtype == torch.float16 and kernel == "gram_many_experts":
+    tight = kernel == "gram_many_experts" or (kernel == "gram" and part == "ampere")
+    if x.dtype == torch.float16 and tight:
         tile |= {"BLOCK_D": 32, "MAX_R": 64, "num_warps": 4}  # so it is beside dlogits
     elif x.dtype == torch.float16 and splits_x and tile["BLOCK_D"] > 32:
         tile["BLOCK_D"] //= 2  # beside the router's fp32 W an fp16 x is two bf16 terms
