@@ -39,7 +39,7 @@ def inject(model: nn.Module, config: LoraMoeConfig, *, freeze: bool = True) -> n
             already has experts, or its parent reads its weight without calling it.  The model is
             unchanged.
     """
-    targets = _targets(model, config)
+    targets = targets_of(model, config)
     adapters = {base: LoraMoeLinear(base, config) for base in dict.fromkeys(targets.values())}
     place(model, adapters)
     if freeze:
@@ -182,7 +182,7 @@ def _inside(model, name):
     return any(isinstance(model.get_submodule(path), LoraMoeLinear) for path in ancestors)
 
 
-def _targets(model, config):
+def targets_of(model, config):
     """{path: module} of what the configuration names and does not exclude; raises if unfit."""
     modules = dict(model.named_modules(remove_duplicate=False))
     excluded = {m for name, m in modules.items() if _matches(name, config.exclude_modules)}

@@ -82,8 +82,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         info = _read_info(file)
         layers = injected(model)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
-        _expect_tensors(wanted, info["tensors"])
-        values = {key: _read(file, key, info["tensors"][key], t) for key, t in wanted.items()}
+        expect_tensors(wanted, info["tensors"])
+        values = {key: read_finite(file, key, info["tensors"][key], t) for key, t in wanted.items()}
     if layers:
         _fill(layers, values)
         return model
@@ -228,7 +228,7 @@ def _wanted_at(model, info):
     return wanted
 
 
-def _expect_tensors(wanted, slices):
+def expect_tensors(wanted, slices):
     problems = [f"{key}: missing" for key in wanted if key not in slices]
     problems += [f"{ascii(key)[:200]}: not the model's" for key in slices if key not in wanted]
     for key in wanted.keys() & slices.keys():
@@ -245,7 +245,7 @@ def _raise(expected: str, problems: Iterable[str]):
         raise ValueError(f"{expected}, got\n  " + "\n  ".join(sorted(problems)))
 
 
-def _read(file, key, place, like):
+def read_finite(file, key, place, like):
     """A saved tensor in the dtype of the model's, finite also after that conversion."""
     tensor = safefile.read_tensor(file, place).to(like.dtype)
     if not torch.isfinite(tensor).all():

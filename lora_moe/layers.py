@@ -66,7 +66,7 @@ class LoraMoeLinear(nn.Module):
         self.given: Routing | None = None
         self.frozen: tuple[int, ...] = ()
 
-        device = _device_of(base)
+        device = device_of(base)
         adapter = {
             name: torch.empty_like(t, device=device)
             for name, t in adapter_tensors(base, config).items()
@@ -107,7 +107,7 @@ class LoraMoeLinear(nn.Module):
                 y, routing = self._add_experts(x.to(y.dtype), y)
         else:
             y, routing = self._add_experts(x if x.dtype == y.dtype else x.to(y.dtype), y)
-        if not _recomputing():
+        if not recomputing():
             self.routing = routing
         return y
 
@@ -203,12 +203,12 @@ def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.T
     return tensors
 
 
-def _device_of(base):
+def device_of(base):
     tensors = itertools.chain(base.parameters(), base.buffers())
     return next((t.device for t in tensors), torch.get_default_device())
 
 
-def _recomputing():
+def recomputing():
     """Inside a backward pass: an activation checkpoint runs the forward again.
 
     What it would leave in `routing` says nothing new and would keep the new activations alive.
