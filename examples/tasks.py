@@ -63,8 +63,8 @@ class Task:
 
 def load_tasks(num_heldout=200):
     """The three tasks; at most `num_heldout` held-out items each."""
-    lexicon = json.loads(_package_file("nrclex", "nrc_en.json").read_text("utf-8"))
-    emoji = _emoji_ranks()
+    lexicon = json.loads(package_file("nrclex", "nrc_en.json").read_text("utf-8"))
+    emoji = emoji_ranks()
     roots = root_of([*lexicon, *(word for name in emoji for word in name.split())])
     taken = {roots[word] for name in emoji for word in name.split()}
     words = {word: tags for word, tags in lexicon.items() if roots[word] not in taken}
@@ -75,7 +75,7 @@ def load_tasks(num_heldout=200):
         question = f'What is the {name.split()[1]} of the word "{{}}"?'
         return _split(name, question, labels, labelled, roots, num_heldout)
 
-    kin = _kin_of_names(emoji, roots)
+    kin = kin_of_names(emoji, roots)
     question = 'Is the sentiment of the emoji "{}" high or low?'
     return [
         word_task("word sentiment", SENTIMENTS),
@@ -100,7 +100,7 @@ def _stem(word):
     return start[:3] if start[3:] in tuple("aeiou") else start
 
 
-def _kin_of_names(names, roots):
+def kin_of_names(names, roots):
     """name -> its family: names that share a word which is not in many of them."""
     count = Counter(root for name in names for root in {roots[word] for word in name.split()})
     members = defaultdict(list)
@@ -115,37 +115,37 @@ def _kin_of_names(names, roots):
     return family
 
 
-def _emoji_ranks():
+def emoji_ranks():
     """Unicode name -> high or low, by the share of positive tweets less that of negative ones."""
-    table = _package_file("emosent", "Emoji_Sentiment_Data_v1.0.csv").read_text("utf-8")
+    table = package_file("emosent", "Emoji_Sentiment_Data_v1.0.csv").read_text("utf-8")
     ranks = {}
     for row in csv.DictReader(table.splitlines()):
         negative, neutral, positive = (int(row[k]) for k in ("Negative", "Neutral", "Positive"))
         uses = negative + neutral + positive
         score = (positive - negative) / uses
         if uses >= MIN_USES and not LOW < score < HIGH:
-            ranks[_plain(row["Unicode name"])] = "high" if score >= HIGH else "low"
+            ranks[plain(row["Unicode name"])] = "high" if score >= HIGH else "low"
     return ranks
 
 
-def _plain(name):
+def plain(name):
     return " ".join(re.findall("[a-z]+", name.lower()))
 
 
 def _split(name, question, labels, labelled, family, num_heldout):
     """A third of the families is held out; a hash decides, so no order or seed matters."""
-    items = sorted(labelled.items(), key=lambda item: _digest(item[0]))
-    apart = [_digest(family[subject]) % 3 == 0 for subject, _ in items]
+    items = sorted(labelled.items(), key=lambda item: digest(item[0]))
+    apart = [digest(family[subject]) % 3 == 0 for subject, _ in items]
     heldout = [item for item, away in zip(items, apart) if away]
     train = [item for item, away in zip(items, apart) if not away]
     return Task(name, question, labels, train, heldout[:num_heldout])
 
 
-def _digest(text):
+def digest(text):
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
 
 
-def _package_file(package, name):
+def package_file(package, name):
     """A data file of an installed package, which is located but never imported."""
     spec = find_spec(package)
     if spec is None:
@@ -156,7 +156,7 @@ def _package_file(package, name):
 def batches(tasks, tokenizer, steps, per_task, seed):
     """`steps` training batches of `per_task` items of every task: (ids (N, L), targets (N, L))."""
     rng = random.Random(seed)
-    streams = [_endless(task.train, rng) for task in tasks]
+    streams = [endless(task.train, rng) for task in tasks]
     for _ in range(steps):
         items = [(task, *next(s)) for task, s in zip(tasks, streams) for _ in range(per_task)]
         yield encode(tokenizer, [(t.prompt(subject), label) for t, subject, label in items])
@@ -177,6 +177,6 @@ def pad(rows, value):
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
 
-def _endless(items, rng):
+def endless(items, rng):
     while True:
         yield from rng.sample(items, len(items))

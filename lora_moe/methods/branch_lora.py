@@ -175,7 +175,7 @@ class BranchLoraLinear(nn.Module):
 
     def freeze_most_used(self, k: int) -> None:
         """The k branches with the most usage, of those with any; lower ids first among equals."""
-        usage = self.usage.tolist()
+        usage = self.usage.tolist() if k else []
         order = sorted(range(len(usage)), key=lambda e: (-usage[e], e))
         self.freeze({e for e in order[:k] if usage[e] > 0} | set(self.frozen))
         self.usage.zero_()

@@ -1,0 +1,215 @@
+"""Seven tasks on words and on names of emoji, one after the other; each says in words what it wants.
+
+    task              asks for                                     answers                  items
+    sentiment         the sentiment of a word                      positive, negative       NRC lexicon
+    emoji kind        what an emoji shows, given its name          8 kinds: Unicode blocks  emoji names
+    pleasant          whether a word is pleasant                   yes, no                  NRC lexicon
+    emotion           the emotion of a word                        8 emotions               NRC lexicon
+    opposite          the sentiment of the opposite of a word      positive, negative       NRC lexicon
+    emoji rank        whether an emoji's use is cheerful           high, low                emoji names
+    unpleasant        whether a word is unpleasant                 yes, no                  NRC lexicon
+
+Tasks clash on purpose: five share their words, `opposite` and `unpleasant` turn the answers of
+earlier tasks around, and only the instruction says so.  The answer is looked for among those of all
+tasks, as a language model would, so that a task can also be forgotten in its form.
+
+Words are split by root and emoji by families of names, across all tasks (see examples/tasks.py).
+Instructions are split too: those for training, for validation, for the held-out items.
+"""
+
+import csv
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+from examples.tasks import (
+    EMOTIONS,
+    SENTIMENTS,
+    digest,
+    emoji_ranks,
+    endless,
+    kin_of_names,
+    package_file,
+    plain,
+    root_of,
+)
+
+KINDS = {
+    "Miscellaneous Symbols and Pictographs": "picture",
+    "Miscellaneous Symbols": "symbol",
+    "Dingbats": "ornament",
+    "Emoticons": "face",
+    "Transport and Map Symbols": "traffic",
+    "Box Drawing": "line",
+    "Geometric Shapes": "shape",
+    "Enclosed Alphanumerics": "letter",
+    "Enclosed Alphanumeric Supplement": "letter",
+}
+MOST = 120  # of one kind: pictures would be half of all
+SPLITS = ("train", "validation", "test")
+
+INSTRUCTIONS = {  # six to train, two to validate, two for the held-out items
+    "sentiment": (
+        "What is the sentiment of the word {}?",
+        "Sentiment of {}:",
+        "Classify the sentiment: {}",
+        "Does {} carry a positive or a negative sentiment?",
+        "Tell me the polarity of {}.",
+        "Which sentiment does the term {} express?",
+        "Label the word {} with its sentiment.",
+        "Is the polarity of {} positive or negative?",
+        "Decide on the sentiment that the word {} has.",
+        "Sentiment analysis of a single word: {}",
+    ),
+    "emoji kind": (
+        "What kind of emoji is {}?",
+        "Kind of the emoji named {}:",
+        "What does the emoji {} show?",
+        "Sort the emoji {} into its group.",
+        "To which group of characters does the emoji {} belong?",
+        "Name the category of the emoji {}.",
+        "Find the category for an emoji called {}.",
+        "The emoji {} is of which kind?",
+        "Which category of emoji is {} in?",
+        "Group the emoji with the name {}.",
+    ),
+    "pleasant": (
+        "Is {} something pleasant?",
+        "Would people enjoy {}?",
+        "Does the word {} stand for something nice?",
+        "Is it true that {} is pleasant?",
+        "Do you like the sound of {}?",
+        "Is {} a thing to look forward to?",
+        "Is {} a nice thing?",
+        "Would you enjoy {}?",
+        "Would you say that {} is pleasant?",
+        "Do people like {}?",
+    ),
+    "emotion": (
+        "Which emotion does the word {} evoke?",
+        "Emotion of {}:",
+        "What does one feel on reading {}?",
+        "Classify the emotion: {}",
+        "Name the feeling that goes with {}.",
+        "Pick the emotion that fits the word {}.",
+        "Label the word {} with an emotion.",
+        "Which feeling does {} bring up?",
+        "What emotion is tied to the word {}?",
+        "Name the emotion behind {}.",
+    ),
+    "opposite": (
+        "What is the sentiment of the opposite of {}?",
+        "Sentiment of the antonym of {}:",
+        "Turn {} into its opposite: which sentiment does it have?",
+        "Take the reverse of {} and tell its polarity.",
+        "Opposite of {}: positive or negative?",
+        "Classify the antonym of the word {}.",
+        "Polarity of the contrary of {}?",
+        "Think of the opposite of {} and label its sentiment.",
+        "Which sentiment has the antonym of {}?",
+        "Say the reverse of {}: is its polarity positive or negative?",
+    ),
+    "emoji rank": (
+        "Is the emoji {} used in a cheerful mood, high or low?",
+        "Mood rank of the emoji {}:",
+        "How high does the emoji {} rank for happy messages?",
+        "Rank the emoji {} by the mood of its messages.",
+        "Are messages with the emoji {} of high or low spirits?",
+        "High or low: the mood of the emoji {}.",
+        "Where in the mood ranking is the emoji {}, high or low?",
+        "Spirits of people who send the emoji {}: high or low?",
+        "Does the emoji {} rank high or low in mood?",
+        "The mood of messages that contain the emoji {}: how high?",
+    ),
+    "unpleasant": (
+        "Is {} something unpleasant?",
+        "Would {} upset people?",
+        "Does the word {} stand for something bad?",
+        "Is it true that {} is unpleasant?",
+        "Would you rather avoid {}?",
+        "Is {} a thing to be afraid of?",
+        "Is {} a bad thing?",
+        "Do people avoid {}?",
+        "Would you say that {} is unpleasant?",
+        "Would {} be upsetting?",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    answers: tuple[str, ...]
+    items: dict[str, list[tuple[str, str]]]  # of each split: (subject, answer)
+
+    def instructions(self, split):
+        bounds = {"train": slice(6), "validation": slice(6, 8), "test": slice(8, 10)}
+        return INSTRUCTIONS[self.name][bounds[split]]
+
+    def fixed(self, split, count):
+        """(text, answer) of the first `count` items, with the split's instructions in turn."""
+        forms = self.instructions(split)
+        items = self.items[split][:count]
+        return [(forms[i % len(forms)].format(s), answer) for i, (s, answer) in enumerate(items)]
+
+    def batches(self, steps, size, seed):
+        """`steps` lists of `size` (text, answer) for training."""
+        rng = random.Random(f"{self.name} {seed}")
+        stream, forms = endless(self.items["train"], rng), self.instructions("train")
+        for _ in range(steps):
+            items = [next(stream) for _ in range(size)]
+            yield [(rng.choice(forms).format(subject), answer) for subject, answer in items]
+
+    def majority(self, split, count):
+        return Counter(a for _, a in self.fixed(split, count)).most_common(1)[0][1] / count
+
+
+def load_tasks():
+    """The seven tasks in the order in which they are learned."""
+    lexicon = json.loads(package_file("nrclex", "nrc_en.json").read_text("utf-8"))
+    ranks, kinds = emoji_ranks(), _emoji_kinds()
+    names = list(dict.fromkeys([*ranks, *kinds]))
+    roots = root_of([*lexicon, *(word for name in names for word in name.split())])
+    kin = kin_of_names(names, roots)
+    taken = {roots[word] for name in names for word in name.split()}
+    words = {word: tags for word, tags in lexicon.items() if roots[word] not in taken}
+
+    def tagged(labels):
+        fitting = {word: [tag for tag in tags if tag in labels] for word, tags in words.items()}
+        return {word: tags[0] for word, tags in fitting.items() if len(tags) == 1}
+
+    def renamed(answers):
+        return {word: answers[tag] for word, tag in sentiment.items()}
+
+    sentiment = tagged(SENTIMENTS)
+    return [
+        _task("sentiment", sentiment, roots),
+        _task("emoji kind", kinds, kin),
+        _task("pleasant", renamed({"positive": "yes", "negative": "no"}), roots),
+        _task("emotion", tagged(EMOTIONS), roots),
+        _task("opposite", renamed({"positive": "negative", "negative": "positive"}), roots),
+        _task("emoji rank", ranks, kin),
+        _task("unpleasant", renamed({"positive": "no", "negative": "yes"}), roots),
+    ]
+
+
+def _emoji_kinds():
+    table = package_file("emosent", "Emoji_Sentiment_Data_v1.0.csv").read_text("utf-8")
+    rows = sorted(csv.DictReader(table.splitlines()), key=lambda row: digest(row["Unicode name"]))
+    kinds, count = {}, Counter()
+    for row in rows:
+        kind = KINDS.get(row["Unicode block"])
+        if kind is not None and count[kind] < MOST:
+            kinds[plain(row["Unicode name"])] = kind
+            count[kind] += 1
+    return kinds
+
+
+def _task(name, labelled, family):
+    """A fifth of the families is held out, a fifth validates; the order is the hash of task and item."""
+    split_of = {0: "test", 1: "validation"}
+    items = {split: [] for split in SPLITS}
+    for subject, answer in sorted(labelled.items(), key=lambda item: digest(name + item[0])):
+        items[split_of.get(digest(family[subject]) % 5, "train")].append((subject, answer))
+    return Task(name, tuple(sorted(set(labelled.values()))), items)
