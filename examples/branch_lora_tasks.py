@@ -5,13 +5,13 @@
     emoji kind        what an emoji shows, given its name          8 kinds: Unicode blocks  emoji names
     pleasant          whether a word is pleasant                   yes, no                  NRC lexicon
     emotion           the emotion of a word                        8 emotions               NRC lexicon
-    opposite          the sentiment of the opposite of a word      positive, negative       NRC lexicon
+    trust             whether a word is about something to trust   yes, no                  NRC lexicon
     emoji rank        whether an emoji's use is cheerful           high, low                emoji names
     unpleasant        whether a word is unpleasant                 yes, no                  NRC lexicon
 
-Tasks clash on purpose: five share their words, `opposite` and `unpleasant` turn the answers of
-earlier tasks around, and only the instruction says so.  The answer is looked for among those of all
-tasks, as a language model would, so that a task can also be forgotten in its form.
+Tasks clash on purpose: five share their words, three their answers, and `unpleasant` turns those of
+`pleasant` around; only the instruction says so.  The answer is looked for among those of all tasks,
+as a language model would, so that a task can also be forgotten in its form.
 
 Words are split by root and emoji by families of names, across all tasks (see examples/tasks.py).
 Instructions are split too: those for training, for validation, for the held-out items.
@@ -46,10 +46,11 @@ KINDS = {
     "Enclosed Alphanumerics": "letter",
     "Enclosed Alphanumeric Supplement": "letter",
 }
+DISTRUST = {"fear", "anger", "disgust"}
 MOST = 120  # of one kind: pictures would be half of all
 SPLITS = ("train", "validation", "test")
 
-INSTRUCTIONS = {  # six to train, two to validate, two for the held-out items
+INSTRUCTIONS = {  # eight to train, two to validate, two for the held-out items
     "sentiment": (
         "What is the sentiment of the word {}?",
         "Sentiment of {}:",
@@ -57,6 +58,8 @@ INSTRUCTIONS = {  # six to train, two to validate, two for the held-out items
         "Does {} carry a positive or a negative sentiment?",
         "Tell me the polarity of {}.",
         "Which sentiment does the term {} express?",
+        "Is {} positive or negative?",
+        "Polarity of the word {}:",
         "Label the word {} with its sentiment.",
         "Is the polarity of {} positive or negative?",
         "Decide on the sentiment that the word {} has.",
@@ -69,6 +72,8 @@ INSTRUCTIONS = {  # six to train, two to validate, two for the held-out items
         "Sort the emoji {} into its group.",
         "To which group of characters does the emoji {} belong?",
         "Name the category of the emoji {}.",
+        "Put the emoji {} into a category.",
+        "Category of the emoji {}:",
         "Find the category for an emoji called {}.",
         "The emoji {} is of which kind?",
         "Which category of emoji is {} in?",
@@ -81,6 +86,8 @@ INSTRUCTIONS = {  # six to train, two to validate, two for the held-out items
         "Is it true that {} is pleasant?",
         "Do you like the sound of {}?",
         "Is {} a thing to look forward to?",
+        "Does {} please you?",
+        "Could {} make one happy?",
         "Is {} a nice thing?",
         "Would you enjoy {}?",
         "Would you say that {} is pleasant?",
@@ -93,22 +100,26 @@ INSTRUCTIONS = {  # six to train, two to validate, two for the held-out items
         "Classify the emotion: {}",
         "Name the feeling that goes with {}.",
         "Pick the emotion that fits the word {}.",
+        "Which emotion is {}?",
+        "Which feeling belongs to the word {}?",
         "Label the word {} with an emotion.",
         "Which feeling does {} bring up?",
         "What emotion is tied to the word {}?",
         "Name the emotion behind {}.",
     ),
-    "opposite": (
-        "What is the sentiment of the opposite of {}?",
-        "Sentiment of the antonym of {}:",
-        "Turn {} into its opposite: which sentiment does it have?",
-        "Take the reverse of {} and tell its polarity.",
-        "Opposite of {}: positive or negative?",
-        "Classify the antonym of the word {}.",
-        "Polarity of the contrary of {}?",
-        "Think of the opposite of {} and label its sentiment.",
-        "Which sentiment has the antonym of {}?",
-        "Say the reverse of {}: is its polarity positive or negative?",
+    "trust": (
+        "Can one rely on {}?",
+        "Do you trust {}?",
+        "Would you put your faith in {}?",
+        "Is {} trustworthy?",
+        "Is it safe to count on {}?",
+        "Does {} deserve confidence?",
+        "Is the word {} about something reliable?",
+        "Would you depend on {}?",
+        "Can {} be trusted?",
+        "Do you have confidence in {}?",
+        "Is {} to be relied on?",
+        "Would people place their trust in {}?",
     ),
     "emoji rank": (
         "Is the emoji {} used in a cheerful mood, high or low?",
@@ -117,6 +128,8 @@ INSTRUCTIONS = {  # six to train, two to validate, two for the held-out items
         "Rank the emoji {} by the mood of its messages.",
         "Are messages with the emoji {} of high or low spirits?",
         "High or low: the mood of the emoji {}.",
+        "What is the mood of messages with the emoji {}, high or low?",
+        "Do happy people send the emoji {}?",
         "Where in the mood ranking is the emoji {}, high or low?",
         "Spirits of people who send the emoji {}: high or low?",
         "Does the emoji {} rank high or low in mood?",
@@ -129,6 +142,8 @@ INSTRUCTIONS = {  # six to train, two to validate, two for the held-out items
         "Is it true that {} is unpleasant?",
         "Would you rather avoid {}?",
         "Is {} a thing to be afraid of?",
+        "Does {} disturb you?",
+        "Could {} make one unhappy?",
         "Is {} a bad thing?",
         "Do people avoid {}?",
         "Would you say that {} is unpleasant?",
@@ -144,7 +159,7 @@ class Task:
     items: dict[str, list[tuple[str, str]]]  # of each split: (subject, answer)
 
     def instructions(self, split):
-        bounds = {"train": slice(6), "validation": slice(6, 8), "test": slice(8, 10)}
+        bounds = {"train": slice(8), "validation": slice(8, 10), "test": slice(10, 12)}
         return INSTRUCTIONS[self.name][bounds[split]]
 
     def fixed(self, split, count):
@@ -182,13 +197,17 @@ def load_tasks():
     def renamed(answers):
         return {word: answers[tag] for word, tag in sentiment.items()}
 
+    def relied_on():
+        kinds = {w: ("trust" in tags, not DISTRUST.isdisjoint(tags)) for w, tags in words.items()}
+        return {word: "yes" if yes else "no" for word, (yes, no) in kinds.items() if yes != no}
+
     sentiment = tagged(SENTIMENTS)
     return [
         _task("sentiment", sentiment, roots),
         _task("emoji kind", kinds, kin),
         _task("pleasant", renamed({"positive": "yes", "negative": "no"}), roots),
         _task("emotion", tagged(EMOTIONS), roots),
-        _task("opposite", renamed({"positive": "negative", "negative": "positive"}), roots),
+        _task("trust", relied_on(), roots),
         _task("emoji rank", ranks, kin),
         _task("unpleasant", renamed({"positive": "no", "negative": "yes"}), roots),
     ]

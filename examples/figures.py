@@ -62,7 +62,7 @@ def draw_accuracy(path, rows):
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.spines[["left", "bottom"]].set_visible(False)
         axes.set_title("Held-out accuracy, before and after a few minutes of training", pad=34)
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _arrow():
@@ -100,7 +100,7 @@ def draw_loss(path, ours, loop, flips):
         low.bar(steps[: len(flips)], flips, color=GREY, width=0.7)
         low.yaxis.set_major_formatter(PercentFormatter(1, decimals=_decimals(max(flips))))
         low.set(ylabel="routing\nthat differs", xlabel="training step", xlim=(0.4, len(ours) + 0.6))
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _decimals(largest):
@@ -133,7 +133,7 @@ def draw_load(path, load, tasks, module):
             weight="bold",
             size=13,
         )
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def draw_cost(path, panels):
@@ -153,10 +153,10 @@ def draw_cost(path, panels):
             axes.set(xlim=(0, 1.32 * max(values.values())), xticks=[])
             axes.spines[["left", "bottom"]].set_visible(False)
         figure.suptitle("What one training step costs", x=0.01, ha="left", weight="bold", size=13)
-        return _save(figure, path)
+        return save(figure, path)
 
 
-def _save(figure, path):
+def save(figure, path):
     figure.savefig(path)
     plt.close(figure)
     return Path(path).name
