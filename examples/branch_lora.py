@@ -14,6 +14,7 @@ import statistics
 import time
 import warnings
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -27,14 +28,13 @@ from examples.training import chunks, optimizer_of, rate_at
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.continual import TaskSelector
 
-LINEARS = (
-    r"encoder\.layer\.[345]\."  # the upper half: its [CLS] has read the sentence, and steps are quick
-    r"(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
+LINEARS = r".*\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
+FIRST = (
+    3  # of the layers with experts: its [CLS] has read the sentence, and what lies below is kept
 )
 BRANCHES, RANK, TOP_K, ALPHA = 8, 16, 2, 256.0  # the paper's
 TEMPERATURE = 0.05
 STEPS, BATCH, ITEMS = 40, 16, 80  # a task's steps, items a step, held-out items a task
-KEY_BATCHES = 10  # of each task, whose texts make its key
 
 LADDER = ("lora", "moelora", "shared A", "sparse", "freezing", "BranchLoRA")
 ABLATIONS = ("no freezing", "trunk held", "growing")
@@ -67,8 +67,8 @@ BRANCHED = {
 class Learner:
     """One arm: an encoder with adapters, and what happens to it before and after a task."""
 
-    def __init__(self, arm):
-        self.model, self.rung = minilm.load_model(), BRANCHED.get(arm)
+    def __init__(self, arm, model):
+        self.model, self.rung = model, BRANCHED.get(arm)
         if self.rung:
             config = bl.branch_lora(BRANCHES, RANK, self.rung.top_k, ALPHA, target_modules=LINEARS)
             bl.inject(self.model, config, reads=self.rung.reads)
@@ -105,73 +105,91 @@ class Learner:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
 
+class Batch(NamedTuple):
+    hidden: torch.Tensor  # (B, L, D), below the first layer with experts
+    mask: torch.Tensor  # (B, L)
+    wanted: torch.Tensor  # (B,), ids of the answers
+    frozen: torch.Tensor  # (B, D), embeddings by the untuned encoder
+
+
 class Data:
-    """What all arms of a seed share: tasks, tokens, answers by the untuned encoder, task keys."""
+    """What all arms of a seed share: batches, answers by the untuned encoder, the selector's choice."""
 
     def __init__(self, split, items, steps, tasks=None):
         self.split, self.items, self.steps = split, items, steps
         self.tasks = load_tasks()[:tasks]
-        self.tokenizer, self.frozen = minilm.load_tokenizer(), minilm.load_model()
+        self.tokenizer, self.untuned = minilm.load_tokenizer(), minilm.load_model()
         self.answers = sorted({answer for task in self.tasks for answer in task.answers})
-        self.targets = self.embed_frozen(self.answers)  # (answers, D)
-        self.asked = [task.fixed(split, items) for task in self.tasks]
+        self.targets = self.encode([(answer, answer) for answer in self.answers]).frozen  # (A, D)
+        asked = [chunks(task.fixed(split, items), 40) for task in self.tasks]
+        self.asked = [[self.encode(pairs) for pairs in task] for task in asked]
 
-    def tokens(self, texts):
-        return self.tokenizer(list(texts), return_tensors="pt", padding=True)
+    def tokens(self, pairs):
+        return self.tokenizer([text for text, _ in pairs], return_tensors="pt", padding=True)
+
+    def wanted(self, pairs):
+        return torch.tensor([self.answers.index(answer) for _, answer in pairs])
 
     @torch.no_grad()
-    def embed_frozen(self, texts):
-        return torch.cat([minilm.embed(self.frozen, self.tokens(c)) for c in chunks(texts, 32)])
+    def encode(self, pairs):
+        tokens = self.tokens(pairs)
+        hidden = self.untuned(**tokens, output_hidden_states=True).hidden_states
+        mask = tokens["attention_mask"]
+        return Batch(hidden[FIRST], mask, self.wanted(pairs), minilm.pool(hidden[-1], mask))
 
-    def loss(self, model, pairs):
-        texts, answers = zip(*pairs)
-        wanted = torch.tensor([self.answers.index(answer) for answer in answers])
-        return cross_entropy(self.scores(model, texts), wanted)
-
-    def scores(self, model, texts):
-        return minilm.embed(model, self.tokens(texts)) @ self.targets.T / TEMPERATURE
+    def scores(self, hidden, mask):
+        """Cosines to all tasks' answers, over the temperature."""
+        return minilm.pool(hidden, mask) @ self.targets.T / TEMPERATURE
 
     @functools.lru_cache(maxsize=1)  # noqa: B019  one Data a process; all arms of a seed ask in turn
-    def chosen(self, seed):
-        """[after task i][of task j] -> (items,) tasks by the keys of the training texts so far."""
+    def drawn(self, seed):
+        """The training batches of each task, and chosen[i][j]: tasks that the selector, having seen
+
+        the training texts of tasks 0 to i, gives the held-out items of task j.
+        """
+        batches = [
+            [self.encode(pairs) for pairs in task.batches(self.steps, BATCH, seed)]
+            for task in self.tasks
+        ]
         selector, chosen = TaskSelector(self.targets.shape[1]), []
-        queries = [self.embed_frozen([text for text, _ in asked]) for asked in self.asked]
-        for i, task in enumerate(self.tasks):
+        for i, task in enumerate(batches):
             selector.begin_task()
-            for batch in task.batches(KEY_BATCHES, BATCH, seed):
-                selector.observe(self.embed_frozen([text for text, _ in batch]))
-            chosen.append([selector(query) for query in queries[: i + 1]])
-        return chosen
+            for batch in task:
+                selector.observe(batch.frozen)
+            chosen.append([[selector(b.frozen) for b in asked] for asked in self.asked[: i + 1]])
+        return batches, chosen
 
 
 def run(data, arm, seed):
     """Learn the tasks in a row; right[i][j] says which items of task j are right after task i."""
     torch.manual_seed(seed)
-    learner, chosen = Learner(arm), data.chosen(seed)
+    learner = Learner(arm, minilm.Upper(minilm.load_model(), FIRST))
+    batches, chosen = data.drawn(seed)
     found = {"right": [], "oracle": [], "selected": [], "trained": [], "loss": []}
-    for i, task in enumerate(data.tasks):
+    for i in range(len(data.tasks)):
         learner.begin()
         found["trained"].append(learner.trained())
         optimizer = optimizer_of(learner.model, LEARNING_RATES[arm])
         losses = []
-        for number, batch in enumerate(task.batches(data.steps, BATCH, seed)):
+        for number, batch in enumerate(batches[i]):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATES[arm] * rate_at(number, data.steps)
-            losses.append(step(data, learner.model, optimizer, batch))
+            scores = data.scores(learner.model(batch.hidden, batch.mask), batch.mask)
+            losses.append(update(optimizer, cross_entropy(scores, batch.wanted)))
         learner.end()
         found["loss"].append(statistics.mean(losses[-10:]))
         found["right"].append([ask(data, learner, j, chosen[i][j]) for j in range(i + 1)])
-        found["selected"].append([(chosen[i][j] == j).tolist() for j in range(i + 1)])
+        selected = [(torch.cat(tasks) == j).tolist() for j, tasks in enumerate(chosen[i])]
+        found["selected"].append(selected)
     if learner.rung and learner.rung.routers:  # what a perfect selector would give
-        known = [torch.full((data.items,), j) for j in range(len(data.tasks))]
+        known = [[torch.full_like(c, j) for c in tasks] for j, tasks in enumerate(chosen[-1])]
         found["oracle"] = [ask(data, learner, j, tasks) for j, tasks in enumerate(known)]
         found["frozen"] = [list(v.frozen) for v in bl.branch_layers(learner.model).values()]
     return found
 
 
-def step(data, model, optimizer, pairs):
-    """Forward, backward, update; returns the loss before the update."""
-    loss = data.loss(model, pairs)
+def update(optimizer, loss):
+    """Backward, step; returns the loss."""
     loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -179,33 +197,42 @@ def step(data, model, optimizer, pairs):
 
 
 @torch.no_grad()
-def ask(data, learner, j, tasks):
+def ask(data, learner, j, chosen):
     """Which items of task j are answered right, the answer being the nearest of all tasks'."""
     right = []
-    for pairs, chosen in zip(chunks(data.asked[j], 40), tasks.split(40)):
-        texts, answers = zip(*pairs)
-        learner.choose(chosen)
-        best = data.scores(learner.model, texts).argmax(1).tolist()
-        right += [data.answers[b] == answer for b, answer in zip(best, answers)]
+    for batch, tasks in zip(data.asked[j], chosen):
+        learner.choose(tasks)
+        scores = data.scores(learner.model(batch.hidden, batch.mask), batch.mask)
+        right += (scores.argmax(1) == batch.wanted).tolist()
     return right
 
 
-def step_times(data, rounds):
-    """{arm: seconds of a training step}, in turns on the same batch; `after` all tasks but the last."""
-    pairs = next(data.tasks[0].batches(1, BATCH, 0))
-    learners = {"lora": 0, "moelora": 0, "BranchLoRA": 0, "BranchLoRA, after": len(data.tasks) - 1}
+def step_times(data, rounds, size):
+    """{arm: seconds of a training step}, in turns on the same texts: the whole encoder, experts in
+
+    all of its linears; `after` all tasks but the last.
+    """
+    texts = next(data.tasks[0].batches(1, size, 0))
+    tokens, wanted = data.tokens(texts), data.wanted(texts)
+    mask = tokens["attention_mask"]
+
+    def loss_of(model):
+        return cross_entropy(data.scores(model(**tokens).last_hidden_state, mask), wanted)
+
+    def step(model, optimizer):
+        update(optimizer, loss_of(model))
+
     steps = {}
-    for name, before in learners.items():
+    before = {"lora": 0, "moelora": 0, "BranchLoRA": 0, "BranchLoRA, after": len(data.tasks) - 1}
+    for name, tasks in before.items():
         torch.manual_seed(0)
-        learner = Learner(name.partition(",")[0])
-        for task in data.tasks[:before]:
+        learner = Learner(name.partition(",")[0], minilm.load_model())
+        for _ in range(tasks):
             learner.begin()
-            data.loss(learner.model, next(task.batches(1, BATCH, 0)))  # some branches are used
+            loss_of(learner.model)  # some branches are used
             learner.end()
         learner.begin()
-        steps[name] = functools.partial(
-            step, data, learner.model, optimizer_of(learner.model, 1e-3), pairs
-        )
+        steps[name] = functools.partial(step, learner.model, optimizer_of(learner.model, 1e-3))
     return timing.interleave(steps, rounds, timing.once)
 
 
@@ -215,7 +242,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    arms, data = [*LADDER, *ABLATIONS], None
+    arms = [*LADDER, *ABLATIONS]
     if args.quick:
         arms, args.seeds = ["moelora", "BranchLoRA"], args.seeds[:1]
         data = Data("test", 8, 2, tasks=3)
@@ -224,7 +251,8 @@ def main():
     times = args.out / "times.json"
     if args.times or not times.exists():
         args.out.mkdir(parents=True, exist_ok=True)
-        times.write_text(json.dumps(step_times(data, 2 if args.quick else 20)))
+        rounds, size = (2, 4) if args.quick else (15, 32)
+        times.write_text(json.dumps(step_times(data, rounds, size)))
     if args.times:
         print(report.times(json.loads(times.read_text())))
         return

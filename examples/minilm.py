@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
@@ -21,10 +22,23 @@ def load_tokenizer():
     return AutoTokenizer.from_pretrained(_folder())
 
 
-def embed(model, batch):
-    """Unit embeddings (B, D) of tokenized texts: the mean over the tokens, as the model was trained."""
-    hidden = model(**batch).last_hidden_state  # (B, L, D)
-    mask = batch["attention_mask"][:, :, None].to(hidden.dtype)
+class Upper(nn.Module):
+    """The layers from `first` on, fed with what the frozen ones below them gave."""
+
+    def __init__(self, model, first):
+        super().__init__()
+        self.layers = model.encoder.layer[first:]
+
+    def forward(self, hidden, attention_mask):  # (B, L, D), (B, L) -> (B, L, D)
+        seen = attention_mask[:, None, None].bool()
+        for layer in self.layers:
+            hidden = layer(hidden, seen)
+        return hidden
+
+
+def pool(hidden, attention_mask):
+    """Unit embeddings (B, D): the mean over the tokens, as the model was trained."""
+    mask = attention_mask[:, :, None].to(hidden.dtype)
     return normalize((hidden * mask).sum(1), dim=1)
 
 

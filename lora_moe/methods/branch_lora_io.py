@@ -23,7 +23,8 @@ from .. import safefile
 from ..config import LoraMoeConfig
 from ..inject import why_not
 from ..io import expect_tensors, read_finite
-from .branch_lora import READS, BranchLoraLinear, Sequences, _parts, install
+from .branch_lora import install, parts
+from .branch_lora_layer import READS, BranchLoraLinear, Sequences
 from .continual import TaskSelector
 
 FILE_NAME = "branch_lora.safetensors"
@@ -51,7 +52,7 @@ def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector 
         ValueError: the model has no branches.
         OSError: the file cannot be written; an older one is intact.
     """
-    layers, sequences = _parts(model)
+    layers, sequences = parts(model)
     layer = next(iter(layers.values()))
     description = {
         "version": FORMAT_VERSION,

