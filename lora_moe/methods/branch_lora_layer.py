@@ -46,6 +46,11 @@ class Sequences:
         self.given_mask: torch.Tensor | None = None
         self.decoding = False
 
+    @property
+    def counting(self) -> bool:
+        """The task that is being learned decides; not, say, an earlier one that is looked at."""
+        return self.learning and isinstance(self.task, int) and self.task == len(self.bank) - 1
+
     def before_forward(self, model, args, kwargs):
         """A forward pre-hook: reads attention_mask, labels and past_key_values, changes nothing."""
         given = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs
@@ -214,9 +219,8 @@ class BranchLoraLinear(nn.Module):
         task = task.to(rows.device)
         each = [self._route(rows, t) for t in range(len(self.sequences.bank))]
         pick = torch.arange(rows.shape[0], device=rows.device)
-        ids, weights = (
-            torch.stack([getattr(r, n) for r in each])[task, pick] for n in Routing._fields[:2]
-        )
+        ids = torch.stack([routing.indices for routing in each])[task, pick]
+        weights = torch.stack([routing.weights for routing in each])[task, pick]
         return Routing.from_ids(ids, weights, num_experts=len(self.branches))
 
     def _router(self, task):
@@ -237,7 +241,7 @@ class BranchLoraLinear(nn.Module):
             return
         ids, weights = routing.indices, routing.weights.detach()
         self.routing = Routing(ids, weights, routing.counts)
-        if self.training and self.sequences.learning:
+        if self.training and self.sequences.counting:
             mask = self.sequences.mask
             if self.sequences.reads == "token" and mask is not None:
                 weights = weights * mask.to(weights.device).reshape(-1, 1)

@@ -242,6 +242,22 @@ def test_frozen_branches_do_not_change_by_a_bit():
     assert not torch.equal(layer.lora_A, before["lora_A"])
 
 
+def test_only_training_of_the_open_task_is_counted():
+    model, usage = host(tasks=2), lambda: model.linear.usage.tolist()
+    bl.set_task(model, 0)
+    model(tokens(), attention_mask=MASK)
+    bl.set_task(model, [1, 1, 1, 1])
+    model(tokens(), attention_mask=MASK)
+    bl.set_task(model, 1)
+    model.eval()(tokens(), attention_mask=MASK)
+    assert usage() == [0] * E
+    model.train()(tokens(), attention_mask=MASK)
+    assert sum(usage()) == pytest.approx(B)
+    bl.end_task(model, 0)
+    model(tokens(), attention_mask=MASK)
+    assert usage() == [0] * E
+
+
 class Backward(TorchDispatchMode):
     """Counts the multiply-adds of dB that a backward is asked for: slots of branches not frozen."""
 
