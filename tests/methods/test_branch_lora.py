@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import re
 import subprocess
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_moe
+from examples import branch_lora_tasks
+from examples.tasks import root_of
 from lora_moe import LoraMoeConfig, safefile
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods import branch_lora_io
@@ -841,3 +844,24 @@ def test_the_evidence_runs(tmp_path):
     assert trained["BranchLoRA"] < trained["moelora"]
     for picture in ("course.png", "forgetting.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_nothing_crosses_the_splits_of_the_evidence():
+    for package in ("nrclex", "emosent"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    tasks = branch_lora_tasks.load_tasks()
+    splits = branch_lora_tasks.SPLITS
+    subjects = {split: {s for t in tasks for s, _ in t.items[split]} for split in splits}
+    for task in tasks:
+        forms = [task.instructions(split) for split in splits]
+        assert len(set().union(*forms)) == sum(map(len, forms)) == 12
+    on_words = [task for task in tasks if not task.name.startswith("emoji")]
+    words = {split: {s for t in on_words for s, _ in t.items[split]} for split in splits}
+    roots = root_of(set().union(*words.values()))
+    for one, other in itertools.combinations(splits, 2):
+        assert not subjects[one] & subjects[other]
+        assert not {roots[w] for w in words[one]} & {roots[w] for w in words[other]}
+    assert sum(len(task.fixed("test", 80)) for task in tasks) == 560
+    first, again = (list(tasks[0].batches(3, 16, 0)) for _ in range(2))
+    assert first == again != list(tasks[0].batches(3, 16, 1))
