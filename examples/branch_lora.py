@@ -29,9 +29,7 @@ from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.continual import TaskSelector
 
 LINEARS = r".*\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
-FIRST = (
-    3  # of the layers with experts: its [CLS] has read the sentence, and what lies below is kept
-)
+FIRST = 4  # layer with experts: its [CLS] has read the sentence; what lies below is computed once
 BRANCHES, RANK, TOP_K, ALPHA = 8, 16, 2, 256.0  # the paper's
 TEMPERATURE = 0.05
 STEPS, BATCH, ITEMS = 40, 16, 80  # a task's steps, items a step, held-out items a task
