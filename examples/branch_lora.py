@@ -38,6 +38,8 @@ LADDER = ("lora", "moelora", "shared A", "sparse", "freezing", "BranchLoRA")
 ABLATIONS = ("no freezing", "trunk held", "growing")
 LEARNING_RATES = dict.fromkeys([*LADDER, *ABLATIONS], 1e-3)  # by validation, see the protocol
 LEARNING_RATES |= {"lora": 3e-4, "moelora": 1e-4, "freezing": 3e-4}
+AGAIN = {"moelora at 3e-4": 3e-4, "moelora at 1e-3": 1e-3}  # the baseline, at the other rates tried
+LEARNING_RATES |= AGAIN
 
 
 @dataclass(frozen=True)
@@ -241,7 +243,7 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    arms = [*LADDER, *ABLATIONS]
+    arms = [*LADDER, *ABLATIONS, *AGAIN]
     if args.quick:
         arms, args.seeds = ["moelora", "BranchLoRA"], args.seeds[:1]
         data = Data("test", 8, 2, tasks=3)

@@ -30,6 +30,8 @@ NAMES = {
     "no freezing": "BranchLoRA without freezing",
     "trunk held": "BranchLoRA, A held after task 1",
     "growing": "BranchLoRA, growing",
+    "moelora at 3e-4": "MoELoRA at 3e-4",
+    "moelora at 1e-3": "MoELoRA at 1e-3",
 }
 
 
