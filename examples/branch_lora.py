@@ -38,8 +38,8 @@ LADDER = ("lora", "moelora", "shared A", "sparse", "freezing", "BranchLoRA")
 ABLATIONS = ("no freezing", "trunk held", "growing")
 LEARNING_RATES = dict.fromkeys([*LADDER, *ABLATIONS], 1e-3)  # by validation, see the protocol
 LEARNING_RATES |= {"lora": 3e-4, "moelora": 1e-4, "freezing": 3e-4}
-AGAIN = {"moelora at 3e-4": 3e-4, "moelora at 1e-3": 1e-3}  # the baseline, at the other rates tried
-LEARNING_RATES |= AGAIN
+AGAIN = {"moelora at 3e-4": 3e-4, "moelora at 1e-3": 1e-3, "freezing at 1e-3": 1e-3}
+LEARNING_RATES |= AGAIN  # at the other rates tried, lest a rate be taken for a method
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Learner:
     """One arm: an encoder with adapters, and what happens to it before and after a task."""
 
     def __init__(self, arm, model):
+        arm = arm.partition(" at ")[0]
         self.model, self.rung = model, BRANCHED.get(arm)
         if self.rung:
             config = bl.branch_lora(BRANCHES, RANK, self.rung.top_k, ALPHA, target_modules=LINEARS)

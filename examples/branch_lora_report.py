@@ -32,6 +32,7 @@ NAMES = {
     "growing": "BranchLoRA, growing",
     "moelora at 3e-4": "MoELoRA at 3e-4",
     "moelora at 1e-3": "MoELoRA at 1e-3",
+    "freezing at 1e-3": "+ freezing, at 1e-3",
 }
 
 
@@ -82,7 +83,9 @@ def ladder(runs, arms, seeds):
 def differences(runs, arms, seeds):
     steps = [(b, a) for a, b in pairwise(arms) if b in COLOURS]
     wanted = [*steps, ("BranchLoRA", "moelora"), ("BranchLoRA", "lora")]
-    wanted += [(arm, "BranchLoRA") for arm in arms if arm not in COLOURS]
+    wanted += [("BranchLoRA", arm) for arm in arms if " at " in arm]
+    wanted += [("freezing at 1e-3", "sparse")]  # at the same rate
+    wanted += [(arm, "BranchLoRA") for arm in arms if arm not in COLOURS and " at " not in arm]
     rows = []
     for first, second in dict.fromkeys(wanted):
         if first not in arms or second not in arms:
@@ -149,7 +152,7 @@ def draw(out, data, runs, seeds):
 def draw_course(path, data, runs, seeds):
     """Mean accuracy on the tasks so far, after each task."""
     with plt.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+        figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
         at = range(1, len(data.tasks) + 1)
         for arm, colour in COLOURS.items():
             if (arm, seeds[0]) not in runs:
@@ -162,8 +165,8 @@ def draw_course(path, data, runs, seeds):
         axes.set_xticks(at, [f"{i}\n{task.name}" for i, task in zip(at, data.tasks)])
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(ylabel="accuracy on the tasks so far", xlabel="after learning task")
-        axes.legend(frameon=False, fontsize=9)
-        axes.set_title("Seven tasks in a row; band: the seeds")
+        axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+        axes.set_title("Tasks in a row, one after the other; band: the seeds", pad=44)
         figures.save(figure, path)
 
 
