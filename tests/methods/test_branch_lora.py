@@ -780,7 +780,7 @@ def test_keys_are_where_the_gradient_of_the_loss_leads():
     assert loss == pytest.approx(float(selector.loss(text, image)), rel=1e-5)
     assert float(selector.loss(text, image, 0.5)) == pytest.approx(loss / 2, rel=1e-5)
     for key, own in zip(keys, (selector.text_keys[0], selector.image_keys[0])):
-        assert float(nn.functional.cosine_similarity(key, own, 0)) > 1 - 1e-5
+        assert nn.functional.cosine_similarity(key, own, 0).item() > 1 - 1e-5
 
 
 def test_the_nearest_key_picks_the_task():
@@ -820,7 +820,7 @@ ROOT = Path(__file__).parents[2]
 def test_the_example_of_the_page(tmp_path, monkeypatch):
     page = (ROOT / "docs/branch_lora.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    assert len(block.splitlines()) <= 30
+    assert len(block.splitlines()) < 30
     monkeypatch.chdir(tmp_path)
     scope = {}
     exec(block, scope)
