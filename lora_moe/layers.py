@@ -101,8 +101,6 @@ class LoraMoeLinear(nn.Module):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
         y = self.base_layer(x, *args, **kwargs)
-        if not torch.is_grad_enabled() and (decoded := self._decode(x, y)) is not None:
-            return decoded
         if not isinstance(y, torch.Tensor):
             raise TypeError(f"base_layer: expected a tensor from it, got {type(y).__name__}")
         if F.autocast_enabled(x.device.type):
@@ -114,31 +112,25 @@ class LoraMoeLinear(nn.Module):
             self.routing = routing
         return y
 
-    def _decode(self, x, base):
-        """The same in the short way: a model makes hundreds of these calls a token."""
-        config = self.config
-        if self.given is not None or (self.training and config.dropout):
-            return None
-        quick = F.routed_lora_at_once(
-            x, self.router_weight, self.lora_A, self.lora_B, config.top_k, self.offsets, self.scaling,
-            config.shared_a, base, config.gate, config.renormalize, self.selection_bias,
-        )  # fmt: skip
-        if quick is None:
-            return None
-        y, self.routing = quick
-        return y
-
     def _add_experts(self, x, base):
         config = self.config
         adapter = self.lora_A, self.lora_B
         dropout = config.dropout if self.training else 0.0
+        if self.given is None and not dropout and not torch.is_grad_enabled():
+            # a decoding model makes hundreds of these calls a token
+            quick = F.routed_lora_at_once(
+                x, self.router_weight, *adapter, config.top_k, self.offsets, self.scaling,
+                config.shared_a, base, config.gate, config.renormalize, self.selection_bias,
+            )  # fmt: skip
+            if quick is not None:
+                return quick
         router = {
             "gate": config.gate,
             "renormalize": config.renormalize,
             "bias": self.selection_bias,
         }
         experts = {
-            "rank_offsets": config.rank_offsets,
+            "rank_offsets": self.offsets,
             "scaling": self.scaling,
             "shared_a": config.shared_a,
             "base": base,
