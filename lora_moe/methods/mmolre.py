@@ -373,9 +373,8 @@ class MMoLRE(nn.Module):
 
 def conv3(taps: torch.Tensor) -> torch.Tensor:
     """(..., L, 3, R) -> (..., L, R):  s_i = taps_{i-1, 0} + taps_{i, 1} + taps_{i+1, 2}, zero outside."""
-    before, here, after = taps.unbind(-2)
-    pad = nn.functional.pad
-    return here + pad(before, (0, 0, 1, -1)) + pad(after, (0, 0, -1, 1))
+    taps = nn.functional.pad(taps, (0, 0, 0, 0, 1, 1))
+    return taps[..., :-2, 0, :] + taps[..., 1:-1, 1, :] + taps[..., 2:, 2, :]
 
 
 def attend(scores: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
