@@ -164,9 +164,8 @@ def _words(lexicon):
     roots = root_of(names)
     emotions = [[float(e in lexicon[name]) for e in EMOTIONS] for name in names]
     polarity = [float(_polarity(lexicon[name])) for name in names]
-    return Parts(
-        names, states, mask, *map(torch.tensor, (polarity, emotions)), _split(names, roots)
-    )
+    labels = map(torch.tensor, (polarity, emotions))
+    return Parts(names, _scaled(states, mask), mask, *labels, _split(names, roots))
 
 
 def _kaomoji(lexicon):
@@ -178,9 +177,13 @@ def _kaomoji(lexicon):
     mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
     polarity, emotions = zip(*(meaning(lexicon, labels[name]) for name in names))
     family = {name: face_of(name) for name in names}
-    return Parts(
-        names, states, mask, torch.tensor(polarity), torch.tensor(emotions), _split(names, family)
-    )
+    labels = map(torch.tensor, (polarity, emotions))
+    return Parts(names, _scaled(states, mask), mask, *labels, _split(names, family))
+
+
+def _scaled(states, mask):
+    """Features of mean square 1, as a whole: neither labels nor splits enter."""
+    return states / states[mask].square().mean().sqrt()
 
 
 def _split(names, family):

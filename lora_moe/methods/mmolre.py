@@ -155,7 +155,8 @@ class UniTSE(nn.Module):
     Parameters: lora_A (3, R, D), one slice a tap: of x_{i-1}, x_i, x_{i+1}; bias_A (R,); lora_B (R, D),
     whose row r pairs with row r of lora_A; bias_B (E, D); router_weight (tasks * K, D), K the experts
     that a task chooses from.  Rows and experts are in the order: shared, then each task's own.
-    There is no W0, so B does not start at zero: both start as nn.Conv1d's weights do, biases at zero.
+    There is no W0 beside the experts, so B does not start at zero: A and B are drawn such that the mean of
+    K experts has their input's variance behind a ReLU; biases start at zero, routers near it.
     The attribute gates (tasks, B, L, E) is what the last forward mixed with, detached; None before.
 
     Args:
@@ -195,10 +196,10 @@ class UniTSE(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the initial values again (see the class)."""
-        self.lora_A.uniform_(-1, 1).div_(math.sqrt(3 * self.width))
+        self.lora_A.uniform_(-1, 1).mul_(math.sqrt(2 / self.width))
         self.bias_A.zero_()
         for rows in self.lora_B.split(self.ranks):
-            rows.uniform_(-1, 1).div_(math.sqrt(len(rows)))
+            rows.uniform_(-1, 1).mul_(math.sqrt(3 * self.choices / len(rows)))
         self.bias_B.zero_()
         self.router_weight.normal_(std=ROUTER_STD)
 
