@@ -22,7 +22,8 @@ from lora_moe.methods.affect import multilabel_metrics, sentiment_metrics
 from lora_moe.methods.mmolre import MMoLRE, MMoLREConfig, Task, UniTSE
 
 WIDTH, RANK, SHARED = 128, 8, 4
-STEPS, BATCH, LEARNING_RATE, WEIGHT_DECAY = 600, 64, 2e-3, 0.01
+STEPS, BATCH, RATE, WEIGHT_DECAY = 400, 64, 3e-3, 0.01
+WATCHED = 20  # steps from one look at the gradients to the next
 MOST_HELD_OUT = 1000
 
 TASKS = {"sentiment": Task("mae"), "emotion": Task("multilabel", len(mmolre_data.EMOTIONS))}
@@ -34,26 +35,43 @@ OURS = MMoLREConfig(
     shared_ranks=(RANK,) * SHARED,
     task_rank=RANK,
 )
+
+
+def with_rank(rank):
+    """OURS with another rank of all experts."""
+    return dataclasses.replace(OURS, shared_ranks=(rank,) * SHARED, task_rank=rank)
+
+
+def hard_sharing(rank):
+    """As many rank rows, all of them in one stream that every task reads."""
+    ranks = {"shared_ranks": (rank,) * (SHARED + len(TASKS)), "task_rank": 0}
+    return dataclasses.replace(OURS, hard_sharing=True, **ranks)
+
+
 ARMS = {
     "MMoLRE": OURS,
-    "hard sharing": dataclasses.replace(
-        OURS, hard_sharing=True, shared_ranks=(RANK,) * (SHARED + 2), task_rank=0
-    ),
-    "no task experts": dataclasses.replace(OURS, shared_ranks=(RANK,) * (SHARED + 2), task_rank=0),
-    "full-rank experts": dataclasses.replace(OURS, shared_ranks=(WIDTH,) * SHARED, task_rank=WIDTH),
+    "hard sharing": hard_sharing(RANK),
+    "no task experts": dataclasses.replace(hard_sharing(RANK), hard_sharing=False),
+    "full-rank experts": with_rank(WIDTH),
     "text alone": dataclasses.replace(OURS, modalities={"text": FEATURES["text"]}),
     "image alone": dataclasses.replace(OURS, modalities={"image": FEATURES["image"]}),
     "sentiment alone": dataclasses.replace(OURS, tasks={"sentiment": TASKS["sentiment"]}),
     "emotion alone": dataclasses.replace(OURS, tasks={"emotion": TASKS["emotion"]}),
+    "MMoLRE, rank 2": with_rank(2),
+    "hard sharing, rank 2": hard_sharing(2),
 }
+RATES = {}  # learning rates other than RATE, as the validation chose them
 
 
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def train(config, batches, steps, rate, seed):
-    """The model after one pass over the batches; AdamW, warm-up, then down to zero in a straight line."""
+def train(config, batches, steps, rate, seed, watch=None):
+    """The model after one pass over the batches; AdamW, warm-up, then down to zero in a straight line.
+
+    watch(model, losses) sees every WATCHED-th step before its backward.
+    """
     torch.manual_seed(seed)
     model = MMoLRE(config)
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=WEIGHT_DECAY)
@@ -61,9 +79,11 @@ def train(config, batches, steps, rate, seed):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warm, (steps - n) / (steps - warm + 1))
     )
-    for items in batches:
-        outputs = forward(model, items)
-        loss = mmolre.total_loss(config, outputs, items.labels)
+    for step, items in enumerate(batches):
+        losses = mmolre.task_losses(config, forward(model, items), items.labels)
+        if watch is not None and step % WATCHED == 0:
+            watch(model, losses)
+        loss = sum(task.weight * losses[name] for name, task in config.tasks.items())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -77,6 +97,16 @@ def forward(model, items):
     return model({n: items.features[n] for n in names}, {n: items.masks[n] for n in names})
 
 
+def agreement(model, losses):
+    """Cosine of the two tasks' gradients over what both train: projections and blocks."""
+    shared = [*model.project.parameters(), *model.encoders.parameters()]
+    first, second = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])
+        for loss in losses.values()
+    )
+    return float(torch.cosine_similarity(first, second, 0))
+
+
 @torch.no_grad()
 def judge(model, items):
     """Errors item by item and the field's metrics, of the tasks that the model has."""
@@ -87,7 +117,7 @@ def judge(model, items):
         found["sentiment"] = sentiment_metrics(score, truth)
     if "emotion" in outputs:
         logits, truth = outputs["emotion"], items.labels["emotion"]
-        found["right"] = ((logits > 0) == (truth > 0.5)).float().mean(1).tolist()  # (N,)
+        found["labels"] = (logits > 0).int().tolist()  # (N, 6)
         found["emotion"] = multilabel_metrics(logits, truth)
     return found
 
@@ -150,10 +180,12 @@ def run(data, sizes, arm, seed):
     words, kaomoji, held_out = data
     batches = mmolre_data.training(words, kaomoji, sizes.steps, sizes.batch, seed)
     started = time.process_time()
-    model = train(ARMS[arm], batches, sizes.steps, LEARNING_RATE, seed)
+    cosines = []
+    watch = (lambda *step: cosines.append(agreement(*step))) if "hard sharing" in arm else None
+    model = train(ARMS[arm], batches, sizes.steps, RATES.get(arm, RATE), seed, watch)
     trained = time.process_time() - started
-    found = judge(model, held_out) | {"trained": trained}
-    if arm == "MMoLRE":
+    found = judge(model, held_out) | {"trained": trained, "cosines": cosines}
+    if arm == report.FIRST:
         found["gates"] = gate_shares(model, held_out)
     return found
 

@@ -113,10 +113,12 @@ def compose(words, kaomoji, pairs, faces):
     text, mask = words.states[pairs].flatten(1, 2), words.mask[pairs].flatten(1, 2)
     order = (~mask).long().argsort(stable=True, dim=1)  # the second word moves up to the first
     text, mask = text.gather(1, order[..., None].expand_as(text)), mask.gather(1, order)
+    image, there = kaomoji.states[faces], kaomoji.mask[faces]
+    longest, widest = (int(m.sum(1).max()) for m in (mask, there))
     emotions = words.emotions[pairs].amax(1).maximum(kaomoji.emotions[faces])
     return Items(
-        {"text": text, "image": kaomoji.states[faces]},
-        {"text": mask, "image": kaomoji.mask[faces]},
+        {"text": text[:, :longest], "image": image[:, :widest]},
+        {"text": mask[:, :longest], "image": there[:, :widest]},
         {
             "sentiment": words.polarity[pairs].sum(1) + kaomoji.polarity[faces],
             "emotion": emotions,

@@ -78,10 +78,16 @@ def test_items_are_put_together_as_described():
     for row, (pair, face) in enumerate((([3, 8], 7), ([5, 1], 4))):
         text = torch.cat([words.states[w][words.mask[w]] for w in pair])
         assert torch.equal(items.features["text"][row, : len(text)], text)
-        assert items.masks["text"][row].tolist() == [i < len(text) for i in range(10)]
-        assert torch.equal(items.features["image"][row], kaomoji.states[face])
+        drawn = kaomoji.states[face][kaomoji.mask[face]]
+        assert torch.equal(items.features["image"][row, : len(drawn)], drawn)
+        for name, states in (("text", text), ("image", drawn)):
+            mask = items.masks[name]
+            assert mask[row].tolist() == [i < len(states) for i in range(mask.shape[1])]
         score = sum(float(words.polarity[w]) for w in pair) + float(kaomoji.polarity[face])
         assert float(items.labels["sentiment"][row]) == pytest.approx(score)
+        assert (
+            items.masks["text"].any(0).all() and items.masks["image"].any(0).all()
+        )  # no more padding
         either = [max(*words.emotions[pair, e], kaomoji.emotions[face, e]) for e in range(6)]
         assert items.labels["emotion"][row].tolist() == either
 
@@ -114,3 +120,29 @@ def test_plain_block_computes_ours():
     torch.testing.assert_close(mmolre.Plain(block)(x), block(x))
     x[0, 3] += 1
     assert (mmolre.Plain(block)(x) - mmolre.Plain(block)(x - 1)).abs().max() > 0.1
+
+
+@needs_data
+def test_difference_of_weighted_f1():
+    import numpy as np
+
+    from examples.mmolre_report import f1_difference
+    from lora_moe.methods.affect import multilabel_metrics
+
+    draw = np.random.default_rng(0)
+    truth = draw.integers(2, size=(50, 6)) > 0
+    flip = {"good": 0.1, "bad": 0.4}
+    found = {
+        (arm, seed): {"labels": (truth ^ (draw.random(truth.shape) < share)).astype(int).tolist()}
+        for arm, share in flip.items()
+        for seed in (0, 1)
+    }
+
+    def score(arm):
+        logits = [torch.tensor(found[arm, seed]["labels"]) - 0.5 for seed in (0, 1)]
+        return sum(multilabel_metrics(v, torch.tensor(truth))["weighted_f1"] for v in logits) / 2
+
+    mean, low, high = f1_difference(found, "good", "bad", (0, 1), truth)
+    assert mean == pytest.approx(score("good") - score("bad"))
+    assert 0 < low < mean < high
+    assert f1_difference(found, "bad", "bad", (0, 1), truth) == (0, 0, 0)
