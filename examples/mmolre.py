@@ -22,7 +22,7 @@ from lora_moe.methods.affect import multilabel_metrics, sentiment_metrics
 from lora_moe.methods.mmolre import MMoLRE, MMoLREConfig, Task, UniTSE
 
 WIDTH, RANK, SHARED = 128, 8, 4
-STEPS, BATCH, RATE, WEIGHT_DECAY = 400, 64, 3e-3, 0.01
+STEPS, BATCH, RATE, WEIGHT_DECAY = 400, 64, 2e-3, 0.01
 WATCHED = 20  # steps from one look at the gradients to the next
 MOST_HELD_OUT = 1000
 
@@ -59,8 +59,8 @@ ARMS = {
     "emotion alone": dataclasses.replace(OURS, tasks={"emotion": TASKS["emotion"]}),
     "MMoLRE, rank 2": with_rank(2),
     "hard sharing, rank 2": hard_sharing(2),
+    "MMoLRE, rank 32": with_rank(32),
 }
-RATES = {}  # learning rates other than RATE, as the validation chose them
 
 
 def parameters(module):
@@ -182,7 +182,7 @@ def run(data, sizes, arm, seed):
     started = time.process_time()
     cosines = []
     watch = (lambda *step: cosines.append(agreement(*step))) if "hard sharing" in arm else None
-    model = train(ARMS[arm], batches, sizes.steps, RATES.get(arm, RATE), seed, watch)
+    model = train(ARMS[arm], batches, sizes.steps, RATE, seed, watch)
     trained = time.process_time() - started
     found = judge(model, held_out) | {"trained": trained, "cosines": cosines}
     if arm == report.FIRST:
