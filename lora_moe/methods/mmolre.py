@@ -116,7 +116,7 @@ class MMoLREConfig:
         _integer("task_rank", self.task_rank, 0, MAX_RANK)
         _integer("blocks", self.blocks, 1, MAX_PARTS)
         _expect(
-            self.activation in ACTIVATIONS,
+            self.activation in tuple(ACTIVATIONS),
             "activation",
             f"one of {[*ACTIVATIONS]}",
             self.activation,
@@ -177,7 +177,14 @@ class UniTSE(nn.Module):
         residual: bool = False,
     ):
         super().__init__()
-        _expect(all(task_ranks) or not any(task_ranks), "task_ranks", "all or none 0", task_ranks)
+        mixed = any(task_ranks) and not all(task_ranks)
+        _expect(
+            len(task_ranks) and not mixed, "task_ranks", "one a task, all or none 0", task_ranks
+        )
+        _expect(
+            activation in tuple(ACTIVATIONS), "activation", f"one of {[*ACTIVATIONS]}", activation
+        )
+        _expect(route in ROUTES, "route", f"one of {ROUTES}", route)
         self.width, self.tasks, self.shared = width, len(task_ranks), len(shared_ranks)
         self.activation, self.route, self.residual = activation, route, residual
         self.ranks = (*shared_ranks, *(r for r in task_ranks if r))
@@ -188,8 +195,8 @@ class UniTSE(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(R, width))
         self.bias_B = nn.Parameter(torch.empty(E, width))
         self.router_weight = nn.Parameter(torch.empty(self.tasks * self.choices, width))
-        rows = [e for e, rank in enumerate(self.ranks) for _ in range(rank)]
-        self.register_buffer("expert_of_row", torch.tensor(rows), persistent=False)  # (R,)
+        rows = torch.arange(E).repeat_interleave(torch.tensor(self.ranks), output_size=R)
+        self.register_buffer("expert_of_row", rows, persistent=False)  # (R,)
         self.gates: torch.Tensor | None = None
         self.reset_parameters()
 
@@ -217,9 +224,8 @@ class UniTSE(nn.Module):
         x = self._streams(x, mask)  # (S, B, L, D)
         taps, logits = F.shrink(x, self.lora_A.flatten(0, 1), self.router_weight)
         s = conv3(taps.view(*x.shape[:-1], *self.lora_A.shape[:2]))  # (S, B, L, R)
-        gates = self._gates(
-            logits.view(*x.shape[:-1], self.tasks, self.choices), mask
-        )  # (tasks, B, L, E)
+        logits = logits.view(*x.shape[:-1], self.tasks, self.choices)
+        gates = self._gates(logits, mask)  # (tasks, B, L, E)
         phi = ACTIVATIONS[self.activation](s + self.bias_A.to(s.dtype))
         h = phi * gates[..., self.expert_of_row]  # (tasks, B, L, R)
         base = x.expand(self.tasks, -1, -1, -1).contiguous() if self.residual else None
@@ -443,6 +449,8 @@ def load(path: str | os.PathLike) -> MMoLRE:
         text = metadata.get("mmolre") if isinstance(metadata, dict) else None
         _expect(isinstance(text, str), str(path), "mmolre in its metadata", metadata)
         config = MMoLREConfig.from_dict(safefile.parse_json(text, str(path)))
+        blocks = config.blocks * len(config.modalities)
+        _expect(blocks <= len(slices), str(path), f"tensors of {blocks} blocks", len(slices))
         with torch.device("meta"):  # the file's size bounds what is allocated later
             wanted = {name: tuple(t.shape) for name, t in MMoLRE(config).state_dict().items()}
         found = {name: s.shape for name, s in slices.items() if s.dtype in safefile.DTYPES}

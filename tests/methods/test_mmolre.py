@@ -375,6 +375,10 @@ def test_load_refuses_what_does_not_fit(tmp_path):
         mmolre.load(write(colour="red"))
     with pytest.raises(ValueError, match="width: expected an integer"):
         mmolre.load(write(width=10**9))
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        mmolre.load(write(activation=[]))
+    with pytest.raises(ValueError, match="tensors of 192 blocks"):  # none of them is made
+        mmolre.load(write(blocks=64))
     with pytest.raises(ValueError, match="finite"):
         name = next(iter(tensors))
         mmolre.load(write({**tensors, name: tensors[name] * torch.nan}))
@@ -467,8 +471,13 @@ def test_inputs_that_do_not_fit_raise():
         layer(normal(3, 1, 2, WIDTH))
     with pytest.raises(ValueError, match=r"mask: expected bool \(1, 2\), got torch.bool \(1, 3\)"):
         layer(normal(1, 2, WIDTH), mask_of((3,)))
-    with pytest.raises(ValueError, match="task_ranks: expected all or none 0"):
-        UniTSE(WIDTH, (2,), (3, 0))
+    for ranks in ((3, 0), ()):
+        with pytest.raises(ValueError, match="task_ranks: expected one a task, all or none 0"):
+            UniTSE(WIDTH, (2,), ranks)
+    with pytest.raises(ValueError, match="activation: expected one of"):
+        UniTSE(WIDTH, (2,), (3,), activation=["relu"])
+    with pytest.raises(ValueError, match="route: expected one of"):
+        UniTSE(WIDTH, (2,), (3,), route="first")
 
 
 def test_deepcopy_and_checkpointing_change_nothing():
@@ -501,3 +510,18 @@ def test_gates_are_a_softmax_over_a_tasks_own_choice():
     assert layer.gates.shape == (2, 2, 5, 4)
     torch.testing.assert_close(layer.gates.sum(-1), torch.ones_like(layer.gates[..., 0]))
     assert not layer.gates[0, ..., 3].any() and not layer.gates[1, ..., 2].any()
+
+
+def test_a_new_block_keeps_the_variance_of_its_input():
+    torch.manual_seed(0)
+    layer = UniTSE(256, (32, 64, 32), (48, 16))
+    y = layer(torch.randn(8, 40, 256))
+    assert 0.7 < float(y[:, :, 1:-1].square().mean()) < 1.4
+
+
+def test_optimizer_step_changes_the_next_forward():
+    layer, x = block({}), normal(2, 5, WIDTH)
+    before = layer(x)
+    before.square().mean().backward()
+    torch.optim.SGD(layer.parameters(), 0.1).step()
+    assert relative_error(layer(x), before) > 1e-3
