@@ -516,7 +516,7 @@ def test_a_new_block_keeps_the_variance_of_its_input():
     torch.manual_seed(0)
     layer = UniTSE(256, (32, 64, 32), (48, 16))
     y = layer(torch.randn(8, 40, 256))
-    assert 0.7 < float(y[:, :, 1:-1].square().mean()) < 1.4
+    assert 0.7 < y[:, :, 1:-1].square().mean().item() < 1.4
 
 
 def test_optimizer_step_changes_the_next_forward():

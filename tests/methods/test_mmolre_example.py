@@ -13,6 +13,14 @@ missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 needs_data = pytest.mark.skipif(bool(missing), reason=f"needs {missing}")
 
 
+@pytest.fixture(scope="module")
+def parts():
+    """400 of the lexicon's words, and the kaomoji."""
+    from examples import mmolre_data as data
+
+    return data.load(most_words=400)
+
+
 def test_program_of_the_documentation(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"^```python\n(.*?)^```", DOC.read_text(), re.DOTALL | re.MULTILINE)
@@ -51,11 +59,11 @@ def test_evidence_in_short(tmp_path, capsys):
 
 
 @needs_data
-def test_splits_hold_out_words_by_root_and_kaomoji_by_face():
+def test_splits_hold_out_words_by_root_and_kaomoji_by_face(parts):
     from examples import mmolre_data as data
     from examples.tasks import root_of
 
-    words, kaomoji = data.load(most_words=400)
+    words, kaomoji = parts
     roots = root_of(words.names)
     for parts, family in ((words, roots.get), (kaomoji, data.face_of)):
         families = {s: {family(parts.names[i]) for i in ids} for s, ids in parts.split.items()}
@@ -70,10 +78,10 @@ def test_splits_hold_out_words_by_root_and_kaomoji_by_face():
 
 
 @needs_data
-def test_items_are_put_together_as_described():
+def test_items_are_put_together_as_described(parts):
     from examples import mmolre_data as data
 
-    words, kaomoji = data.load(most_words=200)
+    words, kaomoji = parts
     items = data.compose(words, kaomoji, [[3, 8], [5, 1]], [7, 4])
     for row, (pair, face) in enumerate((([3, 8], 7), ([5, 1], 4))):
         text = torch.cat([words.states[w][words.mask[w]] for w in pair])
