@@ -211,13 +211,19 @@ QUICK = Sizes(steps=4, batch=8, held_out=40, words=300, timed=(32, 4, 2, 8, 2))
 
 
 def main(argv=None):
-    args = evidence.parser(__doc__, "build/mmolre").parse_args(argv)
+    parser = evidence.parser(__doc__, "build/mmolre")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
+    parser.add_argument(
+        "--steps", type=int, help="other than the protocol's, into an --out of its own"
+    )
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     started, sizes = time.perf_counter(), QUICK if args.quick else Sizes()
+    sizes = dataclasses.replace(sizes, steps=args.steps or sizes.steps)
     words, kaomoji = mmolre_data.load(most_words=sizes.words)
     held_out = mmolre_data.held_out(words, kaomoji, "test", sizes.held_out)
     data = words, kaomoji, held_out
-    found = evidence.runs(args.out, ARMS, args.seeds, partial(run, data, sizes))
+    found = evidence.runs(args.out, args.arms, args.seeds, partial(run, data, sizes))
     times = step_times(*sizes.timed)
     report.write(args, sizes, data, found, times, evidence.setting(args.seeds, started))
 

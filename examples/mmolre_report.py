@@ -13,7 +13,8 @@ from benchmarks import timing
 from examples import evidence, mmolre_data
 from examples.figures import GREY, INK, OURS, STYLE, WHITE_TO_BLUE
 
-FIRST = "MMoLRE"
+FIRST, FULL = "MMoLRE", "full-rank experts"
+LOW = ("MMoLRE, rank 2", FIRST, "MMoLRE, rank 32")  # against FULL
 COMPARED = {  # other arms (sentiment's, emotion's): what it says that ours is better
     ("hard sharing",) * 2: "shared and task experts beat hard sharing at equal parameters",
     ("hard sharing, rank 2",) * 2: "the same with all ranks 2",
@@ -40,24 +41,27 @@ COLUMNS = (  # (head, task, metric, format)
 
 def write(args, sizes, data, found, times, setting):
     """results.md and the pictures into args.out; prints the former."""
-    seeds = args.seeds
-    arms = list(dict.fromkeys(arm for arm, _ in found))
-    rows = compared(found, seeds, data[2])
+    seeds, arms, held_out = args.seeds, args.arms, data[2]
+    rows = compared(found, arms, seeds, held_out)
+    trained = sum(run["trained"] for run in found.values()) / 60
     parts = [
         described(sizes, data),
-        quality(found, arms, seeds, data[2]),
+        quality(found, arms, seeds, held_out),
         each_seed(found, arms, seeds),
         claims(rows),
-        full_rank(found, seeds, data[2]),
-        agreement(found, seeds),
+        full_rank(found, seeds, held_out) if {FULL, *LOW} <= set(arms) else "",
+        agreement(found, arms, seeds),
         steps(times, sizes.timed),
-        setting,
+        f"{setting} The arms trained for {trained:.1f} CPU minutes.",
+        "\n".join(f"- {source}" for source in mmolre_data.SOURCES),
     ]
-    text = "\n\n".join(parts)
+    text = "\n\n".join(filter(None, parts))
     (args.out / "results.md").write_text(text + "\n")
     print(text)
-    draw_differences(args.out / "differences.png", rows)
-    draw_gates(args.out / "gates.png", [found[FIRST, seed]["gates"] for seed in seeds])
+    if rows:
+        draw_differences(args.out / "differences.png", rows)
+    if FIRST in arms:
+        draw_gates(args.out / "gates.png", [found[FIRST, seed]["gates"] for seed in seeds])
 
 
 def described(sizes, data):
@@ -109,12 +113,14 @@ def each_seed(found, arms, seeds):
     return evidence.table(head, rows)
 
 
-def compared(found, seeds, held_out):
+def compared(found, arms, seeds, held_out):
     """[(other arm, claim, sentiment's difference, emotion's)], intervals of what ours is better by."""
     truth = held_out.labels["emotion"].numpy() > 0.5
     rows = []
     for (first, second), claim in COMPARED.items():
         ours = OURS_AT.get(first, FIRST)
+        if not {first, second, ours} <= set(arms):
+            continue
         name = first if first == second else "one task alone"
         error = evidence.difference(
             *([found[arm, seed]["error"] for seed in seeds] for arm in (first, ours))
@@ -149,7 +155,7 @@ def _weighted_f1(picked, true):
 
 def claims(rows):
     head = ["claim", "sentiment: MAE saved", "shown", "emotion: points of weighted F1", "shown"]
-    return evidence.table(
+    return rows and evidence.table(
         head,
         [
             [
@@ -166,7 +172,7 @@ def claims(rows):
 
 def full_rank(found, seeds, held_out):
     """Low-rank experts against full-rank ones: similar quality for fewer parameters and less time?"""
-    full, truth = "full-rank experts", held_out.labels["emotion"].numpy() > 0.5
+    full, truth = FULL, held_out.labels["emotion"].numpy() > 0.5
 
     def median(arm, name):
         return statistics.median(found[arm, seed][name] for seed in seeds)
@@ -181,7 +187,7 @@ def full_rank(found, seeds, held_out):
         f"at most {100 * MARGINS['f1']:.0f}",
     ]
     rows = []
-    for arm in ("MMoLRE, rank 2", FIRST, "MMoLRE, rank 32"):
+    for arm in LOW:
         error = evidence.difference(*([found[a, s]["error"] for s in seeds] for a in (arm, full)))
         f1 = f1_difference(found, full, arm, seeds, truth)
         ratios = (
@@ -196,11 +202,10 @@ def full_rank(found, seeds, held_out):
     return evidence.table(head, rows)
 
 
-def agreement(found, seeds):
+def agreement(found, arms, seeds):
     """Do the tasks pull the shared parameters apart?  Cosines of their gradients under hard sharing."""
-    arms = [arm for arm, _ in found if "hard sharing" in arm]
     rows = []
-    for arm in dict.fromkeys(arms):
+    for arm in (arm for arm in arms if "hard sharing" in arm):
         cosines = np.array([found[arm, seed]["cosines"] for seed in seeds])
         thirds = [f"{part.mean():+.2f}" for part in np.array_split(cosines, 3, axis=1)]
         rows.append([arm, *thirds, f"{(cosines < 0).mean():.0%}"])
@@ -211,7 +216,7 @@ def agreement(found, seeds):
         "last",
         "steps below zero",
     ]
-    return evidence.table(head, rows)
+    return evidence.table(head, rows) if rows else ""
 
 
 def steps(times, timed):
@@ -285,7 +290,3 @@ def draw_gates(path, seeds):
         )
         figure.savefig(path)
         plt.close(figure)
-
-
-def sources():
-    return "\n".join(f"- {line}" for line in mmolre_data.SOURCES)

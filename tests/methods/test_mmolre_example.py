@@ -54,7 +54,18 @@ def test_evidence_in_short(tmp_path, capsys):
     assert (tmp_path / "gates.png").stat().st_size > 5000
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
     assert len(lines) == 2 * len(mmolre.ARMS)
-    mmolre.main(["--quick", "--seeds", "0", "1", "--out", str(tmp_path)])  # nothing trains again
+    again = [
+        "--quick",
+        "--seeds",
+        "1",
+        "--arms",
+        "text alone",
+        "hard sharing",
+        "--out",
+        str(tmp_path),
+    ]
+    mmolre.main(again)  # nothing trains again
+    assert "| MMoLRE |" not in (tmp_path / "results.md").read_text()
     assert (tmp_path / "runs.jsonl").read_text().splitlines() == lines
 
 
