@@ -207,7 +207,8 @@ def agreement(found, arms, seeds):
     rows = []
     for arm in (arm for arm in arms if "hard sharing" in arm):
         cosines = np.array([found[arm, seed]["cosines"] for seed in seeds])
-        thirds = [f"{part.mean():+.2f}" for part in np.array_split(cosines, 3, axis=1)]
+        thirds = np.array_split(cosines, 3, axis=1)
+        thirds = [f"{part.mean():+.2f}" if part.size else "" for part in thirds]
         rows.append([arm, *thirds, f"{(cosines < 0).mean():.0%}"])
     head = [
         "cosine of the two tasks' gradients",
