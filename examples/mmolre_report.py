@@ -254,6 +254,7 @@ def draw_differences(path, rows):
             axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
             axes.set_title(title, size=11)
             axes.spines["left"].set_visible(False)
+            axes.xaxis.set_major_locator(plt.MaxNLocator(5))
             axes.margins(y=0.15)
         figure.suptitle(
             f"What {FIRST} is better by, 95 % intervals", x=0.01, ha="left", weight="bold"
