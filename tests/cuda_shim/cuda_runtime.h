@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -33,6 +34,10 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int bits) {
   return cuda_shim::exchange(value)[cuda_shim::lane() ^ bits];
 }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_shim::exchange(value)[lane];
+}
 inline unsigned __ballot_sync(unsigned, bool mine) {
   const bool* all = cuda_shim::exchange(mine);
   unsigned lanes = 0;
@@ -40,6 +45,8 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
   return lanes;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
