@@ -26,13 +26,14 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_nvcc
-def test_machine_code():
+@pytest.mark.parametrize("target", ["sm_75", "sm_80"])  # without and with bf16 on the tensor cores
+def test_machine_code(target):
     """Without warnings, spills and float atomics; with tensor cores and 128-bit loads.
 
     `python -m benchmarks.cuda_static` does all architectures.
     """
     cuda_static = pytest.importorskip("benchmarks.cuda_static")
-    rows = cuda_static.rows(["sm_80"])
+    rows = cuda_static.rows([target])
     assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
     assert {*cuda_static.MATMULS} <= {row["kernel"] for row in rows}
     broken = [
