@@ -35,6 +35,7 @@ WIDE = [  # more ranks or experts than a block's registers hold
     Case("wide: unequal", 18, 8, 2, (64, 1, 3, 7, 1, 2, 1, 190), 40, 33, gate="sigmoid"),
     Case("wide: shared A", 17, 64, 3, 8, 33, 40, shared_a=True),
     Case("wide: dense", 5, 257, 257, 1, 17, 16, renormalize=False),
+    Case("wide: 600 experts", 3, 600, 2, (2, *[1] * 599), 16, 17),
 ]
 every_case = pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize(
@@ -504,6 +505,19 @@ def test_nothing_leaks_from_experts_not_picked(kernels, case):
     assert torch.equal(y, clean)
     grads = grouped_backward(kernels, v, case, s, *all_needed())
     assert all(g.isfinite().all() for g in grads)
+
+
+@some("tiles fit", "shared A")
+def test_a_wrong_lora_B_stays_out_of_gradients(kernels, case):
+    """NaN in the B of an expert that nobody picked: a rank-dense y holds 0 NaN, dx and dA nothing."""
+    v = sample(case) | {"dy": noise(case.T, case.D_out)}
+    v |= {"ids": torch.ones(case.T, 1, dtype=torch.int32), "weights": torch.ones(case.T, 1)}
+    _, s = grouped(kernels, v, case, "rank_dense")
+    clean = grouped_backward(kernels, v, case, s, *all_needed())
+    b = v["lora_B"].clone()
+    b[: case.offsets[1]] = torch.nan
+    got = grouped_backward(kernels, v | {"lora_B": b}, case, s, *all_needed())
+    assert all(map(torch.equal, got, clean))
 
 
 def test_nothing_added_leaves_base_bit_identical(kernels):
