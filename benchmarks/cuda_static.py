@@ -20,10 +20,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import triton
+from . import binary
+from .binary import count
 
 SOURCES = Path(__file__).parents[1] / "csrc/cuda"
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 # warps and blocks an SM, KB of shared memory an SM and a block
 SM = {
@@ -37,9 +37,6 @@ WARPS = 8  # of every kernel's blocks
 DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}
 PRODUCTS = ("shrink_kernel", "expand_kernel", "gram_kernel")
 MATMULS = (*PRODUCTS, *(f"segmented_{name}" for name in PRODUCTS))
-TENSOR_CORE = re.compile(r"HMMA|HGMMA|UTCHMMA")
-FP32_FMA = re.compile(r"FFMA")
-FLOAT_ATOMIC = re.compile(r"(?:RED|ATOM|ATOMG|ATOMS)\.\S*\.(?:F16|F32|F64|BF16)")
 
 
 def rows(targets=TARGETS, jobs=2) -> list[dict]:
@@ -55,8 +52,8 @@ def rows_of(source, target):
         output = run("nvcc", "-std=c++20", "-O3", f"-arch={target}", "-cubin", "-o", cubin, source)
         if output:
             raise RuntimeError(f"{source.name}, {target}: nvcc warns\n{output}")
-        usage = run(TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
-        code = run(TOOLS / "nvdisasm", "-c", cubin)
+        usage = run(binary.TOOLS / "cuobjdump", "--dump-resource-usage", cubin)
+        code = run(binary.TOOLS / "nvdisasm", "-c", cubin)
     resources = dict(re.findall(r"Function (\S+):\s+(.*)", usage))
     for function, text in functions(code):
         name, dtype, config = describe(function)
@@ -68,7 +65,7 @@ def rows_of(source, target):
             "dtype": dtype,
             "target": target,
             **occupancy(target, resources[function]),
-            **instructions(text),
+            **instructions(list(binary.sass(text))),
         }
 
 
@@ -80,9 +77,9 @@ def run(*command) -> str:
 
 
 def functions(code):
-    """Every kernel's name and lines of machine code."""
+    """Every kernel's name and machine code."""
     parts = re.split(r"^\.text\.(\S+):$", code, flags=re.M)
-    return zip(parts[1::2], (part.splitlines() for part in parts[2::2]))
+    return zip(parts[1::2], parts[2::2])
 
 
 def describe(function):
@@ -123,38 +120,22 @@ def occupancy(target, usage):
     }
 
 
-def instructions(lines):
-    code = [re.sub(r"^\s+/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?", "", line) for line in lines]
-    hot = [loop for loop in loops(code) if count(TENSOR_CORE, loop) or count(FP32_FMA, loop) >= 32]
-    in_loops = list(itertools.chain(*hot))
-    loads = (re.search(r"^LDG\S*\.(32|64|128)\b", line) for line in in_loops)
+def instructions(code):
+    multiply = [
+        loop
+        for loop in binary.loops(code)
+        if count(binary.TENSOR_CORE, loop) or count(binary.FP32_FMA, loop) >= 32
+    ]
+    in_loops = list(itertools.chain(*multiply))
+    loads = (re.search(r"^LDG\S*\.(32|64|128)\b", i.text) for i in in_loops)
     widths = [int(load.group(1)) for load in loads if load]
     return {
         "spills": count(re.compile(r"STL|LDL"), code),
-        "tensor_core_ops": count(TENSOR_CORE, in_loops),
-        "tensor_core_loops": sum(count(TENSOR_CORE, loop) > 0 for loop in hot),
-        "fp32_fmas": count(FP32_FMA, in_loops),
-        "float_atomics": count(FLOAT_ATOMIC, code),
+        "tensor_core_ops": count(binary.TENSOR_CORE, in_loops),
+        "fp32_fmas": count(binary.FP32_FMA, in_loops),
+        "float_atomics": count(binary.FLOAT_ATOMIC, code),
         "load_bits": max(widths, default=0),
     }
-
-
-def loops(code):
-    """Instructions of every loop, from a label to the branch back, without those of loops inside it."""
-    labels = {m.group(1): n for n, line in enumerate(code) if (m := re.match(r"(\.L\S+):", line))}
-    branches = (
-        (labels.get(m.group(1), n), n)
-        for n, line in enumerate(code)
-        if (m := re.search(r"BRA.*`\((\.L\S+)\)", line))
-    )
-    spans = {(first, last) for first, last in branches if first < last}
-    for first, last in spans:
-        inside = (range(*o) for o in spans if first <= o[0] and o[1] <= last and o != (first, last))
-        yield [code[n] for n in sorted(set(range(first, last)).difference(*inside))]
-
-
-def count(pattern, code):
-    return sum(bool(pattern.match(line)) for line in code)
 
 
 def violations(row):
@@ -168,10 +149,9 @@ def violations(row):
     if row["kernel"] in MATMULS and row["load_bits"] < 128:
         yield f"loads of {row['load_bits']} bits"
     halves = row["kernel"] in MATMULS and row["dtype"] != "float32"
-    in_terms = row["target"] != "sm_75"  # fp32 operands beside 16-bit ones
-    if halves and not row["tensor_core_ops"] and (in_terms or row["config"] != "fp32 H"):
+    if halves and not row["tensor_core_ops"]:
         yield "no tensor cores"
-    if halves and in_terms and row["fp32_fmas"] >= 64:  # the exponentials of the gates are 36
+    if halves and row["fp32_fmas"] >= 64:  # the gates' exponentials 36, units of terms 16
         yield f"{row['fp32_fmas']} fp32 FMAs"
 
 

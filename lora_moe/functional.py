@@ -159,17 +159,13 @@ def routed_lora(
         ValueError, TypeError: an argument does not fit; the message names it, what was expected
             and what was received.
     """
-    if _operator_checks(x, rank_offsets, scaling, top_k, top_p, threshold):
-        chosen = plan.choose("cpp", 1, x.shape[-1], 0, (), top_k, x.dtype)
-        try:
-            y, *routing, _ = _ops.routed_lora(
-                _rows(x), router_weight, lora_A, lora_B, None if base is None else _rows(base),
-                bias, scaling, rank_offsets_of(rank_offsets, scaling.shape[0]), bool(shared_a),
-                top_k, gate, bool(renormalize), math.inf, 0.0, chosen,
-            )  # fmt: skip
-            return _like(x, y), _routing(*routing)
-        except (RuntimeError, TypeError, AttributeError):
-            pass  # what is wrong, or unusual, is for the checks below to say
+    if top_p is None and threshold is None and type(rank_offsets) is int:
+        quick = routed_lora_at_once(
+            x, router_weight, lora_A, lora_B, top_k, rank_offsets, scaling, shared_a, base,
+            gate, renormalize, bias,
+        )  # fmt: skip
+        if quick is not None:
+            return quick
     x = _input(x, "routed_lora")
     _router(x, router_weight, top_k, gate, bias)
     offsets, frozen, scales = _experts(
@@ -258,6 +254,52 @@ def expand(H: torch.Tensor, lora_B: torch.Tensor, base: torch.Tensor | None = No
     return y if base is None else y.view(base.shape)
 
 
+def routed_lora_at_once(
+    x,
+    router_weight,
+    lora_A,
+    lora_B,
+    top_k,
+    rank_offsets,
+    scaling,
+    shared_a,
+    base,
+    gate,
+    renormalize,
+    bias,
+):
+    """routed_lora of a decoding step in C++, or None where that is not what the call is.
+
+    The operator checks what the public function checks, in a tenth of the time; a call that it refuses
+    gets None too, for the public function to say what is wrong.  scaling: (E,); rank_offsets: an int, or
+    the list of all.
+    """
+    try:
+        if (
+            torch.is_grad_enabled()
+            or not x.is_cpu
+            or backend.serving("cpu") != "cpp"
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+            or type(top_k) is not int
+        ):
+            return None
+        shape = x.shape
+        if type(rank_offsets) is int:
+            rank_offsets = rank_offsets_of(rank_offsets, scaling.shape[0])
+        y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
+            x.view(-1, shape[-1]), router_weight, lora_A, lora_B,
+            None if base is None else base.view(-1, base.shape[-1]), bias, scaling, rank_offsets,
+            bool(shared_a), top_k, gate, bool(renormalize), math.inf, 0.0,
+            plan.choose("cpp", 1, 0, 0, (), top_k, x.dtype),
+        )  # fmt: skip
+        return y.view(*shape[:-1], y.shape[1]), Routing(
+            indices, weights, counts, logits, mean_prob, lse
+        )
+    except (RuntimeError, TypeError, AttributeError):
+        return None
+
+
 def autocast_enabled(device_type: str) -> bool:
     """Some devices, meta among them, know no autocast and raise when asked."""
     available = torch.amp.is_autocast_available(device_type)
@@ -265,23 +307,6 @@ def autocast_enabled(device_type: str) -> bool:
 
 
 # --- checks: argument, expected, received --------------------------------------------------------
-
-
-def _operator_checks(x, rank_offsets, scaling, top_k, top_p, threshold):
-    """A decoding step in C++: the operator makes the same checks, in a tenth of the time."""
-    return (
-        not torch.is_grad_enabled()
-        and isinstance(x, torch.Tensor)
-        and x.is_cpu
-        and backend.serving("cpu") == "cpp"
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and isinstance(scaling, torch.Tensor)
-        and type(rank_offsets) is int
-        and type(top_k) is int
-        and top_p is None
-        and threshold is None
-    )
 
 
 def _input(x, function, name="x"):

@@ -65,6 +65,7 @@ class LoraMoeLinear(nn.Module):
         self.routing: Routing | None = None
         self.given: Routing | None = None
         self.frozen: tuple[int, ...] = ()
+        self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
 
         device = device_of(base)
         adapter = {
@@ -115,13 +116,21 @@ class LoraMoeLinear(nn.Module):
         config = self.config
         adapter = self.lora_A, self.lora_B
         dropout = config.dropout if self.training else 0.0
+        if self.given is None and not dropout and not torch.is_grad_enabled():
+            # a decoding model makes hundreds of these calls a token
+            quick = F.routed_lora_at_once(
+                x, self.router_weight, *adapter, config.top_k, self.offsets, self.scaling,
+                config.shared_a, base, config.gate, config.renormalize, self.selection_bias,
+            )  # fmt: skip
+            if quick is not None:
+                return quick
         router = {
             "gate": config.gate,
             "renormalize": config.renormalize,
             "bias": self.selection_bias,
         }
         experts = {
-            "rank_offsets": config.rank_offsets,
+            "rank_offsets": self.offsets,
             "scaling": self.scaling,
             "shared_a": config.shared_a,
             "base": base,

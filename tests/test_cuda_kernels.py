@@ -35,6 +35,7 @@ WIDE = [  # more ranks or experts than a block's registers hold
     Case("wide: unequal", 18, 8, 2, (64, 1, 3, 7, 1, 2, 1, 190), 40, 33, gate="sigmoid"),
     Case("wide: shared A", 17, 64, 3, 8, 33, 40, shared_a=True),
     Case("wide: dense", 5, 257, 257, 1, 17, 16, renormalize=False),
+    Case("wide: 600 experts", 3, 600, 2, (2, *[1] * 599), 16, 17),
 ]
 every_case = pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize(
@@ -305,6 +306,57 @@ def test_matmuls(kernels, case, dtype):
         compare(names, got, want, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_an_fp32_operand_keeps_its_bits(kernels, dtype):
+    """Beside an identity of 16 bits each sum is one number; a row's are up to 2^15 apart."""
+    one = torch.eye(70, dtype=dtype)
+    h = torch.ldexp(noise(70, 33).frexp().mantissa, torch.arange(70 * 33).view(70, 33) % 15)
+    assert torch.equal(kernels.gram(h, one), h.T)
+    _, logits = kernels.shrink(one, one, h.T.contiguous())
+    assert torch.equal(logits, h)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("power", [-90, -24, 16, 90])
+def test_fp32_operands_of_any_size(kernels, power, dtype):
+    """As a loss is scaled: 2^power times the operand is 2^power times the result, bit for bit."""
+    x, h, w, b = noise(70, 40, dtype=dtype), noise(70, 33), noise(33, 40), noise(33, 72)
+    some = torch.where(torch.arange(33) % 3 == 0, 1.0, 2.0**power)
+    assert torch.equal(kernels.gram(h * some, x), kernels.gram(h, x) * some[:, None])
+    scaled, plain = (kernels.shrink(x, x, v)[1] for v in (w * some[:, None], w))
+    assert torch.equal(scaled, plain * some)
+    scaled, plain = (
+        kernels.expand(h * s, b / s, None, None, None, dtype) for s in (2.0**power, 1.0)
+    )
+    assert torch.equal(scaled, plain)
+
+    case, v = BY_NAME["tiles fit"], sample(BY_NAME["tiles fit"], dtype)
+    out = routed(kernels, v, case, "rank_dense")
+    saved, no_dy = [out[i] for i in (1, 2, 3, 7)], torch.zeros(case.T, case.D_out, dtype=dtype)
+    plain, scaled = (
+        routed_backward(
+            kernels, v, case, no_dy, [a * s for a in cotangents(case)], saved, *all_needed()
+        )[1]
+        for s in (1.0, 2.0**power)
+    )
+    assert torch.equal(scaled, plain * 2.0**power)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so(kernels, value, dtype):
+    """In its row of the result, and nowhere else."""
+    x, h, b = noise(70, 40, dtype=dtype), noise(70, 33), noise(33, 72)
+    wrong = h.clone()
+    wrong[60, 5] = value
+    got, want = kernels.gram(wrong, x), kernels.gram(h, x)
+    assert not got[5].isfinite().any()
+    assert torch.equal(got[torch.arange(33) != 5], want[torch.arange(33) != 5])
+    got, want = (kernels.expand(v, b, None, None, None, dtype) for v in (wrong, h))
+    assert not got[60].isfinite().any()
+    assert torch.equal(got[torch.arange(70) != 60], want[torch.arange(70) != 60])
+
+
 @every_dtype
 @some("long", "wide", "unequal ranks")
 def test_no_worse_than_eager(kernels, case, dtype):
@@ -453,6 +505,19 @@ def test_nothing_leaks_from_experts_not_picked(kernels, case):
     assert torch.equal(y, clean)
     grads = grouped_backward(kernels, v, case, s, *all_needed())
     assert all(g.isfinite().all() for g in grads)
+
+
+@some("tiles fit", "shared A")
+def test_a_wrong_lora_B_stays_out_of_gradients(kernels, case):
+    """NaN in the B of an expert that nobody picked: a rank-dense y holds 0 NaN, dx and dA nothing."""
+    v = sample(case) | {"dy": noise(case.T, case.D_out)}
+    v |= {"ids": torch.ones(case.T, 1, dtype=torch.int32), "weights": torch.ones(case.T, 1)}
+    _, s = grouped(kernels, v, case, "rank_dense")
+    clean = grouped_backward(kernels, v, case, s, *all_needed())
+    b = v["lora_B"].clone()
+    b[: case.offsets[1]] = torch.nan
+    got = grouped_backward(kernels, v | {"lora_B": b}, case, s, *all_needed())
+    assert all(map(torch.equal, got, clean))
 
 
 def test_nothing_added_leaves_base_bit_identical(kernels):

@@ -150,30 +150,43 @@ struct GradientRows {
   // A tile of a run of tokens stays in cache for all i, and the next one is on its way meanwhile.
   void sum(int64_t row, int64_t R, const C* h, int64_t n, const T* const* x, int64_t c,
            int64_t columns) const {
+    const int64_t at = row * D + c;
+    if (n == 0) return wide ? clear<C>(at, R, columns) : clear<T>(at, R, columns);
+    // Sums in the result's own form that are complete after one run need no memory of their own.
+    if (n <= kRun && !kSplit<T> && (wide || std::is_same_v<T, C>))
+      return add_runs(static_cast<C*>(data) + at, D, R, h, n, x, c, columns);
     const int64_t stride = (columns + kTile - 1) / kTile * kTile;
     const auto sums = uninitialized<C>(R * stride);
-    if (n == 0) std::fill_n(sums.get(), R * stride, C(0));
+    add_runs(sums.get(), stride, R, h, n, x, c, columns);
+    for (int64_t i = 0; i < R; ++i) {
+      if (wide)
+        write(sums.get() + i * stride, static_cast<C*>(data) + at + i * D, columns);
+      else
+        write(sums.get() + i * stride, static_cast<T*>(data) + at + i * D, columns);
+    }
+  }
+
+ private:
+  static constexpr int64_t kTile = kTileColumns * kLanes<C>;
+
+  template <class P>
+  void clear(int64_t at, int64_t R, int64_t columns) const {
+    for (int64_t i = 0; i < R; ++i) std::fill_n(static_cast<P*>(data) + at + i * D, columns, P());
+  }
+
+  static void add_runs(C* sums, int64_t stride, int64_t R, const C* h, int64_t n, const T* const* x,
+                       int64_t c, int64_t columns) {
     for (int64_t s = 0; s < n; s += kRun) {
       const int64_t run = std::min(kRun, n - s);
       for (int64_t d = 0; d < columns; d += kTile) {
         const int64_t width = std::min(kTile, columns - d);
         const bool more = d + kTile < columns;
         const T* const* next = x + (more || s + run + run > n ? s : s + run);
-        add(sums.get() + d, stride, R, h + s, n, run,
-            {x + s, c + d, next, more ? c + d + kTile : c}, width, s == 0);
+        add(sums + d, stride, R, h + s, n, run, {x + s, c + d, next, more ? c + d + kTile : c},
+            width, s == 0);
       }
     }
-    for (int64_t i = 0; i < R; ++i) {
-      const int64_t at = (row + i) * D + c;
-      if (wide)
-        write(sums.get() + i * stride, static_cast<C*>(data) + at, columns);
-      else
-        write(sums.get() + i * stride, static_cast<T*>(data) + at, columns);
-    }
   }
-
- private:
-  static constexpr int64_t kTile = kTileColumns * kLanes<C>;
 
   static void add(C* sums, int64_t stride, int64_t R, const C* h, int64_t ldh, int64_t n,
                   ListedRows<T> rows, int64_t columns, bool first) {

@@ -18,7 +18,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, 2) expand_kernel(Expand<T> p) {
   if constexpr (!kServed<T>) return;
   using Dot = Product<T, T, true, false, BM, BN>;
-  using Wide = Product<float, float, true, false, BM, BN, kHalf<T>>;
+  using Wide = Product<float, float, true, false, BM, BN, T>;
   constexpr int kBytes = Dot::kBytes > Wide::kBytes ? Dot::kBytes : Wide::kBytes;
   __shared__ __align__(128) char shared[kBytes];
   const int64_t across = ceil_div(p.columns, BN);

@@ -1,8 +1,8 @@
 // Gram:  H^T x, the gradient of A (dS^T x), of B (H^T dy) and of the router (dlogits^T x).
 //
 // A block owns a tile of ranks and columns over a stretch of the tokens; the stretches' sums are
-// then added in order, so the bits depend on no schedule.  An fp32 H keeps all of its bits. Reads
-// T*D * ceil(R / 64) + T*R, writes 4*R*D bytes a stretch.
+// then added in order, so the bits depend on no schedule.  An fp32 H keeps all of its bits.  Reads
+// T*D * ceil(R / BM) + T*R, writes 4*R*D bytes a stretch.
 //
 // Letters: T tokens, R rank rows, D columns of x.
 #include <algorithm>
@@ -14,16 +14,18 @@
 namespace lora_moe::cuda {
 namespace {
 
-constexpr int BM = 64, BN = 128;
+template <class H, class T>
+constexpr int BM = std::is_same_v<H, T> ? 64 : 32;  // the router's rows are few
+constexpr int BN = 128;
 constexpr int kSumThreads = 256;
 
 // Block (columns, ranks, stretch).
 template <class H, class T>
 __global__ void __launch_bounds__(kThreads, 2) gram_kernel(Gram<H, T> p) {
   if constexpr (!kServed<T>) return;
-  using Dot = Product<H, T, false, false, BM, BN>;
+  using Dot = Product<H, T, false, false, BM<H, T>, BN>;
   __shared__ __align__(128) char shared[Dot::kBytes];
-  const int64_t column = int64_t(blockIdx.x) * BN, rank = int64_t(blockIdx.y) * BM;
+  const int64_t column = int64_t(blockIdx.x) * BN, rank = int64_t(blockIdx.y) * BM<H, T>;
   const int64_t begin = blockIdx.z * p.stretch, end = min(begin + p.stretch, p.tokens);
   Dot dot;
   dot.run(p.h, rank, p.R, p.x, column, p.columns, begin, end, shared,
@@ -46,14 +48,14 @@ __global__ void __launch_bounds__(kSumThreads)
 
 // Tokens a block: about 256 blocks, each of at least 256 tokens.
 int64_t gram_stretch(int64_t tokens, int64_t columns, int R) {
-  const int64_t blocks = ceil_div(columns, BN) * ceil_div(R, BM);
+  const int64_t blocks = ceil_div(columns, BN) * ceil_div(R, 64);
   const int64_t stretches = std::max<int64_t>(1, std::min(256 / blocks, tokens / 256));
   return ceil_div(ceil_div(tokens, stretches), 32) * 32;
 }
 
 template <class H, class T>
 void gram(const Gram<H, T>& p, cudaStream_t stream) {
-  const dim3 grid(ceil_div(p.columns, BN), ceil_div(p.R, BM), ceil_div(p.tokens, p.stretch));
+  const dim3 grid(ceil_div(p.columns, BN), ceil_div(p.R, BM<H, T>), ceil_div(p.tokens, p.stretch));
   launch("gram", gram_kernel<H, T>, grid, kThreads, stream, p);
 }
 

@@ -47,6 +47,8 @@ struct Rows {
 
 #if defined(__CUDACC__)
 
+constexpr unsigned kAllLanes = 0xffffffffu;
+
 __device__ inline float widen(float v) { return v; }
 __device__ inline float widen(f16 v) { return __half2float(v); }
 __device__ inline float widen(bf16 v) { return __bfloat162float(v); }

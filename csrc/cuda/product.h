@@ -2,8 +2,8 @@
 //
 // Tiles of both operands go from global memory through registers to shared memory, one step ahead
 // of the products (two buffers, one barrier a step).  16-bit operands meet on the tensor cores; so
-// does an fp32 one beside them, in bf16 terms.  Two fp32 ones meet in fp32 multiply-adds.  Rows of
-// a tile are padded by 16 bytes, which keeps the eight rows of a matrix load in different banks.
+// does an fp32 one beside them, in 16-bit terms.  Two fp32 ones meet in fp32 multiply-adds.  Rows
+// of a tile are padded by 16 bytes, which keeps the eight rows of a matrix load in different banks.
 //
 // Letters: M rows, N columns of the result; K is summed over.
 #pragma once
@@ -95,17 +95,30 @@ __device__ Pack<T, 4> along_k(const T* tile, int i, int k, int stride) {
   }
 }
 
-// .. in bf16 terms on the tensor cores, where one operand is fp32, or both are and the sum will be
+// .. in terms on the tensor cores, where one operand is fp32, or both are and the sum will be
 // rounded to 16 bits: a lane has rows lane / 4 + 8 i and columns lane % 4 * 2 + 8 j and the next ..
-template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK>
+template <class Left, class Right, class Term, bool kLeftAlongK, bool kRightAlongK>
 struct SplitSums {
   static constexpr int kStep = 16;
   static constexpr bool kBothWide = std::is_same_v<Left, Right>;
+  using LeftTerms = Terms<Left, Term, kBothWide>;
+  using RightTerms = Terms<Right, Term, kBothWide>;
   struct LeftPart {
-    Terms<Left, kBothWide> row[2];
+    LeftTerms row[2];
+  };
+  struct Column {
+    RightTerms terms;
+    float units[2] = {1.f, 1.f};  // of the lane's two columns of the sums
+
+    __device__ void split(const Pack<Right, 4>& numbers) {
+      terms.split(numbers);
+#pragma unroll
+      for (int i = 0; RightTerms::kScaled && i < 2; ++i)
+        units[i] = __shfl_sync(kAllLanes, terms.unit, lane_id() % 4 * 8 + 4 * i);
+    }
   };
   struct RightPart {
-    Terms<Right, kBothWide> column[2];
+    Column column[2];
   };
   float sums[2][4];
 
@@ -125,21 +138,22 @@ struct SplitSums {
       part.column[j].split(
           along_k<kRightAlongK>(tile, lane_id() / 4 + 8 * j, lane_id() % 4 * 4, stride));
   }
-  // The smallest products first; that of two low halves is left out, an error of 2^-16.  They are
-  // summed apart, as the tensor cores cut where fp32 rounds.
   __device__ void add(const LeftPart& left, const RightPart& right) {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float step[4] = {};
+    for (int j = 0; j < 2; ++j) add(left, right.column[j], j);
+  }
+  // The smallest products first; that of two low halves is left out, no more than they err by.
+  // They are summed apart, as the tensor cores cut where fp32 rounds.
+  __device__ void add(const LeftPart& left, const Column& right, int j) {
+    float step[4] = {};
 #pragma unroll
-      for (int l = Terms<Left, kBothWide>::kCount - 1; l >= 0; --l)
+    for (int l = LeftTerms::kCount - 1; l >= 0; --l)
 #pragma unroll
-        for (int r = Terms<Right, kBothWide>::kCount - 1; r >= 0; --r)
-          if (!kBothWide || l + r < 2)
-            multiply_add(step, left.row[0].term[l], left.row[1].term[l], right.column[j].term[r]);
+      for (int r = RightTerms::kCount - 1; r >= 0; --r)
+        if (!kBothWide || l + r < 2)
+          multiply_add(step, left.row[0].term[l], left.row[1].term[l], right.terms.term[r]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[j][i] += step[i];
-    }
+    for (int i = 0; i < 4; ++i) sums[j][i] += step[i] * left.row[i / 2].unit * right.units[i % 2];
   }
   // f(row, column, sum)
   template <class F>
@@ -203,18 +217,18 @@ struct ExactSums {
 };
 
 // kLeftAlongK: left lies in memory as (M, K), else as (K, M); kRightAlongK: (N, K), else (K, N).
-// kRounded: sums of an fp32 pair end in 16 bits.
+// Term: what the tensor cores multiply; of an fp32 pair too, if its sums end in 16 bits.
 template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK, int BM, int BN,
-          bool kRounded = false>
+          class Term = std::conditional_t<kHalf<Left>, Left, Right>>
 struct Product {
   static constexpr bool kTensorCores = kHalf<Left> && kServed<Left> && std::is_same_v<Left, Right>;
   static constexpr int BK = kHalf<Left> && kHalf<Right> ? 32 : 16;
   using LeftTile = Tile<Left, kLeftAlongK ? BM : BK, kLeftAlongK ? BK : BM>;
   using RightTile = Tile<Right, kRightAlongK ? BN : BK, kRightAlongK ? BK : BN>;
-  static constexpr bool kSplit = kServed<bf16> && (kRounded || !std::is_same_v<Left, Right>);
+  static constexpr bool kSplit = kHalf<Term> && !(kHalf<Left> && kHalf<Right>);
   using Part = std::conditional_t<
       kTensorCores, Sums<Left, Right, kLeftAlongK, kRightAlongK>,
-      std::conditional_t<kSplit, SplitSums<Left, Right, kLeftAlongK, kRightAlongK>,
+      std::conditional_t<kSplit, SplitSums<Left, Right, Term, kLeftAlongK, kRightAlongK>,
                          ExactSums<Left, Right, kLeftAlongK, kRightAlongK>>>;
   static constexpr int kStepBytes = LeftTile::kBytes + RightTile::kBytes;
   static constexpr int kPatchBytes = kWarps * 16 * kPatchStride * 4;

@@ -13,8 +13,6 @@
 
 namespace lora_moe::cuda {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
 __device__ inline float warp_sum(float v) {
   for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
   return v;

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ __align__(128) char shared[Dot::kBytes];
   const int j = blockIdx.z;
   const TileOfList tile(p, blockIdx.x, j);
-  if (tile.count <= 0 || tile.e == p.experts.E) return;
+  if (tile.count <= 0 || tile.e >= p.experts.E) return;
   const int ranks = p.experts.last(tile.e) - p.experts.first(tile.e), rank = blockIdx.y * 64;
   if (rank >= ranks) return;
   x.index = tile.tokens;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t across = ceil_div(columns, BN), column = blockIdx.x % across * BN;
   const TileOfList tile(p, blockIdx.x / across, j);
   if (tile.count <= 0) return;
-  const bool none = tile.e == p.experts.E;
+  const bool none = tile.e >= p.experts.E;
   const int ranks = none ? 0 : p.experts.last(tile.e) - p.experts.first(tile.e);
   h.data += j * p.max_rank;
   h.aligned = h.aligned && j * p.max_rank * sizeof(T) % 16 == 0;
@@ -193,8 +193,9 @@ __global__ void __launch_bounds__(kThreads, 4) segmented_gate_kernel(M m, Segmen
 
 template <class M>
 void launch_gate(const M& m, const Segments& p, cudaStream_t stream) {
-  launch("segmented_gate", segmented_gate_kernel<M>, ceil_div(p.tokens, kWarps), kThreads, stream,
-         m, p);
+  if (p.tokens > 0)
+    launch("segmented_gate", segmented_gate_kernel<M>, ceil_div(p.tokens, kWarps), kThreads, stream,
+           m, p);
 }
 
 }  // namespace

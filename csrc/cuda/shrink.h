@@ -65,11 +65,11 @@ struct RouterSums {
   }
 };
 
-// The same on the tensor cores, 16 tokens and 16 experts a warp, the weight in its three terms.  Of
+// The same on the tensor cores, 16 tokens and 16 experts a warp, the weight in three terms.  Of
 // 32 tokens two warps form the same sums.
 template <class T, int BM>
 struct RouterTerms {
-  using Part = SplitSums<T, float, true, true>;
+  using Part = SplitSums<T, float, T, true, true>;
   Part sums;
 
   static __device__ int token() { return warp_id() / 2 * 16 % BM; }
@@ -83,15 +83,15 @@ struct RouterTerms {
 #pragma unroll
     for (int c = 0; c < BK; c += Part::kStep) {
       typename Part::LeftPart left;
-      typename Part::RightPart right;
       Part::load(left, x + token() * Tile::kStride + c, Tile::kStride);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int e = first + expert() + lane_id() / 4 + 8 * j;
         const int64_t column = k + c + lane_id() % 4 * 4;
-        right.column[j].split(load_pack<4>(w.row(e < E ? e : 0), column, end, w.aligned));
+        typename Part::Column right;
+        right.split(load_pack<4>(w.row(e < E ? e : 0), column, end, w.aligned));
+        sums.add(left, right, j);
       }
-      sums.add(left, right);
     }
   }
 
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, BN>)
   const int64_t end = min(begin + p.stretch, p.columns);
 
   Dot dot;
-  std::conditional_t<kHalf<T> && kServed<bf16>, RouterTerms<T, BM>, RouterSums<T, BM>> router;
+  std::conditional_t<kHalf<T>, RouterTerms<T, BM>, RouterSums<T, BM>> router;
   dot.run(p.x, first, p.tokens, p.a, column, p.R, begin, end, shared,
           [&](const T* x, const T*, int64_t k) {
             if constexpr (M::kRouter)

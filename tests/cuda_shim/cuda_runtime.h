@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -33,6 +34,10 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int bits) {
   return cuda_shim::exchange(value)[cuda_shim::lane() ^ bits];
 }
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return cuda_shim::exchange(value)[lane];
+}
 inline unsigned __ballot_sync(unsigned, bool mine) {
   const bool* all = cuda_shim::exchange(mine);
   unsigned lanes = 0;
@@ -40,9 +45,11 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
   return lanes;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __float_as_int(float v) { return std::bit_cast<int>(v); }
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration };
 enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -50,7 +57,9 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "success"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "success" : "invalid configuration";
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
@@ -65,6 +74,9 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
 template <class... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                Params... params) {
-  cuda_shim::run_grid(config->gridDim, config->blockDim, [&] { kernel(params...); });
+  const dim3 grid = config->gridDim;
+  if (grid.x == 0 || grid.x > INT32_MAX || grid.y - 1 > 65534 || grid.z - 1 > 65534)
+    return cudaErrorInvalidConfiguration;
+  cuda_shim::run_grid(grid, config->blockDim, [&] { kernel(params...); });
   return cudaSuccess;
 }

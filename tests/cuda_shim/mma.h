@@ -72,14 +72,15 @@ namespace cuda_shim {
 
 // The instruction of csrc/cuda/terms.h: lane 4 i + q has numbers 4 q .. 4 q + 3 of rows i and i + 8
 // of the left, of column i of the right, and sums 2 q and 2 q + 1 of both rows.
-inline void mma_m16n8k16(float* sums, const __nv_bfloat16* top, const __nv_bfloat16* bottom,
-                         const __nv_bfloat16* right) {
+template <class Term>
+void mma_m16n8k16(float* sums, const Term* top, const Term* bottom, const Term* right) {
+  using nvcuda::wmma::number;
   struct Operands {
     float left[2][4], right[4];
   } mine;
   for (int v = 0; v < 4; ++v) {
-    mine.left[0][v] = __bfloat162float(top[v]), mine.left[1][v] = __bfloat162float(bottom[v]);
-    mine.right[v] = __bfloat162float(right[v]);
+    mine.left[0][v] = number(top[v]), mine.left[1][v] = number(bottom[v]);
+    mine.right[v] = number(right[v]);
   }
   const Operands* all = exchange(mine);
   const int row = lane() / 4, column = lane() % 4 * 2;

@@ -1,10 +1,12 @@
 """Would the tests see a missing bounds mask or barrier?  Each is removed, and some output must change.
 
-    LD_PRELOAD=libasan.so python -m tests.cuda_shim.planted_bugs
+    LD_PRELOAD=libasan.so python -m tests.cuda_shim.planted_bugs [PATTERN]
 
-The bugs all go into one build, with sanitizers, each behind a number that is switched on at run time; a
-barrier is left out by its line.  Every experiment runs in a fork: an abort is a bug seen.
-Prints a line for each: what it was, and whether it was seen.
+Both are found in the sources.  A mask is any comparison that is decided at run time: without it, what
+it guards happens always, or a loop goes one step further.  The bugs all go into one build, with
+sanitizers, each behind a number that is switched on at run time; a barrier is left out by its line.
+Every experiment runs in a fork: an abort is a bug seen.  Prints a line for each: what it was, and
+whether it was seen.
 """
 
 from __future__ import annotations
@@ -13,58 +15,111 @@ import json
 import os
 import re
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ..cases import Case, sample
 from .build import FOLDER, ROOT, Kernels, build
 
-# Not here: what only saves work, as a return from blocks that would load and write nothing.
-# file, a piece of it that is there once, the piece with the bug; BUG is true where it is switched on
-BUGS = [
-    ("numbers.h", "if (aligned && c + N <= end) return", "if (aligned && (BUG || c + N <= end)) return"),
-    ("numbers.h", "c + i < end ? row", "(BUG || c + i < end) ? row"),
-    ("numbers.h", "if (aligned && c + N <= end) {", "if (aligned && (BUG || c + N <= end)) {"),
-    ("numbers.h", "if (c + i < end) row", "if (BUG || c + i < end) row"),
-    ("product.h", "pack < kPacks && r < rows;", "pack < kPacks && (BUG || r < rows);"),
-    ("product.h", "if (pack >= kPacks) continue", "if (!BUG && pack >= kPacks) continue"),
-    ("product.h", "if (m + r >= M) return", "if (!BUG && m + r >= M) return"),
-    ("shrink.h", "if (e >= E) break", "if (!BUG && e >= E) break"),
-    ("shrink.h", "first + expert() >= E) return", "!BUG && first + expert() >= E) return"),
-    ("shrink.h", "row(e < E ? e : 0)", "row(BUG || e < E ? e : 0)"),
-    ("shrink.h", "if (t < p.tokens &&", "if ((BUG || t < p.tokens) &&"),
-    ("shrink.h", "&& e < p.E) p.logits", "&& (BUG || e < p.E)) p.logits"),
-    ("shrink.h", "p.stretch, p.columns)", "p.stretch, p.columns + (BUG ? 32 : 0))"),
-    ("expand.cu", "if (t >= p.tokens) return", "if (!BUG && t >= p.tokens) return"),
-    ("gram.cu", "p.stretch, p.tokens)", "p.stretch, p.tokens + (BUG ? 32 : 0))"),
-    ("gram.cu", "if (i >= n) return", "if (!BUG && i >= n) return"),
-    ("gating.h", "if (first + t < m.tokens)", "if (BUG || first + t < m.tokens)"),
-    ("gating.h", "t < m.tokens; ++t) {\n    if", "(BUG || t < m.tokens); ++t) {\n    if"),
-    ("gating.h", "t < m.tokens; ++t) {\n    gate", "(BUG || t < m.tokens); ++t) {\n    gate"),
-    ("routing.h", "e >= 0 && e", "(BUG || e >= 0) && e"),
-    ("routing.h", "&& e < E; }", "&& (BUG || e < E); }"),
-    ("segmented.cu", "|| tile.e == p.experts.E) return", "|| (!BUG && tile.e == p.experts.E)) return"),
-    ("segmented.cu", "if (r >= tile.count) return", "if (!BUG && r >= tile.count) return"),
-    ("segmented.cu", "if (d >= columns) return", "if (!BUG && d >= columns) return"),
-    ("segmented.cu", "if (t >= p.tokens) return", "if (!BUG && t >= p.tokens) return"),
-    ("sort_slots.cu", "t < p.tokens && expert_of", "(BUG || t < p.tokens) && expert_of"),
-    ("router.cu", "if (t >= tokens) return", "if (!BUG && t >= tokens) return"),
-    ("router.cu", "if (i >= step) continue", "if (!BUG && i >= step) continue"),
-]  # fmt: skip
+# What no output shows here, and why.  Blocks and warps run one after the other: no race between them.
+UNSEEN = {
+    "expand.cu: p.R2 > 0": "sums of no second pair are zero",
+    "gating.h: t < (group + 1) * kGroup": "backward, a warp does its neighbour's token again",
+    "product.h: pack < kPacks": "loads what no thread stores",
+    "product.h: n < N": "multiplies zeros",
+    "product.h: k + BK < end": "loads zeros",
+    "router.cu: i > 0": "every thread writes the same",
+    "router.cu: i < n": "the host launches for nothing",
+    "routing.h: lane == 0": "every lane writes the same",
+    "segmented.cu: tile.count <= 0": "a tile without tokens loads and stores nothing",
+    "segmented.cu: rank >= ranks": "nor does one without ranks",
+    "shrink.h: column < p.R": "stores no column past R",
+    "shrink.h: across == 1": "every block does the middle, the last one right",
+    "shrink.h: p.stretches() == 1": "no caller asks for a middle then",
+    "shrink.h: p.R <= 64": "other tiles, the same sums",
+    "shrink.h: p.R <= 128": "other tiles, the same sums",
+    "shrink.h: p.R > 256": "other tiles, the same sums",
+    "sort_slots.cu: threadIdx.x % 32 == 0": "every lane writes the same",
+    "sort_slots.cu: threadIdx.x == 0": "every thread writes the same",
+    "sort_slots.cu: e == E": "every block writes the same",
+    "sort_slots.cu: first < p.tokens": "no token is past the last",
+    "sort_slots.cu: lane == 0": "every lane writes the same",
+}
+
+PART = r"(?:[\w.]+(?:<\w+>)?(?:\([^()]*\))?(?:\[[^\]]*\])?|\([^()]*\))"
+SIDE = rf"{PART}(?:\s[-+*/%]\s{PART})*"
+COMPARISON = re.compile(rf"(?<![\w.\])>]){SIDE}\s(?:[<>]=?|[=!]=)\s(?P<limit>{SIDE})")
+CLIPPED = re.compile(rf"\bmin\({SIDE}, (?P<limit>[\w.]+)\)")
+VALID = re.compile(r"(?<!bool )\bis_expert\([^()]*\)")
+FOR = re.compile(r"\bfor \([^;]*;([^;]*);")
+LEAVE = re.compile(r"\bif \(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)\s+(?:return;|continue|break)")
+COMPILE_TIME = re.compile(r".*\b(?:constexpr|static_assert|while|template)\b|\s*#")
+CONSTANT = re.compile(r"\d+|(?:\w+::)?k[A-Z]\w*|[A-Z]{2}|N|MI \* NI|kRows \* kExperts")
 
 
-def plant(csrc: Path, target: Path) -> None:
+class Mask(NamedTuple):
+    file: str
+    line: int
+    span: tuple[int, int]
+    text: str
+    wrong: str  # BUG is true where it is switched on
+
+    def __str__(self):
+        return f"{self.file}:{self.line}: {self.text}"
+
+
+def masks(csrc: Path) -> list[Mask]:
+    """All of the kernels and of what launches them, in order."""
+    return [
+        mask
+        for path in sorted((csrc / "cuda").iterdir())
+        if path.suffix in (".h", ".cu") and not re.search(r"\bTensor\b", path.read_text())
+        for mask in sorted(_masks(path.name, path.read_text()), key=lambda mask: mask.span)
+    ]
+
+
+def _masks(file, text):
+    text = re.sub("//.*", lambda comment: " " * len(comment[0]), text)
+    in_for = [m.span(1) for m in FOR.finditer(text)]
+    leaving = [m.span(1) for m in LEAVE.finditer(text)]
+
+    def mask(match, wrong):
+        return Mask(file, text.count("\n", 0, match.start()) + 1, match.span(), match[0], wrong)
+
+    for match in CLIPPED.finditer(text):
+        yield mask(match, f"{match[0][:-1]} + (BUG ? 32 : 0))")
+    for match in VALID.finditer(text):
+        yield mask(match, f"(BUG || {match[0]})")
+    for match in COMPARISON.finditer(text):
+        line = text[text.rfind("\n", 0, match.start()) + 1 : match.end()]
+        if COMPILE_TIME.match(line):
+            continue
+        if not _inside(match, in_for):
+            keeps = "!BUG &&" if _inside(match, leaving) else "BUG ||"
+            yield mask(match, f"({keeps} {match[0]})")
+        elif not CONSTANT.fullmatch(match["limit"]):
+            yield mask(match, f"{match[0]} + (BUG ? 1 : 0)")
+
+
+def _inside(match, spans):
+    return any(first <= match.start() and match.end() <= last for first, last in spans)
+
+
+def plant(csrc: Path, target: Path) -> list[Mask]:
     """A copy of the sources with all bugs in it, switched off."""
     shutil.copytree(csrc, target, dirs_exist_ok=True)
-    for number, (file, piece, wrong) in enumerate(BUGS, 1):
-        path = target / "cuda" / file
-        text = path.read_text()
-        assert text.count(piece) == 1, (file, piece)
-        path.write_text(
-            text.replace(piece, wrong.replace("BUG", f"(cuda_shim::planted == {number})"))
-        )
+    found = masks(csrc)
+    for number, mask in reversed(list(enumerate(found, 1))):
+        path = target / "cuda" / mask.file
+        text, (first, last) = path.read_text(), mask.span
+        wrong = mask.wrong.replace("BUG", f"(cuda_shim::planted == {number})")
+        path.write_text(text[:first] + wrong + text[last:])
+    return found
 
 
 def barriers(csrc: Path) -> list[tuple[str, int]]:
@@ -79,18 +134,26 @@ def barriers(csrc: Path) -> list[tuple[str, int]]:
 
 
 SEED = torch.Generator().manual_seed
-CASES = [  # each way through the kernels, none of whose tiles fit
-    (Case("128 columns, scalar loads", 65, 7, 3, 17, 129, 65), torch.bfloat16),
-    (Case("256 columns", 37, 3, 2, (70, 60, 50), 40, 72, with_bias=True), torch.float32),
+ORDERS = "forward", "reverse"
+CASES = [  # each way through the kernels, none of whose tiles fit; what takes long comes last
+    (Case("no rows", 0, 4, 2, 8, 300, 280), torch.float32),
+    (Case("several stretches", 5, 3, 2, 8, 300, 280), torch.float16),
+    (Case("middle alone", 13, 40, 2, 7, 24, 24), torch.bfloat16),
     (Case("64 columns, aligned", 70, 5, 2, 8, 40, 72, shared_a=True), torch.float16),
-    (Case("middle alone", 13, 70, 2, 4, 24, 24), torch.bfloat16),
+    (Case("256 columns", 37, 3, 2, (70, 60, 50), 40, 72, with_bias=True), torch.float32),
+    (Case("128 columns, scalar loads", 65, 7, 3, 17, 129, 65), torch.bfloat16),
 ]
+MANY = Case("two launches for the table of ranks", 1, 520, 2, (2, *[1] * 519), 8, 8)
 
 
 def outputs(kernels) -> Iterator[list[torch.Tensor]]:
     """Of all operators, on every case and plan."""
     for case, dtype in CASES:
         yield from outputs_of(kernels, case, dtype)
+    case, ids = MANY, torch.tensor([[0, 519]], dtype=torch.int32)
+    v = sample(case)
+    experts = v["scaling"], case.offsets, case.shared_a, "decode"
+    yield kernels.grouped_lora(v["x"], v["lora_A"], v["lora_B"], None, ids, ids.cos(), *experts)
 
 
 def outputs_of(kernels, case, dtype):
@@ -99,9 +162,11 @@ def outputs_of(kernels, case, dtype):
     experts = v["scaling"], case.offsets, case.shared_a
     options = case.gate, case.renormalize
     needs = [0], True, True, True, True
-    router = case.K, *options, 0.9, 0.01
+    router = case.K, *options, 0.6, 0.2  # both drop some
     given = torch.randint(-1, case.E + 1, (case.T, case.K), dtype=torch.int32, generator=SEED(0))
     given[::3, 1] = given[::3, 0]  # twice
+    ones, b_nan = torch.ones_like(given), b.clone()
+    b_nan[: case.offsets[1]] = torch.nan  # of an expert that is not in ones
     for plan in ("rank_dense", "segmented", "decode"):
         out = kernels.routed_lora(x, w, a, b, base, v["bias"], *experts, *router, plan)
         _, ids, weights, logits, mean_prob, lse, _, s = out
@@ -112,16 +177,22 @@ def outputs_of(kernels, case, dtype):
         y, s = kernels.grouped_lora(x, a, b, None, given, weights, *experts, plan)
         saved = x, a, b, s, given, weights
         more = kernels.grouped_lora_backward(dy, *saved, *experts, *needs, plan)
-        yield [*out, *grads, y, s, *more]
-    yield [kernels.router_topk_backward(*aux, ids, weights, logits, *options)]
+        saved = x, a, b_nan, s, ones, weights
+        clean = kernels.grouped_lora_backward(dy, *saved, *experts, *needs, plan)
+        yield [*out, *grads, y, s, *more, *clean]
+    shifted = torch.cat([x, x], 1)[:, 1 : x.shape[1] + 1]  # rows start between two packs
+    yield kernels.shrink(shifted, a, w)
+    nothing = kernels.expand(logits, w[:, :0], None, None, None, dtype)
+    yield [kernels.router_topk_backward(*aux, ids, weights, logits, *options), nothing]
 
 
-def is_seen(kernels, clean) -> bool:
-    """Whether an output differs, or a sanitizer aborts, in either order of threads."""
+def is_seen(kernels, clean, orders=("forward",)) -> bool:
+    """Whether an output differs, or a sanitizer aborts, in one of these orders of threads."""
     child = os.fork()
     if child == 0:
+        signal.alarm(900)  # so is a loop that does not end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        for order in ("forward", "reverse"):
+        for order in orders:
             os.environ["CUDA_SHIM_ORDER"] = order
             for some, expected in zip(outputs(kernels), clean, strict=True):
                 if not all(map(torch.equal, some, expected)):
@@ -135,18 +206,22 @@ def main() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     csrc = FOLDER / "planted"
     shutil.rmtree(csrc, ignore_errors=True)
-    plant(ROOT / "csrc", csrc)
+    planted = plant(ROOT / "csrc", csrc)
     kernels = Kernels(build(csrc, sanitize=True))
     clean = list(outputs(kernels))
     assert all(t.isfinite().all() for some in clean for t in some)
-    print(json.dumps(["nothing", not is_seen(kernels, clean)]), flush=True)
-    for number, (file, piece, _) in enumerate(BUGS, 1):
+    print(json.dumps(["nothing", not is_seen(kernels, clean, ORDERS)]), flush=True)
+    pattern = sys.argv[1] if sys.argv[1:] else ""
+    for number, mask in enumerate(planted, 1):
         kernels.shim.cuda_shim_plant(number)
-        print(json.dumps([f"{file}: {piece}", is_seen(kernels, clean)]), flush=True)
+        if re.search(pattern, str(mask)):
+            print(json.dumps([str(mask), is_seen(kernels, clean)]), flush=True)
     kernels.shim.cuda_shim_plant(0)
     for file, line in barriers(csrc):
         kernels.skip_barrier(file, line)
-        print(json.dumps([f"{file}:{line}: barrier", is_seen(kernels, clean)]), flush=True)
+        barrier = f"{file}:{line}: barrier"
+        if re.search(pattern, barrier):
+            print(json.dumps([barrier, is_seen(kernels, clean, ORDERS)]), flush=True)
 
 
 if __name__ == "__main__":
