@@ -82,8 +82,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         info = _read_info(file)
         layers = injected(model)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
-        _expect_tensors(wanted, info["tensors"])
-        values = {key: _read(file, key, info["tensors"][key], t) for key, t in wanted.items()}
+        values = read_tensors(file, info["tensors"], wanted)
     if layers:
         _fill(layers, values)
         return model
@@ -226,6 +225,16 @@ def _wanted_at(model, info):
             }
     _raise("adapter: expected linear modules at the saved paths", problems)
     return wanted
+
+
+def read_tensors(file, slices: dict[str, safefile.Slice], wanted: dict[str, torch.Tensor]) -> dict:
+    """The tensors of a file, which must be those of `wanted`, in shape too, and finite in its dtypes.
+
+    Raises:
+        ValueError: they are not; every misfit is listed, and nothing has been read then.
+    """
+    _expect_tensors(wanted, slices)
+    return {key: _read(file, key, slices[key], t) for key, t in wanted.items()}
 
 
 def _expect_tensors(wanted, slices):

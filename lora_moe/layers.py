@@ -107,7 +107,7 @@ class LoraMoeLinear(nn.Module):
                 y, routing = self._add_experts(x.to(y.dtype), y)
         else:
             y, routing = self._add_experts(x if x.dtype == y.dtype else x.to(y.dtype), y)
-        if not _recomputing():
+        if not recomputing():
             self.routing = routing
         return y
 
@@ -208,7 +208,7 @@ def _device_of(base):
     return next((t.device for t in tensors), torch.get_default_device())
 
 
-def _recomputing():
+def recomputing():
     """Inside a backward pass: an activation checkpoint runs the forward again.
 
     What it would leave in `routing` says nothing new and would keep the new activations alive.

@@ -1,0 +1,197 @@
+"""C-LoRAE on kaomoji: does a universal expert with task experts beat one LoRA of the same size?
+
+    python -m examples.c_lorae --out build/c_lorae
+
+SmolLM2-135M with a gated visual adapter reads a kaomoji, as a picture and as what can be read aloud of
+it, and writes the set of its emotions, intents or subjects.  The lower layers stay as they are and run
+once; the upper ones are adapted, by five arms that differ in the experts and the loss only.  Protocol and
+results: docs/c_lorae.md.
+"""
+
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from examples import kaomoji_sets, smollm2
+from examples import upper as parts
+from lora_moe.methods import c_lorae, extraction, visual
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SMALL = 1  # intent is the task with a tenth of the samples
+COLLABORATIVE = c_lorae.CLoraeConfig(num_tasks=3, r=24, alpha=24.0, target_modules=LINEARS)
+ARMS = {  # experts, coefficient of the mutual information, whether the achievement loss
+    "universal only": (replace(COLLABORATIVE, num_tasks=0), 0.0, False),
+    "one LoRA": (COLLABORATIVE.one_lora(), 0.0, False),
+    "plain sum": (replace(COLLABORATIVE, gate="sum", mutual_information=True), 0.01, False),
+    "C-LoRAE, equal weights": (replace(COLLABORATIVE, mutual_information=True), 0.01, False),
+    "C-LoRAE": (replace(COLLABORATIVE, mutual_information=True), 0.01, True),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    layers: int | None  # of the model; None: all
+    adapted: int  # of them, the upper ones
+    train: tuple[int, int, int]
+    validation: int
+    heldout: int
+    batch: tuple[int, int, int]  # items of each task in a step
+    steps: int
+    single_steps: int  # of a single-task run
+    evaluations: int  # of the achievement, during a run
+
+
+FULL = Size(None, 6, (1500, 150, 1500), 60, 600, (15, 2, 15), 200, 100, 4)
+QUICK = Size(4, 2, (60, 12, 60), 6, 12, (6, 2, 6), 6, 3, 2)
+RATE, VISUAL_RATE, GATE_RATE = 1e-3, 3e-3, 2e-2
+MAX_TEXT, MAX_ANSWER = 8, 10  # tokens
+
+
+class Study:
+    """Data, and what the lower layers made of it; the same for every arm and seed."""
+
+    def __init__(self, size, dtype, split="heldout"):
+        self.size, self.tokenizer = size, smollm2.load_tokenizer()
+        model = smollm2.load_model(size.layers).to(dtype)
+        below = model.config.num_hidden_layers if size.layers is None else size.layers
+        self.lower = parts.Lower(model, below - size.adapted)
+        self.upper = parts.upper(model, below - size.adapted)
+        self.dtype = dtype
+        self.tasks = kaomoji_sets.load(size.train, size.validation, size.heldout)
+        self.eye = kaomoji_sets.Eye([item.drawing for task in self.tasks for item in task.train])
+        self.train = [self._training(t, task.train) for t, task in enumerate(self.tasks)]
+        self.validation = self._questions([task.validation for task in self.tasks])
+        self.heldout = self._questions([getattr(task, split) for task in self.tasks])
+
+    def prompt(self, task, item):
+        text = self.tokenizer.encode(item.text)[:MAX_TEXT]
+        schema = kaomoji_sets.SCHEMAS[task]
+        return self.tokenizer.encode(
+            extraction.instruction(schema, self.tokenizer.decode(text), brief=True)
+        )
+
+    def _training(self, task, items):
+        """[(hidden (L, D), targets (L,), picture (P, D_v), mask (P,))] of a task."""
+        prompts = [self.prompt(task, item) for item in items]
+        ends = [
+            [*self.tokenizer.encode(" " + item.answer), self.tokenizer.eos_token_id]
+            for item in items
+        ]
+        hidden = self.lower.hidden([p + e[:-1] for p, e in zip(prompts, ends)])
+        targets = [torch.tensor([-100] * (len(p) - 1) + e) for p, e in zip(prompts, ends)]
+        return list(zip(hidden, targets, *self.eye([item.drawing for item in items])))
+
+    def _questions(self, items):
+        """[(task, item)] of all tasks, and their Prompts."""
+        asked = [(t, item) for t, of_task in enumerate(items) for item in of_task]
+        return asked, self.lower.prompts([self.prompt(*question) for question in asked])
+
+    def batches(self, seed, steps, counts):
+        """(hidden (B, L, D), targets (B, L), pictures, mask, tasks (B,)) of each step."""
+        rng = random.Random(seed)
+        streams = [endless(items, rng) for items in self.train]
+        for _ in range(steps):
+            rows = [(next(streams[t]), t) for t, n in enumerate(counts) for _ in range(n)]
+            hidden, targets, pictures, masks = zip(*(row for row, _ in rows))
+            yield (
+                torch.nn.utils.rnn.pad_sequence(hidden, True),
+                torch.nn.utils.rnn.pad_sequence(targets, True, -100),
+                torch.stack(pictures),
+                torch.stack(masks),
+                torch.tensor([t for _, t in rows]),
+            )
+
+    def answers(self, model, questions):
+        """[(task, item, text)] of greedy generation."""
+        asked, prompts = questions
+        said = [None] * len(asked)
+        pictures, masks = self.eye([item.drawing for _, item in asked])
+        for group in prompts:
+            c_lorae.set_tasks(model, torch.tensor([asked[i][0] for i in group.items]))
+            visual.set_images(model, pictures[group.items], masks[group.items])
+            ids = parts.generate(self.lower, model, group, self.tokenizer.eos_token_id, MAX_ANSWER)
+            for i, text in zip(
+                group.items, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            ):
+                said[i] = text.strip()
+        return [(*question, text) for question, text in zip(asked, said)]
+
+    def scores(self, model, questions):
+        """[[set F1 of each item]] of each task."""
+        found = [[] for _ in self.tasks]
+        for task, item, text in self.answers(model, questions):
+            reading = extraction.read(kaomoji_sets.SCHEMAS[task], text)
+            found[task].append(extraction.set_f1(reading, item.wanted))
+        return found
+
+
+def endless(items, rng):
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+def prepare(study, config, seed):
+    """The upper layers with a visual adapter, the same for all arms of a seed, and experts."""
+    model = parts.upper(study.upper, 0)
+    blocks = tuple(f"model.layers.{i}" for i in range(len(model.model.layers)))
+    torch.manual_seed(seed)
+    visual.add_visual(model, blocks, study.eye.width)
+    torch.manual_seed(seed)
+    c_lorae.inject(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model.train()
+
+
+def optimizer_of(model):
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    of_gates = [p for name, p in named.items() if name.endswith("visual.gate")]
+    of_visual = [p for name, p in named.items() if ".visual." in name and p.dim()]
+    of_experts = [p for name, p in named.items() if ".visual." not in name]
+    groups = [(of_experts, RATE), (of_visual, VISUAL_RATE), (of_gates, GATE_RATE)]
+    groups = [{"params": params, "lr": rate, "peak": rate} for params, rate in groups]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+def losses_of(model, batch, counts):
+    """{task: mean cross entropy on its answers}."""
+    hidden, targets, pictures, masks, tasks = batch
+    c_lorae.set_tasks(model, tasks)
+    visual.set_images(model, pictures, masks)
+    out = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    asked = targets >= 0
+    each = F.cross_entropy(model.lm_head(out[asked]).float(), targets[asked], reduction="none")
+    of_task = tasks[:, None].expand_as(targets)[asked]
+    return {t: each[of_task == t].mean() for t, n in enumerate(counts) if n}
+
+
+def train(study, config, seed, steps, counts, coefficient=0.0, achievement=None):
+    """A trained model; `achievement`: an AchievementLoss, else the mean of the tasks' losses."""
+    model = prepare(study, config, seed)
+    optimizer = optimizer_of(model)
+    every = max(1, steps // (study.size.evaluations + 1))
+    for step, batch in enumerate(study.batches(seed, steps, counts)):
+        if achievement is not None and step % every == 0 and step:
+            f1 = [float(np.mean(s)) for s in study.scores(model.eval(), study.validation)]
+            achievement.update({str(t): f for t, f in enumerate(f1)})
+            model.train()
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, (step + 1) / 10, 1.05 - step / steps)
+        losses = losses_of(model, batch, counts)
+        if achievement is None:
+            loss = torch.stack(list(losses.values())).mean()
+        else:
+            loss = achievement({str(t): value for t, value in losses.items()})
+        if coefficient:
+            loss = loss + coefficient * c_lorae.mutual_information_loss(model)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(
+            [p for g in optimizer.param_groups for p in g["params"]], 1.0
+        )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return model.eval()
