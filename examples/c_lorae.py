@@ -9,18 +9,22 @@ results: docs/c_lorae.md.
 """
 
 import random
+import time
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from examples import kaomoji_sets, smollm2
+import lora_moe
+from examples import c_lorae_report, evidence, kaomoji_sets, smollm2
 from examples import upper as parts
 from lora_moe.methods import c_lorae, extraction, visual
+from lora_moe.methods.achievement import AchievementLoss
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SMALL = 1  # intent is the task with a tenth of the samples
+TASKS = tuple(kaomoji_sets.LABELS)
 COLLABORATIVE = c_lorae.CLoraeConfig(num_tasks=3, r=24, alpha=24.0, target_modules=LINEARS)
 ARMS = {  # experts, coefficient of the mutual information, whether the achievement loss
     "universal only": (replace(COLLABORATIVE, num_tasks=0), 0.0, False),
@@ -40,12 +44,11 @@ class Size:
     heldout: int
     batch: tuple[int, int, int]  # items of each task in a step
     steps: int
-    single_steps: int  # of a single-task run
     evaluations: int  # of the achievement, during a run
 
 
-FULL = Size(None, 6, (1500, 150, 1500), 60, 600, (15, 2, 15), 200, 100, 4)
-QUICK = Size(4, 2, (60, 12, 60), 6, 12, (6, 2, 6), 6, 3, 2)
+FULL = Size(None, 6, (1500, 150, 1500), 60, 500, (15, 2, 15), 120, 3)
+QUICK = Size(4, 2, (60, 12, 60), 6, 12, (6, 2, 6), 6, 2)
 RATE, VISUAL_RATE, GATE_RATE = 1e-3, 3e-3, 2e-2
 MAX_TEXT, MAX_ANSWER = 8, 10  # tokens
 
@@ -104,14 +107,19 @@ class Study:
                 torch.tensor([t for _, t in rows]),
             )
 
-    def answers(self, model, questions):
-        """[(task, item, text)] of greedy generation."""
+    def answers(self, model, questions, pictures=True, expert=lambda t: t):
+        """[(task, item, text)] of greedy generation.
+
+        `pictures=False`: from the text alone; `expert`: which task's expert a task is given.
+        """
         asked, prompts = questions
         said = [None] * len(asked)
-        pictures, masks = self.eye([item.drawing for _, item in asked])
+        seen, masks = self.eye([item.drawing for _, item in asked])
         for group in prompts:
-            c_lorae.set_tasks(model, torch.tensor([asked[i][0] for i in group.items]))
-            visual.set_images(model, pictures[group.items], masks[group.items])
+            c_lorae.set_tasks(model, torch.tensor([expert(asked[i][0]) for i in group.items]))
+            visual.set_images(
+                model, *(seen[group.items], masks[group.items]) if pictures else (None,)
+            )
             ids = parts.generate(self.lower, model, group, self.tokenizer.eos_token_id, MAX_ANSWER)
             for i, text in zip(
                 group.items, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -119,13 +127,17 @@ class Study:
                 said[i] = text.strip()
         return [(*question, text) for question, text in zip(asked, said)]
 
-    def scores(self, model, questions):
-        """[[set F1 of each item]] of each task."""
-        found = [[] for _ in self.tasks]
-        for task, item, text in self.answers(model, questions):
+    def scores(self, model, questions, **how):
+        """{task: [set F1 of each item]}"""
+        found = {name: [] for name in TASKS}
+        for task, item, text in self.answers(model, questions, **how):
             reading = extraction.read(kaomoji_sets.SCHEMAS[task], text)
-            found[task].append(extraction.set_f1(reading, item.wanted))
+            found[TASKS[task]].append(extraction.set_f1(reading, item.wanted))
         return found
+
+    def f1(self, model, questions, **how):
+        """{task: mean set F1}"""
+        return {name: float(np.mean(s)) for name, s in self.scores(model, questions, **how).items()}
 
 
 def endless(items, rng):
@@ -166,32 +178,88 @@ def losses_of(model, batch, counts):
     asked = targets >= 0
     each = F.cross_entropy(model.lm_head(out[asked]).float(), targets[asked], reduction="none")
     of_task = tasks[:, None].expand_as(targets)[asked]
-    return {t: each[of_task == t].mean() for t, n in enumerate(counts) if n}
+    return {TASKS[t]: each[of_task == t].mean() for t, n in enumerate(counts) if n}
 
 
-def train(study, config, seed, steps, counts, coefficient=0.0, achievement=None):
-    """A trained model; `achievement`: an AchievementLoss, else the mean of the tasks' losses."""
-    model = prepare(study, config, seed)
+def train(study, config, seed, counts, coefficient=0.0, achievement=None):
+    """A trained model, and what happened; `achievement`: an AchievementLoss, else equal weights."""
+    model, steps = prepare(study, config, seed), study.size.steps
     optimizer = optimizer_of(model)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
     every = max(1, steps // (study.size.evaluations + 1))
+    trace, weights = [], []
     for step, batch in enumerate(study.batches(seed, steps, counts)):
-        if achievement is not None and step % every == 0 and step:
-            f1 = [float(np.mean(s)) for s in study.scores(model.eval(), study.validation)]
-            achievement.update({str(t): f for t, f in enumerate(f1)})
+        if achievement is not None and step and step % every == 0:
+            achievement.update(study.f1(model.eval(), study.validation))
+            weights.append(achievement.weights().tolist())
             model.train()
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (step + 1) / 10, 1.05 - step / steps)
         losses = losses_of(model, batch, counts)
-        if achievement is None:
-            loss = torch.stack(list(losses.values())).mean()
-        else:
-            loss = achievement({str(t): value for t, value in losses.items()})
+        loss = (
+            torch.stack(list(losses.values())).mean()
+            if achievement is None
+            else achievement(losses)
+        )
         if coefficient:
             loss = loss + coefficient * c_lorae.mutual_information_loss(model)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(
-            [p for g in optimizer.param_groups for p in g["params"]], 1.0
-        )
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return model.eval()
+        trace.append({name: value.item() for name, value in losses.items()})
+    return model.eval(), {
+        "loss": {name: float(np.mean([t[name] for t in trace[-20:]])) for name in trace[-1]},
+        "weights": weights,
+        "parameters": sum(p.numel() for p in trained),
+        "experts": sum(p.numel() for p in optimizer.param_groups[0]["params"]),
+    }
+
+
+def alone(study, arm, seed):
+    """The potential of a task: a plain LoRA trained on its items alone, as many as it gets elsewhere."""
+    counts = [n if name == arm.split()[-1] else 0 for n, name in zip(study.size.batch, TASKS)]
+    model, found = train(study, ARMS["universal only"][0], seed, counts)
+    return found | {"f1": study.f1(model, study.validation)}
+
+
+def run(study, potentials, arm, seed):
+    """Trains an arm; its set F1 of each held-out item, and on the validation items what carries it."""
+    config, coefficient, achieving = ARMS[arm]
+    achievement = AchievementLoss(potentials[seed]) if achieving else None
+    model, found = train(study, config, seed, study.size.batch, coefficient, achievement)
+    found["heldout"] = study.scores(model, study.heldout)
+    found["validation"] = study.f1(model, study.validation)
+    found["without pictures"] = study.f1(model, study.validation, pictures=False)
+    if config.num_tasks:
+        found["without task experts"] = study.f1(model, study.validation, expert=lambda t: -1)
+        found["another task's expert"] = study.f1(
+            model, study.validation, expert=lambda t: (t + 1) % 3
+        )
+    return found
+
+
+def main():
+    args = evidence.parser(__doc__, "build/c_lorae").parse_args()
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    fast_bf16 = lora_moe.backend.cpu_isas()[0] == "avx512_bf16"
+    study = Study(QUICK if args.quick else FULL, torch.bfloat16 if fast_bf16 else torch.float32)
+    single = evidence.runs(
+        args.out, [f"alone: {t}" for t in TASKS], args.seeds, partial(alone, study)
+    )
+    potentials = {
+        seed: {t: max(single[f"alone: {t}", seed]["f1"][t], 0.01) for t in TASKS}
+        for seed in args.seeds
+    }
+    found = evidence.runs(args.out, ARMS, args.seeds, partial(run, study, potentials))
+    text = c_lorae_report.markdown(study, ARMS, args.seeds, found, potentials)
+    text += "\n\n" + evidence.setting(args.seeds, started)
+    text += f" Computed in {str(study.dtype).removeprefix('torch.')}.\n"
+    (args.out / "report.md").write_text(text)
+    c_lorae_report.draw(args.out, study, ARMS, args.seeds, found)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,7 @@ def samples(dtype=torch.float64, length=4):
 
 
 def adapter(layer):
-    return {name: p for name, p in layer.named_parameters(recurse=False)}
+    return dict(layer.named_parameters(recurse=False))
 
 
 def by_hand(layer, x):
@@ -263,7 +263,9 @@ def test_mutual_information_rises_in_training_and_starts_with_a_finite_gradient(
         assert all(p.grad.isfinite().all() for p in (layer.lora_A, layer.lora_B))
         nn.init.normal_(layer.lora_B, std=0.1) if len(trace) == 0 else optimizer.step()
         trace.append(loss.item())
-    assert trace[0] == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-5)  # four samples, B = 0
+    assert trace[0] == pytest.approx(
+        torch.tensor(4.0).log().item(), abs=1e-5
+    )  # four samples, B = 0
     assert trace[-1] < 0.5 * trace[1]
 
 
@@ -298,14 +300,14 @@ def test_config_is_checked(fields, message):
 
 def test_tasks_are_checked():
     layer, x = make(dtype=torch.float32), samples(torch.float32)
-    with pytest.raises(TypeError, match="task_ids: expected integers, got torch.float32"):
+    with pytest.raises(TypeError, match="task_ids: expected integers"):
         c_lorae.set_tasks(layer, torch.zeros(5))
     with pytest.raises(ValueError, match=r"task_ids: expected \(B,\), got \(5, 1\)"):
         c_lorae.set_tasks(layer, torch.zeros(5, 1, dtype=torch.int))
     with pytest.raises(ValueError, match="CollaborativeLinear"):
         c_lorae.set_tasks(nn.Linear(2, 2), TASKS)
     c_lorae.set_tasks(layer, torch.zeros(3, dtype=torch.int))
-    with pytest.raises(ValueError, match="expected one for each of the 5 samples.*got 3"):
+    with pytest.raises(ValueError, match=r"each of the 5 samples .*, got 3"):
         layer(x)
     c_lorae.set_tasks(layer, torch.full((5,), 3))
     with pytest.raises((ValueError, RuntimeError), match="4"):
@@ -373,7 +375,7 @@ def test_t5_trains_and_generates():
 
 
 def randomised(model):
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
             nn.init.normal_(p, std=0.2)
     return model
