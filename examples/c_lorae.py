@@ -25,13 +25,29 @@ from lora_moe.methods.achievement import AchievementLoss
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TASKS = tuple(kaomoji_sets.LABELS)
-COLLABORATIVE = c_lorae.CLoraeConfig(num_tasks=3, r=24, alpha=24.0, target_modules=LINEARS)
-ARMS = {  # experts, coefficient of the mutual information, whether the achievement loss
-    "universal only": (replace(COLLABORATIVE, num_tasks=0), 0.0, False),
-    "one LoRA": (COLLABORATIVE.one_lora(), 0.0, False),
-    "plain sum": (replace(COLLABORATIVE, gate="sum", mutual_information=True), 0.01, False),
-    "C-LoRAE, equal weights": (replace(COLLABORATIVE, mutual_information=True), 0.01, False),
-    "C-LoRAE": (replace(COLLABORATIVE, mutual_information=True), 0.01, True),
+COLLABORATIVE = c_lorae.CLoraeConfig(
+    num_tasks=3, r=24, alpha=24.0, mutual_information=True, target_modules=LINEARS
+)
+ONE = COLLABORATIVE.one_lora()
+
+
+@dataclass(frozen=True)
+class Arm:
+    experts: c_lorae.CLoraeConfig
+    rate: float  # of learning, for the experts
+    mutual_information: float = 0.0  # coefficient
+    achievement: bool = False
+
+
+ARMS = {
+    "universal only": Arm(replace(COLLABORATIVE, num_tasks=0, mutual_information=False), 2e-3),
+    "one LoRA": Arm(ONE, 2e-3),
+    "plain sum": Arm(replace(COLLABORATIVE, gate="sum"), 2e-3),
+    "C-LoRAE, equal weights": Arm(COLLABORATIVE, 2e-3, 0.01),
+    "C-LoRAE": Arm(COLLABORATIVE, 2e-3, 0.01, achievement=True),
+    "one LoRA, active size": Arm(
+        replace(ONE, r=32, alpha=32.0), 2e-3
+    ),  # 24 + 8 rows act on a token
 }
 
 
@@ -47,9 +63,9 @@ class Size:
     evaluations: int  # of the achievement, during a run
 
 
-FULL = Size(None, 6, (1500, 150, 1500), 60, 500, (15, 2, 15), 120, 3)
+FULL = Size(None, 6, (1500, 150, 1500), 60, 500, (15, 2, 15), 100, 3)
 QUICK = Size(4, 2, (60, 12, 60), 6, 12, (6, 2, 6), 6, 2)
-RATE, VISUAL_RATE, GATE_RATE = 1e-3, 3e-3, 2e-2
+VISUAL_RATE, GATE_RATE = 3e-3, 2e-2
 MAX_TEXT, MAX_ANSWER = 8, 10  # tokens
 
 
@@ -159,12 +175,12 @@ def prepare(study, config, seed):
     return model.train()
 
 
-def optimizer_of(model):
+def optimizer_of(model, rate):
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     of_gates = [p for name, p in named.items() if name.endswith("visual.gate")]
     of_visual = [p for name, p in named.items() if ".visual." in name and p.dim()]
     of_experts = [p for name, p in named.items() if ".visual." not in name]
-    groups = [(of_experts, RATE), (of_visual, VISUAL_RATE), (of_gates, GATE_RATE)]
+    groups = [(of_experts, rate), (of_visual, VISUAL_RATE), (of_gates, GATE_RATE)]
     groups = [{"params": params, "lr": rate, "peak": rate} for params, rate in groups]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
@@ -181,10 +197,10 @@ def losses_of(model, batch, counts):
     return {TASKS[t]: each[of_task == t].mean() for t, n in enumerate(counts) if n}
 
 
-def train(study, config, seed, counts, coefficient=0.0, achievement=None):
+def train(study, arm, seed, counts, achievement=None):
     """A trained model, and what happened; `achievement`: an AchievementLoss, else equal weights."""
-    model, steps = prepare(study, config, seed), study.size.steps
-    optimizer = optimizer_of(model)
+    model, steps = prepare(study, arm.experts, seed), study.size.steps
+    optimizer = optimizer_of(model, arm.rate)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     every = max(1, steps // (study.size.evaluations + 1))
     trace, weights = [], []
@@ -201,8 +217,8 @@ def train(study, config, seed, counts, coefficient=0.0, achievement=None):
             if achievement is None
             else achievement(losses)
         )
-        if coefficient:
-            loss = loss + coefficient * c_lorae.mutual_information_loss(model)
+        if arm.mutual_information:
+            loss = loss + arm.mutual_information * c_lorae.mutual_information_loss(model)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -216,22 +232,23 @@ def train(study, config, seed, counts, coefficient=0.0, achievement=None):
     }
 
 
-def alone(study, arm, seed):
+def alone(study, name, seed):
     """The potential of a task: a plain LoRA trained on its items alone, as many as it gets elsewhere."""
-    counts = [n if name == arm.split()[-1] else 0 for n, name in zip(study.size.batch, TASKS)]
-    model, found = train(study, ARMS["universal only"][0], seed, counts)
+    counts = [n if name.endswith(task) else 0 for n, task in zip(study.size.batch, TASKS)]
+    model, found = train(study, ARMS["universal only"], seed, counts)
     return found | {"f1": study.f1(model, study.validation)}
 
 
-def run(study, potentials, arm, seed):
+def run(study, potentials, name, seed):
     """Trains an arm; its set F1 of each held-out item, and on the validation items what carries it."""
-    config, coefficient, achieving = ARMS[arm]
-    achievement = AchievementLoss(potentials[seed]) if achieving else None
-    model, found = train(study, config, seed, study.size.batch, coefficient, achievement)
+    arm, started = ARMS[name], time.process_time()
+    achievement = AchievementLoss(potentials[seed]) if arm.achievement else None
+    model, found = train(study, arm, seed, study.size.batch, achievement)
+    found["cpu"] = time.process_time() - started
     found["heldout"] = study.scores(model, study.heldout)
     found["validation"] = study.f1(model, study.validation)
     found["without pictures"] = study.f1(model, study.validation, pictures=False)
-    if config.num_tasks:
+    if arm.experts.num_tasks:
         found["without task experts"] = study.f1(model, study.validation, expert=lambda t: -1)
         found["another task's expert"] = study.f1(
             model, study.validation, expert=lambda t: (t + 1) % 3
@@ -241,6 +258,7 @@ def run(study, potentials, arm, seed):
 
 def main():
     args = evidence.parser(__doc__, "build/c_lorae").parse_args()
+    args.seeds = args.seeds[:1] if args.quick else args.seeds
     torch.set_num_threads(1)
     started = time.perf_counter()
     fast_bf16 = lora_moe.backend.cpu_isas()[0] == "avx512_bf16"

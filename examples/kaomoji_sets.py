@@ -138,6 +138,16 @@ def _families(drawings):
     return {drawing: root(characters(text)) for drawing, text in plain.items()}
 
 
+def nearly_equal(items, others):
+    """Share of the items whose drawing is one character, put in, left out or changed, from another's."""
+
+    def shortened(drawing):
+        return {drawing} | {drawing[:i] + drawing[i + 1 :] for i in range(len(drawing))}
+
+    known = set().union(*(shortened(item.drawing) for item in others))
+    return float(np.mean([not known.isdisjoint(shortened(item.drawing)) for item in items]))
+
+
 def _pick(items, size):
     """`size` items, in an order that a hash decides; of equal sets at most CAP."""
     seen, picked = Counter(), []

@@ -148,13 +148,6 @@ class CollaborativeLinear(LoraMoeLinear):
         gate = self.router_weight[:2].detach().clone()
         self.router_weight = nn.Parameter(gate) if config.gated else None
 
-    def reset_parameters(self) -> None:
-        gate, self.router_weight = self.router_weight, nn.Parameter(self.lora_A.new_empty(2, 1))
-        super().reset_parameters()
-        self.router_weight = gate
-        if gate is not None:
-            nn.init.normal_(gate, std=0.02)
-
     def sample_tasks(self, x: torch.Tensor) -> torch.Tensor:
         """(x.shape[0],): the task of each row of x."""
         if self.tasks is None:
