@@ -42,12 +42,11 @@ class Arm:
 ARMS = {
     "universal only": Arm(replace(COLLABORATIVE, num_tasks=0, mutual_information=False), 2e-3),
     "one LoRA": Arm(ONE, 2e-3),
-    "plain sum": Arm(replace(COLLABORATIVE, gate="sum"), 2e-3),
+    "plain sum": Arm(replace(COLLABORATIVE, gate="sum"), 2e-3, 0.01),
     "C-LoRAE, equal weights": Arm(COLLABORATIVE, 2e-3, 0.01),
     "C-LoRAE": Arm(COLLABORATIVE, 2e-3, 0.01, achievement=True),
-    "one LoRA, active size": Arm(
-        replace(ONE, r=32, alpha=32.0), 2e-3
-    ),  # 24 + 8 rows act on a token
+    # to explain: 24 + 8 rank rows act on a token in C-LoRAE
+    "one LoRA, active size": Arm(replace(ONE, r=32, alpha=32.0), 2e-3),
 }
 
 
