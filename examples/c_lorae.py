@@ -71,18 +71,17 @@ MAX_TEXT, MAX_ANSWER = 8, 10  # tokens
 class Study:
     """Data, and what the lower layers made of it; the same for every arm and seed."""
 
-    def __init__(self, size, dtype, split="heldout"):
+    def __init__(self, size, dtype):
         self.size, self.tokenizer = size, smollm2.load_tokenizer()
         model = smollm2.load_model(size.layers).to(dtype)
-        below = model.config.num_hidden_layers if size.layers is None else size.layers
-        self.lower = parts.Lower(model, below - size.adapted)
-        self.upper = parts.upper(model, below - size.adapted)
+        below = len(model.model.layers) - size.adapted
+        self.lower, self.upper = parts.Lower(model, below), parts.upper(model, below)
         self.dtype = dtype
         self.tasks = kaomoji_sets.load(size.train, size.validation, size.heldout)
         self.eye = kaomoji_sets.Eye([item.drawing for task in self.tasks for item in task.train])
         self.train = [self._training(t, task.train) for t, task in enumerate(self.tasks)]
         self.validation = self._questions([task.validation for task in self.tasks])
-        self.heldout = self._questions([getattr(task, split) for task in self.tasks])
+        self.heldout = self._questions([task.heldout for task in self.tasks])
 
     def prompt(self, task, item):
         text = self.tokenizer.encode(item.text)[:MAX_TEXT]
@@ -132,13 +131,11 @@ class Study:
         seen, masks = self.eye([item.drawing for _, item in asked])
         for group in prompts:
             c_lorae.set_tasks(model, torch.tensor([expert(asked[i][0]) for i in group.items]))
-            visual.set_images(
-                model, *(seen[group.items], masks[group.items]) if pictures else (None,)
-            )
+            shown = (seen[group.items], masks[group.items]) if pictures else (None,)
+            visual.set_images(model, *shown)
             ids = parts.generate(self.lower, model, group, self.tokenizer.eos_token_id, MAX_ANSWER)
-            for i, text in zip(
-                group.items, self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            ):
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for i, text in zip(group.items, texts):
                 said[i] = text.strip()
         return [(*question, text) for question, text in zip(asked, said)]
 
@@ -211,11 +208,8 @@ def train(study, arm, seed, counts, achievement=None):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (step + 1) / 10, 1.05 - step / steps)
         losses = losses_of(model, batch, counts)
-        loss = (
-            torch.stack(list(losses.values())).mean()
-            if achievement is None
-            else achievement(losses)
-        )
+        equal = torch.stack(list(losses.values())).mean()
+        loss = equal if achievement is None else achievement(losses)
         if arm.mutual_information:
             loss = loss + arm.mutual_information * c_lorae.mutual_information_loss(model)
         loss.backward()
@@ -226,7 +220,6 @@ def train(study, arm, seed, counts, achievement=None):
     return model.eval(), {
         "loss": {name: float(np.mean([t[name] for t in trace[-20:]])) for name in trace[-1]},
         "weights": weights,
-        "parameters": sum(p.numel() for p in trained),
         "experts": sum(p.numel() for p in optimizer.param_groups[0]["params"]),
     }
 
