@@ -45,8 +45,9 @@ ARMS = {
     "plain sum": Arm(replace(COLLABORATIVE, gate="sum"), 2e-3, 0.01),
     "C-LoRAE, equal weights": Arm(COLLABORATIVE, 2e-3, 0.01),
     "C-LoRAE": Arm(COLLABORATIVE, 2e-3, 0.01, achievement=True),
-    # to explain: 24 + 8 rank rows act on a token in C-LoRAE
+    # to explain: 24 + 8 rank rows act on a token in C-LoRAE, and s_t = 3 s_U there
     "one LoRA, active size": Arm(replace(ONE, r=32, alpha=32.0), 2e-3),
+    "C-LoRAE, one scale": Arm(replace(COLLABORATIVE, task_alpha=8.0), 2e-3, 0.01),
 }
 
 

@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from examples import kaomoji_sets
 from examples.evidence import difference, shown, table, verdict
@@ -25,6 +25,8 @@ QUESTIONS = (  # what is asked, the two arms, on which tasks
     ("achievement > equal weights, all", ACHIEVING, EQUAL, TASKS),
     ("C-LoRAE with achievement > one LoRA", ACHIEVING, "one LoRA", TASKS),
     ("C-LoRAE > one LoRA, active size", EQUAL, "one LoRA, active size", TASKS),
+    ("C-LoRAE, one scale > C-LoRAE", "C-LoRAE, one scale", EQUAL, TASKS),
+    ("C-LoRAE, one scale > one LoRA", "C-LoRAE, one scale", "one LoRA", TASKS),
 )
 
 
@@ -126,17 +128,16 @@ def draw(out, study, arms, seeds, found):
 
 
 def draw_scores(path, arms, seeds, found):
-    colours = dict(zip(arms, (GREY, INK, LOOP, "#56B4E9", OURS, GREY)))
+    colours = dict(zip(arms, (GREY, INK, LOOP, "#56B4E9", OURS, GREY, "#009E73")))
     with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 3, figsize=(9, 2.9), sharey=True, layout="constrained")
+        figure, panels = plt.subplots(1, 3, figsize=(9, 3.2), sharey=True, layout="constrained")
         for axes, task in zip(panels, TASKS):
             for y, arm in enumerate(reversed(list(arms))):
                 values = [np.mean(found[arm, seed]["heldout"][task]) for seed in seeds]
                 axes.plot(values, [y] * len(values), "o", ms=6, alpha=0.55, color=colours[arm])
                 axes.plot(np.mean(values), y, "|", ms=20, mew=2.5, color=colours[arm])
-            axes.set_title(
-                task + (", a tenth of the samples" if task == SMALL else ""), size=11, pad=8
-            )
+            axes.set_title(f"{task}, a tenth" if task == SMALL else task, size=11, pad=8)
+            axes.xaxis.set_major_locator(MaxNLocator(4, steps=(1, 2, 5, 10)))
             axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.grid(axis="x", color="#F1F3F4")
         panels[0].set(

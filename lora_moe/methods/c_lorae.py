@@ -51,6 +51,7 @@ class CLoraeConfig:
         num_tasks: N.  0 leaves the universal expert alone, an ordinary LoRA: the ablation.
         r: rank of the universal expert, at least N.
         alpha: an expert of rank r_e is scaled by s = alpha / r_e.
+        task_alpha: the same of the task experts; None is alpha, so that s_t = N s_U.
         gate: "softmax" of two logits of the token; "sigmoid" of each; "sum", both weights 1: the
             ablation.  That there are two logits from x is inferred, the paper's text has not been
             compared.
@@ -64,6 +65,7 @@ class CLoraeConfig:
     num_tasks: int
     r: int = 24
     alpha: float = 24.0
+    task_alpha: float | None = None
     gate: str = "softmax"
     dropout: float = 0.0
     mutual_information: bool = False
@@ -86,7 +88,7 @@ class CLoraeConfig:
                 "mutual_information: expected a bool, and task experts where it is True,"
                 f" got {self.mutual_information!r} with {self.num_tasks} tasks"
             )
-        _ = self.mixture  # checks the rest
+        _ = self.mixture, self.scales  # their constructors check the rest
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -96,17 +98,27 @@ class CLoraeConfig:
         )
 
     @property
+    def scales(self) -> tuple[float, ...]:
+        """s of each expert, (1 + N,)."""
+        task = self.mixture if self.task_alpha is None else self._with_alpha(self.task_alpha)
+        alphas = (self.alpha, *[task.alpha] * self.num_tasks)
+        return tuple(alpha / r for alpha, r in zip(alphas, self.ranks, strict=True))
+
+    @property
     def gated(self) -> bool:
         return self.num_tasks > 0 and self.gate != "sum"
 
     @property
     def mixture(self) -> LoraMoeConfig:
-        """The same as experts of a LoraMoeLinear."""
+        """The same as experts of a LoraMoeLinear, but for task_alpha."""
+        return self._with_alpha(self.alpha)
+
+    def _with_alpha(self, alpha):
         return LoraMoeConfig(
             num_experts=1 + self.num_tasks,
             r=self.ranks,
             top_k=min(2, 1 + self.num_tasks),
-            alpha=self.alpha,
+            alpha=alpha,
             gate="sigmoid" if self.gate == "sigmoid" else "softmax",
             renormalize=False,
             dropout=self.dropout,
@@ -121,6 +133,7 @@ class CLoraeConfig:
             num_tasks=0,
             r=sum(self.ranks) + self.gated,
             alpha=self.alpha * (sum(self.ranks) + self.gated) / self.r,
+            task_alpha=None,
             mutual_information=False,
         )
 
@@ -140,8 +153,8 @@ class CollaborativeLinear(LoraMoeLinear):
     """
 
     def __init__(self, base: nn.Module, config: CLoraeConfig):
+        self.collaboration = config  # LoraMoeLinear's constructor asks for the scales
         super().__init__(base, config.mixture)
-        self.collaboration = config
         self.tasks: torch.Tensor | None = None
         self.pooled: torch.Tensor | None = None
         # the normal rows of LoraMoeLinear's router, of which two are enough
@@ -213,6 +226,10 @@ class CollaborativeLinear(LoraMoeLinear):
         routing = Routing.from_ids(ids, num_experts=self.config.num_experts)
         u, d = self._experts(torch.cat([self.pooled, self.pooled]), routing).chunk(2)
         return u, d, tasks
+
+    def _restore_scaling(self):
+        super()._restore_scaling()
+        self.scaling = self.scaling.new_tensor(self.collaboration.scales)
 
     def __getstate__(self):
         return super().__getstate__() | {"pooled": None}
@@ -378,7 +395,7 @@ def _describe(model):
             modules[path] = {"visual": module.mode, "heads": module.heads}
         else:
             c = module.collaboration
-            modules[path] = {"ranks": list(c.ranks), "alpha": c.alpha, "gate": c.gate}
+            modules[path] = {"ranks": list(c.ranks), "scales": list(c.scales), "gate": c.gate}
     return {"version": FORMAT_VERSION, "modules": modules}
 
 

@@ -29,6 +29,7 @@ TASKS = torch.tensor([2, 0, -1, 1, 0])  # of five samples; the third has none
 CONFIGS = {
     "softmax": CLoraeConfig(num_tasks=3, r=7, alpha=5),
     "sigmoid": CLoraeConfig(num_tasks=3, r=7, alpha=5, gate="sigmoid"),
+    "one-scale": CLoraeConfig(num_tasks=3, r=7, alpha=5, task_alpha=5 * 2 / 7),
     "plain-sum": CLoraeConfig(num_tasks=3, r=7, alpha=5, gate="sum"),
     "universal-only": CLoraeConfig(num_tasks=0, r=7, alpha=5),
     "one-lora": CLoraeConfig(num_tasks=3, r=7, alpha=5).one_lora(),
@@ -68,7 +69,8 @@ def by_hand(layer, x):
 
     def expert(e, token):
         rows = slice(starts[e], starts[e + 1])
-        scale = config.alpha / config.ranks[e]
+        alpha = config.task_alpha if e and config.task_alpha else config.alpha
+        scale = alpha / config.ranks[e]
         return scale * p["lora_B"][rows].T @ (p["lora_A"][rows] @ token)
 
     y = []
@@ -289,6 +291,7 @@ def test_mutual_information_needs_its_option_and_a_forward():
         ({"num_tasks": 3, "gate": "top"}, "gate: expected one of"),
         ({"num_tasks": 0, "mutual_information": True}, "mutual_information"),
         ({"num_tasks": 3, "alpha": float("nan")}, "alpha"),
+        ({"num_tasks": 3, "task_alpha": -1.0}, "alpha"),
         ({"num_tasks": 3, "dropout": 1.0}, "dropout"),
         ({"num_tasks": 5000, "r": 5000}, "num_experts"),
     ],
@@ -477,7 +480,8 @@ def test_load_in_the_middle_of_training_continues_bit_for_bit(tmp_path):
         ({"gate": "sigmoid"}, "the model has .*sigmoid.*, the file .*softmax"),
         ({"gate": "sum"}, "sum"),
         ({"r": 6}, "ranks"),
-        ({"alpha": 9.0}, "alpha"),
+        ({"alpha": 9.0}, "scales"),
+        ({"task_alpha": 2.0}, "scales"),
         ({"target_modules": ("q", "v")}, "the model has None"),
     ],
 )
