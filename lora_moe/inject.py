@@ -39,12 +39,12 @@ def inject(model: nn.Module, config: LoraMoeConfig, *, freeze: bool = True) -> n
             already has experts, or its parent reads its weight without calling it.  The model is
             unchanged.
     """
-    targets = targets_of(model, config)
-    adapters = {base: LoraMoeLinear(base, config) for base in dict.fromkeys(targets.values())}
+    found = targets_of(model, config)
+    adapters = {base: LoraMoeLinear(base, config) for base in dict.fromkeys(found.values())}
     place(model, adapters)
     if freeze:
         freeze_base(model)
-    _log.info("%d modules replaced: %s", len(adapters), ", ".join(targets))
+    _log.info("%d modules replaced: %s", len(adapters), ", ".join(found))
     return model
 
 
@@ -182,23 +182,23 @@ def _inside(model, name):
     return any(isinstance(model.get_submodule(path), LoraMoeLinear) for path in ancestors)
 
 
-def targets_of(model, config):
+def targets_of(model: nn.Module, config: LoraMoeConfig) -> dict[str, nn.Module]:
     """{path: module} of what the configuration names and does not exclude; raises if unfit."""
     modules = dict(model.named_modules(remove_duplicate=False))
     excluded = {m for name, m in modules.items() if _matches(name, config.exclude_modules)}
     named = {name: m for name, m in modules.items() if _matches(name, config.target_modules)}
-    targets = {name: m for name, m in named.items() if name and m not in excluded}
-    if not targets:
+    found = {name: m for name, m in named.items() if name and m not in excluded}
+    if not found:
         linear = [name for name in modules if why_not(model, name) is None]
         raise ValueError(
             f"target_modules: expected to match a module, but nothing matches"
             f" {config.target_modules!r} (excluded: {config.exclude_modules!r});"
             f" linear modules here, {len(linear)} in all: {', '.join(linear[:12])}"
         )
-    unfit = [f"{name} ({reason})" for name in targets if (reason := why_not(model, name))]
+    unfit = [f"{name} ({reason})" for name in found if (reason := why_not(model, name))]
     if unfit:
         raise ValueError(f"target_modules: expected linear modules, got {', '.join(unfit)}")
-    return targets
+    return found
 
 
 def _matches(name, pattern):

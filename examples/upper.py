@@ -1,0 +1,95 @@
+"""The upper layers of a decoder as the part that trains; the lower ones run once, without a gradient.
+
+Nothing is adapted below layer `n`, so what the lower layers make of a prompt is the same in every arm, at
+every step and for every seed: it is computed once and kept.  The two parts in a row are the whole model.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+
+@dataclass
+class Prompts:
+    """Prompts of equal length: what the lower layers made of them, and which items they are."""
+
+    items: list[int]
+    hidden: torch.Tensor  # (B, L, D)
+    cache: DynamicCache  # of the lower layers
+
+
+class Lower:
+    def __init__(self, model, n):
+        self.model = copy.copy(model.model)
+        self.model._modules = model.model._modules | {
+            "layers": model.model.layers[:n],
+            "norm": nn.Identity(),
+        }
+
+    @torch.no_grad()
+    def hidden(self, rows, batch_size=64):
+        """[(L, D)] of rows of token ids."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found = [None] * len(rows)
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in part], True)
+            out = self.model(input_ids=ids, use_cache=False).last_hidden_state
+            for i, h in zip(part, out):
+                found[i] = h[: len(rows[i])].clone()
+        return found
+
+    @torch.no_grad()
+    def prompts(self, rows, batch_size=64):
+        """[Prompts]: rows of equal length together, so that nothing is padded."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found = []
+        for i in order:
+            full = not found or len(found[-1]) == batch_size
+            if full or len(rows[found[-1][0]]) != len(rows[i]):
+                found.append([])
+            found[-1].append(i)
+        return [
+            Prompts(items, *self._fill(torch.tensor([rows[i] for i in items]))) for items in found
+        ]
+
+    def _fill(self, ids):
+        cache = DynamicCache()
+        return self.step(ids, cache), cache
+
+    def step(self, ids, cache):
+        """ids (B, L) -> (B, L, D), after what the cache holds."""
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+
+
+def upper(model, n):
+    """The layers from n on, and the head, around the very same weights; takes inputs_embeds."""
+    part = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    part.model.layers = part.model.layers[n:]
+    for index, layer in enumerate(part.model.layers):
+        layer.self_attn.layer_idx = index
+    return part
+
+
+@torch.no_grad()
+def generate(lower, model, prompts, end, max_tokens):
+    """Greedy answers to Prompts: token ids (B, up to max_tokens); `end` after an answer's end."""
+    cache, hidden, answer = DynamicCache(), prompts.hidden, []
+    done = torch.zeros(len(hidden), dtype=torch.bool)
+    length = hidden.shape[1]
+    for _ in range(max_tokens):
+        out = model.model(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
+        token = (
+            model.lm_head(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, end)
+        )  # (B,)
+        answer.append(token)
+        done |= token == end
+        if done.all():
+            break
+        hidden = lower.step(token[:, None], prompts.cache)
+    if extra := prompts.cache.get_seq_length() - length:
+        prompts.cache.crop(-extra)
+    return torch.stack(answer, 1)

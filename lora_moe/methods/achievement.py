@@ -1,0 +1,142 @@
+"""The achievement-based multi-task loss, and two neighbours that weigh tasks by their metrics alone.
+
+    a_t <- (1 - momentum) a_t + momentum metric_t        at each evaluation, the first value as it is
+    p_t  = single_task_metric_t * (1 + margin)           what a model of this task alone achieves, and more
+    w_t  = max(0, 1 - a_t / p_t)^gamma                   "achievement": 0 where the task is solved
+    w_t  = -(1 - a_t)^gamma log a_t                      "dtp", dynamic task prioritisation
+    w_t  = (1 - a_t)^gamma                               "focal"
+
+    weights  w <- softmax(w)  or  w / sum(w)
+    loss     prod_t L_t^w_t   (geometric)   or   sum_t w_t L_t
+
+Sources: Yun and Cho, Achievement-Based Training Progress Balancing for Multi-Task Learning, ICCV 2023;
+Guo et al., Dynamic Task Prioritization for Multitask Learning, ECCV 2018.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+FORMS = ("geometric", "sum")
+NORMALISATIONS = ("softmax", "sum")
+WEIGHTINGS = ("achievement", "dtp", "focal")
+TINY = 1e-8
+
+
+class AchievementLoss(nn.Module):
+    """One loss of several tasks', weighted by how far each is from what it could achieve.
+
+    What goes to zero for a solved task is `raw_weights`.  Normalised by the sum, its weight goes to zero
+    too; the softmax, the published default, divides e^0 by the others' e^w and so never leaves a task
+    below 1 / (1 + e (N - 1)).  Where every raw weight is zero, and before the first update, all weights
+    are equal.
+
+    Args:
+        potentials: {task: metric of a model trained on this task alone}, in (0, 1] or in any unit that
+            the metrics share, higher is better.  "dtp" and "focal" use the names only.
+        margin: how much more than that is aimed at.
+        gamma: at least 0.
+        momentum: of the newest metric in the moving average, in (0, 1].
+        form: "geometric" or "sum".
+        normalisation: "softmax" or "sum".
+        weighting: "achievement", "dtp" or "focal".
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        potentials: Mapping[str, float],
+        *,
+        margin: float = 0.05,
+        gamma: float = 2.0,
+        momentum: float = 0.1,
+        form: str = "geometric",
+        normalisation: str = "softmax",
+        weighting: str = "achievement",
+    ):
+        super().__init__()
+        for name, value, allowed in (
+            ("form", form, FORMS),
+            ("normalisation", normalisation, NORMALISATIONS),
+            ("weighting", weighting, WEIGHTINGS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {value!r}")
+        if not potentials:
+            raise ValueError("potentials: expected a metric for each task, got none")
+        bad = {t: p for t, p in potentials.items() if not (math.isfinite(p) and p > 0)}
+        if bad:
+            raise ValueError(f"potentials: expected finite positive metrics, got {bad}")
+        if not (math.isfinite(margin) and margin > -1 and math.isfinite(gamma) and gamma >= 0):
+            raise ValueError(f"margin, gamma: expected > -1 and >= 0, got {margin!r} and {gamma!r}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum: expected a number in (0, 1], got {momentum!r}")
+        self.tasks = tuple(potentials)
+        self.gamma, self.momentum = gamma, momentum
+        self.form, self.normalisation, self.weighting = form, normalisation, weighting
+        single = torch.tensor([float(p) for p in potentials.values()])
+        self.register_buffer("potential", single * (1 + margin))  # (N,)
+        self.register_buffer("achieved", torch.full_like(single, torch.nan))  # (N,), NaN: not yet
+
+    @torch.no_grad()
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Take in an evaluation: a metric for every task.
+
+        Raises:
+            ValueError: a task is missing or unknown, a metric is not finite or negative, or above 1
+                where the weighting needs a share.  Nothing changes then.
+        """
+        if set(metrics) != set(self.tasks):
+            raise ValueError(
+                f"metrics: expected one for each of {self.tasks}, got {sorted(metrics)}"
+            )
+        high = math.inf if self.weighting == "achievement" else 1.0
+        bad = {t: m for t, m in metrics.items() if not (math.isfinite(float(m)) and 0 <= m <= high)}
+        if bad:
+            raise ValueError(f"metrics: expected finite numbers in [0, {high:g}], got {bad}")
+        new = self.achieved.new_tensor([float(metrics[task]) for task in self.tasks])
+        moved = torch.lerp(self.achieved, new, self.momentum)
+        self.achieved.copy_(torch.where(self.achieved.isnan(), new, moved))
+
+    def raw_weights(self) -> torch.Tensor:
+        """w (N,) before normalisation; NaN before the first update."""
+        if self.weighting == "achievement":
+            return (1 - self.achieved / self.potential).clamp(min=0) ** self.gamma
+        left = (1 - self.achieved) ** self.gamma
+        return left if self.weighting == "focal" else -left * self.achieved.clamp(min=TINY).log()
+
+    def weights(self) -> torch.Tensor:
+        """(N,), summing to one."""
+        raw = self.raw_weights()
+        raw = torch.where(raw.isnan(), 0.0, raw)
+        if self.normalisation == "softmax":
+            return torch.softmax(raw, 0)
+        total = raw.sum()
+        return torch.where(total > 0, raw / torch.where(total > 0, total, 1), 1 / len(raw))
+
+    def forward(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The tasks' losses as one, differentiable.
+
+        Args:
+            losses: {task: 0-dim loss}, one for every task; positive, for the geometric form.
+        Raises:
+            ValueError: a task is missing or unknown.
+        """
+        if set(losses) != set(self.tasks):
+            raise ValueError(f"losses: expected one for each of {self.tasks}, got {sorted(losses)}")
+        stacked = torch.stack([losses[task] for task in self.tasks])  # (N,)
+        weights = self.weights().to(stacked)
+        if self.form == "sum":
+            return (weights * stacked).sum()
+        return torch.exp((weights * stacked.clamp(min=TINY).log()).sum())
+
+    def extra_repr(self) -> str:
+        return (
+            f"tasks={self.tasks}, gamma={self.gamma:g}, momentum={self.momentum:g}, form={self.form},"
+            f" normalisation={self.normalisation}, weighting={self.weighting}"
+        )
