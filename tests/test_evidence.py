@@ -1,0 +1,45 @@
+"""The examples' statistics: what an interval of a difference says, and which runs a restart repeats."""
+
+import numpy as np
+import pytest
+
+from examples import evidence
+
+
+def test_intervals_tell_an_effect_from_noise():
+    draw = np.random.default_rng(1)
+    items = draw.normal(size=(1, 400)) + 0.1 * draw.normal(size=(3, 400))  # hard and easy items
+    better = items + 0.2 + 0.1 * draw.normal(size=items.shape)
+    mean, low, high = evidence.difference(better, items)
+    assert low < 0.2 < high and high - low < 0.1  # paired: the items' own spread is not in it
+    assert mean == pytest.approx((better - items).mean())
+    assert evidence.verdict((mean, low, high)) == "yes"
+    assert evidence.verdict(evidence.difference(items, better)) == "**no: the reverse**"
+    assert evidence.verdict(evidence.difference(items, items)) == "**not shown**"
+    assert evidence.difference(items, items) == (0, 0, 0)
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    agreeing = np.tile(np.linspace(-1, 1, 100) + 0.5, (3, 1))
+    disagreeing = agreeing + np.array([[-2.0], [0.0], [2.0]])
+    assert evidence.interval(agreeing)[1] > 0 > evidence.interval(disagreeing)[1]
+    assert evidence.interval([1.0, 2.0, 3.0]) == (2.0, 1.0, 3.0)
+
+
+def test_a_restart_repeats_no_run(tmp_path):
+    calls = []
+
+    def run(arm, seed):
+        if (arm, seed) == ("b", 1) and not calls.count((arm, seed)):
+            calls.append((arm, seed))
+            raise KeyboardInterrupt
+        calls.append((arm, seed))
+        return {"score": [seed, arm]}
+
+    with pytest.raises(KeyboardInterrupt):
+        evidence.runs(tmp_path, ("a", "b"), (0, 1), run)
+    found = evidence.runs(tmp_path, ("a", "b"), (0, 1), run)
+    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("b", 1)]
+    assert {key: value["score"] for key, value in found.items()} == {
+        (arm, seed): [seed, arm] for arm in "ab" for seed in (0, 1)
+    }
