@@ -271,8 +271,8 @@ def routed_lora_at_once(
     """routed_lora of a decoding step in C++, or None where that is not what the call is.
 
     The operator checks what the public function checks, in a tenth of the time; a call that it refuses
-    gets None too, for the public function to say what is wrong.  scaling: (E,); rank_offsets: an int, or
-    the list of all.
+    gets None too, for the public function to say what is wrong.  scaling: (E,) or a number;
+    rank_offsets: an int, or the list of all.
     """
     try:
         if (
@@ -285,18 +285,21 @@ def routed_lora_at_once(
         ):
             return None
         shape = x.shape
+        if type(scaling) in (float, int):
+            scaling = _scaling(scaling, router_weight.shape[0], x)
         if type(rank_offsets) is int:
             rank_offsets = rank_offsets_of(rank_offsets, scaling.shape[0])
+        if len(shape) != 2:
+            x, base = x.view(-1, shape[-1]), None if base is None else base.view(-1, base.shape[-1])
         y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
-            x.view(-1, shape[-1]), router_weight, lora_A, lora_B,
-            None if base is None else base.view(-1, base.shape[-1]), bias, scaling, rank_offsets,
+            x, router_weight, lora_A, lora_B, base, bias, scaling, rank_offsets,
             bool(shared_a), top_k, gate, bool(renormalize), math.inf, 0.0,
             plan.choose("cpp", 1, 0, 0, (), top_k, x.dtype),
         )  # fmt: skip
-        return y.view(*shape[:-1], y.shape[1]), Routing(
-            indices, weights, counts, logits, mean_prob, lse
-        )
-    except (RuntimeError, TypeError, AttributeError):
+        if len(shape) != 2:
+            y = y.view(*shape[:-1], y.shape[1])
+        return y, Routing(indices, weights, counts, logits, mean_prob, lse)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
 
 
@@ -423,13 +426,13 @@ def _scaling(scaling, num_experts, x):
         if scaling.dtype == dtype and not scaling.requires_grad:
             return scaling
         return scaling.detach().to(dtype)
-    values = list(scaling) if isinstance(scaling, Sequence) else [scaling] * num_experts
+    if _is_finite(scaling):  # filled on the device: no copy from the host
+        return torch.full((num_experts,), float(scaling), dtype=dtype, device=x.device)
+    values = list(scaling) if isinstance(scaling, Sequence) else []
     if len(values) != num_experts or not all(_is_finite(v) for v in values):
         raise ValueError(
             f"scaling: expected a finite float or {num_experts} of them, got {scaling!r}"
         )
-    if not isinstance(scaling, Sequence):  # filled on the device: no copy from the host
-        return torch.full((num_experts,), float(scaling), dtype=dtype, device=x.device)
     return torch.tensor(values, dtype=dtype, device=x.device)
 
 

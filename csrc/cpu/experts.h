@@ -69,7 +69,7 @@ template <class F>
 inline void for_rows(const Experts& experts, const Grouping& group, bool parallel, int64_t bytes,
                      F f) {
   Ints first;  // experts and rows by turns
-  const int64_t step = parallel ? kTileColumns : experts.max_rank;
+  const int64_t step = parallel ? 2 * kTileColumns : experts.max_rank;
   for (int64_t e = 0; e < experts.E; ++e)
     for (int64_t i = 0; group.count(e) > 0 && i < experts.rank(e); i += step)
       first.push_back(e), first.push_back(i);

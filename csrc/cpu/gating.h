@@ -1,5 +1,7 @@
-// The router's middle, one token at a time:  p = gate(logits),  ids = top-k of p + bias,
-// weights = p[ids] (/ their sum),  and its gradient.  A picked expert may be dropped: its id is -1.
+// The router's middle, kLanes tokens at a time and each in a lane of its own:  p = gate(logits),
+// ids = top-k of p + bias,  weights = p[ids] (/ their sum),  and its gradient.  No operation crosses
+// lanes, so a token's numbers do not depend on its neighbours.  A picked expert may be dropped: its
+// id is -1.  Ids in lanes are numbers of the same type as the gates, exact far beyond any E.
 #pragma once
 
 #include <algorithm>
@@ -17,23 +19,24 @@ inline void check_ids(const int32_t* indices, int64_t n, int64_t E) {
           indices[i]);
 }
 
-// Numbers in whole vectors for E of them.
+// The number of one token in a lane of its vector.
 template <class C>
-constexpr int64_t padded(int64_t E) {
-  return (E + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+inline C& lane(Vec<C>* v, int64_t i, int64_t token) {
+  return reinterpret_cast<C*>(v + i)[token];
 }
 
-// The largest of E scores, none of them +inf or all of them NaN; NaN is passed over.
-template <class C>
-inline C largest(const C* score, int64_t E) {
-  Vec<C> top = broadcast(-std::numeric_limits<C>::infinity());
-  for (int64_t e = 0; e < E; e += kLanes<C>) {
-    const Vec<C> s = load(score + e);
-    top = s > top ? s : top;
-  }
-  C best = top[0];
-  for (int i = 1; i < kLanes<C>; ++i) best = std::max(best, top[i]);
-  return best;
+// n <= kLanes rows of N numbers into lanes, those beyond n zero; and back.
+template <class C, class T>
+inline void to_lanes(const T* rows, int64_t n, int64_t N, Vec<C>* out) {
+  if (n < kLanes<C>) std::fill_n(out, N, Vec<C>{});
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < N; ++i) lane<C>(out, i, t) = C(rows[t * N + i]);
+}
+
+template <class C, class T>
+inline void from_lanes(Vec<C>* in, int64_t n, int64_t N, T* rows) {
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < N; ++i) rows[t * N + i] = T(lane<C>(in, i, t));
 }
 
 struct Gate {
@@ -47,84 +50,104 @@ struct Gate {
     check(sigmoid || name == "softmax", "gate: expected softmax or sigmoid, got ", name);
   }
 
-  // p (E,) of logits (E,), in memory of padded(E); returns logsumexp of the logits.
+  // p (E) of logits (E); returns logsumexp of the logits.
   template <class C>
-  C values(const C* logits, int64_t E, C* p) const {
-    C top = -std::numeric_limits<C>::infinity(), sum = 0;
+  Vec<C> values(const Vec<C>* logits, int64_t E, Vec<C>* p) const {
+    Vec<C> top = broadcast(-std::numeric_limits<C>::infinity()), sum = {};
     for (int64_t e = 0; e < E; ++e) top = logits[e] > top ? logits[e] : top;
-    for (int64_t e = 0; e < E; e += kLanes<C>) {
-      const Vec<C> l = load_tail(logits + e, std::min<int64_t>(kLanes<C>, E - e));
-      store(p + e, exp_negative(l - broadcast(top)));
-    }
-    for (int64_t e = 0; e < E; ++e) sum += p[e];
-    for (int64_t e = 0; e < E; ++e) p[e] = sigmoid ? 1 / (1 + std::exp(-logits[e])) : p[e] / sum;
-    return top + std::log(sum);
+    for (int64_t e = 0; e < E; ++e) sum += p[e] = exp_negative(logits[e] - top);
+    for (int64_t e = 0; e < E; ++e) p[e] = sigmoid ? logistic<C>(logits[e]) : p[e] / sum;
+    for (int t = 0; t < kLanes<C>; ++t) sum[t] = std::log(sum[t]);
+    return top + sum;
   }
 
-  // Gates that all underflowed stay zero instead of turning into 0 / 0.
+  // What the weights are divided by.  Gates that all underflowed stay zero instead of 0 / 0.
   template <class C>
-  C normalizer(const C* p, const int32_t* ids, int64_t K) const {
-    if (!renormalize) return 1;
-    C sum = 0;
-    for (int64_t j = 0; j < K; ++j)
-      if (ids[j] >= 0) sum += p[ids[j]];
-    return sum == 0 ? 1 : sum;
+  Vec<C> normalizer(const Vec<C>* picked, int64_t K) const {
+    const Vec<C> one = broadcast(C(1));
+    if (!renormalize) return one;
+    Vec<C> sum = {};
+    for (int64_t j = 0; j < K; ++j) sum += picked[j];
+    return sum == 0 ? one : sum;
   }
 
   // The K largest of p + bias, largest first: ties to the lower id, NaN after everything else.
-  // `score`, in memory of padded(E), is scratch: NaN where an expert has been taken.
-  // Ids are distinct and in range whatever the values are.
+  // Ids are distinct and in range whatever the values are.  `picked` (K) gets their p; `score` (E)
+  // is scratch: NaN where an expert has been taken.
   template <class C>
-  void pick(const C* p, const C* bias, int64_t E, int64_t K, C* score, int32_t* ids) const {
-    constexpr C least = -std::numeric_limits<C>::infinity();
-    constexpr C taken = std::numeric_limits<C>::quiet_NaN();
+  void pick(const Vec<C>* p, const C* bias, int64_t E, int64_t K, Vec<C>* score, Vec<C>* ids,
+            Vec<C>* picked) const {
+    const Vec<C> least = broadcast(-std::numeric_limits<C>::infinity());
+    const Vec<C> taken = broadcast(std::numeric_limits<C>::quiet_NaN());
+    const Vec<C> none = broadcast(C(-1));
     for (int64_t e = 0; e < E; ++e) {
-      score[e] = bias ? p[e] + bias[e] : p[e];
-      if (std::isnan(score[e])) score[e] = least;
+      const Vec<C> s = bias ? p[e] + broadcast(bias[e]) : p[e];
+      score[e] = s == s ? s : least;
     }
-    std::fill(score + E, score + padded<C>(E), taken);
     for (int64_t j = 0; j < K; ++j) {
-      const C best = largest(score, E);
-      const int64_t e = std::find(score, score + E, best) - score;
-      score[e] = taken;
-      ids[j] = int32_t(e);
+      Vec<C> best = least, id = none, value = {};
+      for (int64_t e = 0; e < E; ++e) {
+        const Vec<C> number = broadcast(C(e));
+        if (j > 0) score[e] = ids[j - 1] == number ? taken : score[e];
+        const auto better = (score[e] > best) | ((id < 0) & (score[e] == score[e]));
+        best = better ? score[e] : best;
+        id = better ? number : id;
+        value = better ? p[e] : value;
+      }
+      ids[j] = id;
+      picked[j] = value;
     }
   }
 
-  // Drops picked experts with p < threshold, and those before which p already sums to top_p.
+  // Drops picked experts with p < threshold, and those before which p already sums to top_p: id -1,
+  // p zero.
   template <class C>
-  void drop(const C* p, int64_t K, int32_t* ids) const {
-    C before = 0;
+  void drop(int64_t K, Vec<C>* ids, Vec<C>* picked) const {
+    Vec<C> before = {};
     for (int64_t j = 0; j < K; ++j) {
-      const C value = p[ids[j]];
-      if (value < C(threshold) || before >= C(top_p)) ids[j] = -1;
+      const Vec<C> value = picked[j];
+      const auto out = (value < broadcast(C(threshold))) | (before >= broadcast(C(top_p)));
+      ids[j] = out ? broadcast(C(-1)) : ids[j];
+      picked[j] = out ? Vec<C>{} : value;
       before += value;
     }
   }
 
-  // Gradient of the logits from those of weights (K), p (E), lse and the logits themselves;
-  // null pointers are zeros.  `p` and `dp`, in memory of padded(E), are scratch, not out (E,)
-  // itself.
+  // Gradient `out` (E) of the logits from those of weights (K), p (E) times per_token, and lse; null
+  // pointers are zeros.  `p` (E) is scratch.
   template <class C>
-  void backward(const C* logits, const int32_t* ids, const C* weights, const C* dweights,
-                const C* dmean_prob, C per_token, const C* dlse, const C* dlogits, int64_t E,
-                int64_t K, C* p, C* dp, C* out) const {
-    const C lse = values(logits, E, p);
-    for (int64_t e = 0; e < E; ++e) dp[e] = dmean_prob ? dmean_prob[e] * per_token : 0;
-    if (dweights) {
-      const C z = normalizer(p, ids, K);
-      C along = 0;  // w = p / z: the part of its gradient along w itself cancels
-      for (int64_t j = 0; renormalize && j < K; ++j) along += dweights[j] * weights[j];
-      for (int64_t j = 0; j < K; ++j)
-        if (ids[j] >= 0) dp[ids[j]] += (dweights[j] - along) / z;
+  void backward(const Vec<C>* logits, Vec<C>* ids, Vec<C>* weights, Vec<C>* dweights,
+                const C* dmean_prob, C per_token, const Vec<C>* dlse, int64_t E, int64_t K,
+                Vec<C>* p, Vec<C>* out) const {
+    const Vec<C> lse = values<C>(logits, E, p);
+    for (int64_t e = 0; e < E; ++e)
+      out[e] = dmean_prob ? broadcast(dmean_prob[e] * per_token) : Vec<C>{};
+    for (int64_t t = 0; dweights && t < kLanes<C>; ++t) {
+      C z = 0, along = 0;  // w = p / z: the part of its gradient along w itself cancels
+      for (int64_t j = 0; renormalize && j < K; ++j) {
+        along += lane<C>(dweights, j, t) * lane<C>(weights, j, t);
+        const C id = lane<C>(ids, j, t);
+        if (id >= 0) z += lane<C>(p, int64_t(id), t);
+      }
+      if (z == 0) z = 1;
+      for (int64_t j = 0; j < K; ++j) {
+        const C id = lane<C>(ids, j, t);
+        if (id >= 0) lane<C>(out, int64_t(id), t) += (lane<C>(dweights, j, t) - along) / z;
+      }
     }
-    C mean = 0;
-    for (int64_t e = 0; !sigmoid && e < E; ++e) mean += p[e] * dp[e];
+    Vec<C> mean = {};
+    for (int64_t e = 0; !sigmoid && e < E; ++e) mean += p[e] * out[e];
     for (int64_t e = 0; e < E; ++e) {
-      out[e] = sigmoid ? dp[e] * p[e] * (1 - p[e]) : p[e] * (dp[e] - mean);
-      if (dlse) out[e] += *dlse * std::exp(logits[e] - lse);
-      if (dlogits) out[e] += dlogits[e];
+      out[e] = sigmoid ? out[e] * p[e] * (1 - p[e]) : p[e] * (out[e] - mean);
+      if (dlse) out[e] += *dlse * exp_negative(logits[e] - lse);
     }
+  }
+
+ private:
+  template <class C>
+  static Vec<C> logistic(Vec<C> v) {
+    const Vec<C> e = exp_negative(v < 0 ? v : -v), one = broadcast(C(1));
+    return (v < 0 ? e : one) / (one + e);
   }
 };
 

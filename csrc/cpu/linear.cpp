@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> shrink(Tensor x, Tensor a, MaybeTensor w) {
     const auto w_rows = rows<W>("router_weight", w, E, D);
     Tensor s = empty<C>({n, R}), logits = empty<C>({n, E});
     C *s_data = mutable_data<C>(s), *logits_data = mutable_data<C>(logits);
-    Blocks(n).run([&](int64_t, int64_t begin, int64_t end) {
+    Blocks(n).run([&](int64_t begin, int64_t end) {
       const auto xs = pointers(x_rows.data, x_rows.stride, begin, end);
       const auto ss = pointers(s_data, R, begin, end);
       dot_rows(xs.data(), ss.data(), end - begin, a_rows.data, a_rows.stride, R, D);
@@ -63,7 +63,7 @@ Tensor expand_to(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const 
   const auto base_rows = rows<T>("base", base, n, D);
   Tensor y = empty<T>({n, D});
   T* y_data = mutable_data<T>(y);
-  Blocks(n).run([&](int64_t, int64_t begin, int64_t end) {
+  Blocks(n).run([&](int64_t begin, int64_t end) {
     write_rows<T>(begin, end, D, base_rows, y_data, [&](Sums<T>& sums, int64_t c) {
       first.add(sums, begin, end, c);
       second.add(sums, begin, end, c);

@@ -68,7 +68,7 @@ struct Backward {
     place.resize(tokens * K);
     for (int64_t i = 0; i < all.size(); ++i) place[all.slots[i]] = i;
     const Blocks blocks(tokens, experts.E, K);
-    blocks.run([&](int64_t, int64_t begin, int64_t end) {
+    blocks.run([&](int64_t begin, int64_t end) {
       const Grouping group(ids, K, experts.E, begin, end);
       rank_gradient(all, group, begin, end, blocks.few());
       routing_gradient(begin, end);
@@ -234,16 +234,8 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
     Tensor dx = empty<T>(need_x ? Ints{n, backward.D_in} : Ints{0});
     const ParameterGradient<T> dw(w, need_w), da(a, need_a), db(b, need_b);
     const auto routing_gradient = [&](int64_t begin, int64_t end) {
-      std::vector<C> scratch(2 * padded<C>(E));
-      for (int64_t t = begin; t < end; ++t) {
-        C *slot = slot_grad.get() + t * K, *out = logit_grad.get() + t * E;
-        for (int64_t j = 0; grad.weights && j < K; ++j) slot[j] += grad.weights[t * K + j];
-        gate.backward(logit + t * E, backward.ids + t * K, backward.weights + t * K, (const C*)slot,
-                      grad.mean_prob, C(1) / C(n), grad.lse ? grad.lse + t : nullptr,
-                      grad.logits ? grad.logits + t * E : nullptr, E, K, scratch.data(),
-                      scratch.data() + padded<C>(E), out);
-        for (int64_t e = 0; e < E; ++e) backward.dlogits_columns[e * n + t] = out[e];
-      }
+      grad.back(gate, begin, end, logit, backward.ids, backward.weights, slot_grad.get(),
+                logit_grad.get(), backward.dlogits_columns.get());
     };
     const Grouping all = backward.tokens_pass(pointer<T>(dx, need_x), routing_gradient);
     if (need_w || need_a || need_b) backward.parameters_pass(all, da.rows, dw.rows, db.rows);

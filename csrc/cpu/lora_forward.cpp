@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, K);
     check_ids(ids, n * K, forward.experts.E);
     const Blocks blocks(n, forward.experts.E, K);
-    blocks.run([&](int64_t, int64_t begin, int64_t end) {
+    blocks.run([&](int64_t begin, int64_t end) {
       forward.run(begin, end, ids, weight, blocks.few());
     });
     return {forward.y, forward.s};
@@ -139,8 +139,8 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
       router.few();
       forward.run(0, router.tokens, router.ids, router.weight, true);
     } else {
-      router.blocks.run([&](int64_t number, int64_t begin, int64_t end) {
-        router.block(number, begin, end);
+      router.blocks.run([&](int64_t begin, int64_t end) {
+        router.block(begin, end);
         forward.run(begin, end, router.ids, router.weight, false);
       });
     }

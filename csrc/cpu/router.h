@@ -20,7 +20,7 @@ struct Router {
   int32_t* ids;  // (T, K), and so on: the memory of these
   C *weight, *logit, *log_sum, *mean;
   int64_t* count;
-  std::unique_ptr<C[]> partial_prob;  // (blocks, E)
+  std::unique_ptr<C[]> partial_prob;  // (parts, E)
   std::unique_ptr<int64_t[]> partial_count;
 
   Router(const Tensor& x_, const Tensor& w_, const MaybeTensor& bias_, int64_t top_k, Gate gate_)
@@ -40,14 +40,14 @@ struct Router {
     log_sum = mutable_data<C>(lse = empty<C>({tokens}));
     mean = mutable_data<C>(mean_prob = empty<C>({E}));
     count = mutable_data<int64_t>(counts = empty<int64_t>({E}));
-    partial_prob = uninitialized<C>(blocks.count() * E);
-    partial_count = uninitialized<int64_t>(blocks.count() * E);
+    partial_prob = uninitialized<C>(parts(tokens) * E);
+    partial_count = uninitialized<int64_t>(parts(tokens) * E);
   }
 
-  // Routes tokens [begin, end): logits, ids, weights, lse, and this block's share of the sums.
-  void block(int64_t number, int64_t begin, int64_t end) {
+  // Routes tokens [begin, end): logits, ids, weights, lse, and their parts of the sums.
+  void block(int64_t begin, int64_t end) {
     multiply(begin, end, 0, E);
-    decide(number, begin, end);
+    for (int64_t t = begin; t < end; t += kPart) decide(t, std::min(end, t + kPart));
   }
 
   // Routes all of a few tokens: every thread reads its own rows of w.
@@ -55,13 +55,13 @@ struct Router {
     for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(W), [&](int64_t i) {
       multiply(0, tokens, i * kTileColumns, std::min(E, (i + 1) * kTileColumns));
     });
-    if (tokens > 0) decide(0, 0, tokens);
+    if (tokens > 0) decide(0, tokens);
   }
 
   void finish() {
     std::fill_n(mean, E, C(0));
     std::fill_n(count, E, int64_t(0));
-    for (int64_t n = 0; n < blocks.count(); ++n)
+    for (int64_t n = 0; n < parts(tokens); ++n)
       for (int64_t e = 0; e < E; ++e) {
         mean[e] += partial_prob[n * E + e];
         count[e] += partial_count[n * E + e];
@@ -77,25 +77,33 @@ struct Router {
     dot_rows(xs.data(), out.data(), end - begin, w.row(first), w.stride, last - first, D);
   }
 
-  void decide(int64_t number, int64_t begin, int64_t end) {
-    const auto scratch = uninitialized<C>(2 * padded<C>(E));
-    C *p = scratch.get(), *score = p + padded<C>(E);
-    C* prob = partial_prob.get() + number * E;
-    int64_t* picked = partial_count.get() + number * E;
-    std::fill_n(prob, E, C(0));
-    std::fill_n(picked, E, int64_t(0));
-    for (int64_t t = begin; t < end; ++t) {
-      int32_t* id = ids + t * K;
-      log_sum[t] = gate.values(logit + t * E, E, p);
-      gate.pick(p, bias, E, K, score, id);
-      gate.drop(p, K, id);
-      const C z = gate.normalizer(p, id, K);
-      for (int64_t j = 0; j < K; ++j) {
-        weight[t * K + j] = id[j] < 0 ? C(0) : p[id[j]] / z;
-        if (id[j] >= 0) ++picked[id[j]];
-      }
-      for (int64_t e = 0; e < E; ++e) prob[e] += p[e];
+  void decide(int64_t begin, int64_t end) {
+    constexpr int64_t L = kLanes<C>;
+    const auto memory = uninitialized<Vec<C>>(4 * E + 2 * K);
+    Vec<C> *logits = memory.get(), *p = logits + E, *score = p + E, *sums = score + E;
+    Vec<C> *id = sums + E, *picked = id + K;
+    C* prob = partial_prob.get() + begin / kPart * E;
+    int64_t* chosen = partial_count.get() + begin / kPart * E;
+    std::fill_n(sums, E, Vec<C>{});
+    std::fill_n(chosen, E, int64_t(0));
+    for (int64_t t = begin; t < end; t += L) {
+      const int64_t n = std::min(L, end - t);
+      to_lanes<C>(logit + t * E, n, E, logits);
+      const Vec<C> lse = gate.values<C>(logits, E, p);
+      store_tail(log_sum + t, lse, n);
+      gate.pick<C>(p, bias, E, K, score, id, picked);
+      gate.drop<C>(K, id, picked);
+      const Vec<C> z = gate.normalizer<C>(picked, K);
+      for (int64_t j = 0; j < K; ++j) picked[j] /= z;
+      from_lanes<C>(id, n, K, ids + t * K);
+      from_lanes<C>(picked, n, K, weight + t * K);
+      for (int64_t i = t * K; i < (t + n) * K; ++i)
+        if (ids[i] >= 0) ++chosen[ids[i]];
+      for (int64_t e = 0; e < E; ++e) sums[e] += n == L ? p[e] : load_bytes<Vec<C>>(p + e, n * sizeof(C));
     }
+    std::fill_n(prob, E, C(0));
+    for (int64_t e = 0; e < E; ++e)
+      for (int64_t i = 0; i < L; ++i) prob[e] += lane<C>(sums, e, i);
   }
 };
 
@@ -103,14 +111,49 @@ struct Router {
 template <class C>
 struct RoutingGrad {
   const C *weights, *logits, *mean_prob, *lse;
+  int64_t T, E, K;
 
   RoutingGrad(const MaybeTensor& dweights, const MaybeTensor& dlogits,
-              const MaybeTensor& dmean_prob, const MaybeTensor& dlse, int64_t T, int64_t E,
-              int64_t K)
-      : weights(contiguous<C>("dweights", dweights, {T, K})),
-        logits(contiguous<C>("dlogits", dlogits, {T, E})),
-        mean_prob(contiguous<C>("dmean_prob", dmean_prob, {E})),
-        lse(contiguous<C>("dlse", dlse, {T})) {}
+              const MaybeTensor& dmean_prob, const MaybeTensor& dlse, int64_t T_, int64_t E_,
+              int64_t K_)
+      : weights(contiguous<C>("dweights", dweights, {T_, K_})),
+        logits(contiguous<C>("dlogits", dlogits, {T_, E_})),
+        mean_prob(contiguous<C>("dmean_prob", dmean_prob, {E_})),
+        lse(contiguous<C>("dlse", dlse, {T_})),
+        T(T_),
+        E(E_),
+        K(K_) {}
+
+  // The gradient of the logits of tokens [begin, end) into `out` (T, E), and into `columns` (E, T)
+  // if given.  `inner` (T, K), if given, is the experts' part of the gradient of the weights.
+  void back(const Gate& gate, int64_t begin, int64_t end, const C* logit, const int32_t* ids,
+            const C* weight, const C* inner, C* out, C* columns) const {
+    constexpr int64_t L = kLanes<C>;
+    const auto memory = uninitialized<Vec<C>>(4 * E + 4 * K);
+    Vec<C> *l = memory.get(), *p = l + E, *dl = p + E, *outer = dl + E;
+    Vec<C> *id = outer + E, *w = id + K, *dw = w + K, *more = dw + K;
+    for (int64_t t = begin; t < end; t += L) {
+      const int64_t n = std::min(L, end - t);
+      to_lanes<C>(logit + t * E, n, E, l);
+      to_lanes<C>(ids + t * K, n, K, id);
+      to_lanes<C>(weight + t * K, n, K, w);
+      std::fill_n(dw, K, Vec<C>{});
+      for (const C* from : {weights, inner})
+        if (from) {
+          to_lanes<C>(from + t * K, n, K, more);
+          for (int64_t j = 0; j < K; ++j) dw[j] += more[j];
+        }
+      const Vec<C> along = lse ? load_tail(lse + t, n) : Vec<C>{};
+      gate.backward<C>(l, id, w, weights || inner ? dw : nullptr, mean_prob, C(1) / C(T),
+                    lse ? &along : nullptr, E, K, p, dl);
+      if (logits) {
+        to_lanes<C>(logits + t * E, n, E, outer);
+        for (int64_t e = 0; e < E; ++e) dl[e] += outer[e];
+      }
+      from_lanes<C>(dl, n, E, out + t * E);
+      for (int64_t e = 0; columns && e < E; ++e) store_tail(columns + e * T + t, dl[e], n);
+    }
+  }
 };
 
 }  // namespace lora_moe

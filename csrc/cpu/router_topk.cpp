@@ -13,7 +13,7 @@ Routing router_topk(Tensor x, Tensor w, MaybeTensor bias, int64_t top_k, std::st
     if (router.blocks.few())
       router.few();
     else
-      router.blocks.run([&](int64_t n, int64_t b, int64_t e) { router.block(n, b, e); });
+      router.blocks.run([&](int64_t b, int64_t e) { router.block(b, e); });
     router.finish();
     return {router.indices,   router.weights, router.logits,
             router.mean_prob, router.lse,     router.counts};
@@ -31,14 +31,8 @@ Tensor backward(const MaybeTensor& dweights, const MaybeTensor& dlogits,
   const C* logit = contiguous<C>("logits", logits, {T, E});
   check_ids(ids, T * K, E);
   Tensor out = empty<C>({T, E});
-  Blocks(T).run([&](int64_t, int64_t begin, int64_t end) {
-    std::vector<C> scratch(2 * padded<C>(E));
-    for (int64_t t = begin; t < end; ++t)
-      gate.backward(logit + t * E, ids + t * K, weight + t * K,
-                    grad.weights ? grad.weights + t * K : nullptr, grad.mean_prob, C(1) / C(T),
-                    grad.lse ? grad.lse + t : nullptr, grad.logits ? grad.logits + t * E : nullptr,
-                    E, K, scratch.data(), scratch.data() + padded<C>(E),
-                    mutable_data<C>(out) + t * E);
+  Blocks(T).run([&](int64_t begin, int64_t end) {
+    grad.back(gate, begin, end, logit, ids, weight, nullptr, mutable_data<C>(out), nullptr);
   });
   return out;
 }

@@ -8,6 +8,7 @@
 namespace lora_moe {
 
 constexpr int64_t kChunk = 256;  // columns
+constexpr int64_t kMaxChunk = 2048;
 
 // Sums for rows of bf16 columns are kept split into even and odd ones.
 template <class T>
@@ -20,7 +21,7 @@ std::unique_ptr<C[]> uninitialized(int64_t n) {
 
 template <class C>
 inline const C* zeros() {
-  alignas(64) static const C row[kChunk] = {};
+  alignas(64) static const C row[kMaxChunk] = {};
   return row;
 }
 
@@ -33,15 +34,21 @@ class Sums {
   static constexpr bool kInPlace = std::is_same_v<T, C>;
 
   Sums(int64_t begin, int64_t end, int64_t c, int64_t columns, Rows<const T> base, T* y, int64_t D,
-       C* scratch)
-      : columns_(columns), y_(y + begin * D + c), D_(D), from_(end - begin), to_(end - begin) {
+       C* scratch, int64_t chunk, C* partial = nullptr)
+      : columns_(columns),
+        y_(y + begin * D + c),
+        D_(D),
+        chunk_(chunk),
+        partial_(partial),
+        from_(end - begin),
+        to_(end - begin) {
     for (size_t t = 0; t < to_.size(); ++t) {
       from_[t] = zeros<C>();
       if constexpr (kInPlace) {
         to_[t] = y_ + t * D;
         if (base) from_[t] = base.row(begin + t) + c;
       } else {
-        to_[t] = scratch + t * kChunk;
+        to_[t] = scratch + t * chunk;
         if (base) widen(base.row(begin + t) + c, to_[t]), from_[t] = to_[t];
       }
     }
@@ -51,6 +58,7 @@ class Sums {
   // stands twice one after the other excepted.
   template <class B>
   void add(int64_t n, const int64_t* which, const C* const* h, int64_t R, const B* b, int64_t ldb) {
+    if (partial_) return stream(n, which, h, R, b, ldb);
     const C* from[kTileRows];
     C* to[kTileRows];
     const int64_t most = tile_rows(n);
@@ -78,6 +86,25 @@ class Sums {
  private:
   static constexpr int64_t L = kLanes<C>;
 
+  template <class B>
+  void stream(int64_t n, const int64_t* which, const C* const* h, int64_t R, const B* b,
+              int64_t ldb) {
+    const C* from[kTileRows];
+    C* to[kTileRows];
+    for (int64_t i = 0; i < n; i += kTileRows) {
+      const int64_t rows = std::min<int64_t>(kTileRows, n - i);
+      for (int64_t run = 0; run < R; run += kRun) {
+        for (int64_t m = 0; m < rows; ++m) {
+          const int64_t t = which ? which[i + m] : i + m;
+          from[m] = from_[t];
+          from_[t] = to[m] = to_[t];
+        }
+        add_streams<kSplit<T>>(h + i, rows, run, std::min(R, run + kRun), b, ldb, columns_, from,
+                               to, partial_, chunk_);
+      }
+    }
+  }
+
   void widen(const T* from, C* to) const {
     for (int64_t c = 0; c < columns_; c += 2 * L) {
       const int64_t left = std::min(2 * L, columns_ - c);
@@ -93,7 +120,8 @@ class Sums {
 
   int64_t columns_;
   T* y_;
-  int64_t D_;
+  int64_t D_, chunk_;
+  C* partial_;
   std::vector<const C*> from_;
   std::vector<C*> to_;
 };
@@ -103,7 +131,8 @@ template <class T, class F>
 inline void write_rows(int64_t begin, int64_t end, int64_t D, Rows<const T> base, T* y, F add) {
   const auto scratch = uninitialized<acc_t<T>>((end - begin) * kChunk);
   for (int64_t c = 0; c < D; c += kChunk) {
-    Sums<T> sums(begin, end, c, std::min(kChunk, D - c), base, y, D, scratch.get());
+    Sums<T> sums(begin, end, c, std::min(kChunk, D - c), base, y, D, scratch.get(),
+                 kChunk);
     add(sums, c);
     sums.write();
   }
@@ -112,11 +141,12 @@ inline void write_rows(int64_t begin, int64_t end, int64_t D, Rows<const T> base
 // The same for few rows, the chunks in parallel.
 template <class T, class F>
 inline void write_few_rows(int64_t n, int64_t D, int64_t bytes, Rows<const T> base, T* y, F add) {
-  const int64_t chunk = D < 8 * kChunk ? kChunk / 4 : kChunk;
+  const int64_t share = D / torch::stable::get_num_threads() + 63;
+  const int64_t chunk = std::clamp<int64_t>(share / 64 * 64, kChunk, 2048);
   for_tasks((D + chunk - 1) / chunk, bytes, [&](int64_t i) {
-    const auto scratch = uninitialized<acc_t<T>>(n * kChunk);
+    const auto scratch = uninitialized<acc_t<T>>(n * chunk), partial = uninitialized<acc_t<T>>(kTileRows * chunk);
     const int64_t c = i * chunk;
-    Sums<T> sums(0, n, c, std::min(chunk, D - c), base, y, D, scratch.get());
+    Sums<T> sums(0, n, c, std::min(chunk, D - c), base, y, D, scratch.get(), chunk, partial.get());
     add(sums, c);
     sums.write();
   });

@@ -153,24 +153,30 @@ inline void for_tasks(int64_t n, int64_t bytes, F f) {
 // More tokens pass in blocks, and everything about a block happens while its rows are in cache.
 constexpr int64_t kFewTokens = 64;
 
-// Blocks of T tokens for E experts and K slots a token: a function of shapes alone, so that a sum
-// over blocks has the same bits for any number of threads.  About 16 tokens an expert make whole
-// tiles, at least eight blocks keep the threads busy.
+// Sums over tokens that every block has a part in, mean_prob and counts, are taken in parts of this
+// many tokens: as blocks consist of whole parts, the bits do not depend on how large they are.
+constexpr int64_t kPart = 64;
+inline int64_t parts(int64_t T) { return (T + kPart - 1) / kPart; }
+
+// Blocks of T tokens for E experts and K slots a token.  About 32 tokens an expert make whole tiles
+// of its rows and read its weights seldom; two blocks a thread even out skewed routing.
 struct Blocks {
   int64_t tokens, size;
 
   explicit Blocks(int64_t T, int64_t E = 1, int64_t K = 1) : tokens(T), size(T) {
-    if (T > kFewTokens)
-      size = std::clamp<int64_t>(16 * E / K, 64, 512), size = std::min(size, (T + 7) / 8);
+    if (few()) return;
+    const int64_t most = std::clamp<int64_t>(32 * E / K, 2 * kPart, 16 * kPart);
+    const int64_t share = T / (2 * int64_t(torch::stable::get_num_threads()));
+    size = parts(std::clamp<int64_t>(share, 1, most)) * kPart;
   }
   bool few() const { return tokens <= kFewTokens; }
   int64_t count() const { return tokens == 0 ? 0 : (tokens + size - 1) / size; }
 
-  // f(block, first token, one past the last), in parallel
+  // f(first token, one past the last) of each block, in parallel
   template <class F>
   void run(F f) const {
     for_tasks(count(), kSerialBytes,
-              [&](int64_t i) { f(i, i * size, std::min(tokens, (i + 1) * size)); });
+              [&](int64_t i) { f(i * size, std::min(tokens, (i + 1) * size)); });
   }
 };
 
