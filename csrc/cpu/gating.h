@@ -1,7 +1,8 @@
 // The router's middle, kLanes tokens at a time and each in a lane of its own:  p = gate(logits),
-// ids = top-k of p + bias,  weights = p[ids] (/ their sum),  and its gradient.  No operation crosses
-// lanes, so a token's numbers do not depend on its neighbours.  A picked expert may be dropped: its
-// id is -1.  Ids in lanes are numbers of the same type as the gates, exact far beyond any E.
+// ids = top-k of p + bias,  weights = p[ids] (/ their sum),  and its gradient.  No operation
+// crosses lanes, so a token's numbers do not depend on its neighbours.  A picked expert may be
+// dropped: its id is -1.  Ids in lanes are numbers of the same type as the gates, exact far beyond
+// any E.
 #pragma once
 
 #include <algorithm>
@@ -113,8 +114,8 @@ struct Gate {
     }
   }
 
-  // Gradient `out` (E) of the logits from those of weights (K), p (E) times per_token, and lse; null
-  // pointers are zeros.  `p` (E) is scratch.
+  // Gradient `out` (E) of the logits from those of weights (K), p (E) times per_token, and lse;
+  // null pointers are zeros.  `p` (E) is scratch.
   template <class C>
   void backward(const Vec<C>* logits, Vec<C>* ids, Vec<C>* weights, Vec<C>* dweights,
                 const C* dmean_prob, C per_token, const Vec<C>* dlse, int64_t E, int64_t K,

@@ -43,14 +43,15 @@ struct Term {
     else
       b = rows<T>("lora_B", b_, R, D);
   }
-  void add(Sums<T>& sums, int64_t begin, int64_t end, int64_t c) const {
+  void add(Sums<T>& sums, int64_t begin, int64_t end) const {
     if (!h) return;
     const auto hs = pointers(h, R, begin, end);
     if (wide_b)
-      sums.add(end - begin, nullptr, hs.data(), R, wide_b.data + c, wide_b.stride);
+      sums.add(end - begin, nullptr, hs.data(), R, wide_b.data, wide_b.stride);
     else
-      sums.add(end - begin, nullptr, hs.data(), R, b.data + c, b.stride);
+      sums.add(end - begin, nullptr, hs.data(), R, b.data, b.stride);
   }
+  int64_t bytes(int64_t D) const { return R * D * int64_t(wide_b ? sizeof(C) : sizeof(T)); }
 };
 
 template <class T>
@@ -63,11 +64,12 @@ Tensor expand_to(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const 
   const auto base_rows = rows<T>("base", base, n, D);
   Tensor y = empty<T>({n, D});
   T* y_data = mutable_data<T>(y);
-  Blocks(n).run([&](int64_t begin, int64_t end) {
-    write_rows<T>(begin, end, D, base_rows, y_data, [&](Sums<T>& sums, int64_t c) {
-      first.add(sums, begin, end, c);
-      second.add(sums, begin, end, c);
-    });
+  const Blocks blocks(n);
+  blocks.run([&](int64_t begin, int64_t end) {
+    Sums<T> sums(begin, end, D, base_rows, y_data);
+    first.add(sums, begin, end);
+    second.add(sums, begin, end);
+    blocks.few() ? sums.write_few(first.bytes(D) + second.bytes(D)) : sums.write();
   });
   return y;
 }

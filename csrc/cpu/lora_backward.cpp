@@ -149,19 +149,15 @@ struct Backward {
     for (int64_t slot : group.slots) from.push_back(row_ds(slot));
     const auto all_ds = pointers<const C>(ds.get(), W, begin, end);
     const auto all_dlogits = pointers<const C>(dlogits, experts.E, begin, w ? end : begin);
-    const auto add = [&](Sums<T>& sums, int64_t c) {
-      if (experts.shared_a) sums.add(end - begin, nullptr, all_ds.data(), W, a.data + c, a.stride);
-      for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e) {
-        const int64_t i = group.start[e];
-        sums.add(group.count(e), group.tokens.data() + i, from.data() + i, experts.rank(e),
-                 a.row(experts.offsets[e]) + c, a.stride);
-      }
-      if (w) sums.add(end - begin, nullptr, all_dlogits.data(), experts.E, w.data + c, w.stride);
-    };
-    if (few)
-      write_few_rows<T>(end, D_in, experts.E * D_in * int64_t(sizeof(T)), {}, dx, add);
-    else
-      write_rows<T>(begin, end, D_in, {}, dx, add);
+    Sums<T> sums(begin, end, D_in, {}, dx);
+    if (experts.shared_a) sums.add(end - begin, nullptr, all_ds.data(), W, a.data, a.stride);
+    for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e) {
+      const int64_t i = group.start[e];
+      sums.add(group.count(e), group.tokens.data() + i, from.data() + i, experts.rank(e),
+               a.row(experts.offsets[e]), a.stride);
+    }
+    if (w) sums.add(end - begin, nullptr, all_dlogits.data(), experts.E, w.data, w.stride);
+    few ? sums.write_few(experts.E * D_in * int64_t(sizeof(T))) : sums.write();
   }
 };
 

@@ -46,17 +46,13 @@ struct Forward {
     shrink(group, begin, end, few);
     const auto h = gated(group, weights);
     const auto hs = pointers<const C>(h.get(), experts.max_rank, 0, group.size());
-    const auto add = [&](Sums<T>& sums, int64_t c) {
-      for (int64_t e = 0; e < experts.E; ++e) {
-        const int64_t i = group.start[e];
-        sums.add(group.count(e), group.tokens.data() + i, hs.data() + i, experts.rank(e),
-                 b.row(experts.offsets[e]) + c, b.stride);
-      }
-    };
-    if (few)
-      write_few_rows<T>(end, D_out, weight_bytes(group, D_out), base, y_data, add);
-    else
-      write_rows<T>(begin, end, D_out, base, y_data, add);
+    Sums<T> sums(begin, end, D_out, base, y_data);
+    for (int64_t e = 0; e < experts.E; ++e) {
+      const int64_t i = group.start[e];
+      sums.add(group.count(e), group.tokens.data() + i, hs.data() + i, experts.rank(e),
+               b.row(experts.offsets[e]), b.stride);
+    }
+    few ? sums.write_few(weight_bytes(group, D_out)) : sums.write();
   }
 
  private:
@@ -117,9 +113,8 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, K);
     check_ids(ids, n * K, forward.experts.E);
     const Blocks blocks(n, forward.experts.E, K);
-    blocks.run([&](int64_t begin, int64_t end) {
-      forward.run(begin, end, ids, weight, blocks.few());
-    });
+    blocks.run(
+        [&](int64_t begin, int64_t end) { forward.run(begin, end, ids, weight, blocks.few()); });
     return {forward.y, forward.s};
   });
 }

@@ -80,8 +80,8 @@ struct Router {
   void decide(int64_t begin, int64_t end) {
     constexpr int64_t L = kLanes<C>;
     const auto memory = uninitialized<Vec<C>>(4 * E + 2 * K);
-    Vec<C> *logits = memory.get(), *p = logits + E, *score = p + E, *sums = score + E;
-    Vec<C> *id = sums + E, *picked = id + K;
+    Vec<C>*logits = memory.get(), *p = logits + E, *score = p + E, *sums = score + E;
+    Vec<C>*id = sums + E, *picked = id + K;
     C* prob = partial_prob.get() + begin / kPart * E;
     int64_t* chosen = partial_count.get() + begin / kPart * E;
     std::fill_n(sums, E, Vec<C>{});
@@ -99,7 +99,8 @@ struct Router {
       from_lanes<C>(picked, n, K, weight + t * K);
       for (int64_t i = t * K; i < (t + n) * K; ++i)
         if (ids[i] >= 0) ++chosen[ids[i]];
-      for (int64_t e = 0; e < E; ++e) sums[e] += n == L ? p[e] : load_bytes<Vec<C>>(p + e, n * sizeof(C));
+      for (int64_t e = 0; e < E; ++e)
+        sums[e] += n == L ? p[e] : load_bytes<Vec<C>>(p + e, n * sizeof(C));
     }
     std::fill_n(prob, E, C(0));
     for (int64_t e = 0; e < E; ++e)
@@ -130,8 +131,8 @@ struct RoutingGrad {
             const C* weight, const C* inner, C* out, C* columns) const {
     constexpr int64_t L = kLanes<C>;
     const auto memory = uninitialized<Vec<C>>(4 * E + 4 * K);
-    Vec<C> *l = memory.get(), *p = l + E, *dl = p + E, *outer = dl + E;
-    Vec<C> *id = outer + E, *w = id + K, *dw = w + K, *more = dw + K;
+    Vec<C>*l = memory.get(), *p = l + E, *dl = p + E, *outer = dl + E;
+    Vec<C>*id = outer + E, *w = id + K, *dw = w + K, *more = dw + K;
     for (int64_t t = begin; t < end; t += L) {
       const int64_t n = std::min(L, end - t);
       to_lanes<C>(logit + t * E, n, E, l);
@@ -145,7 +146,7 @@ struct RoutingGrad {
         }
       const Vec<C> along = lse ? load_tail(lse + t, n) : Vec<C>{};
       gate.backward<C>(l, id, w, weights || inner ? dw : nullptr, mean_prob, C(1) / C(T),
-                    lse ? &along : nullptr, E, K, p, dl);
+                       lse ? &along : nullptr, E, K, p, dl);
       if (logits) {
         to_lanes<C>(logits + t * E, n, E, outer);
         for (int64_t e = 0; e < E; ++e) dl[e] += outer[e];

@@ -7,8 +7,8 @@
 
 namespace lora_moe {
 
-constexpr int64_t kChunk = 256;  // columns
-constexpr int64_t kMaxChunk = 2048;
+constexpr int64_t kChunk = 256;            // columns
+constexpr int64_t kFewChunk = 8 * kChunk;  // the most where rows are few
 
 // Sums for rows of bf16 columns are kept split into even and odd ones.
 template <class T>
@@ -21,136 +21,145 @@ std::unique_ptr<C[]> uninitialized(int64_t n) {
 
 template <class C>
 inline const C* zeros() {
-  alignas(64) static const C row[kMaxChunk] = {};
+  alignas(64) static const C row[kFewChunk] = {};
   return row;
 }
 
-// y = round(base + sums) for rows [begin, end) and columns [c, c + columns).  fp32 and fp64 add up
-// in y itself; 16-bit rows need `scratch` of (end - begin) kChunk numbers.
+// y = round(base + sum of products) for rows [begin, end) of y (T, D): `add` notes a product,
+// `write` computes them all, a chunk of columns after the other.  fp32 and fp64 add up in y itself.
 template <class T>
 class Sums {
  public:
   using C = acc_t<T>;
   static constexpr bool kInPlace = std::is_same_v<T, C>;
 
-  Sums(int64_t begin, int64_t end, int64_t c, int64_t columns, Rows<const T> base, T* y, int64_t D,
-       C* scratch, int64_t chunk, C* partial = nullptr)
-      : columns_(columns),
-        y_(y + begin * D + c),
-        D_(D),
-        chunk_(chunk),
-        partial_(partial),
-        from_(end - begin),
-        to_(end - begin) {
-    for (size_t t = 0; t < to_.size(); ++t) {
-      from_[t] = zeros<C>();
-      if constexpr (kInPlace) {
-        to_[t] = y_ + t * D;
-        if (base) from_[t] = base.row(begin + t) + c;
-      } else {
-        to_[t] = scratch + t * chunk;
-        if (base) widen(base.row(begin + t) + c, to_[t]), from_[t] = to_[t];
-      }
-    }
+  Sums(int64_t begin, int64_t end, int64_t D, Rows<const T> base, T* y)
+      : tokens_(end - begin), D_(D), y_(y + begin * D), base_(base), touched_(tokens_) {
+    if (base_) base_.data = base_.row(begin);
   }
 
-  // Adds h[i] (R) times rows b (R, columns) to row which[i], or i: n different ones, a row that
-  // stands twice one after the other excepted.
+  // h[i] (R) times rows b (R, D) onto row which[i], or i; a row may stand twice, one after the
+  // other.
   template <class B>
   void add(int64_t n, const int64_t* which, const C* const* h, int64_t R, const B* b, int64_t ldb) {
-    if (partial_) return stream(n, which, h, R, b, ldb);
-    const C* from[kTileRows];
-    C* to[kTileRows];
     const int64_t most = tile_rows(n);
     for (int64_t i = 0, rows; i < n; i += rows) {
+      const int64_t at = int64_t(slots_.size());
       for (rows = 0; rows < most && i + rows < n; ++rows) {
         const int64_t t = which ? which[i + rows] : i + rows;
-        if (rows && to_[t] == to[rows - 1]) break;  // twice: not in the same tile
-        if (from_[t] != to_[t]) prefetch<true>(y_ + t * D_ + kChunk, columns_);
-        from[rows] = from_[t];
-        from_[t] = to[rows] = to_[t];
+        if (rows && t == slots_.back().row) break;  // twice: not in the same tile
+        slots_.push_back({t, !touched_[t]});
+        h_.push_back(h[i + rows]);
+        touched_[t] = true;
       }
-      add_rows<kSplit<T>>(h + i, rows, R, MatrixRows<B>{b, ldb}, columns_, from, to);
+      products_.push_back({at, rows, R, ldb, std::is_same_v<B, T> ? b : nullptr, b});
     }
   }
 
-  void write() {
-    for (size_t t = 0; t < to_.size(); ++t) {
-      if constexpr (!kInPlace)
-        narrow(from_[t], y_ + t * D_);
-      else if (from_[t] != to_[t])
-        std::copy_n(from_[t], columns_, to_[t]);
-    }
+  void write() const { write(0, D_, kChunk, nullptr); }
+
+  // The same for few rows, where reading the weights, so many bytes, takes the time: every thread
+  // reads its own columns, as long a part of each row as can be.
+  void write_few(int64_t bytes) const {
+    const int64_t share = D_ / torch::stable::get_num_threads() / 64 * 64 + 64;
+    const int64_t chunk = std::clamp(share, kChunk, kFewChunk);
+    for_tasks((D_ + chunk - 1) / chunk, bytes, [&](int64_t i) {
+      const auto partial = uninitialized<C>(kTileRows * chunk);
+      write(i * chunk, std::min(D_, (i + 1) * chunk), chunk, partial.get());
+    });
   }
 
  private:
+  struct Slot {
+    int64_t row;
+    bool first;  // that adds to its row
+  };
+  struct Product {
+    int64_t at, rows, R, ldb;  // slots [at, at + rows)
+    const void *b, *wide;      // rows of T, or else of C
+  };
   static constexpr int64_t L = kLanes<C>;
 
-  template <class B>
-  void stream(int64_t n, const int64_t* which, const C* const* h, int64_t R, const B* b,
-              int64_t ldb) {
-    const C* from[kTileRows];
-    C* to[kTileRows];
-    for (int64_t i = 0; i < n; i += kTileRows) {
-      const int64_t rows = std::min<int64_t>(kTileRows, n - i);
-      for (int64_t run = 0; run < R; run += kRun) {
-        for (int64_t m = 0; m < rows; ++m) {
-          const int64_t t = which ? which[i + m] : i + m;
-          from[m] = from_[t];
-          from_[t] = to[m] = to_[t];
-        }
-        add_streams<kSplit<T>>(h + i, rows, run, std::min(R, run + kRun), b, ldb, columns_, from,
-                               to, partial_, chunk_);
+  // Columns [begin, end).  `partial`: see stream_rows, by which it is asked for.
+  void write(int64_t begin, int64_t end, int64_t chunk, C* partial) const {
+    const auto scratch = uninitialized<C>(kInPlace ? 0 : tokens_ * chunk);
+    std::vector<const C*> from(slots_.size());
+    std::vector<C*> to(slots_.size());
+    for (int64_t c = begin; c < end; c += chunk) {
+      const int64_t columns = std::min(chunk, end - c);
+      start(c, columns, chunk, scratch.get(), from.data(), to.data());
+      for (const Product& p : products_) {
+        if (p.b)
+          multiply(p, static_cast<const T*>(p.b) + c, columns, from.data(), to.data(), partial,
+                   chunk);
+        else
+          multiply(p, static_cast<const C*>(p.wide) + c, columns, from.data(), to.data(), partial,
+                   chunk);
+        for (int64_t i = p.at; !partial && i < p.at + p.rows; ++i)
+          if (slots_[i].first) prefetch<true>(y_ + slots_[i].row * D_ + c + chunk, columns);
+      }
+      finish(c, columns, chunk, scratch.get());
+    }
+  }
+
+  void start(int64_t c, int64_t columns, int64_t chunk, C* scratch, const C** from, C** to) const {
+    if constexpr (!kInPlace)
+      for (int64_t t = 0; base_ && t < tokens_; ++t)
+        widen(base_.row(t) + c, columns, scratch + t * chunk);
+    for (size_t i = 0; i < slots_.size(); ++i) {
+      const auto [t, first] = slots_[i];
+      if constexpr (kInPlace) {
+        to[i] = y_ + t * D_ + c;
+        from[i] = !first ? to[i] : base_ ? base_.row(t) + c : zeros<C>();
+      } else {
+        to[i] = scratch + t * chunk;
+        from[i] = first && !base_ ? zeros<C>() : to[i];
       }
     }
   }
 
-  void widen(const T* from, C* to) const {
-    for (int64_t c = 0; c < columns_; c += 2 * L) {
-      const int64_t left = std::min(2 * L, columns_ - c);
+  template <class B>
+  void multiply(const Product& p, const B* b, int64_t columns, const C* const* from, C* const* to,
+                C* partial, int64_t chunk) const {
+    if (partial)
+      stream_rows<kSplit<T>>(h_.data() + p.at, p.rows, p.R, b, p.ldb, columns, from + p.at,
+                             to + p.at, partial, chunk);
+    else
+      add_rows<kSplit<T>>(h_.data() + p.at, p.rows, p.R, MatrixRows<B>{b, p.ldb}, columns,
+                          from + p.at, to + p.at);
+  }
+
+  void finish(int64_t c, int64_t columns, int64_t chunk, const C* scratch) const {
+    for (int64_t t = 0; t < tokens_; ++t) {
+      T* y = y_ + t * D_ + c;
+      if constexpr (!kInPlace)
+        narrow(touched_[t] || base_ ? scratch + t * chunk : zeros<C>(), columns, y);
+      else if (!touched_[t])
+        std::copy_n(base_ ? base_.row(t) + c : zeros<C>(), columns, y);
+    }
+  }
+
+  static void widen(const T* from, int64_t columns, C* to) {
+    for (int64_t c = 0; c < columns; c += 2 * L) {
+      const int64_t left = std::min(2 * L, columns - c);
       store_pair<false>(to + c, load_pair_tail<kSplit<T>>(from + c, left));
     }
   }
-  void narrow(const C* from, T* to) const {
+  static void narrow(const C* from, int64_t columns, T* to) {
     int64_t c = 0;
-    for (; c + 2 * L <= columns_; c += 2 * L)
+    for (; c + 2 * L <= columns; c += 2 * L)
       store_pair<kSplit<T>>(to + c, load_pair<false>(from + c));
-    if (c < columns_) store_pair_tail<kSplit<T>>(to + c, load_pair<false>(from + c), columns_ - c);
+    if (c < columns) store_pair_tail<kSplit<T>>(to + c, load_pair<false>(from + c), columns - c);
   }
 
-  int64_t columns_;
+  int64_t tokens_, D_;
   T* y_;
-  int64_t D_, chunk_;
-  C* partial_;
-  std::vector<const C*> from_;
-  std::vector<C*> to_;
+  Rows<const T> base_;
+  std::vector<char> touched_;
+  std::vector<Slot> slots_;
+  std::vector<const C*> h_;  // of the slots
+  std::vector<Product> products_;
 };
-
-// Rows [begin, end) of y (T, D): add(sums, first column) for one chunk after the other.
-template <class T, class F>
-inline void write_rows(int64_t begin, int64_t end, int64_t D, Rows<const T> base, T* y, F add) {
-  const auto scratch = uninitialized<acc_t<T>>((end - begin) * kChunk);
-  for (int64_t c = 0; c < D; c += kChunk) {
-    Sums<T> sums(begin, end, c, std::min(kChunk, D - c), base, y, D, scratch.get(),
-                 kChunk);
-    add(sums, c);
-    sums.write();
-  }
-}
-
-// The same for few rows, the chunks in parallel.
-template <class T, class F>
-inline void write_few_rows(int64_t n, int64_t D, int64_t bytes, Rows<const T> base, T* y, F add) {
-  const int64_t share = D / torch::stable::get_num_threads() + 63;
-  const int64_t chunk = std::clamp<int64_t>(share / 64 * 64, kChunk, 2048);
-  for_tasks((D + chunk - 1) / chunk, bytes, [&](int64_t i) {
-    const auto scratch = uninitialized<acc_t<T>>(n * chunk), partial = uninitialized<acc_t<T>>(kTileRows * chunk);
-    const int64_t c = i * chunk;
-    Sums<T> sums(0, n, c, std::min(chunk, D - c), base, y, D, scratch.get(), chunk, partial.get());
-    add(sums, c);
-    sums.write();
-  });
-}
 
 // Columns of a sum over tokens that one task owns: a page of each row, so that one address
 // translation serves several chunks, and no more sums than the second-level cache keeps beside

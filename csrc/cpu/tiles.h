@@ -233,56 +233,71 @@ inline void add_rows(const C* const* h, int64_t T, int64_t R, Row row, int64_t c
 
 // The same where b comes from memory and reading it takes the time, as with a few tokens: rows of b
 // pass by in groups, each row read by an instruction of its own, in whose addresses the hardware
-// sees the next ones coming.  `partial`: T rows of `stride` numbers between the groups of a run.
+// sees the next ones coming.
 constexpr int kStreams = kVectorBytes == 64 ? 8 : 4;
 
 template <bool Split, int N, bool Tail, class B, class C>
-LORA_MOE_INLINE void stream_step(const C* const* h, int64_t i, int64_t T, const B* b, int64_t ldb,
+LORA_MOE_INLINE void stream_tile(const C* const* h, int64_t i, int64_t T, const B* b, int64_t ldb,
                                  int64_t c, int64_t left, const C* const* from, C* const* to,
                                  C* partial, int64_t stride, bool first, bool last) {
   Pair<C> bs[N];
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n)
-    bs[n] = Tail ? load_pair_tail<Split>(b + n * ldb + c, left) : load_pair<Split>(b + n * ldb + c);
-  for (int64_t m = 0; m < T; ++m) {
-    C* between = partial + m * stride + c;
+  for (int n = 0; n < N; ++n) {
+    const B* p = b + n * ldb + c;
+    bs[n] = Tail ? load_pair_tail<Split>(p, left) : load_pair<Split>(p);
+    if (!last) prefetch(p + N * ldb, 2 * kLanes<C>);
+  }
+  for (int64_t t = 0; t < T; ++t) {
+    C* between = partial + t * stride + c;
     Pair<C> sum = first ? Pair<C>{} : load_pair<false>(between);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const Vec<C> hm = broadcast(h[m][i + n]);
-      sum.first = multiply_add(hm, bs[n].first, sum.first);
-      sum.second = multiply_add(hm, bs[n].second, sum.second);
+      const Vec<C> ht = broadcast(h[t][i + n]);
+      sum.first = multiply_add(ht, bs[n].first, sum.first);
+      sum.second = multiply_add(ht, bs[n].second, sum.second);
     }
     if (!last) {
       store_pair<false>(between, sum);
       continue;
     }
-    const C* p = from[m] + c;
+    const C* p = from[t] + c;
     const auto before = Tail && !Split ? load_pair_tail<false>(p, left) : load_pair<false>(p);
-    store_pair_tail<false>(to[m] + c, Pair<C>{before.first + sum.first, before.second + sum.second},
-                           Tail && !Split ? left : 2 * kLanes<C>);
+    const Pair<C> after = {before.first + sum.first, before.second + sum.second};
+    store_pair_tail<false>(to[t] + c, after, Tail && !Split ? left : 2 * kLanes<C>);
   }
 }
 
+// Rows [i, end) of a run of at most kRun.
 template <bool Split, int N = kStreams, class B, class C>
-inline void add_streams(const C* const* h, int64_t T, int64_t begin, int64_t end, const B* b,
-                        int64_t ldb, int64_t columns, const C* const* from, C* const* to,
-                        C* partial, int64_t stride, bool first = true) {
+inline void stream_run(const C* const* h, int64_t i, int64_t end, int64_t T, const B* b,
+                       int64_t ldb, int64_t columns, const C* const* from, C* const* to, C* partial,
+                       int64_t stride, bool first = true) {
   constexpr int64_t step = 2 * kLanes<C>;
-  int64_t i = begin;
   for (; i + N <= end; i += N, first = false) {
-    int64_t c = 0;
     const B* rows = b + i * ldb;
     const bool last = i + N == end;
+    int64_t c = 0;
     for (; c + step <= columns; c += step)
-      stream_step<Split, N, false>(h, i, T, rows, ldb, c, 0, from, to, partial, stride, first, last);
+      stream_tile<Split, N, false>(h, i, T, rows, ldb, c, 0, from, to, partial, stride, first,
+                                   last);
     if (c < columns)
-      stream_step<Split, N, true>(h, i, T, rows, ldb, c, columns - c, from, to, partial, stride,
+      stream_tile<Split, N, true>(h, i, T, rows, ldb, c, columns - c, from, to, partial, stride,
                                   first, last);
   }
   if constexpr (N > 1)
     if (i < end)
-      add_streams<Split, N / 2>(h, T, i, end, b, ldb, columns, from, to, partial, stride, first);
+      stream_run<Split, N / 2>(h, i, end, T, b, ldb, columns, from, to, partial, stride, first);
+}
+
+// `partial`: memory for T rows of `stride` >= columns numbers, whole pairs of vectors.
+template <bool Split, class B, class C>
+inline void stream_rows(const C* const* h, int64_t T, int64_t R, const B* b, int64_t ldb,
+                        int64_t columns, const C* const* from, C* const* to, C* partial,
+                        int64_t stride) {
+  for (int64_t i = 0; i < R; i += kRun) {
+    stream_run<Split>(h, i, std::min(R, i + kRun), T, b, ldb, columns, from, to, partial, stride);
+    from = to;
+  }
 }
 
 }  // namespace lora_moe
