@@ -77,16 +77,17 @@ sanitize-ttsem: build $(VENV)/.ttsem ## A second opinion on the Triton kernels: 
 gpu-static: build $(VENV)/.test ## Compile the Triton kernels for every GPU and write docs/gpu_static.md
 	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --jobs $(JOBS) --markdown docs/gpu_static.md
 
-sanitize: $(VENV)/.test ## Run the tests of the C++ operators under AddressSanitizer and UBSan
+sanitize: $(VENV)/.test ## Run the tests of the C++ operators under ASan and UBSan, for every instruction set
 	$(call step,compiling the C++ operators with sanitizers)
-	@ISA=$$($(BIN)/python -c 'from lora_moe.backend import cpu_isas; print(cpu_isas()[0])'); \
-	CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=all -g1" LDFLAGS="$(SANITIZERS)" LORA_MOE_SKIP_EXT=0 \
-		LORA_MOE_BUILD_ISA=$$ISA $(BIN)/python setup.py -q build --build-base build/sanitize \
-		--build-lib build/sanitize/lib
+	@CXXFLAGS="$(SANITIZERS) -fno-sanitize-recover=all -g1" LDFLAGS="$(SANITIZERS)" LORA_MOE_SKIP_EXT=0 \
+		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	@rm -rf build/sanitize/lib/tests && cp -r tests build/sanitize/lib/tests
 	$(call step,tests under sanitizers)
-	@cd build/sanitize/lib && $(SANITIZED) LORA_MOE_BACKEND=cpp OMP_NUM_THREADS=2 $(abspath $(BIN))/python \
-		-m pytest -q -p no:cacheprovider $(BLACK_BOX) -k "not compile and not gradcheck" $(PYTEST_ARGS)
+	@isas=$$($(BIN)/python -c 'from lora_moe.backend import cpu_isas; print(*cpu_isas())') && \
+		cd build/sanitize/lib && for isa in $$isas; do echo "$$isa:"; \
+		$(SANITIZED) LORA_MOE_BACKEND=cpp LORA_MOE_ISA=$$isa OMP_NUM_THREADS=2 $(abspath $(BIN))/python \
+		-m pytest -q -p no:cacheprovider $(BLACK_BOX) -k "not compile and not gradcheck" $(PYTEST_ARGS) \
+		|| exit 1; done
 
 sanitize-cuda: $(VENV)/.test ## Run the tests of the CUDA kernels, compiled for the CPU, under the same
 	$(call step,tests of the CUDA kernels under sanitizers)

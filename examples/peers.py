@@ -76,7 +76,10 @@ def balance(model):
 
 
 def start_weights(model, seed):
-    """{name: (lora_A, lora_B, router_weight)}: uniform as in LoRA, zero, small and normal."""
+    """{name: (lora_A, lora_B, router_weight)}: uniform as in LoRA, zero, small and normal.
+
+    In the dtype of the module's weight.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def one(base):
@@ -85,7 +88,8 @@ def start_weights(model, seed):
             -bound, bound, generator=generator
         )
         w = torch.empty(NUM_EXPERTS, base.in_features).normal_(0, 0.02, generator=generator)
-        return a, torch.zeros(NUM_EXPERTS * RANK, base.out_features), w
+        b = torch.zeros(NUM_EXPERTS * RANK, base.out_features)
+        return tuple(tensor.to(base.weight.dtype) for tensor in (a, b, w))
 
     return {name: one(base) for name, base in targets(model)}
 
@@ -119,7 +123,10 @@ def stacked(model, start):
 
 
 def peft_lora(model, seed):
-    """One LoRA of rank K r: as many active parameters as our K picked experts, and no router."""
+    """One LoRA of rank K r: as many active parameters as our K picked experts, and no router.
+
+    In the model's dtype, as the others; PEFT's default, fp32, would cast each activation twice.
+    """
     torch.manual_seed(seed)
     model = share(model)
     rank = TOP_K * RANK
@@ -127,7 +134,7 @@ def peft_lora(model, seed):
     with warnings.catch_warnings(
         action="ignore"
     ):  # PEFT 0.21 asks transformers 5.23 an old question
-        get_peft_model(model, config)
+        get_peft_model(model, config, autocast_adapter_dtype=False)
     return model  # changed in place, and still a plain causal model
 
 

@@ -10,11 +10,11 @@ from transformers.utils import logging
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def load_model(layers=None):
-    """The model in fp32, dequantised from the wheel's 4-bit file, frozen; `layers`: only the first."""
+def load_model(layers=None, dtype=torch.float32):
+    """The model, dequantised from the wheel's 4-bit file, frozen; `layers`: only the first."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    model = AutoModelForCausalLM.from_pretrained(_folder(), gguf_file=FILE, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(_folder(), gguf_file=FILE, dtype=dtype)
     model.model.layers = model.model.layers[:layers]
     return model.requires_grad_(False).eval()
 

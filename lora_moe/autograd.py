@@ -210,6 +210,7 @@ class Shrink(Function):
     def backward(ctx, ds, dlogits):
         x, a, w = ctx.saved_tensors
         need_x, need_a, need_w = ctx.needs_input_grad
+        ds, dlogits = (None if g is None else g.contiguous() for g in (ds, dlogits))
         pairs = [] if ds is None else [(ds, *rounded(x, a))]
         if w is not None and dlogits is not None:
             pairs.append((dlogits, router_operand(w, x)))

@@ -289,6 +289,8 @@ def routed_lora_at_once(
             scaling = _scaling(scaling, router_weight.shape[0], x)
         if type(rank_offsets) is int:
             rank_offsets = rank_offsets_of(rank_offsets, scaling.shape[0])
+        if base is not None and base.shape[:-1] != shape[:-1]:
+            return None
         if len(shape) != 2:
             x, base = x.view(-1, shape[-1]), None if base is None else base.view(-1, base.shape[-1])
         y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
@@ -299,7 +301,7 @@ def routed_lora_at_once(
         if len(shape) != 2:
             y = y.view(*shape[:-1], y.shape[1])
         return y, Routing(indices, weights, counts, logits, mean_prob, lse)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return None
 
 

@@ -52,6 +52,7 @@ CASES = [
     Case("no rows", 0, 4, 2, 8, 16, 24),
     Case("wide", 31, 8, 2, 8, 600, 97, gate="sigmoid", renormalize=False),
     Case("long", 257, 8, 2, 8, 256, 40),
+    Case("several chunks", 70, 3, 2, (65, 12, 1), 600, 515, with_bias=True),
     Case("unequal ranks", 33, 4, 2, (1, 2, 24, 7), 40, 33, gate="sigmoid", with_bias=True),
     Case("shared A", 17, 8, 2, 16, 64, 48, shared_a=True),
     Case("many experts", 17, 257, 3, 1, 16, 15),

@@ -6,6 +6,7 @@ autograd; the yardstick is the same formulation in the tested dtype.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -432,7 +433,7 @@ def test_exact_ties_go_to_the_lower_id():
 
 
 @every_dtype
-@some_cases("long", "unequal ranks", "shared A", "many experts")
+@some_cases("long", "several chunks", "unequal ranks", "shared A", "many experts")
 def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype):
     with pinned():
         check_batch_invariance(case, dtype)
@@ -494,6 +495,74 @@ def test_optimizer_step_between_calls_leaves_no_stale_cache():
         v["lora_B"].mul_(2)
     second, _ = routed(v, case)
     torch.testing.assert_close(second - v["base"], 2 * (first - v["base"]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [2, 1.5, torch.tensor([0.5, 2.0, 1.0])], ids=str)
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24)], ids=str)
+def test_calls_without_a_graph_give_the_same_bits(shape, scaling):
+    x, w, a, b = (torch.randn(s) for s in (shape, (3, 24), (12, 24), (12, 16)))
+    base = torch.randn(*shape[:-1], 16)
+
+    def run(scaling):
+        return F.routed_lora(x, w, a, b, 2, rank_offsets=4, scaling=scaling, base=base)
+
+    with torch.no_grad():
+        y, routing = run(scaling)
+        for bad in (math.nan, math.inf, True, "2", [1.0]):
+            with pytest.raises(ValueError, match="scaling: expected a finite float or 3 of them"):
+                run(bad)
+    b.requires_grad_()
+    want, want_routing = run(scaling)
+    assert y.shape == want.shape
+    assert torch.equal(y, want)
+    assert all(torch.equal(one, two) for one, two in zip(routing, want_routing, strict=True))
+
+
+@pytest.mark.skipif(
+    BACKEND not in ("cpp", "reference"), reason="GPU kernels need a row to launch on"
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_sums_over_nothing(tokens, dtype):
+    """No slots, no rank rows, no columns: results are the base or zeros, never what memory held."""
+    x, base = torch.randn(tokens, 24, dtype=dtype), torch.randn(tokens, 16, dtype=dtype)
+    a, b = (torch.randn(4, d, dtype=dtype, requires_grad=True) for d in (24, 16))
+    nobody = Routing.from_ids(torch.empty(tokens, 0, dtype=torch.int64), num_experts=1)
+    y = F.grouped_lora(x, a, b, nobody, rank_offsets=4, shared_a=True, base=base)
+    assert torch.equal(y, base)
+    assert all(g.eq(0).all() for g in torch.autograd.grad(y.sum(), (a, b)))
+
+    assert torch.equal(F.expand(torch.empty(tokens, 0), b[:0], base), base)
+    leaf = x.clone().requires_grad_()
+    empty, logits = F.shrink(leaf, a[:0], torch.randn(3, 24, dtype=dtype))
+    (dx,) = torch.autograd.grad(empty.sum() + 0 * logits.sum(), leaf)
+    assert dx.eq(0).all()
+
+    sums, logits = F.shrink(x[:, :0], a[:, :0], torch.empty(3, 0, dtype=dtype))
+    assert sums.eq(0).all() and sums.shape == (tokens, 4)
+    assert logits.eq(0).all() and logits.shape == (tokens, 3)
+
+
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_no_expert_to_pick_raises_without_a_graph_too(tokens):
+    x, w, a, b = (torch.randn(s) for s in ((tokens, 24), (3, 24), (12, 24), (12, 16)))
+    for top_k in (0, -1, 4):
+        with torch.no_grad(), pytest.raises(ValueError, match="top_k: expected"):
+            F.routed_lora(x, w, a, b, top_k, rank_offsets=4)
+    with torch.no_grad(), pytest.raises(ValueError, match="base: expected"):
+        F.routed_lora(x.view(5, -1, 24), w, a, b, 2, rank_offsets=4, base=torch.zeros(tokens, 16))
+
+
+def test_logsumexp_of_infinite_logits():
+    x = torch.tensor([[torch.inf, 1.0], [-torch.inf, 1.0], [torch.nan, 1.0], [1.0, -torch.inf]])
+    w = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+    with torch.no_grad():
+        routing = F.router_topk(x[:2, :1], w[::2, :1], 1)
+    assert torch.equal(routing.lse, routing.logits.logsumexp(1))
+    assert routing.lse.tolist() == [torch.inf, -torch.inf]
+    with torch.no_grad():
+        routing = F.router_topk(x, w, 1)
+    torch.testing.assert_close(routing.lse, routing.logits.logsumexp(1), equal_nan=True)
 
 
 def test_changed_saved_tensor_and_second_backward_raise():

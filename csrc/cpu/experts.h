@@ -63,8 +63,8 @@ struct Grouping {
   int64_t count(int64_t e) const { return start[e + 1] - start[e]; }
 };
 
-// f(expert, first row, one past the last) for the rows of experts with slots: in parallel, a tile's
-// rows a task, or one after the other.
+// f(expert, first row, one past the last) for the rows of experts with slots: in parallel, two
+// tiles' rows a task, or one after the other.
 template <class F>
 inline void for_rows(const Experts& experts, const Grouping& group, bool parallel, int64_t bytes,
                      F f) {

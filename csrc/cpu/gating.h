@@ -54,12 +54,16 @@ struct Gate {
   // p (E) of logits (E); returns logsumexp of the logits.
   template <class C>
   Vec<C> values(const Vec<C>* logits, int64_t E, Vec<C>* p) const {
-    Vec<C> top = broadcast(-std::numeric_limits<C>::infinity()), sum = {};
-    for (int64_t e = 0; e < E; ++e) top = logits[e] > top ? logits[e] : top;
+    constexpr C infinity = std::numeric_limits<C>::infinity();
+    Vec<C> top = broadcast(-infinity), sum = {}, nan = {};
+    for (int64_t e = 0; e < E; ++e) {
+      top = logits[e] > top ? logits[e] : top;
+      nan = logits[e] == logits[e] ? nan : logits[e];
+    }
     for (int64_t e = 0; e < E; ++e) sum += p[e] = exp_negative(logits[e] - top);
     for (int64_t e = 0; e < E; ++e) p[e] = sigmoid ? logistic<C>(logits[e]) : p[e] / sum;
     for (int t = 0; t < kLanes<C>; ++t) sum[t] = std::log(sum[t]);
-    return top + sum;
+    return ((top == infinity) | (top == -infinity)) & (nan == nan) ? top : top + sum;
   }
 
   // What the weights are divided by.  Gates that all underflowed stay zero instead of 0 / 0.

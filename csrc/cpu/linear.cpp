@@ -102,9 +102,9 @@ Tensor gram(Tensor h, Tensor x) {
     const auto columns = uninitialized<C>(R * n);  // H^T
     for (int64_t t = 0; t < n; ++t)
       for (int64_t i = 0; i < R; ++i) columns[i * n + t] = h_data[t * R + i];
-    const int64_t span = std::min(gradient_span(R), kChunk);
-    for_tasks((D + span - 1) / span, kSerialBytes, [&](int64_t i) {
-      gradient.sum(0, R, columns.get(), n, xs.data(), i * span, std::min(span, D - i * span));
+    for_tasks((D + kChunk - 1) / kChunk, kSerialBytes, [&](int64_t i) {
+      const int64_t c = i * kChunk;
+      gradient.sum(0, R, columns.get(), n, xs.data(), c, std::min(kChunk, D - c));
     });
     return out;
   });

@@ -57,7 +57,7 @@ struct Backward {
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
     check_ids(ids, tokens * K, experts.E);
     ds = uninitialized<C>(tokens * W);
-    ds_columns = uninitialized<C>(tokens * K * experts.max_rank);
+    ds_columns = uninitialized<C>(tokens * W);
     h_columns = uninitialized<C>(tokens * K * experts.max_rank);
   }
 
@@ -157,7 +157,8 @@ struct Backward {
                a.row(experts.offsets[e]), a.stride);
     }
     if (w) sums.add(end - begin, nullptr, all_dlogits.data(), experts.E, w.data, w.stride);
-    few ? sums.write_few(experts.E * D_in * int64_t(sizeof(T))) : sums.write();
+    const int64_t picked = std::min(group.size(), experts.E) * experts.max_rank;
+    few ? sums.write_few((experts.E + picked) * D_in * int64_t(sizeof(T))) : sums.write();
   }
 };
 

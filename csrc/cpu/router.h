@@ -52,6 +52,7 @@ struct Router {
 
   // Routes all of a few tokens: every thread reads its own rows of w.
   void few() {
+    static_assert(kFewTokens <= kPart && kPart % kLanes<C> == 0);
     for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(W), [&](int64_t i) {
       multiply(0, tokens, i * kTileColumns, std::min(E, (i + 1) * kTileColumns));
     });
@@ -79,7 +80,7 @@ struct Router {
 
   void decide(int64_t begin, int64_t end) {
     constexpr int64_t L = kLanes<C>;
-    const auto memory = uninitialized<Vec<C>>(4 * E + 2 * K);
+    Room<Vec<C>> memory(4 * E + 2 * K);
     Vec<C>*logits = memory.get(), *p = logits + E, *score = p + E, *sums = score + E;
     Vec<C>*id = sums + E, *picked = id + K;
     C* prob = partial_prob.get() + begin / kPart * E;
@@ -130,7 +131,7 @@ struct RoutingGrad {
   void back(const Gate& gate, int64_t begin, int64_t end, const C* logit, const int32_t* ids,
             const C* weight, const C* inner, C* out, C* columns) const {
     constexpr int64_t L = kLanes<C>;
-    const auto memory = uninitialized<Vec<C>>(4 * E + 4 * K);
+    Room<Vec<C>> memory(4 * E + 4 * K);
     Vec<C>*l = memory.get(), *p = l + E, *dl = p + E, *outer = dl + E;
     Vec<C>*id = outer + E, *w = id + K, *dw = w + K, *more = dw + K;
     for (int64_t t = begin; t < end; t += L) {

@@ -42,6 +42,7 @@ class Sums {
   // other.
   template <class B>
   void add(int64_t n, const int64_t* which, const C* const* h, int64_t R, const B* b, int64_t ldb) {
+    if (R == 0) return;
     const int64_t most = tile_rows(n);
     for (int64_t i = 0, rows; i < n; i += rows) {
       const int64_t at = int64_t(slots_.size());
@@ -52,7 +53,7 @@ class Sums {
         h_.push_back(h[i + rows]);
         touched_[t] = true;
       }
-      products_.push_back({at, rows, R, ldb, std::is_same_v<B, T> ? b : nullptr, b});
+      steps_.push_back({at, rows, R, ldb, b, std::is_same_v<B, T>});
     }
   }
 
@@ -61,10 +62,10 @@ class Sums {
   // The same for few rows, where reading the weights, so many bytes, takes the time: every thread
   // reads its own columns, as long a part of each row as can be.
   void write_few(int64_t bytes) const {
-    const int64_t share = D_ / torch::stable::get_num_threads() / 64 * 64 + 64;
-    const int64_t chunk = std::clamp(share, kChunk, kFewChunk);
+    const int64_t share = (D_ / torch::stable::get_num_threads() + 63) / 64 * 64;
+    const int64_t chunk = std::clamp<int64_t>(share, 64, kFewChunk);
     for_tasks((D_ + chunk - 1) / chunk, bytes, [&](int64_t i) {
-      const auto partial = uninitialized<C>(kTileRows * chunk);
+      Room<C> partial(std::min<int64_t>(kTileRows, tokens_) * chunk);
       write(i * chunk, std::min(D_, (i + 1) * chunk), chunk, partial.get());
     });
   }
@@ -74,28 +75,27 @@ class Sums {
     int64_t row;
     bool first;  // that adds to its row
   };
-  struct Product {
+  struct Step {
     int64_t at, rows, R, ldb;  // slots [at, at + rows)
-    const void *b, *wide;      // rows of T, or else of C
+    const void* b;
+    bool narrow;  // b: rows of T, or else of C
   };
   static constexpr int64_t L = kLanes<C>;
 
   // Columns [begin, end).  `partial`: see stream_rows, by which it is asked for.
   void write(int64_t begin, int64_t end, int64_t chunk, C* partial) const {
-    const auto scratch = uninitialized<C>(kInPlace ? 0 : tokens_ * chunk);
+    Room<C> scratch(kInPlace ? 0 : tokens_ * chunk);
     std::vector<const C*> from(slots_.size());
     std::vector<C*> to(slots_.size());
     for (int64_t c = begin; c < end; c += chunk) {
       const int64_t columns = std::min(chunk, end - c);
       start(c, columns, chunk, scratch.get(), from.data(), to.data());
-      for (const Product& p : products_) {
-        if (p.b)
-          multiply(p, static_cast<const T*>(p.b) + c, columns, from.data(), to.data(), partial,
-                   chunk);
-        else
-          multiply(p, static_cast<const C*>(p.wide) + c, columns, from.data(), to.data(), partial,
-                   chunk);
-        for (int64_t i = p.at; !partial && i < p.at + p.rows; ++i)
+      for (const Step& p : steps_) {
+        const auto run = [&](auto* b) {
+          multiply(p, b + c, columns, from.data(), to.data(), partial, chunk);
+        };
+        p.narrow ? run(static_cast<const T*>(p.b)) : run(static_cast<const C*>(p.b));
+        for (int64_t i = p.at; !partial && c + chunk < end && i < p.at + p.rows; ++i)
           if (slots_[i].first) prefetch<true>(y_ + slots_[i].row * D_ + c + chunk, columns);
       }
       finish(c, columns, chunk, scratch.get());
@@ -119,7 +119,7 @@ class Sums {
   }
 
   template <class B>
-  void multiply(const Product& p, const B* b, int64_t columns, const C* const* from, C* const* to,
+  void multiply(const Step& p, const B* b, int64_t columns, const C* const* from, C* const* to,
                 C* partial, int64_t chunk) const {
     if (partial)
       stream_rows<kSplit<T>>(h_.data() + p.at, p.rows, p.R, b, p.ldb, columns, from + p.at,
@@ -158,7 +158,7 @@ class Sums {
   std::vector<char> touched_;
   std::vector<Slot> slots_;
   std::vector<const C*> h_;  // of the slots
-  std::vector<Product> products_;
+  std::vector<Step> steps_;
 };
 
 // Columns of a sum over tokens that one task owns: a page of each row, so that one address

@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors never cross a function that is not inlined
+#pragma GCC diagnostic ignored "-Wpsabi"                // all of an extension has the same flags
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own AVX-512 intrinsics
 
 #define LORA_MOE_INLINE inline __attribute__((always_inline))
@@ -329,7 +329,8 @@ LORA_MOE_INLINE void store_pair(T* p, Pair<acc_t<T>> v) {
 // --- memory --------------------------------------------------------------------------------------
 
 // Asks for the lines of n elements, to be read or written soon: rows of tokens lie in any order and
-// pages apart, so the hardware does not see them coming.
+// pages apart, so the hardware does not see them coming.  Always inlined, and so must be its
+// callers that do nothing else: GCC takes them for functions without effect and drops the calls.
 template <bool Write = false, class T>
 LORA_MOE_INLINE void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64)

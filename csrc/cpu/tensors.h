@@ -106,6 +106,20 @@ inline T* mutable_data(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// Room for n numbers, uninitialised: on the stack where they are few, for a large block of the heap
+// costs a decoding step as much as its arithmetic.
+template <class C>
+class Room {
+ public:
+  explicit Room(int64_t n) : heap_(n > kStack ? new C[n] : nullptr) {}
+  C* get() { return heap_ ? heap_.get() : reinterpret_cast<C*>(stack_); }
+
+ private:
+  static constexpr int64_t kStack = (1 << 14) / sizeof(C);
+  std::unique_ptr<C[]> heap_;
+  alignas(64) unsigned char stack_[kStack * sizeof(C)];
+};
+
 // f.template operator()<T>() for the dtype of x.
 template <class F>
 inline auto dispatch(const Tensor& x, F f) {
@@ -165,7 +179,8 @@ struct Blocks {
 
   explicit Blocks(int64_t T, int64_t E = 1, int64_t K = 1) : tokens(T), size(T) {
     if (few()) return;
-    const int64_t most = std::clamp<int64_t>(32 * E / K, 2 * kPart, 16 * kPart);
+    const int64_t most =
+        std::clamp<int64_t>(32 * E / std::max<int64_t>(K, 1), 2 * kPart, 16 * kPart);
     const int64_t share = T / (2 * int64_t(torch::stable::get_num_threads()));
     size = parts(std::clamp<int64_t>(share, 1, most)) * kPart;
   }

@@ -118,7 +118,7 @@ inline void dot_rows(const X* const* x, C* const* out, int64_t T, const A* a, in
   const int64_t rows = tile_rows(T);
   for (int64_t t = 0; t < T; t += rows)
     with_rows(std::min(rows, T - t), [&]<int M>() {
-      for (int64_t d = 0; d < D; d += run) {
+      for (int64_t d = 0; d == 0 || d < D; d += run) {  // of no columns the sums are zeros
         const int64_t columns = std::min(run, D - d);
         const X* xs[M];
         for (int m = 0; m < M; ++m) xs[m] = x[t + m] + d;
@@ -155,7 +155,7 @@ struct MatrixRows {
   int64_t stride;
   const T* operator()(int64_t i) const { return data + i * stride; }
   MatrixRows after(int64_t i) const { return {data + i * stride, stride}; }
-  void ahead(int64_t) const {}
+  LORA_MOE_INLINE void ahead(int64_t) const {}
 };
 
 template <class T>
@@ -166,7 +166,7 @@ struct ListedRows {
   int64_t next_column, count;
   const T* operator()(int64_t i) const { return rows[i] + column; }
   ListedRows after(int64_t i) const { return {rows + i, column, next + i, next_column, count}; }
-  void ahead(int64_t i) const { prefetch(next[i] + next_column, count); }
+  LORA_MOE_INLINE void ahead(int64_t i) const { prefetch(next[i] + next_column, count); }
 };
 
 // Sums of split columns stand in whole vectors; other sums may end with the row.
@@ -236,16 +236,17 @@ inline void add_rows(const C* const* h, int64_t T, int64_t R, Row row, int64_t c
 // sees the next ones coming.
 constexpr int kStreams = kVectorBytes == 64 ? 8 : 4;
 
+// `after` more rows of the run follow the N at i.
 template <bool Split, int N, bool Tail, class B, class C>
 LORA_MOE_INLINE void stream_tile(const C* const* h, int64_t i, int64_t T, const B* b, int64_t ldb,
                                  int64_t c, int64_t left, const C* const* from, C* const* to,
-                                 C* partial, int64_t stride, bool first, bool last) {
+                                 C* partial, int64_t stride, bool first, int64_t after) {
   Pair<C> bs[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     const B* p = b + n * ldb + c;
     bs[n] = Tail ? load_pair_tail<Split>(p, left) : load_pair<Split>(p);
-    if (!last) prefetch(p + N * ldb, 2 * kLanes<C>);
+    if (n < after) prefetch(p + N * ldb, 2 * kLanes<C>);
   }
   for (int64_t t = 0; t < T; ++t) {
     C* between = partial + t * stride + c;
@@ -256,7 +257,7 @@ LORA_MOE_INLINE void stream_tile(const C* const* h, int64_t i, int64_t T, const 
       sum.first = multiply_add(ht, bs[n].first, sum.first);
       sum.second = multiply_add(ht, bs[n].second, sum.second);
     }
-    if (!last) {
+    if (after > 0) {
       store_pair<false>(between, sum);
       continue;
     }
@@ -275,14 +276,14 @@ inline void stream_run(const C* const* h, int64_t i, int64_t end, int64_t T, con
   constexpr int64_t step = 2 * kLanes<C>;
   for (; i + N <= end; i += N, first = false) {
     const B* rows = b + i * ldb;
-    const bool last = i + N == end;
+    const int64_t after = end - i - N;
     int64_t c = 0;
     for (; c + step <= columns; c += step)
       stream_tile<Split, N, false>(h, i, T, rows, ldb, c, 0, from, to, partial, stride, first,
-                                   last);
+                                   after);
     if (c < columns)
       stream_tile<Split, N, true>(h, i, T, rows, ldb, c, columns - c, from, to, partial, stride,
-                                  first, last);
+                                  first, after);
   }
   if constexpr (N > 1)
     if (i < end)
