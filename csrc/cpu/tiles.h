@@ -236,17 +236,17 @@ inline void add_rows(const C* const* h, int64_t T, int64_t R, Row row, int64_t c
 // sees the next ones coming.
 constexpr int kStreams = kVectorBytes == 64 ? 8 : 4;
 
-// `after` more rows of the run follow the N at i.
+// `more` rows of the run follow the N at i.
 template <bool Split, int N, bool Tail, class B, class C>
 LORA_MOE_INLINE void stream_tile(const C* const* h, int64_t i, int64_t T, const B* b, int64_t ldb,
                                  int64_t c, int64_t left, const C* const* from, C* const* to,
-                                 C* partial, int64_t stride, bool first, int64_t after) {
+                                 C* partial, int64_t stride, bool first, int64_t more) {
   Pair<C> bs[N];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n) {
     const B* p = b + n * ldb + c;
     bs[n] = Tail ? load_pair_tail<Split>(p, left) : load_pair<Split>(p);
-    if (n < after) prefetch(p + N * ldb, 2 * kLanes<C>);
+    if (n < more) prefetch(p + N * ldb, 2 * kLanes<C>);
   }
   for (int64_t t = 0; t < T; ++t) {
     C* between = partial + t * stride + c;
@@ -257,7 +257,7 @@ LORA_MOE_INLINE void stream_tile(const C* const* h, int64_t i, int64_t T, const 
       sum.first = multiply_add(ht, bs[n].first, sum.first);
       sum.second = multiply_add(ht, bs[n].second, sum.second);
     }
-    if (after > 0) {
+    if (more > 0) {
       store_pair<false>(between, sum);
       continue;
     }
@@ -276,14 +276,14 @@ inline void stream_run(const C* const* h, int64_t i, int64_t end, int64_t T, con
   constexpr int64_t step = 2 * kLanes<C>;
   for (; i + N <= end; i += N, first = false) {
     const B* rows = b + i * ldb;
-    const int64_t after = end - i - N;
+    const int64_t more = end - i - N;
     int64_t c = 0;
     for (; c + step <= columns; c += step)
       stream_tile<Split, N, false>(h, i, T, rows, ldb, c, 0, from, to, partial, stride, first,
-                                   after);
+                                   more);
     if (c < columns)
       stream_tile<Split, N, true>(h, i, T, rows, ldb, c, columns - c, from, to, partial, stride,
-                                  first, after);
+                                  first, more);
   }
   if constexpr (N > 1)
     if (i < end)
