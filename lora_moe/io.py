@@ -25,8 +25,9 @@ from torch import nn
 
 from . import safefile
 from .config import LoraMoeConfig
-from .inject import freeze_base, injected, layers_of, place, why_not
+from .inject import freeze_base, injected, layers_of, place
 from .layers import LoraMoeLinear, adapter_tensors
+from .targets import why_not
 
 FILE_NAME = "lora_moe.safetensors"
 FORMAT_VERSION = 1

@@ -28,7 +28,8 @@ import torch
 from torch import nn
 
 from ..config import LoraMoeConfig
-from ..inject import place, targets_of
+from ..inject import place
+from ..targets import targets_of
 from .branch_lora_layer import READS, BranchLoraLinear, Sequences
 
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from .. import safefile
 from ..config import LoraMoeConfig
-from ..inject import why_not
+from ..targets import why_not
 from ..io import read_tensors
 from .branch_lora import install, parts
 from .branch_lora_layer import READS, BranchLoraLinear, Sequences

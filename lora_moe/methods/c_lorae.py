@@ -32,10 +32,11 @@ from torch import nn
 from .. import functional as F
 from .. import safefile
 from ..config import LoraMoeConfig
-from ..inject import freeze_base, place, targets_of
+from ..inject import freeze_base, place
 from ..io import read_tensors
 from ..layers import LoraMoeLinear, recomputing
 from ..routing import Routing
+from ..targets import targets_of
 from .visual import GatedVisual
 
 GATES = ("softmax", "sigmoid", "sum")
