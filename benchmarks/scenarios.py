@@ -134,6 +134,7 @@ SCENARIOS = {
     "dense": Scenario(routed, MANY, (16,) * 8, K=8),
     "fp32 parameters": Scenario(routed, MANY, (16,) * 8, parameters=torch.float32),
     "frozen expert": Scenario(partial(routed, frozen=(1,)), MANY, (16,) * 8),
+    "a scaling for each": Scenario(partial(routed, scaling=[1.0, 2.0] * 4), MANY, (16,) * 8),
     "inference": Scenario(inference, MANY, (16,) * 8),
     "router": Scenario(router, MANY, (1,) * 64, K=8),
     "router of 1024": Scenario(router, MANY, (1,) * 1024, K=8),

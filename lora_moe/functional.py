@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 
@@ -435,7 +435,11 @@ def _scaling(scaling, num_experts, x):
         raise ValueError(
             f"scaling: expected a finite float or {num_experts} of them, got {scaling!r}"
         )
-    return torch.tensor(values, dtype=dtype, device=x.device)
+    if x.device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    # filled as well: a copy from the host would end the capture of a CUDA graph
+    equal = [(float(v), len(list(same))) for v, same in groupby(values)]
+    return torch.cat([torch.full((n,), v, dtype=dtype, device=x.device) for v, n in equal])
 
 
 def _is_finite(value):

@@ -584,13 +584,3 @@ def test_what_does_not_fit_at_all_is_served_by_the_reference(plan):
     want[7] = saved_as(plan, want[7], want[1], case)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
-
-
-def test_autotuning_times_other_layers_anew_but_no_other_t():
-    launching = importlib.import_module("lora_moe.triton_kernels.launching")
-    kernel = importlib.import_module("lora_moe.triton_kernels.expand")._expand_kernel
-    tuned = launching.tuned(kernel)
-    assert {"D", "R", "BLOCK_T", "BLOCK_D"} <= set(tuned.keys)
-    assert "T" not in tuned.keys
-    assert len(tuned.configs) > 1
-    assert all(not config.kwargs for config in tuned.configs), "tiles decide bits"

@@ -11,14 +11,16 @@ import functools
 
 from .add_parts import add_parts
 from .expand import expand
+from .experts import bundle_experts
 from .gram import gram_pair_parts, gram_parts
-from .launching import bundle_experts, column_rows, require_supported, table_on
+from .launching import column_rows, require_supported
 from .rank_gradient import rank_gradient
 from .router_topk import Routing
 from .router_topk_backward import aux_gradients, logits_gradient
 from .segmented_expand import segmented_expand
 from .segmented_gram import segmented_gram, sorted_slots
 from .segmented_shrink import segmented_rank_gradient, segments_of
+from .write_table import write_table
 
 
 def grouped_lora_backward(
@@ -90,13 +92,15 @@ class RankDense:
 
     def rows(self, shared):
         """The rows that are not frozen, or None for all.  A frozen expert still passes gradient on."""
-        if not self.frozen or shared:
-            return None
-        offsets, rows = 0, []
+        return None if shared or not self.frozen else self.trained_rows
+
+    @functools.cached_property
+    def trained_rows(self):
+        start, rows = 0, []
         for e, rank in enumerate(self.experts.ranks):
-            rows += [] if e in self.frozen else range(offsets, offsets + rank)
-            offsets += rank
-        return table_on(tuple(rows), self.x.device)
+            rows += [] if e in self.frozen else range(start, start + rank)
+            start += rank
+        return write_table(rows, self.x)
 
 
 class Segmented(RankDense):
@@ -140,7 +144,11 @@ class Segmented(RankDense):
         return self.by_expert(self.h, self.dy, self.experts.b.dtype)
 
     def by_expert(self, h, x, dtype):
+        return segmented_gram(h, x, self.slots, self.experts, self.frozen_flags, dtype)
+
+    @functools.cached_property
+    def frozen_flags(self):
+        if not self.frozen:
+            return None
         E = len(self.experts.scaling)
-        frozen = tuple(int(e in self.frozen) for e in range(E)) if self.frozen else None
-        frozen = None if frozen is None else table_on(frozen, x.device)
-        return segmented_gram(h, x, self.slots, self.experts, frozen, dtype)
+        return write_table([int(e in self.frozen) for e in range(E)], self.x)

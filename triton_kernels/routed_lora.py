@@ -18,9 +18,10 @@ import triton.language as tl
 
 from .decode import decode
 from .expand import expand
+from .experts import bundle_experts
 from .gate_ranks import gate_ranks
 from .gating import apply_gate, expert_rows, narrow, route, saved_rows, scatter_slots
-from .launching import bundle_experts, column_rows, launch, precision, require_supported
+from .launching import column_rows, launch, precision, require_supported
 from .numerics import add_parts, convert, dot, in_first, project, round_to, rows_of, widen
 from .router_topk import Routing, gate_options, new_routing, route_logits, router_topk
 from .segmented_expand import segmented_expand

@@ -1,0 +1,68 @@
+"""The experts as the launchers hand them to kernels.
+
+Letters: E experts, R rank rows of all experts, r one expert's rank.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .launching import column_rows
+from .write_table import write_table
+
+
+class Experts(NamedTuple):
+    """The experts and how a tile of ranks holds them: EP experts of RP columns each, powers of two."""
+
+    a: torch.Tensor | None  # (R, D_in), or (r, D_in) shared
+    b: torch.Tensor  # (R, D_out)
+    scaling: torch.Tensor  # (E,)
+    offsets: torch.Tensor | None  # (E+1,) int32, or None: every expert has `rank` rows
+    rank: int
+    EP: int
+    RP: int
+    shared_a: bool
+    ranks: tuple[int, ...]
+
+    @property
+    def largest(self):
+        return max(self.ranks)
+
+    @property
+    def own_columns(self):
+        """Columns of an expert in a tile of the segmented plan: no dot takes those of two experts together.
+
+        So in which order a token's experts are summed does not depend on who else is in the tile.
+        """
+        return max(16, self.RP)
+
+    @property
+    def fit_registers(self):
+        """Whether S of all experts fits beside the sums of a dot; if not, they go a few at a time."""
+        return self.EP * self.RP <= 256
+
+    @property
+    def options(self):
+        EP = self.EP if self.fit_registers else max(1, 256 // self.RP)
+        return {"SHARED": self.shared_a, "EP": EP, "RP": self.RP}
+
+
+def bundle_experts(a, b, scaling, offsets, shared_a):
+    """At least 16 columns: a dot wants as many along K."""
+    ranks = tuple(stop - start for start, stop in pairwise(offsets))
+    EP = triton.next_power_of_2(len(offsets) - 1)
+    RP = max(triton.next_power_of_2(max(ranks)), 16 // EP)
+    equal = len(set(ranks)) == 1
+    return Experts(
+        None if a is None else column_rows(a),
+        column_rows(b),
+        scaling,
+        None if equal else write_table(offsets, b),
+        max(ranks) if equal else 0,
+        EP,
+        RP,
+        shared_a,
+        ranks,
+    )
