@@ -28,16 +28,30 @@ def rounded(x, *parameters):
     return [rows_contiguous(p.to(x.dtype)) for p in parameters]
 
 
+def router_bias_operand(router_bias, x):
+    return None if router_bias is None else router_bias.to(accumulator(x.dtype)).contiguous()
+
+
 class RouterTopK(Function):
     """indices, weights, logits, mean_prob, lse, counts = apply(
-    x, w, bias, top_k, gate, renormalize, top_p, threshold)
+    x, w, bias, router_bias, top_k, gate, renormalize, top_p, threshold)
     """
 
     @staticmethod
-    def forward(ctx, x, w, bias, top_k, gate, renormalize, *sparsity):
-        out = _ops.router_topk(x, router_operand(w, x), bias, top_k, gate, renormalize, *sparsity)
+    def forward(ctx, x, w, bias, router_bias, top_k, gate, renormalize, *sparsity):
+        out = _ops.router_topk(
+            x,
+            router_operand(w, x),
+            bias,
+            router_bias_operand(router_bias, x),
+            top_k,
+            gate,
+            renormalize,
+            *sparsity,
+        )
         indices, weights, logits, _, _, counts = out
         ctx.save_for_backward(x, w, indices, weights, logits)
+        ctx.bias_dtype = None if router_bias is None else router_bias.dtype
         ctx.options = gate, renormalize
         ctx.mark_non_differentiable(indices, counts)
         ctx.set_materialize_grads(False)
@@ -47,22 +61,35 @@ class RouterTopK(Function):
     @once_differentiable
     def backward(ctx, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
         x, w, indices, weights, logits = ctx.saved_tensors
-        dx, dw = _router_backward(
-            ctx, (dweights, dlogits, dmean_prob, dlse), x, w, indices, weights, logits
+        dx, dw, drouter_bias = _router_backward(
+            ctx,
+            (dweights, dlogits, dmean_prob, dlse),
+            x,
+            w,
+            indices,
+            weights,
+            logits,
+            ctx.needs_input_grad[3],
         )
-        return dx, dw, *(None,) * 6
+        return dx, dw, None, drouter_bias, *(None,) * 5
 
 
-def _router_backward(ctx, grads, x, w, indices, weights, logits):
-    """dx = dlogits W,  dW = dlogits^T x, each only when needed."""
+def _router_backward(ctx, grads, x, w, indices, weights, logits, need_router_bias):
+    """dx = dlogits W,  dW = dlogits^T x,  drouter_bias = dlogits^T 1, each only when needed."""
     dlogits = _ops.router_topk_backward(*grads, indices, weights, logits, *ctx.options)
     need_x, need_w = ctx.needs_input_grad[:2]
-    dx = dw = None
+    dx = dw = drouter_bias = None
     if need_x:
         dx = _ops.expand(dlogits, router_operand(w, x), None, None, None, x.dtype)
     if need_w:
         dw = _ops.gram(dlogits, x).to(w.dtype)
-    return dx, dw
+    if (
+        need_router_bias
+    ):  # in a fixed order, as gram promises it; fp16 holds 1, and never runs as TF32
+        exact = torch.float64 if dlogits.dtype == torch.float64 else torch.float16
+        ones = dlogits.new_ones((1, 1), dtype=exact).expand(len(dlogits), 1)
+        drouter_bias = _ops.gram(dlogits, ones).view(-1).to(ctx.bias_dtype)
+    return dx, dw, drouter_bias
 
 
 class GroupedLora(Function):
@@ -121,14 +148,14 @@ class GroupedLora(Function):
 
 class RoutedLora(Function):
     """y, indices, weights, logits, mean_prob, lse, counts = apply(
-    x, router_weight, lora_A, lora_B, base, bias, scaling, offsets, shared_a, top_k, gate,
-    renormalize, top_p, threshold, frozen, plan)
+    x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, offsets, shared_a, top_k,
+    gate, renormalize, top_p, threshold, frozen, plan)
     """
 
     @staticmethod
     def forward(
-        ctx, x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize,
-        top_p, threshold, frozen, plan,
+        ctx, x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, gate,
+        renormalize, top_p, threshold, frozen, plan,
     ):  # fmt: skip
         *out, s = _ops.routed_lora(
             x,
@@ -136,6 +163,7 @@ class RoutedLora(Function):
             *map(rows_contiguous, (a, b)),
             base,
             bias,
+            router_bias_operand(router_bias, x),
             scaling,
             offsets,
             shared_a,
@@ -148,6 +176,7 @@ class RoutedLora(Function):
         )
         _, indices, weights, logits, _, _, counts = out
         ctx.save_for_backward(x, w, a, b, s, indices, weights, logits, scaling)
+        ctx.bias_dtype = None if router_bias is None else router_bias.dtype
         ctx.options = gate, renormalize
         ctx.experts = offsets, shared_a, frozen, plan
         ctx.mark_non_differentiable(indices, counts)
@@ -159,12 +188,14 @@ class RoutedLora(Function):
     def backward(ctx, dy, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
         x, w, a, b, s, indices, weights, logits, scaling = ctx.saved_tensors
         aux = dweights, dlogits, dmean_prob, dlse
-        need_x, need_w, need_a, need_b, need_base = ctx.needs_input_grad[:5]
+        need_x, need_w, need_a, need_b, need_base, _, need_router_bias = ctx.needs_input_grad[:7]
         if dy is None:  # only the routing reached the loss
-            dx, dw = _router_backward(ctx, aux, x, w, indices, weights, logits)
-            return dx, dw, *(None,) * 14
+            dx, dw, drouter_bias = _router_backward(
+                ctx, aux, x, w, indices, weights, logits, need_router_bias
+            )
+            return dx, dw, *(None,) * 4, drouter_bias, *(None,) * 10
         offsets, shared_a, frozen, plan = ctx.experts
-        dx, dw, da, db = _ops.routed_lora_backward(
+        dx, dw, da, db, drouter_bias = _ops.routed_lora_backward(
             rows_contiguous(dy),
             *aux,
             x,
@@ -183,6 +214,7 @@ class RoutedLora(Function):
             need_w,
             need_a,
             need_b,
+            need_router_bias,
             plan,
         )
         return (
@@ -191,7 +223,9 @@ class RoutedLora(Function):
             da if need_a else None,
             db if need_b else None,
             dy if need_base else None,
-            *(None,) * 11,
+            None,
+            drouter_bias.to(ctx.bias_dtype) if need_router_bias else None,
+            *(None,) * 10,
         )
 
 

@@ -53,7 +53,7 @@ def relative_error(out, truth) -> float:
 
 
 def sample(check, dtype) -> list[torch.Tensor]:
-    """x, router, A, B and base that make outputs and gradients of size 1; always the same."""
+    """x, router, A, B, base and router_bias that make outputs and gradients of size 1; always the same."""
     ranks, shared_a, _ = check
     generator = torch.Generator().manual_seed(0)
 
@@ -64,7 +64,7 @@ def sample(check, dtype) -> list[torch.Tensor]:
     rows_of_a = ranks[0] if shared_a else sum(ranks)
     x, base = normal(T, D_IN), normal(T, D_OUT)
     router, a = normal(E, D_IN, D_IN**-0.5), normal(rows_of_a, D_IN, D_IN**-0.5)
-    return [x, router, a, normal(sum(ranks), D_OUT, 0.5), base]
+    return [x, router, a, normal(sum(ranks), D_OUT, 0.5), base, normal(1, E, 0.5)[0]]
 
 
 def differentiate(function, check, inputs, dtype) -> tuple[list, list]:
@@ -86,7 +86,7 @@ def given_routing(like):
     return ids.int(), (1 + ids.to(like)) / 8  # exact in every dtype
 
 
-def public_function(check, x, w, a, b, base):
+def public_function(check, x, w, a, b, base, router_bias):
     ranks, shared_a, router = check
     experts = {"rank_offsets": [0, *accumulate(ranks)], "shared_a": shared_a, "scaling": 0.5}
     if router is None:
@@ -94,18 +94,19 @@ def public_function(check, x, w, a, b, base):
         return [F.grouped_lora(x, a, b, routing, base=base, **experts)]
     gate, renormalize = router
     y, routing = F.routed_lora(
-        x, w, a, b, K, base=base, gate=gate, renormalize=renormalize, **experts
-    )
+        x, w, a, b, K, base=base, gate=gate, renormalize=renormalize, router_bias=router_bias,
+        **experts,
+    )  # fmt: skip
     return [y, routing.weights, routing.mean_prob, routing.lse]
 
 
-def formula(check, x, w, a, b, base):
+def formula(check, x, w, a, b, base, router_bias):
     ranks, shared_a, router = check
     experts = x.new_full((E,), 0.5), [0, *accumulate(ranks)], shared_a
     if router is None:
         return [reference.grouped_lora(x, a, b, base, *given_routing(x), *experts)[0]]
     y, _, weights, _, mean_prob, lse, *_ = reference.routed_lora(
-        x, w, a, b, base, None, *experts, K, *router
+        x, w, a, b, base, None, router_bias, *experts, K, *router
     )
     return [y, weights, mean_prob, lse]
 

@@ -35,8 +35,9 @@ def router_topk(
     bias: torch.Tensor | None = None,
     top_p: float | None = None,
     threshold: float | None = None,
+    router_bias: torch.Tensor | None = None,
 ) -> Routing:
-    """Pick top_k experts a token:  p = gate(x W^T),  ids = top-k of p + bias,  weights = p[ids].
+    """Pick top_k experts per token:  ids = top-k of p + bias,  weights = p[ids];  p = gate(x W^T + c).
 
     Args:
         x: (..., D_in), fp32, fp64, bf16 or fp16.
@@ -50,21 +51,24 @@ def router_topk(
         top_p: in (0, 1]: a token takes its picked experts, best first, until their gates sum to top_p;
             the rest of the K slots stay empty.  Softmax only (MixLoRA's top-p router).
         threshold: in [0, 1]: picked experts with a smaller gate are dropped, all of them perhaps.
+        router_bias: c (E,), floating, added to the logits; differentiable, its gradient in its own dtype.
     Returns:
-        Routing with every field; T is the product of x's leading dimensions.  Ties go to the lower
-        expert id; a NaN logit is picked last and never yields an invalid id.
+        Routing with every field, router_bias in its logits; T is the product of x's leading dimensions.
+        Ties go to the lower expert id; a NaN logit is picked last and never yields an invalid id.
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it, what was expected
             and what was received.
     """
     x = _input(x, "router_topk")
-    _router(x, router_weight, top_k, gate, bias)
-    sparsity = _sparsity(top_p, threshold, gate)
-    args = (_rows(x), router_weight, _selection(bias, x), top_k, gate, bool(renormalize), *sparsity)
-    if _needs_graph(x, router_weight):
-        out = autograd.RouterTopK.apply(*args)
+    _router(x, router_weight, top_k, gate, bias, router_bias)
+    rows, selection = _rows(x), _selection(bias, x)
+    options = top_k, gate, bool(renormalize), *_sparsity(top_p, threshold, gate)
+    if _needs_graph(x, router_weight, router_bias):
+        out = autograd.RouterTopK.apply(rows, router_weight, selection, router_bias, *options)
     else:
-        out = _ops.router_topk(args[0], autograd.router_operand(router_weight, x), *args[2:])
+        w = autograd.router_operand(router_weight, x)
+        router_bias = autograd.router_bias_operand(router_bias, x)
+        out = _ops.router_topk(rows, w, selection, router_bias, *options)
     return _routing(*out)
 
 
@@ -146,6 +150,7 @@ def routed_lora(
     top_p: float | None = None,
     threshold: float | None = None,
     frozen: Sequence[int] = (),
+    router_bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Routing]:
     """Router, top-k and experts in a single pass over x:  grouped_lora(x, ..., router_topk(x, ...)).
 
@@ -162,20 +167,19 @@ def routed_lora(
     if top_p is None and threshold is None and type(rank_offsets) is int:
         quick = routed_lora_at_once(
             x, router_weight, lora_A, lora_B, top_k, rank_offsets, scaling, shared_a, base,
-            gate, renormalize, bias,
+            gate, renormalize, bias, router_bias,
         )  # fmt: skip
         if quick is not None:
             return quick
     x = _input(x, "routed_lora")
-    _router(x, router_weight, top_k, gate, bias)
+    _router(x, router_weight, top_k, gate, bias, router_bias)
     offsets, frozen, scales = _experts(
         x, lora_A, lora_B, router_weight.shape[0], rank_offsets, shared_a, frozen, scaling
     )
     rows = _rows(x)
     chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
-    args = (
-        _base(base, x, lora_B),
-        _selection(bias, x),
+    added = _base(base, x, lora_B), _selection(bias, x)
+    options = (
         scales,
         offsets,
         bool(shared_a),
@@ -184,15 +188,15 @@ def routed_lora(
         bool(renormalize),
         *_sparsity(top_p, threshold, gate),
     )
-    if _needs_graph(x, router_weight, lora_A, lora_B, base):
+    if _needs_graph(x, router_weight, lora_A, lora_B, base, router_bias):
         y, *routing = autograd.RoutedLora.apply(
-            rows, router_weight, lora_A, lora_B, *args, frozen, chosen
+            rows, router_weight, lora_A, lora_B, *added, router_bias, *options, frozen, chosen
         )
     else:
         w = autograd.router_operand(router_weight, x)
-        y, *routing, _ = _ops.routed_lora(
-            rows, w, *map(autograd.rows_contiguous, (lora_A, lora_B)), *args, chosen
-        )
+        adapter = map(autograd.rows_contiguous, (lora_A, lora_B))
+        router_bias = autograd.router_bias_operand(router_bias, x)
+        y, *routing, _ = _ops.routed_lora(rows, w, *adapter, *added, router_bias, *options, chosen)
     return _like(x, y), _routing(*routing)
 
 
@@ -267,6 +271,7 @@ def routed_lora_at_once(
     gate,
     renormalize,
     bias,
+    router_bias=None,
 ):
     """routed_lora of a decoding step in C++, or None where that is not what the call is.
 
@@ -294,7 +299,7 @@ def routed_lora_at_once(
         if len(shape) != 2:
             x, base = x.view(-1, shape[-1]), None if base is None else base.view(-1, base.shape[-1])
         y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
-            x, router_weight, lora_A, lora_B, base, bias, scaling, rank_offsets,
+            x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, rank_offsets,
             bool(shared_a), top_k, gate, bool(renormalize), math.inf, 0.0,
             plan.choose("cpp", 1, 0, 0, (), top_k, x.dtype),
         )  # fmt: skip
@@ -373,7 +378,7 @@ def _fits(have, shape):
     return shape[0] in (None, have[0]) and shape[1] in (None, have[1])
 
 
-def _router(x, router_weight, top_k, gate, bias):
+def _router(x, router_weight, top_k, gate, bias, router_bias):
     _matrix("router_weight", router_weight, x, (None, x.shape[-1]), "one column per feature of x")
     E = router_weight.shape[0]
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= E:
@@ -382,6 +387,8 @@ def _router(x, router_weight, top_k, gate, bias):
         raise ValueError(f"gate: expected one of {GATES}, got {gate!r}")
     if bias is not None:
         _matrix("bias", bias, x, (E,), "one per expert")
+    if router_bias is not None:
+        _matrix("router_bias", router_bias, x, (E,), "one per expert")
 
 
 def rank_offsets_of(rank_offsets, num_experts: int) -> list[int]:
@@ -472,7 +479,7 @@ def _sparsity(top_p, threshold, gate):
 
 
 def _selection(bias, x):
-    return None if bias is None else bias.detach().to(accumulator(x.dtype))
+    return None if bias is None else bias.detach().to(accumulator(x.dtype)).contiguous()
 
 
 def _rows(x):

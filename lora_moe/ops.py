@@ -5,11 +5,12 @@ device; whatever has none runs reference.py.  Gradients live in autograd.py, out
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, W saved columns.
 Contract: x (T, D_in), base and dy (T, D_out) and the parameters have unit stride along columns;
-w (E, D_in) has x's dtype or fp32; scaling (E,), weights (T, K), logits and every h and S are fp32 (all
-fp64 when x is); indices (T, K) int32, -1 where a slot is empty.  The operators with experts take
-a (R or r, D_in) and b (R, D_out) as the parameters are, round them to x's dtype for the products, and
-return each parameter's gradient in its own dtype, rounded once; `shrink` and `expand` take them in
-x's dtype, and what `gram` returns is fp32.  Gradients that are not needed come back empty, shape (0,).
+w (E, D_in) has x's dtype or fp32; bias, router_bias and scaling (E,), weights (T, K), logits and every h
+and S are fp32 (all fp64 when x is); indices (T, K) int32, -1 where a slot is empty.  The operators with
+experts take a (R or r, D_in) and b (R, D_out) as the parameters are, round them to x's dtype for the
+products, and return each parameter's gradient in its own dtype, rounded once; `shrink` and `expand` take
+them in x's dtype, and what `gram` returns is fp32.  Gradients that are not needed come back empty, shape
+(0,).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _ROUTER = "int top_k, str gate, bool renormalize, float top_p, float threshold"
 _EXPERTS = "Tensor scaling, int[] offsets, bool shared_a"
 _ROUTING = "Tensor indices, Tensor weights"
 _SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
-_NEEDS = "int[] frozen, bool need_x, bool need_w, bool need_a, bool need_b, str plan"
+_NEEDS = "int[] frozen, bool need_x, bool need_w, bool need_a, bool need_b"
 _AUX = "Tensor? dweights, Tensor? dlogits, Tensor? dmean_prob, Tensor? dlse"
 
 SCHEMAS = {
     # indices, weights, logits, mean_prob, lse, counts
-    "router_topk": f"(Tensor x, Tensor w, Tensor? bias, {_ROUTER})"
+    "router_topk": f"(Tensor x, Tensor w, Tensor? bias, Tensor? router_bias, {_ROUTER})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # the total gradient of the logits
     "router_topk_backward": f"({_AUX}, {_ROUTING}, Tensor logits, str gate, bool renormalize) -> Tensor",
@@ -40,16 +41,17 @@ SCHEMAS = {
     "grouped_lora": f"(Tensor x, Tensor a, Tensor b, Tensor? base, {_ROUTING}, {_EXPERTS}, str plan)"
     " -> (Tensor, Tensor)",
     # dx, dweights, da, db
-    "grouped_lora_backward": f"(Tensor dy, {_SAVED.format(w='')}, {_ROUTING}, {_EXPERTS}, {_NEEDS})"
+    "grouped_lora_backward": f"(Tensor dy, {_SAVED.format(w='')}, {_ROUTING}, {_EXPERTS}, {_NEEDS},"
+    " str plan)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # y, indices, weights, logits, mean_prob, lse, counts, S
     "routed_lora": "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? base, Tensor? bias,"
-    f" {_EXPERTS}, {_ROUTER}, str plan)"
+    f" Tensor? router_bias, {_EXPERTS}, {_ROUTER}, str plan)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # dx, dw, da, db
+    # dx, dw, da, db, drouter_bias
     "routed_lora_backward": f"(Tensor dy, {_AUX}, {_SAVED.format(w='Tensor w, ')}, {_ROUTING},"
-    f" Tensor logits, {_EXPERTS}, str gate, bool renormalize, {_NEEDS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f" Tensor logits, {_EXPERTS}, str gate, bool renormalize, {_NEEDS}, bool need_router_bias, str plan)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 }
 
 
@@ -93,9 +95,11 @@ def _grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, p
     return y, _saved(s, indices, offsets, shared_a, plan)
 
 
-def _routed_lora(x, w, a, b, base, bias, scaling, offsets, shared_a, *rest):
+def _routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, *rest):
     *router, plan = rest
-    *out, s = reference.routed_lora(x, w, a, b, base, bias, scaling, offsets, shared_a, *router)
+    *out, s = reference.routed_lora(
+        x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, *router
+    )
     return *out, _saved(s, out[1], offsets, shared_a, plan)
 
 
@@ -110,7 +114,7 @@ def _rows(s, indices, offsets, shared_a, plan):
     return reference.rows_of_slots(s, indices, offsets) if by_slot else s
 
 
-def _backward(grads, offsets, shared_a, frozen, need_x, need_w, need_a, need_b, _plan):
+def _backward(grads, offsets, shared_a, frozen, need_x, need_w, need_a, need_b):
     dx, dw, da, db = map(_keep, grads, (need_x, need_w, need_a, need_b))
     zero_frozen_rows(da, db, frozen, offsets, shared_a)
     return dx, dw, da, db
@@ -123,7 +127,7 @@ def _grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, s
     )
     dx, dweights, da, db = grads
     grads = dx, dweights, da.to(a.dtype), db.to(b.dtype)
-    return _backward(grads, offsets, shared_a, *needs)
+    return _backward(grads, offsets, shared_a, *needs[:-1])
 
 
 def _routed_lora_backward(
@@ -168,9 +172,11 @@ def _routed_lora_backward(
         gate,
         renormalize,
     )
-    dx, dw, da, db = grads
+    dx, dw, da, db, drouter_bias = grads
     grads = dx, dw.to(w.dtype), da.to(a.dtype), db.to(b.dtype)
-    return _backward(grads, offsets, shared_a, *needs)
+    *needs, need_router_bias, _plan = needs
+    grads = _backward(grads, offsets, shared_a, *needs)
+    return *grads, _keep(drouter_bias, need_router_bias)
 
 
 # --- shapes for tracing -------------------------------------------------------------------------
@@ -180,7 +186,7 @@ def _acc(x, *shape):
     return x.new_empty(shape, dtype=reference.accumulator(x.dtype))
 
 
-def _router_topk_fake(x, w, bias, top_k, gate, renormalize, top_p, threshold):
+def _router_topk_fake(x, w, bias, router_bias, top_k, gate, renormalize, top_p, threshold):
     T, E = x.shape[0], w.shape[0]
     return (
         x.new_empty((T, top_k), dtype=torch.int32),
@@ -216,9 +222,11 @@ def _grouped_lora_fake(x, a, b, base, indices, weights, scaling, offsets, shared
     return x.new_empty((x.shape[0], b.shape[1])), _acc(x, x.shape[0], width)
 
 
-def _routed_lora_fake(x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, *rest):
+def _routed_lora_fake(
+    x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, *rest
+):
     *_, plan = rest
-    routing = _router_topk_fake(x, w, bias, top_k, *rest[:-1])
+    routing = _router_topk_fake(x, w, bias, router_bias, top_k, *rest[:-1])
     y, s = _grouped_lora_fake(x, a, b, base, *routing[:2], scaling, offsets, shared_a, plan)
     return y, *routing, s
 
@@ -240,7 +248,9 @@ def _grouped_lora_backward_fake(
 
 
 def _routed_lora_backward_fake(dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, *rest):
-    return _backward_fake(x, w.new_empty(w.shape), a, b, *rest[-5:-1])
+    *needs, need_router_bias, _plan = rest[-6:]
+    drouter_bias = _keep(_acc(x, w.shape[0]), need_router_bias)
+    return *_backward_fake(x, w.new_empty(w.shape), a, b, *needs), drouter_bias
 
 
 _TABLE = {

@@ -38,8 +38,8 @@ def gate_values(logits, gate):
     return torch.softmax(logits, dim=1) if gate == "softmax" else torch.sigmoid(logits)
 
 
-def router_topk(x, w, bias, top_k, gate, renormalize, top_p=math.inf, threshold=0.0):
-    """logits = x W^T;  p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
+def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p=math.inf, threshold=0.0):
+    """p = gate(x W^T + router_bias);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
 
     Of the K picked, those with p < threshold are dropped, and those before which p already sums to
     top_p: their id is -1, their weight 0.
@@ -47,6 +47,8 @@ def router_topk(x, w, bias, top_k, gate, renormalize, top_p=math.inf, threshold=
     """
     acc = accumulator(x.dtype)
     logits = x.to(acc) @ w.to(acc).T  # (T, E)
+    if router_bias is not None:
+        logits = logits + router_bias
     p = gate_values(logits, gate)  # (T, E)
     ids = select_topk(p if bias is None else p + bias, top_k)  # (T, K)
     weights = p.gather(1, ids)  # (T, K)
@@ -191,9 +193,9 @@ def rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a):
     return ds, dweights, h
 
 
-def routed_lora(x, w, a, b, base, bias, scaling, offsets, shared_a, *router):
+def routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, *router):
     """Router and experts together: grouped_lora of router_topk.  Returns y, the routing, S."""
-    routing = router_topk(x, w, bias, *router)
+    routing = router_topk(x, w, bias, router_bias, *router)
     y, s = grouped_lora(x, a, b, base, routing[0], routing[1], scaling, offsets, shared_a)
     return y, *routing, s
 
@@ -218,7 +220,10 @@ def routed_lora_backward(
     gate,
     renormalize,
 ):
-    """Gradients of x, w, a, b.  dx = dS A + dlogits W;  [dA ; dW] = [dS | dlogits]^T x."""
+    """Gradients of x, w, a, b, router_bias.
+
+    dx = dS A + dlogits W;  [dA ; dW] = [dS | dlogits]^T x;  drouter_bias = sum of dlogits over tokens.
+    """
     a, b = a.to(x.dtype), b.to(x.dtype)
     ds, dgate, h = rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a)
     dweights = dgate if dweights is None else dgate + dweights
@@ -226,7 +231,7 @@ def routed_lora_backward(
         dweights, dlogits, dmean_prob, dlse, indices, weights, logits, gate, renormalize
     )
     dx = expand(ds, a, dlogits, w, dtype=x.dtype)
-    return dx, gram(dlogits, x), gram(ds, x), gram(h, dy)
+    return dx, gram(dlogits, x), gram(ds, x), gram(h, dy), dlogits.sum(0)
 
 
 def _nonzero(z):

@@ -25,6 +25,7 @@ class Case:
     renormalize: bool = True
     shared_a: bool = False
     with_bias: bool = False
+    with_router_bias: bool = False
     with_base: bool = True
     skew: float = 0.0  # pulls every token towards expert 0
 
@@ -43,19 +44,41 @@ class Case:
 
 
 CASES = [
-    Case("odd", 7, 3, 2, 3, 15, 17),
+    Case("odd", 7, 3, 2, 3, 15, 17, with_router_bias=True),
     Case("one token", 1, 8, 2, 8, 97, 128, gate="sigmoid"),
     Case("tiles fit", 64, 8, 2, 8, 128, 128, with_bias=True),
-    Case("one past a tile", 65, 7, 3, 17, 129, 65, with_base=False, renormalize=False),
+    Case(
+        "one past a tile",
+        65,
+        7,
+        3,
+        17,
+        129,
+        65,
+        with_base=False,
+        renormalize=False,
+        with_router_bias=True,
+    ),
     Case("most experts idle", 5, 64, 1, 4, 64, 48, renormalize=False),
     Case("one takes all", 33, 8, 1, 12, 48, 97, renormalize=False, skew=50.0),
     Case("no rows", 0, 4, 2, 8, 16, 24),
-    Case("wide", 31, 8, 2, 8, 600, 97, gate="sigmoid", renormalize=False),
+    Case("wide", 31, 8, 2, 8, 600, 97, gate="sigmoid", renormalize=False, with_router_bias=True),
     Case("long", 257, 8, 2, 8, 256, 40),
     Case("several chunks", 70, 3, 2, (65, 12, 1), 600, 515, with_bias=True),
-    Case("unequal ranks", 33, 4, 2, (1, 2, 24, 7), 40, 33, gate="sigmoid", with_bias=True),
-    Case("shared A", 17, 8, 2, 16, 64, 48, shared_a=True),
-    Case("many experts", 17, 257, 3, 1, 16, 15),
+    Case(
+        "unequal ranks",
+        33,
+        4,
+        2,
+        (1, 2, 24, 7),
+        40,
+        33,
+        gate="sigmoid",
+        with_bias=True,
+        with_router_bias=True,
+    ),
+    Case("shared A", 17, 8, 2, 16, 64, 48, shared_a=True, with_router_bias=True),
+    Case("many experts", 17, 257, 3, 1, 16, 15, with_router_bias=True),
     Case("dense", 16, 7, 7, 4, 32, 16, with_base=False),
     Case("one expert", 15, 1, 1, 2, 17, 1, gate="sigmoid", renormalize=False),
     Case("large rank", 16, 2, 1, 128, 97, 64, renormalize=False),
@@ -70,7 +93,7 @@ def some_cases(*names):
 
 
 def sample(case: Case, dtype=torch.float32, seed: int = 0, adapter_dtype=None) -> dict:
-    """x, router_weight, lora_A, lora_B, base, bias, scaling of a case; RMS of the output about 1."""
+    """x, router_weight, lora_A, lora_B, base, bias, scaling, router_bias; RMS of the output about 1."""
     g = torch.Generator().manual_seed(seed)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -93,6 +116,7 @@ def sample(case: Case, dtype=torch.float32, seed: int = 0, adapter_dtype=None) -
         "base": normal(case.T, case.D_out, scale=0.5).to(dtype) if case.with_base else None,
         "bias": torch.rand(case.E, generator=g).to(acc) * 0.2 if case.with_bias else None,
         "scaling": (torch.rand(case.E, generator=g) + 1.0).to(acc),
+        "router_bias": normal(case.E, scale=0.5).to(acc) if case.with_router_bias else None,
     }
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import torch
 
 
-def gates(x, router_weight, case, bias=None):
+def gates(x, router_weight, case, router_bias=None):
     """p (T, E) and the router's other outputs, in fp32 (fp64)."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     logits = x.to(wide) @ router_weight.to(wide).T
+    if router_bias is not None:
+        logits = logits + router_bias.to(wide)
     p = torch.softmax(logits, -1) if case.gate == "softmax" else torch.sigmoid(logits)
     return p, logits
 
 
-def router_topk(x, router_weight, case, ids):
+def router_topk(x, router_weight, case, ids, router_bias=None):
     """weights, logits, mean_prob, lse for ids already decided."""
-    p, logits = gates(x, router_weight, case)
+    p, logits = gates(x, router_weight, case, router_bias)
     weights = p.gather(1, ids.long())
     if case.renormalize:
         weights = weights / weights.sum(1, keepdim=True)
@@ -44,7 +46,9 @@ def grouped_lora(x, lora_A, lora_B, ids, weights, case, base, scaling):
 
 def routed_lora(inputs, case, ids):
     """y and the router's outputs, experts given by ids so that rounding cannot flip a decision."""
-    weights, *rest = router_topk(inputs["x"], inputs["router_weight"], case, ids)
+    weights, *rest = router_topk(
+        inputs["x"], inputs["router_weight"], case, ids, inputs["router_bias"]
+    )
     y = grouped_lora(
         inputs["x"],
         inputs["lora_A"],

@@ -73,7 +73,7 @@ def compare(names, got, want, dtype, tokens=16):
         if not w.is_floating_point():
             assert torch.equal(g.long(), w.long()), name
         else:
-            wide = name in ROUTING or name in ("S", "dweights", "dw")
+            wide = name in ROUTING or name in ("S", "dweights", "dw", "drouter_bias")
             kind = torch.float32 if wide else dtype
             few = g.numel() <= 256 or tokens < 16
             units = 16 if wide else UNITS[kind] * (1.5 if few else 1)
@@ -95,16 +95,20 @@ def router(case, drop="all"):
 
 def routed(ops, v, case, *plan, drop="all"):
     return ops.routed_lora(
-        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], v["base"], v["bias"], v["scaling"],
+        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], v["base"], v["bias"],
+        v["router_bias"], v["scaling"],
         case.offsets, case.shared_a, *router(case, drop), *plan,
     )  # fmt: skip
 
 
-def routed_backward(ops, v, case, dy, aux, saved, *rest):
+def routed_backward(ops, v, case, dy, aux, saved, *needs):
+    """With the gradient of router_bias, where `needs` are those of a kernel and do not name it."""
     ids, weights, logits, s = saved
+    if len(needs) == 6:
+        needs = (*needs[:5], True, needs[5])
     return ops.routed_lora_backward(
         dy, *aux, v["x"], v["router_weight"], v["lora_A"], v["lora_B"], s, ids, weights, logits,
-        v["scaling"], case.offsets, case.shared_a, case.gate, case.renormalize, *rest,
+        v["scaling"], case.offsets, case.shared_a, case.gate, case.renormalize, *needs,
     )  # fmt: skip
 
 
@@ -141,7 +145,7 @@ def check_routed_backward(kernels, inputs, case, out, dtype, chosen="rank_dense"
     want = routed_backward(
         reference, in_double(inputs), case, dy.double(), in_fp64(aux), in_fp64(given)
     )
-    compare(["dx", "dw", "da", "db"], got, want, dtype, case.T)
+    compare(["dx", "dw", "da", "db", "drouter_bias"], got, want, dtype, case.T)
 
 
 @pytest.mark.parametrize("drop", ["top_p", "threshold"])
@@ -239,7 +243,7 @@ def test_segmented(kernels, case, dtype):
     want = routed_backward(
         reference, in_double(inputs), case, dy.double(), in_fp64(aux), [*want[1:4], dense_s]
     )
-    compare(["dx", "dw", "da", "db"], got, want, dtype, case.T)
+    compare(["dx", "dw", "da", "db", "drouter_bias"], got, want, dtype, case.T)
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.float16, torch.float64], ids=str)
@@ -267,7 +271,9 @@ def test_router_topk(kernels, case, adapters):
     v["router_weight"] = v["router_weight"].to(adapters)
 
     def forward(ops, v):
-        return ops.router_topk(v["x"], v["router_weight"], v["bias"], *router(case))
+        return ops.router_topk(
+            v["x"], v["router_weight"], v["bias"], v["router_bias"], *router(case)
+        )
 
     want = forward(reference, in_double(v))
     compare(ROUTING, forward(kernels, v), want, torch.float32)
@@ -411,13 +417,13 @@ def test_only_what_is_needed(kernels, case):
     saved = [out[i] for i in (1, 2, 3, 7)]
     dy, none = noise(case.T, case.D_out), [None] * 4
     everything = routed_backward(kernels, v, case, dy, none, saved, *all_needed())
-    for skipped in range(4):
-        needs = [i != skipped for i in range(4)]
+    for skipped in range(5):
+        needs = [i != skipped for i in range(5)]
         got = routed_backward(kernels, v, case, dy, none, saved, [], *needs, "rank_dense")
         for i, (g, full) in enumerate(zip(got, everything)):
             assert g.shape == (0,) if i == skipped else torch.equal(g, full)
     frozen = [0, case.E - 1]
-    _, _, da, db = routed_backward(kernels, v, case, dy, none, saved, *all_needed(frozen))
+    _, _, da, db, _ = routed_backward(kernels, v, case, dy, none, saved, *all_needed(frozen))
     for e in range(case.E):
         rows = slice(*case.offsets[e : e + 2])
         assert torch.equal(db[rows], 0 * db[rows] if e in frozen else everything[3][rows])
@@ -454,7 +460,7 @@ def test_same_bits_in_any_order_of_threads(case, monkeypatch):
 def test_ties_go_to_the_lower_id(kernels, case):
     v = sample(case, torch.bfloat16)
     v["router_weight"] = torch.zeros_like(v["router_weight"])
-    ids = routed(kernels, {**v, "bias": None}, case, "rank_dense")[1]
+    ids = routed(kernels, {**v, "bias": None, "router_bias": None}, case, "rank_dense")[1]
     assert torch.equal(ids, torch.arange(case.K, dtype=torch.int32).expand(case.T, -1))
 
 
@@ -481,7 +487,7 @@ def test_special_logits_as_in_torch(kernels, gate):
     """inf, -inf and NaN, alone and together, ties among them: an identity router passes them on."""
     values = [0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan]
     rows = torch.cartesian_prod(*[torch.tensor(values)] * 3)
-    options = None, 2, gate, True, *DROPS["all"]
+    options = None, None, 2, gate, True, *DROPS["all"]
     got = [kernels.router_topk(torch.ones(1, 1), row[:, None], *options) for row in rows]
     ids, weights, _, mean_prob, lse, _ = (torch.cat(parts) for parts in zip(*got))
     p = reference.gate_values(rows, gate)

@@ -36,6 +36,8 @@ WRONG_VALUES = {
     + [torch.ones(E, D_IN, dtype=torch.bool)],
     "base": [torch.randn(T, D_OUT + 1), torch.randn(1, D_OUT), torch.randn(T, D_OUT).double()],
     "bias": [torch.randn(E + 1), torch.randn(E, 1)],
+    "router_bias": [torch.randn(E - 1), torch.randn(1, E), torch.ones(E, dtype=torch.int64), 0.5]
+    + [torch.randn(E, device="meta"), torch.randn(E, dtype=torch.complex64)],
     "frozen": [(E,), (-1,), (1.0,)],
     "x": [torch.ones(T, D_IN, dtype=torch.int64), torch.randn(T, D_IN).to_sparse()]
     + [torch.randn(()), torch.randn(T, D_IN, dtype=torch.complex64), None],

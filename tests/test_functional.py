@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 if BACKEND != "triton":
     DTYPES.append(torch.float64)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-PARAMETERS = ("x", "router_weight", "lora_A", "lora_B", "base")
+PARAMETERS = ("x", "router_weight", "lora_A", "lora_B", "base", "router_bias")
 
 
 def experts_of(case):
@@ -33,7 +33,7 @@ def experts_of(case):
 
 def routed(inputs, case, **more):
     args = (inputs[k] for k in ("x", "router_weight", "lora_A", "lora_B"))
-    rest = {k: inputs[k] for k in ("scaling", "base", "bias")}
+    rest = {k: inputs[k] for k in ("scaling", "base", "bias", "router_bias")}
     return F.routed_lora(*args, case.K, **rest, **experts_of(case), **case.options, **more)
 
 
@@ -90,7 +90,7 @@ def test_routed_lora(case, dtype):
 
 def assert_picks_are_top_k(indices, inputs, case):
     """Ids are distinct, and no expert left out beats one picked by more than rounding."""
-    p, _ = eager.gates(inputs["x"].double(), inputs["router_weight"], case)
+    p, _ = eager.gates(inputs["x"].double(), inputs["router_weight"], case, inputs["router_bias"])
     score = p if inputs["bias"] is None else p + inputs["bias"].double()
     picked = torch.zeros_like(score, dtype=torch.bool).scatter(1, indices.long(), True)
     assert (picked.sum(1) == case.K).all()
@@ -116,7 +116,10 @@ def test_routed_lora_gradients(case, dtype):
     )
     for name in got:
         assert got[name].dtype == inputs[name].dtype
-        assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype)
+        if name == "router_bias" and dtype == torch.float32:  # of E numbers chance decides
+            assert_accurate("drouter_bias", got[name], want[name], units=16)
+        else:
+            assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype)
 
 
 @every_dtype
@@ -151,6 +154,47 @@ def test_grouped_lora(case, dtype):
     )
     for name in got:
         assert_accurate(f"d{name}", got[name], want[name], plain[name], dtype=dtype)
+
+
+@pytest.mark.parametrize("outputs", ["y", "routing", "both"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_router_bias_in_any_dtype_and_stride(dtype, outputs):
+    """It is widened, exactly, and its gradient comes back in its own dtype, rounded once."""
+    case = BY_NAME["one past a tile"]
+    v = leaves(sample(case, torch.float32), *PARAMETERS)
+    narrow = v["router_bias"].detach().to(dtype)
+    wide = narrow.float().requires_grad_()
+    spread = torch.stack([narrow, narrow + 1], 1)[:, 0].requires_grad_()
+    assert spread.stride() == (2,)
+
+    def run(router_bias):
+        y, routing = routed({**v, "router_bias": router_bias}, case)
+        loss = 0 if outputs == "routing" else y.square().sum()
+        loss = loss if outputs == "y" else loss + routing.lse.square().sum()
+        return routing.logits, torch.autograd.grad(loss, router_bias)[0]
+
+    (logits, grad), (want, full) = run(spread), run(wide)
+    assert_same_bits(logits, want)
+    assert grad.dtype == dtype and full.abs().min() > 0
+    assert torch.equal(grad, full.to(dtype))
+
+
+def test_router_bias_is_a_weight_of_a_constant_feature():
+    case = BY_NAME["long"]
+    v = sample(case)
+    router_bias = torch.linspace(-1, 1, case.E)
+    y, routing = routed({**v, "router_bias": router_bias}, case)
+    one, zero = torch.ones(case.T, 1), torch.zeros(case.R, 1)
+    with_feature = {
+        "x": torch.cat([v["x"], one], 1),
+        "router_weight": torch.cat([v["router_weight"], router_bias[:, None]], 1),
+        "lora_A": torch.cat([v["lora_A"], zero], 1),
+    }
+    want, as_weight = routed({**v, **with_feature}, case)
+    assert torch.equal(routing.indices, as_weight.indices)
+    assert not torch.equal(routing.indices, routed(v, case)[1].indices)
+    torch.testing.assert_close(routing.logits, as_weight.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
 
 
 def test_from_gates_is_the_dense_mixture():
@@ -194,31 +238,34 @@ def test_repeat_gives_each_sequence_its_decision():
 @every_dtype
 @some_cases("odd", "one past a tile", "unequal ranks", "no rows")
 def test_router_topk(case, dtype):
-    inputs = leaves(sample(case, dtype), "x", "router_weight")
-    x, w = inputs["x"], inputs["router_weight"]
-    routing = F.router_topk(x, w, case.K, bias=inputs["bias"], **case.options)
+    names = ("x", "router_weight", "router_bias")
+    inputs = leaves(sample(case, dtype), *names)
+    x, w, router_bias = (inputs[k] for k in names)
+    routing = F.router_topk(
+        x, w, case.K, bias=inputs["bias"], router_bias=router_bias, **case.options
+    )
     assert_picks_are_top_k(routing.indices, inputs, case)
     outputs = list(routing_outputs(None, routing).values())[1:]
     dys = cotangents(outputs)
-    got = gradients(outputs, dys, inputs, ("x", "router_weight"))
-    doubled = leaves(in_double(inputs), "x", "router_weight")
-    truth = eager.router_topk(doubled["x"], doubled["router_weight"], case, routing.indices)
-    plain = eager.router_topk(x, w, case, routing.indices)
+    got = gradients(outputs, dys, inputs, names)
+    doubled = leaves(in_double(inputs), *names)
+    truth, plain = (
+        eager.router_topk(v["x"], v["router_weight"], case, routing.indices, v["router_bias"])
+        for v in (doubled, inputs)
+    )
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for out, want in zip(outputs, truth, strict=True):
         assert_accurate("routing", out, want, units=16, dtype=wide)
-    want = gradients(truth, dys, doubled, ("x", "router_weight"))
-    usual = gradients(plain, dys, inputs, ("x", "router_weight"))
-    assert_accurate("dx", got["x"], want["x"], usual["x"], dtype=dtype)
-    assert_accurate(
-        "dw", got["router_weight"], want["router_weight"], usual["router_weight"], dtype=dtype
-    )
+    want = gradients(truth, dys, doubled, names)
+    usual = gradients(plain, dys, inputs, names)
+    for name in got:
+        assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype)
 
 
 @every_dtype
 @some_cases("odd", "wide", "many experts", "large rank", "no rows")
 def test_shrink_and_expand(case, dtype):
-    inputs = leaves(sample(case, dtype), "x", "router_weight", "lora_A", "lora_B", "base")
+    inputs = {**sample(case, dtype), "router_bias": None}
 
     def ours(v):
         s, logits = F.shrink(v["x"], v["lora_A"], v["router_weight"])
@@ -332,7 +379,7 @@ def test_frozen_experts_get_exact_zeros(shared_a):
         want["lora_B"][rows] = 0
         if not shared_a:
             want["lora_A"][rows] = 0
-    for name in PARAMETERS:  # what is left may be summed in other tiles
+    for name in got:  # what is left may be summed in other tiles
         assert torch.equal(got[name] == 0, want[name] == 0), name
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
 
@@ -582,6 +629,10 @@ def test_changed_saved_tensor_and_second_backward_raise():
 # --- a variable number of experts a token ---------------------------------------------------------
 
 
+def _detached(t):
+    return None if t is None else t.detach()
+
+
 @pytest.mark.parametrize(
     "options", [{"top_p": 0.6}, {"threshold": 0.3}, {"threshold": 1.0}], ids=str
 )
@@ -593,7 +644,9 @@ def test_dropped_experts(case, renormalize, options):
     case = replace(case, K=3, gate=gate, renormalize=renormalize)
     v = leaves(sample(case), *PARAMETERS)
     y, routing = routed(v, case, **options)
-    p, _ = eager.gates(v["x"].detach().double(), v["router_weight"].detach(), case)
+    p, _ = eager.gates(
+        v["x"].detach().double(), v["router_weight"].detach(), case, _detached(v["router_bias"])
+    )
     score = p if v["bias"] is None else p + v["bias"]
     for t, best in enumerate(
         score.sort(dim=1, descending=True, stable=True).indices[:, :3].tolist()
@@ -608,7 +661,7 @@ def test_dropped_experts(case, renormalize, options):
     assert torch.equal(routing.counts, torch.bincount(ids[ids >= 0], minlength=case.E))
 
     def plain(v):
-        p, _ = eager.gates(v["x"], v["router_weight"], case)
+        p, _ = eager.gates(v["x"], v["router_weight"], case, v["router_bias"])
         weights = torch.where(ids >= 0, p.gather(1, ids.clamp(min=0)), 0)
         if renormalize:
             weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-30)

@@ -28,7 +28,7 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
     x, w, a, b = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B"))
     router = (case.K, case.gate, case.renormalize, math.inf, 0.0)
     experts = (v["scaling"], case.offsets, case.shared_a)
-    forward = (x, w, a, b, v["base"], v["bias"], *experts, *router, plan)
+    forward = (x, w, a, b, v["base"], v["bias"], v["router_bias"], *experts, *router, plan)
     y, indices, weights, logits, mean_prob, lse, _, s = ops.routed_lora(*forward)
     saved = (x, a, b, s, indices, weights)
     aux = tuple(torch.ones_like(t) for t in (weights, logits, mean_prob, lse))
@@ -36,7 +36,7 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
     needs = ([0], True, True, True, True, plan)
     partial = ([], True, False, False, True, plan)
     return {
-        "router_topk": [(x, w, v["bias"], *router)],
+        "router_topk": [(x, w, v["bias"], v["router_bias"], *router)],
         "router_topk_backward": [
             (*aux, indices, weights, logits, *router[1:3]),
             (None, None, None, aux[3], indices, weights, logits, *router[1:3]),
@@ -52,9 +52,10 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
             (dy, *saved, *experts, *needs),
             (dy, *saved, *experts, *partial),
         ],
-        "routed_lora": [forward, (*forward[:4], None, None, *forward[6:])],
+        "routed_lora": [forward, (*forward[:4], None, None, None, *forward[7:])],
         "routed_lora_backward": [
-            (dy, *more, x, w, a, b, s, indices, weights, logits, *experts, *router[1:3], *need)
+            (dy, *more, x, w, a, b, s, indices, weights, logits, *experts, *router[1:3], *need[:5],
+             more is aux, plan)
             for more, need in ((aux, needs), ((None,) * 4, partial))
         ],
     }  # fmt: skip
@@ -99,7 +100,7 @@ def test_gradcheck(case):
 def test_gradcheck_of_the_other_functions():
     case = BY_NAME["odd"]
     v = leaves(sample(case, torch.float64), *PARAMETERS)
-    x, w, a, b, base = (v[k] for k in PARAMETERS)
+    x, w, a, b, base = (v[k] for k in PARAMETERS[:5])
     ids = torch.tensor([[0, 1], [2, 2], [-1, 1], [-1, -1], [1, 0], [2, 0], [0, -1]])
     weights = torch.rand(ids.shape, dtype=torch.float64, requires_grad=True)
 
@@ -139,12 +140,13 @@ def test_compile_fullgraph_and_dynamic_tokens():
         return y.square().mean() + routing.lse.square().mean() + routing.mean_prob.square().sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
+    names = [n for n in PARAMETERS if sample(case)[n] is not None]
     # of one size class, as the plan may change with it; not 64, which would stand for R as well
     for rows in (63, 33, 20):
         v = sample(case)
         v = leaves({**v, "x": v["x"][:rows], "base": v["base"][:rows]}, *PARAMETERS)
-        got = torch.autograd.grad(compiled(v), [v[k] for k in PARAMETERS])
-        want = torch.autograd.grad(step(v), [v[k] for k in PARAMETERS])
+        got = torch.autograd.grad(compiled(v), [v[k] for k in names])
+        want = torch.autograd.grad(step(v), [v[k] for k in names])
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
     assert len(graphs) == 1, "T must not recompile"
@@ -246,8 +248,8 @@ def test_the_cpp_operators_check_their_own_arguments():
     """A caller of the bare operator cannot make it read out of bounds."""
     good = operator_calls(BY_NAME["odd"])["routed_lora"][0]
     with pytest.raises(RuntimeError, match="offsets: expected ascending rows"):
-        ops.routed_lora(*good[:7], [0, 6, 3, 9], *good[8:])
+        ops.routed_lora(*good[:8], [0, 6, 3, 9], *good[9:])
     with pytest.raises(RuntimeError, match="lora_B: expected shape"):
-        ops.routed_lora(*good[:2], torch.randn(12, 15), *good[3:7], [0, 3, 6, 12], *good[8:])
+        ops.routed_lora(*good[:2], torch.randn(12, 15), *good[3:8], [0, 3, 6, 12], *good[9:])
     with pytest.raises(RuntimeError, match="plan"):
         ops.routed_lora(*good[:-1], "rank_dense")

@@ -12,9 +12,11 @@ from .cases import every_case, sample
 DOUBLE = torch.float64
 
 
-def loop_router(x, w, bias, K, gate, renormalize):
+def loop_router(x, w, bias, router_bias, K, gate, renormalize):
     """One token: p, ids, weights."""
     logits = [sum(float(a) * float(b) for a, b in zip(row, x, strict=True)) for row in w]
+    if router_bias is not None:
+        logits = [v + float(b) for v, b in zip(logits, router_bias, strict=True)]
     if gate == "softmax":
         top = max(logits)
         powers = [math.exp(v - top) for v in logits]
@@ -43,15 +45,17 @@ def loop_experts(x, a, b, ids, weights, scaling, offsets, shared_a):
 def test_routed_lora(case):
     v = sample(case, DOUBLE)
     out = reference.routed_lora(
-        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], v["base"], v["bias"], v["scaling"],
+        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], v["base"], v["bias"],
+        v["router_bias"], v["scaling"],
         case.offsets, case.shared_a, case.K, case.gate, case.renormalize,
     )  # fmt: skip
     y, indices, weights, logits, mean_prob, lse, counts, _ = out
     mean, count = torch.zeros(case.E, dtype=DOUBLE), [0] * case.E
     for t in range(case.T):
         p, ids, gate, row = loop_router(
-            v["x"][t], v["router_weight"], v["bias"], case.K, case.gate, case.renormalize
-        )
+            v["x"][t], v["router_weight"], v["bias"], v["router_bias"], case.K, case.gate,
+            case.renormalize,
+        )  # fmt: skip
         want = loop_experts(
             v["x"][t],
             v["lora_A"],

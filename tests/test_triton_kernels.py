@@ -82,7 +82,7 @@ def compare(names, got, want, dtype, tokens=16):
         if not w.is_floating_point():
             assert torch.equal(g.long(), w.long()), name
         else:
-            wide = name in ROUTING or name in ("S", "dweights", "dw")
+            wide = name in ROUTING or name in ("S", "dweights", "dw", "drouter_bias")
             kind = torch.float32 if wide else dtype
             few = g.numel() <= 256 or tokens < 16
             units = 16 if wide else UNITS[kind] * (1.5 if few else 1)
@@ -107,16 +107,20 @@ def router(case):
 
 def routed(ops, v, case, *plan):
     return ops.routed_lora(
-        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], v["base"], v["bias"], v["scaling"],
+        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], v["base"], v["bias"],
+        v["router_bias"], v["scaling"],
         *experts(case), *router(case), *plan,
     )  # fmt: skip
 
 
-def routed_backward(ops, v, case, dy, aux, saved, *rest):
+def routed_backward(ops, v, case, dy, aux, saved, *needs):
+    """With the gradient of router_bias, where `needs` are those of a kernel and do not name it."""
     ids, weights, logits, s = saved
+    if len(needs) == 6:
+        needs = (*needs[:5], True, needs[5])
     return ops.routed_lora_backward(
         dy, *aux, v["x"], v["router_weight"], v["lora_A"], v["lora_B"], s, ids, weights, logits,
-        v["scaling"], *experts(case), case.gate, case.renormalize, *rest,
+        v["scaling"], *experts(case), case.gate, case.renormalize, *needs,
     )  # fmt: skip
 
 
@@ -164,7 +168,7 @@ def check_routed_lora(case, dtype, plan):
     want = routed_backward(
         reference, in_double(inputs), case, dy.double(), in_fp64(aux), in_fp64(given)
     )
-    compare(["dx", "dw", "da", "db"], got, want, dtype, case.T)
+    compare(["dx", "dw", "da", "db", "drouter_bias"], got, want, dtype, case.T)
 
 
 def cotangents(case):
@@ -235,7 +239,9 @@ def test_router_topk(case, adapters):
     v["router_weight"] = v["router_weight"].to(adapters)
 
     def forward(ops, v):
-        return ops.router_topk(v["x"], v["router_weight"], v["bias"], *router(case))
+        return ops.router_topk(
+            v["x"], v["router_weight"], v["bias"], v["router_bias"], *router(case)
+        )
 
     with watched():
         got = forward(kernels, on_device(v))
@@ -330,13 +336,13 @@ def test_only_what_is_needed(case):
     dy = noise(case.T, case.D_out).to(DEVICE)
     none = [None] * 4
     everything = routed_backward(kernels, v, case, dy, none, saved, *all_needed())
-    for skipped in range(4):
-        needs = [i != skipped for i in range(4)]
+    for skipped in range(5):
+        needs = [i != skipped for i in range(5)]
         got = routed_backward(kernels, v, case, dy, none, saved, [], *needs, "rank_dense")
         for i, (g, full) in enumerate(zip(got, everything)):
             assert g.shape == (0,) if i == skipped else torch.equal(g, full)
     frozen = [0, case.E - 1]
-    _, _, da, db = routed_backward(kernels, v, case, dy, none, saved, *all_needed(frozen))
+    _, _, da, db, _ = routed_backward(kernels, v, case, dy, none, saved, *all_needed(frozen))
     for e in range(case.E):
         rows = slice(*case.offsets[e : e + 2])
         grads = [(db, everything[3])] + [(da, everything[2])] * (not case.shared_a)
@@ -417,7 +423,7 @@ def shuffle_programs(monkeypatch):
 def test_ties_go_to_the_lower_id(case):
     v = on_device(sample(case, torch.bfloat16))
     v["router_weight"] = torch.zeros_like(v["router_weight"])
-    ids = routed(kernels, {**v, "bias": None}, case, "rank_dense")[1]
+    ids = routed(kernels, {**v, "bias": None, "router_bias": None}, case, "rank_dense")[1]
     assert torch.equal(ids.cpu(), torch.arange(case.K, dtype=torch.int32).expand(case.T, -1))
 
 
@@ -445,7 +451,7 @@ def test_special_logits_as_in_torch(gate):
     values = [0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan]
     rows = torch.cartesian_prod(*[torch.tensor(values)] * 3)
     options = router_file.gate_options(2, gate, True)
-    got = host(router_file.route_logits(rows.to(DEVICE), None, options))
+    got = host(router_file.decide(rows.to(DEVICE), router_file.NO_BIASES, options))
     p = reference.gate_values(rows, gate)
     assert torch.equal(got[0].long(), reference.select_topk(p, 2))
     weights = p.gather(1, got[0].long())
@@ -577,7 +583,19 @@ def test_what_does_not_fit_at_all_is_served_by_the_reference(plan):
     case = BY_NAME["unequal ranks"]
     v = sample(case)
     run = backend._or_reference("routed_lora", too_large, OutOfResources)
-    args = [v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base", "bias", "scaling")]
+    args = [
+        v[k]
+        for k in (
+            "x",
+            "router_weight",
+            "lora_A",
+            "lora_B",
+            "base",
+            "bias",
+            "router_bias",
+            "scaling",
+        )
+    ]
     with pytest.warns(RuntimeWarning, match="routed_lora does not fit this GPU"):
         got = run(*args, *experts(case), *router(case), plan)
     want = list(routed(reference, v, case))

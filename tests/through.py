@@ -40,7 +40,7 @@ def results(v, case, dtype):
     ]
     y, _ = F.routed_lora(
         *leaves, case.K, rank_offsets=case.offsets, scaling=v["scaling"], base=v["base"],
-        shared_a=case.shared_a, bias=v["bias"], **case.options,
+        shared_a=case.shared_a, bias=v["bias"], router_bias=v["router_bias"], **case.options,
     )  # fmt: skip
     g = torch.Generator().manual_seed(1)
     dy = torch.randn(y.shape, generator=g, dtype=torch.float64).to(dtype)

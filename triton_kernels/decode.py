@@ -17,7 +17,7 @@ import triton.language as tl
 from .gating import route, scatter_slots
 from .launching import launch, precision
 from .numerics import add_parts, convert, dot, in_first, round_to, rows_of, widen
-from .router_topk import MAX_EXPERTS, Routing, new_routing, route_logits
+from .router_topk import MAX_EXPERTS, Routing, decide, new_routing
 from .shrink import shrink_parts, sum_of_parts
 from .tiles import choose
 
@@ -27,7 +27,7 @@ def _decode_kernel(
     s_parts_ptr,  # (PARTS, T, R or r)
     logits_parts_ptr,  # (PARTS, T, E), or None: the routing is given
     PARTS,
-    bias_ptr,  # (E,) or None
+    biases,
     b_ptr,  # (R, D_out)
     stride_br,
     base_ptr,  # (T, D_out) or None
@@ -70,7 +70,7 @@ def _decode_kernel(
         in_logits = t_ok[:, None] & (every < E)[None, :]
         logits = add_parts(logits_parts_ptr, PARTS, T, t0, E, every, in_logits, BLOCK_T)
         gates = route(
-            logits, bias_ptr, top_p, threshold, routing, part, t0, t, t_ok, every, every < E, T, E,
+            logits, biases, top_p, threshold, routing, part, t0, t, t_ok, every, every < E, T, E,
             K, GATE, RENORMALIZE,
         )  # fmt: skip
 
@@ -112,7 +112,7 @@ def _decode_kernel(
     tl.store(y_ptr + t[:, None] * D_out + n, y, mask=in_y)
 
 
-def decode(x, w, bias, base, experts, routing, gate):
+def decode(x, w, biases, base, experts, routing, gate):
     """y (T, D_out), what a router decides (None where `routing` is given), S (T, R or r)."""
     a, b = experts.a, experts.b
     T, E, (R, D_out) = len(x), len(experts.scaling), b.shape
@@ -121,7 +121,7 @@ def decode(x, w, bias, base, experts, routing, gate):
     if w is None:
         logits_parts = None
     elif E > MAX_EXPERTS or T == 0:  # a launch of its own decides on so many
-        results = route_logits(*sum_of_parts(logits_parts), bias, gate)
+        results = decide(*sum_of_parts(logits_parts), biases, gate)
         routing, logits_parts = Routing(*results[:2]), None
     tile = choose("decode", x, experts.RP)
     if routing is None:
@@ -132,7 +132,7 @@ def decode(x, w, bias, base, experts, routing, gate):
             x,
             _decode_kernel,
             (triton.cdiv(T, tile["BLOCK_T"]), triton.cdiv(D_out, tile["BLOCK_N"])),
-            *(s_parts, logits_parts, len(s_parts), None if bias is None else bias.float()),
+            *(s_parts, logits_parts, len(s_parts), biases),
             *(b, b.stride(0), base, 0 if base is None else base.stride(0)),
             *(experts.scaling, experts.offsets, experts.rank, routing, s, y),
             *(T, E, R, D_out),

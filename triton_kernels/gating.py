@@ -64,7 +64,7 @@ def gate_values(logits, e_ok, GATE: tl.constexpr):
 
 @triton.jit
 def topk(p, bias_ptr, top_p, threshold, e, e_ok, K: tl.constexpr):
-    """Ids and gates of the K experts with the largest p + bias, and who was picked.
+    """Ids and gates of the K experts with the largest p + bias (None: zeros), and who was picked.
 
     Ties go to the lower id, NaN comes last; the mask of free experts, not a sentinel in the scores, is
     what keeps an id from being picked twice.  A picked expert is dropped, its id -1 and its gate 0, if
@@ -98,7 +98,7 @@ def topk(p, bias_ptr, top_p, threshold, e, e_ok, K: tl.constexpr):
 @triton.jit
 def route(
     logits,
-    bias_ptr,
+    biases,
     top_p,
     threshold,
     out,
@@ -116,11 +116,14 @@ def route(
 ):
     """Pick K experts, store the routing and this tile's share of the statistics, return the gate.
 
+    The logits get biases.router added, and are stored so, unless out.logits is None.
     Of several programs that decide on the same tokens the first, part 0, stores.
     (BLOCK_T, E) -> (BLOCK_T, E), zero where not picked
     """
+    if biases.router is not None:
+        logits += tl.load(biases.router + e, mask=e_ok, other=0.0)[None, :]
     p, lse = gate_values(logits, e_ok, GATE)
-    ids, weights, picked = topk(p, bias_ptr, top_p, threshold, e, e_ok, K)
+    ids, weights, picked = topk(p, biases.selection, top_p, threshold, e, e_ok, K)
     gate = p
     if RENORMALIZE:
         z = nonzero(tl.sum(weights, 1))[:, None]
@@ -132,8 +135,9 @@ def route(
     filled = stored[:, None] & (slot < K)[None, :]
     tl.store(rows_of(out.indices, t0, K, slot, p.shape[0]), ids, mask=filled)
     tl.store(rows_of(out.weights, t0, K, slot, p.shape[0]), weights, mask=filled)
-    inside = stored[:, None] & e_ok[None, :]
-    tl.store(rows_of(out.logits, t0, E, e, p.shape[0]), logits, mask=inside)
+    if out.logits is not None:
+        inside = stored[:, None] & e_ok[None, :]
+        tl.store(rows_of(out.logits, t0, E, e, p.shape[0]), logits, mask=inside)
     tl.store(out.lse + t, lse, mask=stored)
 
     tile = tl.program_id(0).to(tl.int64) * E + e

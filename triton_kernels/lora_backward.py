@@ -2,6 +2,7 @@
 
     dS, H, dlogits from dy B^T             dx = [dS | dlogits] @ [A ; W]
     dB = H^T dy                            [dA ; dW] = [dS | dlogits]^T x
+    drouter_bias = dlogits^T 1
 
 Four launches and one that adds up partial sums, each skipped when its gradient is not needed; dy and x
 are read twice, dx is written once.  The segmented plan does the same on tiles of sorted tokens.
@@ -9,10 +10,12 @@ are read twice, dx is written once.  The segmented plan does the same on tiles o
 
 import functools
 
+import torch
+
 from .add_parts import add_parts
 from .expand import expand
 from .experts import bundle_experts
-from .gram import gram_pair_parts, gram_parts
+from .gram import gram, gram_pair_parts, gram_parts
 from .launching import column_rows, require_supported
 from .rank_gradient import rank_gradient
 from .router_topk import Routing
@@ -39,9 +42,10 @@ def grouped_lora_backward(
 
 def routed_lora_backward(
     dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, s, indices, weights, logits,
-    scaling, offsets, shared_a, gate, renormalize, frozen, need_x, need_w, need_a, need_b, plan,
+    scaling, offsets, shared_a, gate, renormalize, frozen, need_x, need_w, need_a, need_b,
+    need_router_bias, plan,
 ):  # fmt: skip
-    """dx, dw, da, db; empty where not needed."""
+    """dx, dw, da, db, drouter_bias; empty where not needed."""
     require_supported(dy, x, w, a, b)
     routing = Routing(indices.contiguous(), weights.contiguous(), logits.contiguous())
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
@@ -49,7 +53,13 @@ def routed_lora_backward(
     backward = Segmented if plan == "segmented" else RankDense
     grad = backward(column_rows(dy), column_rows(x), w, s, routing, experts, frozen, router)
     dx, da, dw, db = grad.results(need_x, need_a, need_w, need_b)
-    return dx, dw, da, db
+    return dx, dw, da, db, sum_of_rows(grad.dlogits) if need_router_bias else s.new_empty(0)
+
+
+def sum_of_rows(v):
+    """The sum over all rows, in a fixed order.  (T, E) -> (E,), fp32"""
+    ones = v.new_ones((1, 1), dtype=torch.float16)  # exact, and never multiplied as TF32
+    return gram(v, ones.expand(len(v), 1)).view(-1)
 
 
 class RankDense:

@@ -23,7 +23,15 @@ from .gate_ranks import gate_ranks
 from .gating import apply_gate, expert_rows, narrow, route, saved_rows, scatter_slots
 from .launching import column_rows, launch, precision, require_supported
 from .numerics import add_parts, convert, dot, in_first, project, round_to, rows_of, widen
-from .router_topk import Routing, gate_options, new_routing, route_logits, router_topk
+from .router_topk import (
+    NO_BIASES,
+    Routing,
+    biases_of,
+    decide,
+    gate_options,
+    new_routing,
+    router_topk,
+)
 from .segmented_expand import segmented_expand
 from .segmented_shrink import segmented_shrink, segments_of
 from .shrink import shrink, shrink_parts
@@ -39,7 +47,7 @@ def _routed_lora_kernel(
     PARTS,
     w_ptr,  # (E, D_in), or None: the routing is given
     stride_we,
-    bias_ptr,  # (E,) or None
+    biases,
     a_ptr,  # (R, D_in), or (r, D_in) shared by the experts
     stride_ar,
     b_ptr,  # (R, D_out)
@@ -97,7 +105,7 @@ def _routed_lora_kernel(
 
     if w_ptr is not None:
         gate = route(
-            logits, bias_ptr, top_p, threshold, routing, part, t0, t, t_ok, e, e < E, T, E,
+            logits, biases, top_p, threshold, routing, part, t0, t, t_ok, e, e < E, T, E,
             K, GATE, RENORMALIZE,
         )  # fmt: skip
     else:
@@ -125,7 +133,8 @@ def _routed_lora_kernel(
 
 
 def routed_lora(
-    x, w, a, b, base, bias, scaling, offsets, shared_a, top_k, gate, renormalize, top_p, threshold, plan
+    x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, gate, renormalize,
+    top_p, threshold, plan,
 ):  # fmt: skip
     """y (T, D_out), indices, weights, logits, mean_prob, lse, counts, S."""
     require_supported(x, w, a, b)
@@ -133,13 +142,14 @@ def routed_lora(
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
     router = top_k, gate, renormalize, top_p, threshold
     if plan == "segmented":
-        routing = router_topk(x, w, bias, *router)
+        routing = router_topk(x, w, bias, router_bias, *router)
         y, s = _segmented(x, base, Routing(*routing[:2]), experts)
         return y, *routing, s
+    biases = biases_of(bias, router_bias)
     if plan == "decode":
-        y, routing, s = decode(x, w, bias, base, experts, None, gate_options(*router))
+        y, routing, s = decode(x, w, biases, base, experts, None, gate_options(*router))
         return y, *routing, s
-    return _rank_dense(x, w, bias, base, experts, gate_options(*router))
+    return _rank_dense(x, w, biases, base, experts, gate_options(*router))
 
 
 def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
@@ -151,24 +161,25 @@ def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, pl
     if plan == "segmented":
         return _segmented(x, base, routing, experts)
     if plan == "decode":
-        y, _, s = decode(x, None, None, base, experts, routing, gate_options(indices.shape[1]))
+        gate = gate_options(indices.shape[1])
+        y, _, s = decode(x, None, NO_BIASES, base, experts, routing, gate)
         return y, s
     if len(x) == 0 or not experts.fit_registers:
         s, _ = shrink(x, a, None)
         return _expand_gated(s, routing, experts, base, x.dtype), s
     tile = _tile(x, experts)
-    return _launch(x, None, None, experts, base, routing, gate_options(indices.shape[1]), tile)
+    gate = gate_options(indices.shape[1])
+    return _launch(x, None, NO_BIASES, experts, base, routing, gate, tile)
 
 
-def _rank_dense(x, w, bias, base, experts, gate):
+def _rank_dense(x, w, biases, base, experts, gate):
     if len(x) == 0 or not experts.fit_registers:
         s, logits = shrink(x, experts.a, w)
-        routing = route_logits(logits, bias, gate)
+        routing = decide(logits, biases, gate)
         return _expand_gated(s, Routing(*routing[:2]), experts, base, x.dtype), *routing, s
     tile = _tile(x, experts)
     routing = new_routing(x, len(w), gate["K"], tile["BLOCK_T"])
-    bias = None if bias is None else bias.float()
-    y, s = _launch(x, column_rows(w), bias, experts, base, routing, gate, tile)
+    y, s = _launch(x, column_rows(w), biases, experts, base, routing, gate, tile)
     return y, *routing.results(), s
 
 
@@ -197,7 +208,7 @@ def _expand_gated(s, routing, experts, base, dtype):
     return expand(h, experts.b, None, None, base, dtype)
 
 
-def _launch(x, w, bias, experts, base, routing, gate, tile):
+def _launch(x, w, biases, experts, base, routing, gate, tile):
     a, b = experts.a, experts.b
     T, E, (R, D_out) = len(x), len(experts.scaling), b.shape
     s = x.new_empty(T, len(a), dtype=torch.float32)
@@ -213,7 +224,7 @@ def _launch(x, w, bias, experts, base, routing, gate, tile):
         x,
         _routed_lora_kernel,
         (triton.cdiv(T, tile["BLOCK_T"]), stretches),
-        *(*source, w, 0 if w is None else w.stride(0), bias),
+        *(*source, w, 0 if w is None else w.stride(0), biases),
         *(a, a.stride(0), b, b.stride(0), base, 0 if base is None else base.stride(0)),
         *(experts.scaling, experts.offsets, experts.rank, routing, s, h, y),
         *(T, E, R, x.shape[1], D_out, stretch or D_out),

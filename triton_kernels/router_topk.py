@@ -1,6 +1,7 @@
 """Router top-k, in one pass over x:
 
-    logits = x W^T      p = gate(logits)      ids = top-k of p + bias      weights = p[ids] (/ their sum)
+    logits = x W^T + router_bias      p = gate(logits)
+    ids = top-k of p + bias      weights = p[ids] (/ their sum)
 
 The decision is taken in registers on the tile of logits that one pass over x left there; the statistics
 for the auxiliary losses leave as one row a tile and are added in order.  More experts than a tile holds:
@@ -42,10 +43,24 @@ class Routing(NamedTuple):
         if len(self.counts) == 1:
             mean_prob, counts = self.mean_prob[0], self.counts[0]
         else:
-            E = self.logits.shape[1]
+            E = self.mean_prob.shape[1]
             mean_prob, counts = self.lse.new_empty(E), self.indices.new_empty(E, dtype=torch.int64)
             add_parts((self.mean_prob, mean_prob), (self.counts, counts))
         return self.indices, self.weights, self.logits, mean_prob, self.lse, counts
+
+
+class Biases(NamedTuple):
+    """What is added to the router's numbers; fp32, contiguous, each optional."""
+
+    selection: torch.Tensor | None  # (E,), to the gates for top-k alone
+    router: torch.Tensor | None  # (E,), to the logits
+
+
+NO_BIASES = Biases(None, None)
+
+
+def biases_of(bias, router_bias):
+    return Biases(*(None if b is None else b.float().contiguous() for b in (bias, router_bias)))
 
 
 def new_routing(x, E, K, block_t):
@@ -78,7 +93,7 @@ def _router_topk_kernel(
     w_ptr,  # (E, D_in)
     stride_we,
     logits_ptr,  # (T, E)
-    bias_ptr,  # (E,) or None
+    biases,
     routing,
     T,
     E,
@@ -106,7 +121,7 @@ def _router_topk_kernel(
         )  # fmt: skip
     route(
         logits,
-        bias_ptr,
+        biases,
         top_p,
         threshold,
         routing,
@@ -124,24 +139,26 @@ def _router_topk_kernel(
     )
 
 
-def router_topk(x, w, bias, top_k, gate, renormalize, top_p, threshold):
+def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p, threshold):
     """indices, weights (T, K), logits (T, E), mean_prob (E,), lse (T,), counts (E,)."""
     require_supported(x, w)
     options = gate_options(top_k, gate, renormalize, top_p, threshold)
+    biases = biases_of(bias, router_bias)
     if len(w) > MAX_EXPERTS:
         _, logits = shrink(x, None, w)
-        return route_logits(logits, bias, options)
+        return decide(logits, biases, options)
     x, w = column_rows(x), column_rows(w)
-    return _launch(x, (x, x.stride(0), w, w.stride(0), None), bias, len(w), "router_topk", options)
+    source = x, x.stride(0), w, w.stride(0), None
+    return _launch(x, source, biases, len(w), "router_topk", options)
 
 
-def route_logits(logits, bias, options):
+def decide(logits, biases, options):
     """The same from logits in memory; `options` as gate_options makes them."""
     source = None, 0, None, 0, logits
-    return _launch(logits, source, bias, logits.shape[1], "route_logits", options)
+    return _launch(logits, source, biases, logits.shape[1], "route_logits", options)
 
 
-def _launch(x, source, bias, E, kind, options):
+def _launch(x, source, biases, E, kind, options):
     block_e = max(16, triton.next_power_of_2(E))
     tile = choose(kind, x, block_e)
     routing = new_routing(x, E, options["K"], tile["BLOCK_T"])
@@ -151,7 +168,7 @@ def _launch(x, source, bias, E, kind, options):
             _router_topk_kernel,
             (triton.cdiv(len(x), tile["BLOCK_T"]),),
             *source,
-            *(None if bias is None else bias.float(), routing, len(x), E, x.shape[1]),
+            *(biases, routing, len(x), E, x.shape[1]),
             BLOCK_E=block_e,
             **options,
             **tile,

@@ -3,7 +3,8 @@
 //   G = dy B^T            dweight of slot (t, e) = s_e sum over rows r of e of G_tr S_tr
 //   dS = G w s            dlogits = router backward of dweights and of the auxiliary losses
 //   dx = dS A + dlogits W
-//   dB = H^T dy           dA, dW = [dS | dlogits]^T x
+//   dB = H^T dy           dA, dW = [dS | dlogits]^T x       drouter_bias = sum of dlogits over
+//   tokens
 //
 // First a pass over blocks of tokens (dy is read, dx written), then one over chunks of columns of x
 // and of dy for the sums over tokens, each owned by one thread and taken in the tokens' order.
@@ -77,9 +78,10 @@ struct Backward {
     return all;
   }
 
-  // The second: gradients of a (R or r, D_in), of w (E, D_in) and of b (R, D_out).
+  // The second: gradients of a (R or r, D_in), of w (E, D_in), of b (R, D_out) and, unless null, of
+  // router_bias (E).
   void parameters_pass(const Grouping& all, GradientRows<T> da, GradientRows<T> dw,
-                       GradientRows<T> db) {
+                       GradientRows<T> db, C* drouter_bias) {
     const int64_t n = all.size();
     std::vector<const T*> xs(n), dys(n);
     for (int64_t i = 0; i < n; ++i) xs[i] = x.row(all.tokens[i]), dys[i] = dy.row(all.tokens[i]);
@@ -92,6 +94,8 @@ struct Backward {
         tasks.push_back([=] { out.sum(row, R, h, count, rows, c, std::min(span, out.D - c)); });
     };
     add(dw, 0, experts.E, dlogits_columns.get(), tokens, all_x.data());
+    for (int64_t e = 0; drouter_bias && e < experts.E; ++e)
+      tasks.push_back([=, this] { drouter_bias[e] = sum(dlogits_columns.get() + e * tokens); });
     if (experts.shared_a) add(da, 0, W, ds_columns.get(), tokens, all_x.data());
     for (int64_t e = 0; e < experts.E; ++e) {
       // An expert without tokens, or frozen, sums over no rows: its gradient is zeros.
@@ -106,6 +110,13 @@ struct Backward {
 
  private:
   const C* row_ds(int64_t slot) const { return ds.get() + slot / K * W + experts.column(slot % K); }
+
+  // Over all tokens, in fp64: one number after the other would lose bits that blocks keep.
+  C sum(const C* column) const {
+    double total = 0;
+    for (int64_t t = 0; t < tokens; ++t) total += column[t];
+    return C(total);
+  }
 
   // dweights (T, K), dS and H of tokens [begin, end).
   void rank_gradient(const Grouping& all, const Grouping& group, int64_t begin, int64_t end,
@@ -201,20 +212,23 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
     const ParameterGradient<T> da(a, need_a), db(b, need_b);
     backward.dweights = mutable_data<C>(dweights);
     const Grouping all = backward.tokens_pass(pointer<T>(dx, need_x), [](int64_t, int64_t) {});
-    if (need_a || need_b) backward.parameters_pass(all, da.rows, {}, db.rows);
+    if (need_a || need_b) backward.parameters_pass(all, da.rows, {}, db.rows, nullptr);
     if (!need_w) dweights = empty<C>({0});
     return {dx, dweights, da.done(), db.done()};
   });
 }
 
-Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
-                           MaybeTensor dmean_prob, MaybeTensor dlse, Tensor x, Tensor w, Tensor a,
-                           Tensor b, Tensor s, Tensor indices, Tensor weights, Tensor logits,
-                           Tensor scaling, Ints offsets, bool shared_a, std::string gate_name,
-                           bool renormalize, Ints frozen, bool need_x, bool need_w, bool need_a,
-                           bool need_b, std::string plan) {
+using RoutedGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
+                                 MaybeTensor dmean_prob, MaybeTensor dlse, Tensor x, Tensor w,
+                                 Tensor a, Tensor b, Tensor s, Tensor indices, Tensor weights,
+                                 Tensor logits, Tensor scaling, Ints offsets, bool shared_a,
+                                 std::string gate_name, bool renormalize, Ints frozen, bool need_x,
+                                 bool need_w, bool need_a, bool need_b, bool need_router_bias,
+                                 std::string plan) {
   const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
-  return dispatch(x, w, [&]<class T, class W>() -> Grads {
+  return dispatch(x, w, [&]<class T, class W>() -> RoutedGrads {
     using C = acc_t<T>;
     const Gate gate(gate_name, renormalize);
     Backward<T, W> backward(dy, x, a_rounded, b_rounded, s, indices, weights, scaling,
@@ -230,13 +244,16 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
     backward.dlogits_columns = uninitialized<C>(E * n);
     Tensor dx = empty<T>(need_x ? Ints{n, backward.D_in} : Ints{0});
     const ParameterGradient<T> dw(w, need_w), da(a, need_a), db(b, need_b);
+    Tensor drouter_bias = empty<C>({need_router_bias ? E : 0});
     const auto routing_gradient = [&](int64_t begin, int64_t end) {
       grad.back(gate, begin, end, logit, backward.ids, backward.weights, slot_grad.get(),
                 logit_grad.get(), backward.dlogits_columns.get());
     };
     const Grouping all = backward.tokens_pass(pointer<T>(dx, need_x), routing_gradient);
-    if (need_w || need_a || need_b) backward.parameters_pass(all, da.rows, dw.rows, db.rows);
-    return {dx, dw.done(), da.done(), db.done()};
+    if (need_w || need_a || need_b || need_router_bias)
+      backward.parameters_pass(all, da.rows, dw.rows, db.rows,
+                               pointer<C>(drouter_bias, need_router_bias));
+    return {dx, dw.done(), da.done(), db.done(), drouter_bias};
   });
 }
 

@@ -122,11 +122,12 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, MaybeTensor bias,
-                   Tensor scaling, Ints offsets, bool shared_a, int64_t top_k, std::string gate,
-                   bool renormalize, double top_p, double threshold, std::string plan) {
+                   MaybeTensor router_bias, Tensor scaling, Ints offsets, bool shared_a,
+                   int64_t top_k, std::string gate, bool renormalize, double top_p,
+                   double threshold, std::string plan) {
   check_plan(plan);
   return dispatch(x, w, [&]<class T, class W>() -> Routed {
-    Router<T, W> router(x, w, bias, top_k, Gate(gate, renormalize, top_p, threshold));
+    Router<T, W> router(x, w, bias, router_bias, top_k, Gate(gate, renormalize, top_p, threshold));
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, top_k);
     check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
           " rows, one per expert, got ", router.E);

@@ -1,4 +1,6 @@
 // Router of one block of tokens, while its rows are in cache, and the outputs it fills.
+//
+// Letters: T tokens, E experts, K picked experts per token.
 #pragma once
 
 #include "gating.h"
@@ -6,37 +8,26 @@
 
 namespace lora_moe {
 
-// The operands and results of a router over T tokens; mean_prob and counts come from `finish`.
-template <class T, class W>
-struct Router {
-  using C = acc_t<T>;
+// What a router over T tokens decides from their logits; mean_prob and counts come from `finish`.
+template <class C>
+struct Decisions {
   Gate gate;
-  Rows<const T> x;
-  Rows<const W> w;
-  const C* bias;
-  int64_t tokens, D, E, K;
+  int64_t tokens, E, K;
   Blocks blocks;
-  Tensor indices, weights, logits, lse, mean_prob, counts;
+  const C* bias;
+  Tensor indices, weights, lse, mean_prob, counts;
   int32_t* ids;  // (T, K), and so on: the memory of these
-  C *weight, *logit, *log_sum, *mean;
+  C *weight, *log_sum, *mean;
   int64_t* count;
   std::unique_ptr<C[]> partial_prob;  // (parts, E)
   std::unique_ptr<int64_t[]> partial_count;
 
-  Router(const Tensor& x_, const Tensor& w_, const MaybeTensor& bias_, int64_t top_k, Gate gate_)
-      : gate(gate_),
-        tokens(x_.size(0)),
-        D(x_.size(1)),
-        E(w_.size(0)),
-        K(top_k),
-        blocks(tokens, E, K) {
-    x = rows<T>("x", x_, tokens, D);
-    w = rows<W>("router_weight", w_, E, D);
+  Decisions(int64_t T, int64_t E_, const MaybeTensor& bias_, int64_t top_k, Gate gate_)
+      : gate(gate_), tokens(T), E(E_), K(top_k), blocks(tokens, E, K) {
     bias = contiguous<C>("bias", bias_, {E});
     check(K >= 1 && K <= E, "top_k: expected an integer in [1, ", E, "], got ", K);
     ids = mutable_data<int32_t>(indices = empty<int32_t>({tokens, K}));
     weight = mutable_data<C>(weights = empty<C>({tokens, K}));
-    logit = mutable_data<C>(logits = empty<C>({tokens, E}));
     log_sum = mutable_data<C>(lse = empty<C>({tokens}));
     mean = mutable_data<C>(mean_prob = empty<C>({E}));
     count = mutable_data<int64_t>(counts = empty<int64_t>({E}));
@@ -44,19 +35,10 @@ struct Router {
     partial_count = uninitialized<int64_t>(parts(tokens) * E);
   }
 
-  // Routes tokens [begin, end): logits, ids, weights, lse, and their parts of the sums.
-  void block(int64_t begin, int64_t end) {
-    multiply(begin, end, 0, E);
-    for (int64_t t = begin; t < end; t += kPart) decide(t, std::min(end, t + kPart));
-  }
-
-  // Routes all of a few tokens: every thread reads its own rows of w.
-  void few() {
-    static_assert(kFewTokens <= kPart && kPart % kLanes<C> == 0);
-    for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(W), [&](int64_t i) {
-      multiply(0, tokens, i * kTileColumns, std::min(E, (i + 1) * kTileColumns));
-    });
-    if (tokens > 0) decide(0, tokens);
+  // ids, weights, lse of tokens [begin, end) from `logit` (T, E), and their parts of the sums;
+  // `begin` starts a part.
+  void decide(const C* logit, int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t += kPart) decide_part(logit, t, std::min(end, t + kPart));
   }
 
   void finish() {
@@ -71,14 +53,7 @@ struct Router {
   }
 
  private:
-  // logits of tokens [begin, end) and experts [first, last)
-  void multiply(int64_t begin, int64_t end, int64_t first, int64_t last) {
-    const auto xs = pointers(x.data, x.stride, begin, end);
-    const auto out = pointers(logit + first, E, begin, end);
-    dot_rows(xs.data(), out.data(), end - begin, w.row(first), w.stride, last - first, D);
-  }
-
-  void decide(int64_t begin, int64_t end) {
+  void decide_part(const C* logit, int64_t begin, int64_t end) {
     constexpr int64_t L = kLanes<C>;
     Room<Vec<C>> memory(4 * E + 2 * K);
     Vec<C>*logits = memory.get(), *p = logits + E, *score = p + E, *sums = score + E;
@@ -106,6 +81,55 @@ struct Router {
     std::fill_n(prob, E, C(0));
     for (int64_t e = 0; e < E; ++e)
       for (int64_t i = 0; i < L; ++i) prob[e] += lane<C>(sums, e, i);
+  }
+};
+
+// The same with the logits formed here:  x W^T + router_bias.
+template <class T, class W>
+struct Router : Decisions<acc_t<T>> {
+  using C = acc_t<T>;
+  using Base = Decisions<C>;
+  using Base::E, Base::tokens;
+  Rows<const T> x;
+  Rows<const W> w;
+  const C* router_bias;
+  int64_t D;
+  Tensor logits;
+  C* logit;  // (T, E)
+
+  Router(const Tensor& x_, const Tensor& w_, const MaybeTensor& bias,
+         const MaybeTensor& router_bias_, int64_t top_k, Gate gate)
+      : Base(x_.size(0), w_.size(0), bias, top_k, gate), D(x_.size(1)) {
+    x = rows<T>("x", x_, tokens, D);
+    w = rows<W>("router_weight", w_, E, D);
+    router_bias = contiguous<C>("router_bias", router_bias_, {E});
+    logit = mutable_data<C>(logits = empty<C>({tokens, E}));
+  }
+
+  // Routes tokens [begin, end), a block that starts a part.
+  void block(int64_t begin, int64_t end) {
+    multiply(begin, end, 0, E);
+    this->decide(logit, begin, end);
+  }
+
+  // Routes all of a few tokens: every thread reads its own rows of w.
+  void few() {
+    static_assert(kFewTokens <= kPart && kPart % kLanes<C> == 0);
+    for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(W), [&](int64_t i) {
+      multiply(0, tokens, i * kTileColumns, std::min(E, (i + 1) * kTileColumns));
+    });
+    this->decide(logit, 0, tokens);
+  }
+
+ private:
+  // logits of tokens [begin, end) and experts [first, last)
+  void multiply(int64_t begin, int64_t end, int64_t first, int64_t last) {
+    const auto xs = pointers(x.data, x.stride, begin, end);
+    const auto out = pointers(logit + first, E, begin, end);
+    dot_rows(xs.data(), out.data(), end - begin, w.row(first), w.stride, last - first, D);
+    if (!router_bias) return;
+    for (C* row : out)
+      for (int64_t e = first; e < last; ++e) row[e - first] += router_bias[e];
   }
 };
 

@@ -1,4 +1,5 @@
-// logits = x W^T;  p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
+// logits = x W^T + router_bias, or given;  p = gate(logits);  ids = top-k of p + bias;
+// weights = p[ids] (/ their sum).
 #include "router.h"
 
 namespace lora_moe {
@@ -6,10 +7,10 @@ namespace {
 
 using Routing = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Routing router_topk(Tensor x, Tensor w, MaybeTensor bias, int64_t top_k, std::string gate,
-                    bool renormalize, double top_p, double threshold) {
+Routing router_topk(Tensor x, Tensor w, MaybeTensor bias, MaybeTensor router_bias, int64_t top_k,
+                    std::string gate, bool renormalize, double top_p, double threshold) {
   return dispatch(x, w, [&]<class T, class W>() -> Routing {
-    Router<T, W> router(x, w, bias, top_k, Gate(gate, renormalize, top_p, threshold));
+    Router<T, W> router(x, w, bias, router_bias, top_k, Gate(gate, renormalize, top_p, threshold));
     if (router.blocks.few())
       router.few();
     else

@@ -20,6 +20,12 @@ inline Router router_of(const std::string& gate, bool renormalize, int64_t E, in
   return router;
 }
 
+inline void add_biases(Router& router, const MaybeTensor& bias, const MaybeTensor& router_bias,
+                       const Tensor& x) {
+  router.bias = contiguous<float>("bias", bias, x, {router.E});
+  router.router_bias = contiguous<float>("router_bias", router_bias, x, {router.E});
+}
+
 // What a router fills: indices, weights and lse by token, mean_prob and counts at last by `finish`.
 struct RouterResults {
   Tensor indices, weights, logits, mean_prob, lse, counts, prob_parts, count_parts;
@@ -46,8 +52,7 @@ struct RouterResults {
 };
 
 // The router alone: logits, decisions and totals.
-RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias, Router router,
-                    cudaStream_t stream);
+RouterResults route(const Tensor& x, const Tensor& w, const Router& router, cudaStream_t stream);
 
 // A routing that is only read.
 inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Tensor& like) {

@@ -12,7 +12,8 @@ namespace lora_moe::cuda {
 constexpr int kGroup = 4;  // tokens of one warp in the middle, and of one partial sum
 
 struct Router {
-  const float* bias = nullptr;  // (E,)
+  const float* bias = nullptr;         // (E,), added to the gates for the choice alone
+  const float* router_bias = nullptr;  // (E,), added to the logits
   int E = 0, K = 0;
   bool sigmoid = false, renormalize = false;
   float top_p = 0, threshold = 0;
@@ -61,9 +62,9 @@ struct Middle {
   Router router;
   Routing routing;
   Experts experts;
-  const float* logits = nullptr;  // (T, E), null: the routing is given
-  const float* s = nullptr;       // (T, W), null: no experts
-  T* h = nullptr;                 // (T, R)
+  float* logits = nullptr;   // (T, E), get router_bias; null: the routing is given
+  const float* s = nullptr;  // (T, W), null: no experts
+  T* h = nullptr;            // (T, R)
   int64_t tokens = 0;
 };
 

@@ -2,6 +2,7 @@
 //
 //   dS, H, dlogits in one pass over dy      dx = dS A + dlogits W
 //   dB = H^T dy                             dA = dS^T x, dW = dlogits^T x
+//                                           drouter_bias = dlogits^T 1
 #include "linear.h"
 #include "project.h"
 #include "register.h"
@@ -78,6 +79,16 @@ struct Backward {
 };
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using RoutedGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// dlogits^T 1, in the order of every other sum over tokens, or nothing where it is not needed.
+Tensor router_bias_grad(const Tensor& dlogits, bool needed, cudaStream_t stream) {
+  if (!needed) return empty<float>(dlogits, {0});
+  Tensor ones = torch::stable::new_empty(dlogits, {dlogits.size(0), 1}, ScalarType::Half);
+  torch::stable::fill_(ones, 1.0);
+  return torch::stable::view(gram_rows(dlogits, ones, ScalarType::Float, stream),
+                             {dlogits.size(1)});
+}
 
 // The router's part of a segmented backward: its weight, what it decides from and what reaches it.
 struct RoutedPart {
@@ -87,12 +98,12 @@ struct RoutedPart {
   const RoutingGrad& aux;
 };
 
-// dx, dweights or dw, da, db of the segmented plan.
+// dx, dweights or dw, da, db of the segmented plan, and, empty without a router, dlogits.
 template <class T>
-Grads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
-                         const Tensor& s, const Tensor& indices, const Tensor& weights,
-                         const Tensor& scaling, const Ints& offsets, bool shared_a,
-                         const Needs& needs, const RoutedPart* routed) {
+RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
+                               const Tensor& s, const Tensor& indices, const Tensor& weights,
+                               const Tensor& scaling, const Ints& offsets, bool shared_a,
+                               const Needs& needs, const RoutedPart* routed) {
   const OnDevice device(x);
   Segmented<T> plan(x, indices, weights, scaling, offsets, shared_a, device.stream);
   const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
@@ -141,7 +152,7 @@ Grads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& a, con
     db = plan.gram(h, dy, b.scalar_type());
     zero_frozen(db, needs.frozen, offsets, device.stream);
   }
-  return {dx, dw, da, db};
+  return {dx, dw, da, db, dlogits};
 }
 
 Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor indices,
@@ -151,9 +162,11 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
   check_plan(plan);
   const Needs needs = {frozen, need_x, need_w, need_a, need_b};
   return dispatch(x, [&]<class T>() -> Grads {
-    if (plan == "segmented")
-      return segmented_backward<T>(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a,
-                                   needs, nullptr);
+    if (plan == "segmented") {
+      const auto [dx, dweights, da, db, dlogits] = segmented_backward<T>(
+          dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, needs, nullptr);
+      return {dx, dweights, da, db};
+    }
     Backward<T> grad(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a);
     project(grad.shrink, grad.middle, plan, x, grad.device.stream);
     Tensor dx = empty<T>(x, {0});
@@ -163,22 +176,26 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
   });
 }
 
-Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
-                           MaybeTensor dmean_prob, MaybeTensor dlse, Tensor x, Tensor w, Tensor a,
-                           Tensor b, Tensor s, Tensor indices, Tensor weights, Tensor logits,
-                           Tensor scaling, Ints offsets, bool shared_a, std::string gate,
-                           bool renormalize, Ints frozen, bool need_x, bool need_w, bool need_a,
-                           bool need_b, std::string plan) {
+RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
+                                 MaybeTensor dmean_prob, MaybeTensor dlse, Tensor x, Tensor w,
+                                 Tensor a, Tensor b, Tensor s, Tensor indices, Tensor weights,
+                                 Tensor logits, Tensor scaling, Ints offsets, bool shared_a,
+                                 std::string gate, bool renormalize, Ints frozen, bool need_x,
+                                 bool need_w, bool need_a, bool need_b, bool need_router_bias,
+                                 std::string plan) {
   check_plan(plan);
   const Needs needs = {frozen, need_x, need_w, need_a, need_b};
   const int64_t n = x.size(0), E = scaling.size(0), K = indices.size(1);
   const RoutingGradTensors aux(dweights, dlogits, dmean_prob, dlse, logits, K);
   const Router router = router_of(gate, renormalize, E, K);
-  return dispatch(x, [&]<class T>() -> Grads {
+  return dispatch(x, [&]<class T>() -> RoutedGrads {
     if (plan == "segmented") {
+      const OnDevice device(x);
       const RoutedPart routed = {router, w, logits, aux.grad};
-      return segmented_backward<T>(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a,
-                                   needs, &routed);
+      auto grads = segmented_backward<T>(dy, x, a, b, s, indices, weights, scaling, offsets,
+                                         shared_a, needs, &routed);
+      std::get<4>(grads) = router_bias_grad(std::get<4>(grads), need_router_bias, device.stream);
+      return grads;
     }
     Backward<T> grad(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a);
     Tensor total = empty<float>(x, {n, E});
@@ -192,7 +209,7 @@ Grads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dlogits,
     Tensor dw = torch::stable::new_empty(x, {0}, w.scalar_type());
     if (need_w) dw = gram_rows(total, x, w.scalar_type(), grad.device.stream);
     const auto [da, db] = grad.parameters(dy, x, a.scalar_type(), b.scalar_type(), needs, offsets);
-    return {dx, dw, da, db};
+    return {dx, dw, da, db, router_bias_grad(total, need_router_bias, grad.device.stream)};
   });
 }
 

@@ -73,15 +73,17 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, MaybeTensor bias,
-                   Tensor scaling, Ints offsets, bool shared_a, int64_t top_k, std::string gate,
-                   bool renormalize, double top_p, double threshold, std::string plan) {
+                   MaybeTensor router_bias, Tensor scaling, Ints offsets, bool shared_a,
+                   int64_t top_k, std::string gate, bool renormalize, double top_p,
+                   double threshold, std::string plan) {
   check_plan(plan);
   const int64_t E = scaling.size(0);
-  const Router router = router_of(gate, renormalize, E, top_k, top_p, threshold);
+  Router router = router_of(gate, renormalize, E, top_k, top_p, threshold);
+  add_biases(router, bias, router_bias, x);
   return dispatch(x, [&]<class T>() -> Routed {
     if (plan == "segmented") {
       const OnDevice device(x);
-      const RouterResults out = route(x, w, bias, router, device.stream);
+      const RouterResults out = route(x, w, router, device.stream);
       const auto [y, s] =
           segmented_lora<T>(x, a, b, base, out.indices, out.weights, scaling, offsets, shared_a);
       return {y, out.indices, out.weights, out.logits, out.mean_prob, out.lse, out.counts, s};
@@ -92,7 +94,6 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
     Shrink<T>& shrink = forward.shrink;
     Middle<T>& middle = forward.middle;
     middle.router = router;
-    middle.router.bias = contiguous<float>("bias", bias, x, {E});
     middle.routing = out.routing;
     shrink.E = E;
     shrink.w = rows<float>("router_weight", wide_w, x, E, shrink.columns);

@@ -1,4 +1,5 @@
-// logits = x W^T;  p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
+// logits = x W^T + router_bias;  p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/
+// their sum).
 #include "experts.h"
 #include "register.h"
 
@@ -7,11 +8,12 @@ namespace {
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Results router_topk(Tensor x, Tensor w, MaybeTensor bias, int64_t top_k, std::string gate,
-                    bool renormalize, double top_p, double threshold) {
+Results router_topk(Tensor x, Tensor w, MaybeTensor bias, MaybeTensor router_bias, int64_t top_k,
+                    std::string gate, bool renormalize, double top_p, double threshold) {
   const OnDevice device(x);
-  const Router router = router_of(gate, renormalize, w.size(0), top_k, top_p, threshold);
-  const RouterResults out = route(x, w, bias, router, device.stream);
+  Router router = router_of(gate, renormalize, w.size(0), top_k, top_p, threshold);
+  add_biases(router, bias, router_bias, x);
+  const RouterResults out = route(x, w, router, device.stream);
   return {out.indices, out.weights, out.logits, out.mean_prob, out.lse, out.counts};
 }
 
@@ -30,11 +32,9 @@ Tensor router_topk_backward(MaybeTensor dweights, MaybeTensor dlogits, MaybeTens
 
 }  // namespace
 
-RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias, Router router,
-                    cudaStream_t stream) {
+RouterResults route(const Tensor& x, const Tensor& w, const Router& router, cudaStream_t stream) {
   const Tensor wide_w = wide(w);
   RouterResults out(x, router.E, router.K);
-  router.bias = contiguous<float>("bias", bias, x, {router.E});
   dispatch(x, [&]<class T>() {
     Shrink<T> p;
     p.tokens = x.size(0), p.columns = p.stretch = x.size(1), p.E = router.E;

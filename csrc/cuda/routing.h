@@ -1,6 +1,7 @@
 // The router's decisions and their gradient, one token a warp:
 //
-//   p = gate(logits)      ids = top-k of p + bias      weights = p[ids] (/ their sum)
+//   logits += router_bias      p = gate(logits)
+//   ids = top-k of p + bias    weights = p[ids] (/ their sum)
 //
 // A lane has experts lane, lane + 32, ..; gates are formed again from the logits whenever they are
 // needed, so that no number of experts is too large.
@@ -82,8 +83,11 @@ __device__ inline Candidate next_best(const Gates& gates, const Router& router, 
 __device__ inline float nonzero(float z) { return z == 0.f ? 1.f : z; }
 
 // Decides for one token, and adds to the `part` of the sums that this warp owns.
-__device__ inline void route_token(const float* logits, const Router& router,
-                                   const Routing& routing, int64_t t, int64_t part, int lane) {
+__device__ inline void route_token(float* logits, const Router& router, const Routing& routing,
+                                   int64_t t, int64_t part, int lane) {
+  for (int e = lane; router.router_bias && e < router.E; e += 32)
+    logits[e] += router.router_bias[e];
+  __syncwarp();  // other lanes read them
   const Gates gates(logits, router, lane);
   int32_t* ids = routing.indices + t * router.K;
   float* weights = routing.weights + t * router.K;

@@ -168,12 +168,16 @@ def outputs_of(kernels, case, dtype):
     ones, b_nan = torch.ones_like(given), b.clone()
     b_nan[: case.offsets[1]] = torch.nan  # of an expert that is not in ones
     for plan in ("rank_dense", "segmented", "decode"):
-        out = kernels.routed_lora(x, w, a, b, base, v["bias"], *experts, *router, plan)
+        out = kernels.routed_lora(
+            x, w, a, b, base, v["bias"], v["router_bias"], *experts, *router, plan
+        )
         _, ids, weights, logits, mean_prob, lse, _, s = out
         aux = [t.cos() for t in (weights, logits, mean_prob, lse)]
         saved = x, w, a, b, s, ids, weights, logits
         dy = base.cos()
-        grads = kernels.routed_lora_backward(dy, *aux, *saved, *experts, *options, *needs, plan)
+        grads = kernels.routed_lora_backward(
+            dy, *aux, *saved, *experts, *options, *needs, True, plan
+        )
         y, s = kernels.grouped_lora(x, a, b, None, given, weights, *experts, plan)
         saved = x, a, b, s, given, weights
         more = kernels.grouped_lora_backward(dy, *saved, *experts, *needs, plan)
