@@ -86,6 +86,8 @@ def compare(names, got, want, dtype, tokens=16):
             kind = torch.float32 if wide else dtype
             few = g.numel() <= 256 or tokens < 16
             units = 16 if wide else UNITS[kind] * (1.5 if few else 1)
+            if name == "drouter_bias":  # E numbers, in which terms of both signs cancel
+                units = 32
             assert_accurate(name, g, w, dtype=kind, units=units)
 
 
