@@ -1,0 +1,83 @@
+"""Conditions in a forward that a module's settings or an argument's default decide beforehand.
+
+if self.pretraining_tp > 1 and self.slow_but_exact: ...     False where pretraining_tp is 1
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import operator
+
+from torch import nn
+
+_COMPARE = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le,
+    ast.Gt: operator.gt, ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+    ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
+}  # fmt: skip
+
+
+class Conditions:
+    """Truth of expressions in one method of a module.
+
+    Args:
+        module: its attributes are the settings; `training` is none, it changes.
+        this: what the method calls its module, mostly "self".
+        defaults: of arguments; a value that is not known is not among them.
+    """
+
+    def __init__(self, module: nn.Module, this: str = "self", defaults: dict | None = None):
+        self._module, self._this, self._defaults = module, this, defaults or {}
+
+    def truth(self, test: ast.expr) -> bool | None:
+        """Whether the expression holds, None where that is not known beforehand."""
+        try:
+            return bool(self._value(test))
+        except Exception:  # an attribute that is missing, values that do not compare
+            return None
+
+    def _value(self, node):
+        if isinstance(node, ast.BoolOp):
+            return self._junction(node)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return not self._value(node.operand)
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            left, right = self._value(node.left), self._value(node.comparators[0])
+            return _COMPARE[type(node.ops[0])](left, right)
+        if isinstance(node, ast.Name):
+            return self._module if node.id == self._this else self._defaults[node.id]
+        if isinstance(node, ast.Attribute):
+            return _setting(self._value(node.value), node.attr)
+        return ast.literal_eval(node)
+
+    def _junction(self, node):
+        """`and`, `or`: one operand may decide although another is not known."""
+        decides = isinstance(node.op, ast.Or)
+        truths = [self.truth(operand) for operand in node.values]
+        if decides in truths:
+            return decides
+        if None in truths:
+            raise LookupError("not known")
+        return not decides
+
+
+def _setting(owner, name):
+    is_property = isinstance(inspect.getattr_static(type(owner), name, None), property)
+    if name == "training" or is_property:
+        raise LookupError("not a setting")
+    return getattr(owner, name)
+
+
+def defaults_of(function: ast.FunctionDef) -> dict[str, object]:
+    """{name: default} of the optional arguments that the function does not assign to."""
+    arguments = [*function.args.posonlyargs, *function.args.args]
+    pairs = [*zip(reversed(arguments), reversed(function.args.defaults), strict=False)]
+    pairs += zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    names = (node for node in ast.walk(function) if isinstance(node, ast.Name))
+    assigned = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    return {
+        argument.arg: default.value
+        for argument, default in pairs
+        if isinstance(default, ast.Constant) and argument.arg not in assigned
+    }

@@ -1,0 +1,226 @@
+"""What a module's forward does with its children and with its own weight, read from its source.
+
+A module that hands a child's weight to a kernel of its own instead of calling the child bypasses
+whatever stands in the child's place.  No attribute says so: only the code of its forward does.
+
+Branches that the module's own settings decide (`if self.pretraining_tp > 1`) are followed one way,
+as are those that an optional argument decides, by its default.  Where there is no source, as in a
+session typed line by line, nothing is found.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from typing import NamedTuple
+
+from torch import nn
+
+from .conditions import Conditions, defaults_of
+
+# asking a weight for these says nothing about its values
+_METADATA = {
+    "data_ptr", "device", "dim", "dtype", "element_size", "get_device", "is_cuda", "is_meta",
+    "is_floating_point", "layout", "ndim", "new_empty", "new_full", "new_ones", "new_tensor",
+    "new_zeros", "numel", "requires_grad", "shape", "size", "stride",
+}  # fmt: skip
+_QUESTIONS = {"getattr", "hasattr", "id", "isinstance", "print", "type"}  # about an object
+_LIKENESS = {"to", "type_as"}  # x.to(weight): dtype and device of it
+_PRODUCTS = {"addmm", "baddbmm", "bmm", "einsum", "linear", "matmul", "mm", "tensordot"}
+_WEIGHT = re.compile(r"(.+?)\.weight(?:\.(\w+).*)?")
+
+
+class Forward(ast.NodeVisitor):
+    """The forward of a module, and the methods of its own that it calls.
+
+    Attributes:
+        reads: paths from the module, as "attention.out_proj" or "experts.*.w1", of the children
+            whose weight's values it uses.
+        calls: paths of what else it uses: the children that it calls or passes on among them.
+        multiplies: its own weight is a factor of a matrix product.
+        returns_tuple: each return that can be reached gives a tuple.
+        known: there was source to read.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.reads: set[str] = set()
+        self.calls: set[str] = set()
+        self.multiplies = False
+        self._module, self._seen, self._returns = module, set(), []
+        self._names: dict[str, str] = {}  # local name: path from the module
+        self._conditions = Conditions(module)
+        self._returning = False
+        self.known = self._method("forward")
+        self.returns_tuple = bool(self._returns) and all(self._returns)
+
+    def _method(self, name):
+        """Visit a method: an instance's own, else its class's, and further ones by super()."""
+        if name in self._seen:
+            return False
+        self._seen.add(name)
+        outer, first = (self._names, self._conditions, self._returning), True
+        for method in _definitions(self._module, name):
+            self._names = {method.this: ""}
+            # what a helper is called with is up to its caller
+            defaults = method.defaults if name == "forward" else {}
+            self._conditions = Conditions(self._module, method.this, defaults)
+            self._returning = name == "forward" and first
+            self._block(method.body)
+            first = False
+            if not method.calls_super:
+                break
+        self._names, self._conditions, self._returning = outer
+        return not first
+
+    # --- statements: which of them can be reached -------------------------------------------------
+
+    def _block(self, statements):
+        """Visit statements up to one that leaves; True if there was one."""
+        return any(self._statement(s) for s in statements)
+
+    def _statement(self, node):
+        if isinstance(node, ast.If):
+            self.visit(node.test)
+            truth = self._conditions.truth(node.test)
+            ends = [truth is False or self._block(node.body)]
+            ends.append(truth is True or self._block(node.orelse))
+            # an arm that cannot be reached decides nothing
+            return ends[0] if truth is True else ends[1] if truth is False else all(ends)
+        self.visit(node)
+        return isinstance(node, ast.Return | ast.Raise)
+
+    def visit_If(self, node):
+        self._statement(node)
+
+    def visit_IfExp(self, node):
+        truth = self._conditions.truth(node.test)
+        self.visit(node.test)
+        if truth is not False:
+            self.visit(node.body)
+        if truth is not True:
+            self.visit(node.orelse)
+
+    def visit_FunctionDef(self, node):
+        returning, self._returning = self._returning, False
+        self._block(node.body)
+        self._returning = returning
+
+    def visit_Return(self, node):
+        if self._returning:
+            self._returns.append(isinstance(node.value, ast.Tuple))
+        self.generic_visit(node)
+
+    def visit_Assign(self, node):
+        path = self._path(node.value)
+        names = [t for t in node.targets if isinstance(t, ast.Name)]
+        for target in names:
+            self._names.pop(target.id, None)
+            if path:
+                self._names[target.id] = path
+        if path is None or len(names) < len(node.targets):
+            self.generic_visit(node)
+
+    def visit_For(self, node):
+        path = self._path(node.iter)
+        if path is not None and isinstance(node.target, ast.Name):
+            self._names[node.target.id] = f"{path}.*"
+        self.generic_visit(node)
+
+    # --- expressions: what is called, what is read ------------------------------------------------
+
+    def visit_Call(self, node):
+        name = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+        arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+        path = self._path(node.func)
+        if path and "." not in path and self._is_method(path):
+            self._method(path)
+        elif path is not None:
+            self._use(path.removesuffix(".forward"))
+        else:
+            self.visit(node.func)
+        if name in _PRODUCTS:
+            self.multiplies |= any(self._mentions_own_weight(a) for a in arguments)
+        if name in _QUESTIONS or (name in _LIKENESS and len(arguments) == 1):
+            arguments = [a for a in arguments if self._path(a) is None]
+        for argument in arguments:
+            self.visit(argument)
+
+    def visit_BinOp(self, node):
+        if isinstance(node.op, ast.MatMult):
+            self.multiplies |= any(map(self._mentions_own_weight, (node.left, node.right)))
+        self.generic_visit(node)
+
+    def visit_Compare(self, node):
+        if not all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+            self.generic_visit(node)
+
+    def visit_Attribute(self, node):
+        path = self._path(node)
+        if path is None:
+            self.generic_visit(node)
+        elif isinstance(node.ctx, ast.Load):
+            self._use(path)
+
+    visit_Name = visit_Subscript = visit_Attribute
+
+    def _use(self, path):
+        weight = _WEIGHT.fullmatch(path)
+        if weight is None:
+            self.calls.add(path)
+        elif weight[2] not in _METADATA:
+            self.reads.add(weight[1])
+
+    def _mentions_own_weight(self, node):
+        return any(self._path(part) == "weight" for part in ast.walk(node))
+
+    def _path(self, node):
+        """The path from the module that an expression names, None for any other expression."""
+        if isinstance(node, ast.Name):
+            return self._names.get(node.id)
+        if not isinstance(node, ast.Attribute | ast.Subscript):
+            return None
+        path = self._path(node.value)
+        if path is None or (isinstance(node, ast.Subscript) and path.endswith("weight")):
+            return None  # a slice of a weight is no module
+        last = node.attr if isinstance(node, ast.Attribute) else "*"
+        return f"{path}.{last}" if path else last
+
+    def _is_method(self, name):
+        static = inspect.getattr_static(self._module, name, None)
+        return callable(static) and not isinstance(static, nn.Module)
+
+
+class Method(NamedTuple):
+    """A function's source: its statements, what it calls its module, its arguments' defaults."""
+
+    body: list[ast.stmt]
+    this: str
+    defaults: dict[str, object]
+    calls_super: bool
+
+
+def _definitions(module, name):
+    """The method's definitions that have a source, the one that is called first."""
+    for owner in (module, *type(module).__mro__):
+        function = vars(owner).get(name)
+        if function is None or owner is nn.Module or isinstance(function, staticmethod):
+            continue
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        code = getattr(function, "__code__", None)
+        if code and (method := _parse(code)):
+            yield method
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(code):
+    try:
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(code))).body
+    except (OSError, TypeError, SyntaxError, ValueError):  # ValueError: more than one statement
+        return None
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    this = next((a.arg for a in (*node.args.posonlyargs, *node.args.args)), "self")
+    return Method(node.body, this, defaults_of(node), f"super().{node.name}(" in ast.unparse(node))

@@ -1,0 +1,268 @@
+"""Why a module cannot take experts, in a few words that end a sentence about it.
+
+Each check looks at one kind: what the module is, who holds it, whose weight it has.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Iterable
+
+from torch import nn
+
+from .forwards import Forward
+from .layers import LoraMoeLinear, linear_features
+
+# their kernels read their children's weights in some modes only; they stay unfit without source
+_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_ROUTER = re.compile(r"Router|Gat(e|ing)$")  # a class beside experts
+_TENSOR_PARALLEL = re.compile(r"(Column|Row|Colwise|Rowwise)Parallel")
+_PEFT_LAYERS = {"BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"}
+
+
+class Survey:
+    """What the checks look up in a model more than once; it must not change meanwhile."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.forward_of = functools.cache(Forward)
+
+    @functools.cached_property
+    def holders_of(self) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
+        """{parameter: [(path, module that has it)]}"""
+        holders = {}
+        for path, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                holders.setdefault(parameter, []).append((path, module))
+        return holders
+
+    def unfit(self, paths: Iterable[str]) -> dict[str, str]:
+        """{path: reason} of those modules that cannot take experts."""
+        reasons = {path: _reason(Place(self, path)) for path in paths}
+        return {path: reason for path, reason in reasons.items() if reason}
+
+    def bypassed(self, paths: Iterable[str]) -> dict[str, str]:
+        """{path: class that calls the module in one branch and reads its weight in another}."""
+        readers = {path: _reader(Place(self, path)) for path in paths}
+        return {path: _name(reader) for path, reader in readers.items() if reader}
+
+
+class Place:
+    """A module, and those that hold it.
+
+    Attributes:
+        holders: [(path from it to the module, module)], the root first.
+        parent: the last of them.
+        chain: all of them, and the module.
+    """
+
+    def __init__(self, survey: Survey, path: str):
+        self.survey, self.path, self.module = survey, path, survey.model
+        self.holders = []
+        for rest in _rests(path):
+            self.holders.append((rest, self.module))
+            self.module = getattr(self.module, rest.partition(".")[0])
+        self.parent = self.holders[-1][1] if self.holders else None
+        self.chain = [holder for _, holder in self.holders] + [self.module]
+
+    def forward_of(self, module: nn.Module) -> Forward:
+        return self.survey.forward_of(module)
+
+
+def _rests(path):
+    """ "a.b.c" -> "a.b.c", "b.c", "c" """
+    while path:
+        yield path
+        path = path.partition(".")[2]
+
+
+def unfit(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """{path: reason} of those modules that cannot take experts."""
+    return Survey(model).unfit(paths)
+
+
+def why_not(model: nn.Module, path: str) -> str | None:
+    """The reason why the module at this path cannot take experts, None if it can."""
+    return unfit(model, [path]).get(path)
+
+
+def _reason(place):
+    if not place.path:
+        return "the model itself cannot be replaced in place"
+    return next((reason for check in _CHECKS if (reason := check(place))), None)
+
+
+def _name(module):
+    return type(module).__name__
+
+
+# --- what it is already --------------------------------------------------------------------------
+
+
+def _has_experts(place):
+    if any(isinstance(m, LoraMoeLinear) for m in place.chain):
+        return "already has experts"
+    return None
+
+
+def _has_peft(place):
+    """PEFT may not be imported, and then nothing is of its classes."""
+    if any(c.__name__ in _PEFT_LAYERS for m in place.chain for c in type(m).__mro__):
+        return (
+            "PEFT has adapted it, and its adapter would freeze and no longer unload: call"
+            " merge_and_unload() or unload() first, then inject"
+        )
+    return None
+
+
+def _is_sharded(place):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    if any(isinstance(m, sharded) for m in place.chain):
+        return (
+            "FSDP has sharded it, and experts added now would not be synchronised: inject"
+            " first, then fully_shard"
+        )
+    if any(_TENSOR_PARALLEL.search(type(m).__name__) for m in place.chain) or _distributed(place):
+        return (
+            "tensor-parallel modules cannot take experts: shard with FSDP2 instead (inject"
+            " first, then fully_shard)"
+        )
+    return None
+
+
+def _distributed(place):
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor and any(isinstance(p, tensor.DTensor) for p in place.module.parameters())
+
+
+# --- what it computes ----------------------------------------------------------------------------
+
+
+def _is_not_linear(place):
+    module = place.module
+    name = _name(module)
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        return f"a {name} has no size yet: run the model once first"
+    if banks := _fused_experts(place):
+        return f"a {name} holds fused experts ({', '.join(banks)}), which are not supported"
+    if linear_features(module) is None or not _multiplies(place):
+        return f"a {name} is not linear"
+    return None
+
+
+def _fused_experts(place):
+    """Names of the 3-D parameters of a bank of experts; a convolution's weight is none."""
+    if "expert" not in (place.path + _name(place.module)).lower():
+        return []
+    return [name for name, p in place.module.named_parameters(recurse=False) if p.ndim == 3]
+
+
+def _multiplies(place):
+    """Sizes make a linear module; a two-dimensional weight alone may also be a norm's or a table."""
+    if isinstance(getattr(place.module, "in_features", None), int):
+        return True
+    forward = place.forward_of(place.module)
+    return forward.multiplies or not forward.known
+
+
+def _is_router(place):
+    """By class, by what it returns, by its size: what lies beside experts and decides on them."""
+    module, above = place.module, [m for _, m in place.holders[-2:]]
+    tuples = place.forward_of(module).returns_tuple
+    experts = _experts_beside(module, place.parent)
+    router = experts and (tuples or _is_named(module) or linear_features(module)[1] == experts)
+    router = router or (_is_named(place.parent) and _experts_beside(place.parent, above[0]))
+    if router:
+        return "it routes to the model's own experts"
+    return f"a {_name(module)} returns a tuple" if tuples else None
+
+
+def _is_named(module):
+    return _ROUTER.search(_name(module)) is not None
+
+
+def _experts_beside(module, parent):
+    """How many experts the parent holds beside this module, 0 where there are none."""
+    for name, sibling in parent.named_children():
+        if sibling is module or "expert" not in (name + _name(sibling)).lower():
+            continue
+        if isinstance(sibling, nn.ModuleList | nn.ModuleDict):
+            return len(sibling)
+        if banks := [p for p in sibling.parameters() if p.ndim == 3]:
+            return banks[0].shape[0]
+    return 0
+
+
+# --- who uses its weight -------------------------------------------------------------------------
+
+
+def _is_bypassed(place):
+    reader = next((m for _, m in place.holders[-1:] if isinstance(m, _READ_WEIGHTS)), None)
+    if reader is None and not _is_called(place):
+        reader = _reader(place)
+    return reader and f"{_name(reader)} reads its weight without calling it"
+
+
+def _reader(place):
+    for path, holder in place.holders:
+        if any(_fits(path, pattern) for pattern in place.forward_of(holder).reads):
+            return holder
+    return None
+
+
+def _is_called(place):
+    return any(
+        _fits(path, pattern)
+        for path, holder in place.holders
+        for pattern in place.forward_of(holder).calls
+    )
+
+
+def _fits(path, pattern):
+    names, wanted = path.split("."), pattern.split(".")
+    return len(names) == len(wanted) and all(w in (n, "*") for n, w in zip(names, wanted))
+
+
+def _is_tied(place):
+    """Where a model ties by itself; what others share works, and stays shared."""
+    ties = any(callable(getattr(m, "tie_weights", None)) for _, m in place.holders)
+    other = ties and (_same_weight(place) or _declared(place))
+    if not other:
+        return None
+    return (
+        f"its weight is tied to that of {other}, which would come apart in tie_weights and"
+        " save_pretrained: give it a weight of its own first, and set"
+        " config.tie_word_embeddings = False"
+    )
+
+
+def _same_weight(place):
+    weight = place.module._parameters.get("weight")
+    others = [] if weight is None else place.survey.holders_of[weight]
+    return next((path for path, module in others if module is not place.module), None)
+
+
+def _declared(place):
+    """What transformers would tie it to: on the meta device the two may still be two objects."""
+    for path, holder in place.holders:
+        if not getattr(getattr(holder, "config", None), "tie_word_embeddings", False):
+            continue
+        keys = getattr(holder, "_tied_weights_keys", None) or ()
+        key = f"{path}.weight"
+        if any(re.fullmatch(rf"{k}(\..+)?", key) for k in keys):
+            return keys[key] if isinstance(keys, dict) and key in keys else "the embeddings"
+    return None
+
+
+_CHECKS = (
+    _has_experts,
+    _has_peft,
+    _is_sharded,
+    _is_not_linear,
+    _is_router,
+    _is_bypassed,
+    _is_tied,
+)

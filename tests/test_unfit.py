@@ -1,0 +1,310 @@
+"""Why modules cannot take experts: each kind with its reason, and its neighbour that can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_moe import LoraMoeConfig, inject, injected, load_adapter, save_adapter
+from lora_moe.targets import why_not
+
+CONFIG = {"num_experts": 4, "r": 2}
+
+
+def names(*targets):
+    return LoraMoeConfig(**CONFIG, target_modules=targets)
+
+
+# --- kinds that are not linear -------------------------------------------------------------------
+
+
+class WeightOnly(nn.Module):
+    """Sizes are known from the weight alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+class Pair(nn.Linear):
+    """As Megatron's: the bias is for the caller to add."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight), self.bias
+
+
+class ColumnParallelLinear(nn.Linear):
+    pass
+
+
+KINDS = {
+    "linear": (lambda: nn.Linear(4, 4), None),
+    "weight-only": (WeightOnly, None),
+    "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), None),
+    "lazy": (lambda: nn.LazyLinear(4), "has no size yet: run the model once first"),
+    "embedding": (lambda: nn.Embedding(4, 4), "an? Embedding is not linear"),
+    "embedding-bag": (lambda: nn.EmbeddingBag(4, 4), "EmbeddingBag is not linear"),
+    "conv": (lambda: nn.Conv1d(4, 4, 1), "Conv1d is not linear"),
+    "bilinear": (lambda: nn.Bilinear(4, 4, 4), "Bilinear is not linear"),
+    "2d-norm": (lambda: nn.LayerNorm((4, 4)), "LayerNorm is not linear"),
+    "container": (lambda: nn.Sequential(nn.Linear(4, 4)), "Sequential is not linear"),
+    "pair": (lambda: Pair(4, 4), "a Pair returns a tuple"),
+    "column-parallel": (lambda: ColumnParallelLinear(4, 4), "shard with FSDP2 instead"),
+}
+
+
+@pytest.mark.parametrize("make, reason", KINDS.values(), ids=KINDS)
+def test_kinds_of_modules(make, reason):
+    model = nn.ModuleDict({"target": make()})
+    if reason is None:
+        assert why_not(model, "target") is None
+        assert list(injected(inject(model, names("target")))) == ["target"]
+    else:
+        with pytest.raises(ValueError, match=rf"target \(.*{reason}.*\)"):
+            inject(model, names("target"))
+
+
+# --- routers and fused experts -------------------------------------------------------------------
+
+
+class Router(nn.Module):
+    """Picks by itself, as in transformers' sparse models."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        weights, indices = F.linear(x, self.weight).softmax(-1).topk(2)
+        return weights, indices
+
+
+class Nested(nn.Module):
+    """A router that holds a linear, as in Switch and GraniteMoe."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.classifier(x).topk(2)
+
+
+class TopKGating(Nested):
+    pass
+
+
+class Bank(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(3, 8, 4))
+        self.down_proj = nn.Parameter(torch.randn(3, 4, 4))
+
+
+class Sparse(nn.Module):
+    def __init__(self, gate, experts):
+        super().__init__()
+        self.gate, self.experts, self.proj = gate, experts, nn.Linear(4, 4)
+        self.shared_expert_gate = nn.Linear(4, 1)
+
+
+def listed():
+    return nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+
+ROUTERS = {
+    "tuple": (Router, Bank, "gate"),
+    "linear": (lambda: nn.Linear(4, 3), listed, "gate"),
+    "linear-beside-a-bank": (lambda: nn.Linear(4, 3), Bank, "gate"),
+    "nested": (TopKGating, listed, "gate.classifier"),
+}
+
+
+@pytest.mark.parametrize("gate, experts, path", ROUTERS.values(), ids=ROUTERS)
+def test_routers_of_the_models_own_experts(gate, experts, path):
+    model = nn.ModuleDict({"mlp": Sparse(gate(), experts())})
+    with pytest.raises(ValueError, match=rf"mlp\.{path} \(it routes to the model's own experts\)"):
+        inject(model, names(path))
+    with pytest.raises(ValueError, match="linear modules here") as error:
+        inject(model, names("q_proj"))
+    assert "mlp.proj" in str(error.value) and path not in str(error.value).replace(
+        "expert_gate", ""
+    )
+    inject(model, LoraMoeConfig(**CONFIG, target_modules="all-linear"))
+    linear = ["mlp.experts.0", "mlp.experts.1", "mlp.experts.2"] if experts is listed else []
+    assert list(injected(model)) == [*linear, "mlp.proj", "mlp.shared_expert_gate"]
+
+
+def test_a_linear_of_that_size_without_experts_beside_it_is_none():
+    model = Sparse(nn.Linear(4, 3), nn.Identity())
+    assert why_not(model, "gate") is None
+
+
+def test_fused_experts_are_named_as_unsupported():
+    model = nn.ModuleDict({"mlp": Sparse(Router(), Bank())})
+    with pytest.raises(
+        ValueError,
+        match=r"mlp\.experts \(a Bank holds fused experts \(gate_up_proj, down_proj\), which are not",
+    ):
+        inject(model, names("experts"))
+    with pytest.raises(ValueError, match="a parameter of fused experts, which are not supported"):
+        inject(model, names("gate_up_proj"))
+    with pytest.warns(UserWarning, match="'experts.down_proj' .a parameter of fused experts"):
+        inject(model, names("proj", "experts.down_proj"))
+
+
+# --- who uses the weight -------------------------------------------------------------------------
+
+
+def transformers_model(name, **fields):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    family = name.partition("For")[0].removesuffix("Model")
+    config = getattr(transformers, f"{family}Config")(**sizes | fields)
+    return getattr(transformers, name)(config)
+
+
+READERS = {
+    "mamba": ("MambaForCausalLM", {}, "dt_proj", "MambaMixer"),
+    "wavlm-q": ("WavLMModel", {}, "q_proj", "WavLMAttention"),
+    "wavlm-out": ("WavLMModel", {}, "out_proj", "WavLMAttention"),
+    "bloom": ("BloomForCausalLM", {"pretraining_tp": 2, "slow_but_exact": True}, "dense", "Bloom"),
+}
+
+
+@pytest.mark.parametrize("name, fields, target, reader", READERS.values(), ids=READERS)
+def test_parents_that_read_the_weight(name, fields, target, reader):
+    model = transformers_model(name, **fields)
+    with pytest.raises(ValueError, match=rf"{target} \({reader}\w* reads its weight without"):
+        inject(model, names(target))
+
+
+def test_a_setting_of_the_parent_decides():
+    model = transformers_model("BloomForCausalLM", n_layer=1)
+    assert list(injected(inject(model, names("dense")))) == ["transformer.h.0.self_attention.dense"]
+
+
+def test_a_grandparent_that_reads_the_weight():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+
+        def forward(self, x):
+            return F.linear(x, self.inner.proj.weight)
+
+    assert "Outer reads its weight" in why_not(nn.Sequential(Outer()), "0.inner.proj")
+
+
+# --- tied weights --------------------------------------------------------------------------------
+
+
+def tied(device="cpu"):
+    with torch.device(device):
+        return transformers_model("LlamaForCausalLM", tie_word_embeddings=True)
+
+
+def offloaded():
+    """Each parameter its own object on meta, as accelerate leaves them."""
+    model = tied("meta")
+    model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return model
+
+
+TIED = {
+    "tied": tied,
+    "meta": lambda: tied("meta"),
+    "declared": offloaded,
+    "wrapped": lambda: nn.Sequential(tied()),
+}
+
+
+@pytest.mark.parametrize("make", TIED.values(), ids=TIED)
+def test_a_tied_head_is_refused(make):
+    model = make()
+    with pytest.raises(
+        ValueError, match=r"lm_head \(its weight is tied to that of \S*embed_tokens"
+    ):
+        inject(model, names("q_proj", "lm_head"))
+    assert not injected(model)
+    inject(model, names("q_proj"))
+
+
+def test_what_the_reason_says_unties_the_head(tmp_path):
+    model, ids = tied(), torch.tensor([[1, 2, 3]])
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    want = model(ids).logits
+    inject(model, names("lm_head"))
+    model.tie_weights()
+    assert torch.equal(model(ids).logits, want)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="lm_head: its weight is tied"):
+        load_adapter(tied(), tmp_path)
+
+
+def test_weights_that_a_plain_model_shares_stay_shared():
+    model = nn.ModuleDict({"embed": nn.Embedding(8, 4), "head": nn.Linear(4, 8)})
+    model["head"].weight = model["embed"].weight
+    inject(model, names("head"))
+    assert model["head"].weight is model["embed"].weight
+
+
+# --- other libraries -----------------------------------------------------------------------------
+
+
+def test_modules_that_peft_adapts():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    model = peft.get_peft_model(transformers_model("LlamaForCausalLM"), lora)
+    for target in ("q_proj", "base_layer", "default"):
+        with pytest.raises(
+            ValueError, match=r"PEFT has adapted it.* merge_and_unload\(\) or unload"
+        ):
+            inject(model, names(target))
+    inject(model, LoraMoeConfig(**CONFIG, target_modules="all-linear"), freeze=False)
+    assert not [path for path in injected(model) if "q_proj" in path or "lora" in path]
+    merged = peft.get_peft_model(transformers_model("LlamaForCausalLM"), lora).merge_and_unload()
+    assert list(injected(inject(merged, names("q_proj")))) == ["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_fully_shard_before_inject_is_refused(mesh, part, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    model, other = (nn.Sequential(nn.Sequential(nn.Linear(4, 4))) for _ in range(2))
+    save_adapter(inject(other, names("0.0")), tmp_path)
+    fully_shard(model if part == "model" else model[0], mesh=mesh)
+    for attempt in (lambda: inject(model, names("0.0")), lambda: load_adapter(model, tmp_path)):
+        with pytest.raises(ValueError, match="inject first, then fully_shard"):
+            attempt()
+
+
+@pytest.mark.parametrize("style", ["ColwiseParallel", "RowwiseParallel"])
+def test_tensor_parallel_modules_are_refused(mesh, style):
+    from torch.distributed.tensor import parallel
+
+    model = nn.ModuleDict({"q_proj": nn.Linear(4, 4), "v_proj": nn.Linear(4, 4)})
+    parallel.parallelize_module(model, mesh, {"q_proj": getattr(parallel, style)()})
+    with pytest.raises(ValueError, match=r"q_proj \(tensor-parallel modules cannot.*with FSDP2"):
+        inject(model, names("q_proj"))
+    inject(model, names("v_proj"))
