@@ -14,11 +14,19 @@ backend.load()
 from . import autograd, functional, losses  # noqa: E402
 from .backend import backend_info  # noqa: E402
 from .config import LoraMoeConfig  # noqa: E402
-from .inject import inject, injected, remove, set_routing  # noqa: E402
+from .context import checkpoint_context  # noqa: E402
+from .inject import inject, remove  # noqa: E402
 from .io import adapter_info, load_adapter, save_adapter  # noqa: E402
 from .layers import LoraMoeLinear  # noqa: E402
 from .losses import aux_loss, router_stats  # noqa: E402
 from .routing import Routing  # noqa: E402
+from .steering import (  # noqa: E402
+    disable_adapters,
+    freeze_experts,
+    injected,
+    set_routing,
+    use_routing,
+)
 from .warm import warm_up  # noqa: E402
 
 __version__ = "0.1.0.dev0"
@@ -31,6 +39,9 @@ __all__ = [
     "autograd",
     "aux_loss",
     "backend_info",
+    "checkpoint_context",
+    "disable_adapters",
+    "freeze_experts",
     "functional",
     "inject",
     "injected",
@@ -40,5 +51,6 @@ __all__ = [
     "router_stats",
     "save_adapter",
     "set_routing",
+    "use_routing",
     "warm_up",
 ]

@@ -7,9 +7,13 @@ costs at most MAX_ROWS rows of each linear's width, and no message repeats a val
 from __future__ import annotations
 
 import dataclasses
-import re
+import math
+import numbers
+from collections.abc import Collection
 from itertools import accumulate
 from reprlib import repr as brief
+
+import torch
 
 from .functional import GATES
 
@@ -18,64 +22,118 @@ MAX_RANK = 1024  # of one expert
 MAX_ROWS = 65_536  # of all experts together: 1 GiB of fp32 for a linear of width 4096
 MAX_COEFFICIENT = 1e6  # alpha, balance_coef, z_coef
 MAX_PATTERN = 4096  # characters of a regular expression
+ADAPTER_DTYPES = ("base", "float32", "bfloat16", "float16", "float64")
+_PEFT_NAMES = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "rank": "r",
+    "rslora": "use_rslora",
+    "num_experts_per_tok": "top_k",
+    "layers_to_transform": "target_modules with a regular expression",
+    "rank_pattern": "r, one rank per expert, and one inject call for each group of modules",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraMoeConfig:
-    """y = W0 x + sum over e in topk(router(x)) of  g_e (alpha / r_e) B_e A_e x, in numbers.
+    """y = W0 x + sum over e in topk(router(x)) of  g_e s_e B_e A_e x,   s_e = alpha_e / r_e.
+
+    The router's logits are (W x + bias) / temperature; gate and top-k follow.
 
     Args:
         num_experts: E, in [1, 4096].
         r: the rank of every expert, in [1, 1024], or one rank per expert; 65,536 at most together.
-        top_k: experts a token, in [1, E]; E is the dense mixture.
-        alpha: expert e is scaled by alpha / r_e; in [0, 1e6].
+        top_k: experts per token, in [1, E]; E is the dense mixture.  None means 2, or 1 if E is 1.
+        alpha: a number in [0, 1e6], or one per expert: expert e is scaled by alpha_e / r_e.
+        use_rslora: scale by alpha_e / sqrt(r_e) instead (rsLoRA, arXiv 2312.03732).
         dropout: on the experts' input while training, never on the router's; in [0, 1).
         gate: "softmax" over all experts, or "sigmoid" of each logit.
-        renormalize: divide the picked gates by their sum.  With top_k=1 each weight is then 1, and
-            only auxiliary losses train the router.
-        shared_a: all experts read one A (HydraLoRA, BranchLoRA); the ranks must be equal.
+        renormalize: divide the picked gates by their sum.  None means top_k > 1: with top_k=1 each weight
+            would be 1, and the task's loss would not train the router.
+        temperature: divides the logits; positive, at most 1e6.
+        top_p: in (0, 1]: a token takes its picked experts, best first, until their gates sum to top_p.
+            Softmax only.  None takes all top_k.
+        threshold: in [0, 1]: picked experts with a smaller gate are dropped.  None keeps them.
+        router_bias: give the router a trainable bias (E,), zero at first.
         selection_bias: keep a buffer (E,) that is added to the gates for the selection only; see
             losses.update_selection_bias (arXiv 2408.15664).
-        target_modules: which modules inject() replaces: a tuple of names, each matching a module
-            whose path is the name or ends in "." + name (as in PEFT), or one string, a regular
-            expression that must match the whole path.
-        exclude_modules: modules to leave alone, in the same form; it wins over target_modules.
+        shared_a: all experts read one A (HydraLoRA, BranchLoRA); the ranks must be equal.
+        adapter_dtype: of lora_A and lora_B: None is float32 (float64 for a float64 base), as in PEFT;
+            "base" is the dtype of the base's weight; or a torch.dtype or its name.  The router is
+            float32 (float64) in each case.
+        target_modules: which modules inject() replaces: names, each matching a module whose path is
+            the name or ends in "." + name (as in PEFT), in a tuple, list or set; or one string, a
+            regular expression that must match the whole path; or "all-linear".
+        exclude_modules: modules to leave alone, as names or a regular expression; it wins over
+            target_modules.
+        modules_to_save: names of modules that are trained as a whole and saved with the adapter, such
+            as a classification head.
         balance_coef: weight of the load-balancing loss in aux_loss(); in [0, 1e6].
         z_coef: weight of the router's z-loss in aux_loss(); in [0, 1e6].
     Raises:
         ValueError: a field does not fit; the message names it, what was expected and what was
             received.
+        TypeError: there is no such field; the message suggests one.
     """
 
     num_experts: int = 8
     r: int | tuple[int, ...] = 8
-    top_k: int = 2
-    alpha: float = 16.0
+    top_k: int | None = None
+    alpha: float | tuple[float, ...] = 16.0
     dropout: float = 0.0
     gate: str = "softmax"
-    renormalize: bool = True
+    renormalize: bool | None = None
     shared_a: bool = False
     selection_bias: bool = False
     target_modules: str | tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
     balance_coef: float = 0.01
     z_coef: float = 0.001
+    use_rslora: bool = False
+    temperature: float = 1.0
+    top_p: float | None = None
+    threshold: float | None = None
+    router_bias: bool = False
+    adapter_dtype: str | torch.dtype | None = None
+    modules_to_save: tuple[str, ...] = ()
+
+    def __new__(cls, *args, **fields):
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields.keys() - known:
+            hint = _PEFT_NAMES.get(name)
+            hint = f"; here it is {hint}" if hint else f"; expected one of {sorted(known)}"
+            raise TypeError(f"LoraMoeConfig: there is no field {name!r}{hint}")
+        return super().__new__(cls)
 
     def __post_init__(self):
-        _integer("num_experts", self.num_experts, MAX_EXPERTS)
-        object.__setattr__(self, "r", _ranks(self.r, self.num_experts))
-        _integer("top_k", self.top_k, self.num_experts)
-        for name in ("alpha", "balance_coef", "z_coef"):
-            object.__setattr__(self, name, _coefficient(name, getattr(self, name)))
-        object.__setattr__(self, "dropout", _coefficient("dropout", self.dropout))
+        self._set("num_experts", _integer("num_experts", self.num_experts, MAX_EXPERTS))
+        E = self.num_experts
+        self._set("r", _ranks(self.r, E))
+        top_k = min(2, E) if self.top_k is None else self.top_k
+        self._set("top_k", _integer("top_k", top_k, E))
+        self._set("alpha", _alphas(self.alpha, E))
+        for name in ("dropout", "balance_coef", "z_coef", "temperature"):
+            self._set(name, _coefficient(name, getattr(self, name)))
         _expect(self.dropout < 1, "dropout", "a probability in [0, 1)", self.dropout)
+        _expect(self.temperature > 0, "temperature", "a positive number", self.temperature)
         _expect(self.gate in GATES, "gate", f"one of {GATES}", self.gate)
-        for name in ("renormalize", "shared_a", "selection_bias"):
+        for name in ("shared_a", "selection_bias", "router_bias", "use_rslora"):
             _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
+        fits = self.renormalize is None or isinstance(self.renormalize, bool)
+        _expect(fits, "renormalize", "a bool or None", self.renormalize)
+        self._set("top_p", _share("top_p", self.top_p, zero=False))
+        self._set("threshold", _share("threshold", self.threshold))
+        softmax = self.gate == "softmax"
+        _expect(softmax or self.top_p is None, "gate", "'softmax' with top_p", self.gate)
         equal = len(set(self.ranks)) == 1
         _expect(equal or not self.shared_a, "r", "equal ranks with shared_a", self.r)
+        self._set("adapter_dtype", _dtype_name(self.adapter_dtype))
         for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, _pattern(name, getattr(self, name)))
+            self._set(name, _pattern(name, getattr(self, name)))
+        self._set("modules_to_save", _names("modules_to_save", self.modules_to_save or ()))
+
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -83,9 +141,25 @@ class LoraMoeConfig:
         return (self.r,) * self.num_experts if isinstance(self.r, int) else self.r
 
     @property
+    def scales(self) -> tuple[float, ...]:
+        """s of each expert, (E,): alpha / r, or alpha / sqrt(r) with use_rslora."""
+        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,) * self.num_experts
+        roots = [math.sqrt(r) if self.use_rslora else r for r in self.ranks]
+        return tuple(alpha / root for alpha, root in zip(alphas, roots, strict=True))
+
+    @property
     def rank_offsets(self) -> int | list[int]:
         """As functional.grouped_lora takes them: one rank for all, or E + 1 row offsets."""
         return self.r if isinstance(self.r, int) else [0, *accumulate(self.r)]
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the picked gates are divided by their sum; resolves renormalize=None."""
+        return self.top_k > 1 if self.renormalize is None else self.renormalize
+
+    @property
+    def has_aux_loss(self) -> bool:
+        return self.balance_coef > 0 or self.z_coef > 0
 
     def to_dict(self) -> dict:
         """Plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
@@ -112,41 +186,79 @@ def _expect(condition, name, expected, received):
 
 
 def _integer(name, value, high):
-    _expect(type(value) is int and 1 <= value <= high, name, f"an integer in [1, {high}]", value)
+    """NumPy's integers count, bool does not."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    _expect(whole and 1 <= value <= high, name, f"an integer in [1, {high}]", value)
+    return int(value)
 
 
 def _coefficient(name, value):
     """Compared before it is converted: neither NaN nor an integer beyond floats gets through."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     expected = f"a number in [0, {MAX_COEFFICIENT:g}]"
     _expect(number and 0 <= value <= MAX_COEFFICIENT, name, expected, value)
     return float(value)
 
 
+def _share(name, value, zero=True):
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    fits = number and 0 <= value <= 1 and (zero or value > 0)
+    _expect(fits, name, f"None or a number in {'[' if zero else '('}0, 1]", value)
+    return float(value)
+
+
+def _is_sequence(value):
+    """Lists, tuples, and NumPy arrays or tensors of one dimension."""
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
+
+
+def _listed(values):
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _alphas(alpha, num_experts):
+    if not _is_sequence(alpha):
+        return _coefficient("alpha", alpha)
+    _expect(len(alpha) == num_experts, "alpha", f"a number or {num_experts}, one per expert", alpha)
+    return tuple(_coefficient(f"alpha[{e}]", a) for e, a in enumerate(_listed(alpha)))
+
+
 def _ranks(r, num_experts):
-    if not isinstance(r, (list, tuple)):
-        _integer("r", r, MAX_RANK)
+    if not _is_sequence(r):
+        r = _integer("r", r, MAX_RANK)
         rows = r * num_experts
     else:
         _expect(len(r) == num_experts, "r", f"one rank for each of {num_experts} experts", r)
-        for e, rank in enumerate(r):
-            _integer(f"r[{e}]", rank, MAX_RANK)
-        r, rows = tuple(r), sum(r)
+        r = tuple(_integer(f"r[{e}]", rank, MAX_RANK) for e, rank in enumerate(_listed(r)))
+        rows = sum(r)
     _expect(rows <= MAX_ROWS, "r", f"at most {MAX_ROWS} rows for all experts together", rows)
     return r
 
 
+def _dtype_name(dtype):
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    fits = name is None or (isinstance(name, str) and name in ADAPTER_DTYPES)
+    _expect(fits, "adapter_dtype", f"None or one of {ADAPTER_DTYPES}", dtype)
+    return name
+
+
+def _names(name, value):
+    """Any collection of names as a tuple, a set in alphabetical order."""
+    hint = f"; for one name write ({value!r},)" if isinstance(value, str) else ""
+    plain = isinstance(value, Collection) and not isinstance(value, (str, bytes, dict))
+    plain = plain and all(isinstance(suffix, str) and suffix for suffix in value)
+    _expect(plain, name, f"module names{hint}", value)
+    ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
+    return tuple(map(str, ordered))
+
+
 def _pattern(name, value):
-    if isinstance(value, (list, tuple)):
-        plain = all(isinstance(suffix, str) and suffix for suffix in value)
-        _expect(plain, name, "module names", value)
-        return tuple(value)
-    _expect(isinstance(value, str), name, "module names, or one regular expression", value)
+    """Not compiled here: a regular expression from a file may cost seconds to compile."""
+    if value is None:
+        return ()
+    if not isinstance(value, str):
+        return _names(name, value)
     _expect(len(value) <= MAX_PATTERN, name, f"at most {MAX_PATTERN} characters", value)
-    try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{name}: expected a regular expression, got {brief(value)}: {error}"
-        ) from None
     return value

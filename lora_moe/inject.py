@@ -8,13 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
+from .attach import attach, detach
 from .config import LoraMoeConfig
 from .layers import LoraMoeLinear
-from .routing import Routing
-from .targets import targets_of
+from .steering import injected, layers_of
+from .targets import is_all_linear, targets_of
 
 _log = logging.getLogger(__name__)
 
@@ -38,12 +38,26 @@ def inject(model: nn.Module, config: LoraMoeConfig, *, freeze: bool = True) -> n
             unchanged.
     """
     found = targets_of(model, config)
+    saved = modules_to_save(model, config.modules_to_save)
+    found = _without(found, saved, config)
     adapters = {base: LoraMoeLinear(base, config) for base in dict.fromkeys(found.values())}
     place(model, adapters)
+    attach(model)
     if freeze:
         freeze_base(model)
+    for module in saved.values():
+        module.requires_grad_(True)
     _log.info("%d modules replaced: %s", len(adapters), ", ".join(found))
     return model
+
+
+def _without(found, saved, config):
+    """The targets outside of modules that train as a whole; a name that says both is refused."""
+    whole = {inner for module in saved.values() for inner in module.modules()}
+    both = [path for path, module in found.items() if module in whole]
+    if both and not is_all_linear(config.target_modules):
+        raise ValueError(f"modules_to_save: expected modules without targets, got {both[0]}")
+    return {path: module for path, module in found.items() if path not in both}
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -61,86 +75,11 @@ def remove(model: nn.Module) -> nn.Module:
             "model: expected a module that holds LoraMoeLinear, got one; take base_layer"
         )
     place(model, {layer: layer.base_layer for layer in layers_of(model).values()})
+    detach(model)
     return model
 
 
-def injected(model: nn.Module) -> dict[str, LoraMoeLinear]:
-    """The model's LoraMoeLinear modules by their (first) path; empty if there are none."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraMoeLinear)}
-
-
-def set_routing(
-    model: nn.Module,
-    task_ids: torch.Tensor | None = None,
-    routing: Routing | Mapping[str, Routing] | None = None,
-) -> None:
-    """Decide the routing of the following forwards from outside, or give it back to the routers.
-
-    What is set stays until the next call, so that an activation-checkpoint recompute sees the same.
-    Each call decides for all layers, and forgets their last forward's routing.
-
-    Args:
-        model: with experts in it.
-        task_ids: integers, -1 for no expert: (B,) one per sample or (T,) one per token; (B, K) or
-            (T, K) for several experts each.  The weights are 1.
-        routing: a Routing for all layers, with a row for each token or for each sample (first
-            dimension) of the layers' input; or a dict from module path to Routing, for example a
-            replay of {name: layer.routing}, where layers that it does not name go back to their
-            routers.  Weights that require a gradient get one.
-    Raises:
-        ValueError: both are given, the model has no experts, a path is unknown, or a number of
-            experts is not the layer's.  Nothing changes then.
-        TypeError: task_ids are no integers.
-    """
-    layers = layers_of(model)
-    sources = _sources(layers, task_ids, routing)
-    moved: dict = {}  # one copy for all layers of a device
-    given = {name: _given(name, layers[name], source, moved) for name, source in sources.items()}
-    for name, layer in layers.items():
-        layer.given, layer.routing = given.get(name), None
-
-
-def _sources(layers, task_ids, routing):
-    """{path: Routing} of the layers that the caller decides for."""
-    if task_ids is not None and routing is not None:
-        raise ValueError("routing: expected task_ids or routing, got both")
-    if task_ids is not None:
-        counts = {name: layer.config.num_experts for name, layer in layers.items()}
-        by_count = {E: Routing.from_ids(task_ids, num_experts=E) for E in set(counts.values())}
-        return {name: by_count[E] for name, E in counts.items()}
-    if not isinstance(routing, Mapping):
-        return {} if routing is None else dict.fromkeys(layers, routing)
-    unknown = sorted(set(routing) - set(layers))
-    if unknown:
-        raise ValueError(f"routing: expected paths of injected modules, got {unknown}")
-    return routing
-
-
-def _given(name, layer, routing, moved):
-    """The caller's decision on the layer's device, without a router's statistics: they are stale."""
-    if not isinstance(routing, Routing):
-        raise ValueError(f"routing: expected a Routing, got {type(routing).__name__}")
-    if routing.num_experts != layer.config.num_experts:
-        raise ValueError(
-            f"routing: expected {layer.config.num_experts} experts for {name},"
-            f" got {routing.num_experts}"
-        )
-    device = layer.lora_A.device
-    key = id(routing), device
-    if key not in moved:
-        moved[key] = Routing(*(t.to(device) for t in routing[:3]))
-    return moved[key]
-
-
-# --- shared with io and losses -------------------------------------------------------------------
-
-
-def layers_of(model: nn.Module) -> dict[str, LoraMoeLinear]:
-    """injected(model), or ValueError where there is nothing."""
-    layers = injected(model)
-    if not layers:
-        raise ValueError("model: expected one with LoraMoeLinear modules (see inject), got none")
-    return layers
+# --- shared with io and methods ------------------------------------------------------------------
 
 
 def place(model: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
@@ -152,8 +91,33 @@ def place(model: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """requires_grad = False on every parameter that belongs to no adapter."""
-    adapters = {p for layer in injected(model).values() for p in layer.parameters(recurse=False)}
+    """requires_grad = False on every parameter that belongs to no adapter and to no modules_to_save."""
+    layers = injected(model).values()
+    kept = {p for layer in layers for p in layer.parameters(recurse=False)}
+    for names in {layer.config.modules_to_save for layer in layers}:
+        for module in modules_to_save(model, names).values():
+            kept.update(module.parameters())
     for parameter in model.parameters():
-        if parameter not in adapters:
+        if parameter not in kept:
             parameter.requires_grad_(False)
+
+
+def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """{path: module} of the modules that train as a whole: path is a name or ends in "." + name.
+
+    Raises:
+        ValueError: a name matches nothing, or a module that holds or is a LoraMoeLinear.
+    """
+    found = {}
+    for name in names:
+        matches = {
+            path: module
+            for path, module in model.named_modules()
+            if path == name or path.endswith("." + name)
+        }
+        with_experts = [path for path, module in matches.items() if injected(module)]
+        if not matches or with_experts:
+            got = f"{with_experts[0]}, which has experts" if with_experts else f"{name!r}"
+            raise ValueError(f"modules_to_save: expected modules of the model, got {got}")
+        found |= matches
+    return found

@@ -1,10 +1,16 @@
 """Adapters on disk: one safetensors file that holds configuration and weights.
 
     lora_moe.safetensors
-        tensors   <module path>.{lora_A, lora_B, router_weight, selection_bias}
+        tensors   <module path>.{lora_A, lora_B, router.weight, router.bias, router.selection_bias},
+                  modules_to_save.<path> of what trains as a whole
         metadata  {"format": "pt", "lora_moe": description}, where the description is the JSON of
-                  {"version": 1, "library": "0.1.0",
-                   "adapters": [{"config": {...}, "modules": [module path, ...]}, ...]}
+                  {"version": 2, "library": "0.2.0", "modules_to_save": [module path, ...],
+                   "adapters": [{"bank": {...}, "router": {"kind": "token", ...}, "context": {},
+                                 "training": {...}, "modules": [module path, ...]}, ...]}
+
+The bank is what the experts are, the router who decides, the context what a router reads of the batch
+(nothing here), and training what a model may choose for itself when it loads.  Files of version 1 are
+read; they are described in `_FIELDS_1`.
 
 It is one file, so that no kill in the middle of a save leaves a pair that does not match.  A file
 is untrusted: its keys, shapes and dtypes must be those that the model decides, and the model
@@ -13,9 +19,11 @@ changes last or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from reprlib import repr as brief
@@ -24,24 +32,72 @@ import torch
 from torch import nn
 
 from . import safefile
+from .attach import attach
 from .config import LoraMoeConfig
-from .inject import freeze_base, injected, layers_of, place
-from .layers import LoraMoeLinear, adapter_tensors
+from .inject import freeze_base, modules_to_save, place
+from .layers import LoraMoeLinear, adapter_tensors, expert_ids
+from .sharded import fill, gathered, is_sharded, is_writer, plain_path, unwrapped
+from .steering import injected, layers_of
 from .targets import why_not
 
 FILE_NAME = "lora_moe.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _PATH = re.compile(r"(\w+(\.\w+)*)?", re.ASCII)  # "" is the model itself
-# what a model may choose for itself when it loads weights
-_FREE_FIELDS = ("dropout", "target_modules", "exclude_modules", "balance_coef", "z_coef")
+_SAVED = "modules_to_save."
+# names in the file, of what a layer calls otherwise
+_TENSORS = {
+    "router_weight": "router.weight",
+    "router_bias": "router.bias",
+    "selection_bias": "router.selection_bias",
+}
+_BANK = ("num_experts", "r", "alpha", "use_rslora", "shared_a")
+_ROUTER = (
+    "top_k",
+    "gate",
+    "renormalize",
+    "temperature",
+    "top_p",
+    "threshold",
+    "router_bias",
+    "selection_bias",
+)
+_TRAINING = (
+    "dropout",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "adapter_dtype",
+    "balance_coef",
+    "z_coef",
+)
+# version 1 had these fields, flat, and renormalized unless it said otherwise
+_FIELDS_1 = (
+    "num_experts",
+    "r",
+    "top_k",
+    "alpha",
+    "dropout",
+    "gate",
+    "renormalize",
+    "shared_a",
+    "selection_bias",
+    "target_modules",
+    "exclude_modules",
+    "balance_coef",
+    "z_coef",
+)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     """Write the model's experts, routers and configurations to directory/lora_moe.safetensors.
 
     All or nothing: after a crash or on a full disk an older file is intact.  The base's weights are
-    not in it.
+    not in it; modules_to_save and which experts are frozen are.  Wrappers of the model (DDP, FSDP,
+    torch.compile, DeepSpeed's engine) leave no trace in the file.
+
+    In a distributed run rank 0 writes, and the others return.  Only where parameters are sharded
+    (FSDP2, ZeRO-3) is it a collective that every rank must call.
 
     Args:
         model: with experts in it (see inject).
@@ -49,60 +105,99 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
     Returns:
         The file's path.
     Raises:
-        ValueError: the model has no experts, or more modules than a header holds.
+        ValueError: the model has no experts, a tensor holds NaN or infinite values or is not of the
+            layer's shape, or there are more modules than a header holds.
         OSError: the file cannot be written.
+    Warns:
+        UserWarning: a parameter trains but is neither an adapter's nor in modules_to_save.
     """
-    layers = layers_of(model)
-    tensors = {key: t.detach().contiguous() for key, t in _keyed(layers).items()}
-    metadata = {"format": "pt", "lora_moe": json.dumps(_describe(layers))}
+    model = unwrapped(model)
+    layers = _layers_by_path(model)
+    if not layers:
+        layers_of(model)  # raises
     path = Path(directory) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safefile.write(path, tensors, metadata)
+    tensors = _keyed(layers) | _saved_tensors(model, layers)
+    collective = any(map(is_sharded, tensors.values()))
+    tensors = gathered(tensors)
+    if is_writer():
+        _tell_unsaved(model, layers)
+        _expect_loadable(layers, tensors)
+        metadata = {"format": "pt", "lora_moe": json.dumps(_describe(model, layers))}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safefile.write(path, tensors, metadata)
+    if collective:
+        torch.distributed.barrier()
     return path
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    adapter_dtype: str | torch.dtype | None = None,
+) -> nn.Module:
     """Read what save_adapter wrote, into a model without experts or into one with the same experts.
 
     A model without experts gets them at the saved paths and its own parameters are frozen, as by
     inject().  A model with experts must have them at exactly these paths, and keeps its
-    configurations, which may differ in dropout, module patterns and coefficients only.  The model
-    decides the dtypes.
+    configurations, which may differ in dropout, dtype, module patterns and coefficients only.  The
+    model decides the dtypes; sharded experts are filled on every rank, each from the file.
 
     Args:
         model: as above.
         directory: holds lora_moe.safetensors, a regular file.
+        adapter_dtype: of lora_A and lora_B in a model without experts, in place of the saved choice; see
+            LoraMoeConfig.
     Returns:
         The same model.
     Raises:
         ValueError: the file is no adapter, is damaged, does not fit the model (every misfit is
-            listed), or holds NaN or infinite values.  The model is unchanged.
+            listed), or holds NaN or infinite values; or the model's weights are on the meta device.
+            The model is unchanged.
         OSError: the file is missing or cannot be read.
     """
+    whole, model = model, unwrapped(model)
+    layers = _layers_by_path(model)
     with _open(Path(directory)) as file:
-        info = _read_info(file)
-        layers = injected(model)
+        info = _read_info(file, adapter_dtype)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
-        values = read_tensors(file, info["tensors"], wanted)
+        wanted |= _wanted_modules(model, info)
+        values = read_tensors(file, _slices(info), wanted)
     if layers:
-        _fill(layers, values)
-        return model
-    adapters = {}
-    for path, config in _configs(info):
-        base = model.get_submodule(path)
-        adapters[base] = LoraMoeLinear(base, config)
-        _fill({path: adapters[base]}, values)
-    place(model, adapters)
-    freeze_base(model)
-    return model
+        adapters = {}
+    else:
+        modules = {plain_path(path): m for path, m in model.named_modules()}
+        adapters = {p: LoraMoeLinear(modules[p], config) for p, config in _configs(info)}
+        layers = adapters
+    own = _keyed(layers)
+    if any(t.device.type == "meta" for t in own.values()):
+        raise ValueError(
+            "model: expected weights on a device, got experts on meta, whose values would be lost;"
+            " load the base's weights first, then the adapter"
+        )
+    for key, tensor in own.items():
+        fill(tensor, values.pop(key))  # freed one by one
+    for path, ids in _frozen(info).items():
+        layers[path].frozen = ids
+    if adapters:
+        bases = {layer.base_layer: layer for layer in adapters.values()}
+        place(model, bases)
+        attach(model)
+        freeze_base(model)
+    for key, tensor in _saved_tensors(model, layers).items():
+        fill(tensor, values.pop(key))
+    for path in info["modules_to_save"]:
+        model.get_submodule(path).requires_grad_(True)
+    return whole
 
 
 def adapter_info(directory: str | os.PathLike) -> dict:
     """What a saved adapter says of itself; no tensor is read.
 
     Returns:
-        {"version": 1, "library": str, "tensors": {key: safefile.Slice},
-        "adapters": [{"config": LoraMoeConfig, "modules": [module path, ...]}, ...]}
+        {"version": 2, "library": str, "tensors": {key: safefile.Slice},
+        "adapters": [{"config": LoraMoeConfig, "modules": [module path, ...], "frozen": [id, ...]}, ...],
+        "modules_to_save": [module path, ...]}
     Raises:
         ValueError, OSError: as load_adapter.
     """
@@ -117,28 +212,107 @@ def _open(directory):
     if directory.is_file():
         safefile.open_regular(directory).close()  # says what is wrong with a pickle
     found = sorted(os.listdir(directory))[:20] if directory.is_dir() else "no directory"
-    hint = (
-        "; this is an adapter of PEFT, for PeftModel.from_pretrained"
-        if "adapter_config.json" in found
-        else ""
-    )
+    hint = ""
+    if directory.is_file():
+        hint = f"; pass the directory, {str(directory.parent)!r}"
+    elif "adapter_config.json" in found:
+        hint = "; this is an adapter of PEFT, for PeftModel.from_pretrained"
     raise FileNotFoundError(f"{directory}: expected {FILE_NAME} in it, found {found}{hint}")
+
+
+# --- what a model holds ----------------------------------------------------------------------------
+
+
+def _layers_by_path(model):
+    return {plain_path(path): layer for path, layer in injected(model).items()}
+
+
+def _keyed(layers):
+    """{name in the file: tensor} of all layers."""
+    return {
+        f"{path}.{_TENSORS.get(name, name)}".removeprefix("."): tensor
+        for path, layer in layers.items()
+        for name, tensor in layer.adapter_state().items()
+    }
+
+
+def _whole_modules(model, layers):
+    """{path: module} of what modules_to_save names."""
+    found = {}
+    for names in {layer.config.modules_to_save for layer in layers.values()}:
+        found |= modules_to_save(model, names)
+    return {plain_path(path): module for path, module in found.items()}
+
+
+def _saved_tensors(model, layers):
+    """{name in the file: tensor} of modules_to_save; what two of them share, once."""
+    tensors, seen = {}, set()
+    for path, module in _whole_modules(model, layers).items():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                tensors[f"{_SAVED}{path}.{plain_path(name)}"] = tensor
+    return tensors
+
+
+def _tell_unsaved(model, layers):
+    kept = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
+    for module in _whole_modules(model, layers).values():
+        kept |= {id(p) for p in module.parameters()}
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    if lost:
+        warnings.warn(
+            f"save_adapter: {', '.join(lost[:6])}{' ...' if lost[6:] else ''} ({len(lost)} in all)"
+            " train but are not saved: name their modules in LoraMoeConfig(modules_to_save=), or set"
+            " requires_grad to False",
+            stacklevel=3,
+        )
+
+
+def _expect_loadable(layers, tensors):
+    """Nothing is written that load_adapter would refuse."""
+    wanted = _wanted_tensors({p: (m.base_layer, m.config) for p, m in layers.items()})
+    problems = []
+    for key, tensor in tensors.items():
+        expected = tuple(wanted[key].shape) if key in wanted else tuple(tensor.shape)
+        if tuple(tensor.shape) != expected:
+            problems.append(f"{key}: expected {expected}, got {tuple(tensor.shape)}")
+        elif tensor.device.type == "meta":
+            problems.append(f"{key}: expected values, got a tensor on meta")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{key}: expected finite values, got NaN or infinity")
+    _raise("model: expected an adapter that can be loaded again", problems)
 
 
 # --- the description in the header ---------------------------------------------------------------
 
 
-def _describe(layers):
+def _describe(model, layers):
     from . import __version__  # the package imports this module
 
-    modules: dict[LoraMoeConfig, list[str]] = {}
+    groups: dict[tuple, list[str]] = {}
     for path, layer in layers.items():
-        modules.setdefault(layer.config, []).append(path)
-    adapters = [{"config": c.to_dict(), "modules": paths} for c, paths in modules.items()]
-    return {"version": FORMAT_VERSION, "library": __version__, "adapters": adapters}
+        groups.setdefault((layer.config, layer.frozen), []).append(path)
+    adapters = [{**_sections(*kind), "modules": paths} for kind, paths in groups.items()]
+    return {
+        "version": FORMAT_VERSION,
+        "library": __version__,
+        "adapters": adapters,
+        "modules_to_save": list(_whole_modules(model, layers)),
+    }
 
 
-def _read_info(file):
+def _sections(config, frozen):
+    fields = config.to_dict()
+    return {
+        "bank": {name: fields[name] for name in _BANK} | {"frozen": list(frozen)},
+        "router": {"kind": "token"} | {name: fields[name] for name in _ROUTER},
+        "context": {},
+        "training": {name: fields[name] for name in _TRAINING},
+    }
+
+
+def _read_info(file, adapter_dtype=None):
     metadata, tensors = safefile.read_header(file)
     text = metadata.get("lora_moe") if isinstance(metadata, dict) else None
     if not isinstance(text, str):
@@ -146,34 +320,82 @@ def _read_info(file):
             f"{file.name}: expected lora_moe in its metadata; it is no lora-moe adapter"
         )
     info = safefile.parse_json(text, file.name)
-    version = info.get("version") if isinstance(info, dict) else info
-    if version != FORMAT_VERSION:
+    info = info if isinstance(info, dict) else {"version": info}
+    version = info.get("version")
+    if type(version) is not int or version not in _READERS:
         raise ValueError(
-            f"{file.name}: expected format version {FORMAT_VERSION}, got {brief(version)}"
+            f"{file.name}: expected format version {' or '.join(map(str, _READERS))},"
+            f" got {brief(version)}"
         )
+    adapters = _read_adapters(file.name, info.get("adapters"), _READERS[version])
+    if adapter_dtype is not None:
+        for adapter in adapters:
+            adapter["config"] = dataclasses.replace(adapter["config"], adapter_dtype=adapter_dtype)
     library = info.get("library")
     return {
-        "version": FORMAT_VERSION,
+        "version": version,
         "library": library if isinstance(library, str) else "unknown",
-        "adapters": _read_adapters(file.name, info.get("adapters")),
+        "adapters": adapters,
+        "modules_to_save": _read_paths(file.name, info.get("modules_to_save", [])),
         "tensors": tensors,
     }
 
 
-def _read_adapters(name, adapters):
-    if not isinstance(adapters, list) or not all(map(_is_adapter, adapters)):
-        raise ValueError(f"{name}: expected adapters, each a config and its module paths")
-    paths = [path for adapter in adapters for path in adapter["modules"]]
+def _read_adapters(name, adapters, read):
+    if not isinstance(adapters, list) or not all(isinstance(a, dict) for a in adapters):
+        raise ValueError(f"{name}: expected adapters, each with its module paths")
+    out = []
+    for adapter in adapters:
+        fields = dict(adapter)
+        paths = _read_paths(name, fields.pop("modules", None))
+        config, frozen = read(name, fields)
+        out.append({"config": config, "modules": paths, "frozen": frozen})
+    paths = [path for adapter in out for path in adapter["modules"]]
     if not paths or len(set(paths)) != len(paths):
         raise ValueError(f"{name}: expected module paths, each once, got {len(paths)}")
-    return [{**a, "config": LoraMoeConfig.from_dict(a["config"])} for a in adapters]
+    return out
 
 
-def _is_adapter(entry):
-    if not isinstance(entry, dict) or entry.keys() != {"config", "modules"}:
-        return False
-    paths = entry["modules"]
-    return isinstance(paths, list) and all(isinstance(p, str) and _PATH.fullmatch(p) for p in paths)
+def _read_paths(name, paths):
+    valid = isinstance(paths, list) and all(
+        isinstance(path, str) and _PATH.fullmatch(path) for path in paths
+    )
+    if not valid:
+        raise ValueError(f"{name}: expected a list of module paths, got {brief(paths)}")
+    return paths
+
+
+def _read_version_1(name, fields):
+    if fields.keys() != {"config"} or not isinstance(fields["config"], dict):
+        raise ValueError(f"{name}: expected adapters, each a config and its module paths")
+    unknown = [field for field in fields["config"] if field not in _FIELDS_1]
+    if unknown:
+        raise ValueError(f"{name}: expected fields of version 1, got {brief(unknown)}")
+    return LoraMoeConfig.from_dict({"renormalize": True} | fields["config"]), ()
+
+
+def _read_version_2(name, fields):
+    sections = {"bank": (*_BANK, "frozen"), "router": ("kind", *_ROUTER), "training": _TRAINING}
+    if fields.keys() != {*sections, "context"}:
+        raise ValueError(
+            f"{name}: expected bank, router, context and training, got {brief(fields)}"
+        )
+    flat = {}
+    for section, known in {**sections, "context": ()}.items():
+        found = fields[section]
+        if not isinstance(found, dict) or not found.keys() <= set(known):
+            raise ValueError(f"{name}: expected {section} of {known}, got {brief(found)}")
+        flat |= found
+    kind, frozen = flat.pop("kind", None), flat.pop("frozen", [])
+    if kind != "token":
+        raise ValueError(f"{name}: expected a router of kind 'token', got {brief(kind)}")
+    config = LoraMoeConfig.from_dict(flat)
+    if not isinstance(frozen, list):
+        raise ValueError(f"{name}: expected a list of frozen experts, got {brief(frozen)}")
+    return config, expert_ids(frozen, config.num_experts)
+
+
+_READERS = {1: _read_version_1, 2: _read_version_2}
 
 
 def _configs(info):
@@ -182,16 +404,22 @@ def _configs(info):
     ]
 
 
+def _frozen(info):
+    return {path: adapter["frozen"] for adapter in info["adapters"] for path in adapter["modules"]}
+
+
+def _slices(info):
+    """The file's tensors under the names of version 2."""
+    if info["version"] == 2:
+        return info["tensors"]
+    renamed = {}
+    for key, place_of in info["tensors"].items():
+        path, dot, name = key.rpartition(".")
+        renamed[path + dot + _TENSORS.get(name, name)] = place_of
+    return renamed
+
+
 # --- what the model wants, and whether the file has it -------------------------------------------
-
-
-def _keyed(layers):
-    """{module path.tensor name: tensor} of all layers."""
-    return {
-        f"{path}.{name}" if path else name: tensor
-        for path, layer in layers.items()
-        for name, tensor in layer.adapter_state().items()
-    }
 
 
 def _wanted_by(layers, info):
@@ -209,22 +437,47 @@ def _wanted_by(layers, info):
 
 
 def _fixed_fields(config):
-    fields = config.to_dict() | {"r": config.ranks}
-    return {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
+    """What decides the function, written in one way."""
+    fields = {name: getattr(config, name) for name in (*_BANK, *_ROUTER)}
+    if isinstance(config.alpha, tuple) and len(set(config.alpha)) == 1:
+        fields["alpha"] = config.alpha[0]
+    return fields | {"r": config.ranks, "renormalize": config.normalizes}
 
 
 def _wanted_at(model, info):
     """The tensors, on the meta device, that experts at the saved paths of this model would have."""
-    modules, problems, wanted = dict(model.named_modules()), [], {}
+    modules = {plain_path(path): (path, m) for path, m in model.named_modules()}
+    problems, found = [], {}
     for path, config in _configs(info):
-        reason = why_not(model, path) if path in modules else "no such module"
+        reason = why_not(model, modules[path][0]) if path in modules else "no such module"
         if reason:
             problems.append(f"{path}: {reason}")
         else:
-            wanted |= {
-                f"{path}.{name}": t for name, t in adapter_tensors(modules[path], config).items()
-            }
+            found[path] = modules[path][1], config
     _raise("adapter: expected linear modules at the saved paths", problems)
+    return _wanted_tensors(found)
+
+
+def _wanted_tensors(found):
+    """Of {path: (base, config)}."""
+    return {
+        f"{path}.{_TENSORS.get(name, name)}".removeprefix("."): tensor
+        for path, (base, config) in found.items()
+        for name, tensor in adapter_tensors(base, config).items()
+    }
+
+
+def _wanted_modules(model, info):
+    """The tensors of the modules that the file says were trained as a whole."""
+    modules = {plain_path(path): m for path, m in model.named_modules()}
+    missing = [path for path in info["modules_to_save"] if path not in modules]
+    _raise("adapter: expected modules_to_save of the model", missing)
+    wanted, seen = {}, set()
+    for path in info["modules_to_save"]:
+        for name, tensor in modules[path].state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                wanted[f"{_SAVED}{path}.{plain_path(name)}"] = tensor
     return wanted
 
 
@@ -261,9 +514,3 @@ def _read(file, key, place, like):
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{key}: expected finite values in {like.dtype}, got NaN or infinity")
     return tensor
-
-
-@torch.no_grad()
-def _fill(layers, values):
-    for key, tensor in _keyed(layers).items():
-        tensor.copy_(values.pop(key))  # freed one by one

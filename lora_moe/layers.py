@@ -1,6 +1,6 @@
 """LoraMoeLinear: a frozen linear map plus a mixture of LoRA experts, in place of nn.Linear.
 
-    y_t = W0 x_t + b + sum over e in topk(router(x_t)) of  g_te * (alpha / r_e) * B_e A_e x_t
+    y_t = W0 x_t + b + sum over e in topk(router(x_t)) of  g_te * s_e * B_e A_e x_t
 
 Letters: T tokens (all leading dimensions of x together), E experts, R rank rows of all experts
 together, r one expert's rank, D_in and D_out the linear's sizes.
@@ -15,7 +15,10 @@ import torch
 from torch import nn
 
 from . import functional as F
+from . import records
 from .config import LoraMoeConfig
+from .context import fit_rows, recomputing, thread, tokens_of, told
+from .frozen import keep_rows
 from .reference import accumulator
 from .routing import Routing
 
@@ -26,30 +29,33 @@ _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class LoraMoeLinear(nn.Module):
     """A drop-in for `base`: its own forward, plus the experts.
 
-        y_t = base(x_t) + sum over e in topk(router(x_t)) of  g_te * (alpha / r_e) * B_e A_e x_t
+        y_t = base(x_t) + sum over e in topk(router(x_t)) of  g_te * s_e * B_e A_e x_t
 
     Parameters are lora_A (R, D_in), or (r, D_in) with shared_a; lora_B (R, D_out), whose row r
-    pairs with row r of lora_A; router_weight (E, D_in).  A buffer selection_bias (E,) is there if
-    the configuration asks for it.  Parameters have the dtype of base.weight, or fp32 where that is
-    quantised; any later .to(dtype) works too: the router's products are full fp32 in each case.
+    pairs with row r of lora_A; router_weight (E, D_in); and router_bias (E,) if the configuration
+    asks for it, as it may for a buffer selection_bias (E,).  The router is fp32, and so are lora_A and
+    lora_B unless adapter_dtype says otherwise (all fp64 for an fp64 base).  Any later .to(dtype) works
+    too: the router's products are full fp32 in each case.
 
     Initial values come from torch's default generator: lora_A uniform in +-1/sqrt(D_in) as in PEFT,
-    lora_B zero, so that the layer starts as `base` bit for bit, router_weight normal with std 0.02.
-    In a backward every parameter gets a gradient, zero for an expert that no token picked; only
-    router_weight has none while the caller's routing stands in for it.
+    lora_B zero, so that the layer starts as `base` bit for bit, router_weight normal with std 0.02,
+    router_bias zero.  In a backward every parameter gets a gradient, zero for an expert that no token
+    picked and for a router in whose place the caller decided, so that DDP finds all of them.  An
+    optimizer's weight decay still moves a router with a zero gradient, unless its group has none.
 
     Attributes:
         base_layer: the module that this one stands for; `weight` and `bias` are its own.
-        routing: the Routing of the last forward, None before.  It carries that forward's graph, and
-            keeps it alive until the next forward or set_routing replaces it: one step at most.
+        routing: the Routing of the last forward in this thread, None before.  It carries that
+            forward's graph, and keeps it alive until the next forward or set_routing replaces it.
             An activation checkpoint's recompute leaves it alone; copies and pickles are without it.
-        given: the caller's Routing in place of the router's, or None; see lora_moe.set_routing.
-        frozen: ids of experts whose rows get an exactly zero gradient.
+        given: what lora_moe.set_routing put in place of the router's decision, or None.
+        frozen: ids of experts whose rows get an exactly zero gradient and that no optimizer moves; see
+            lora_moe.freeze_experts.
 
     Args:
         base: nn.Linear, or a module that behaves like one: it has in_features and out_features, is
             transformers' Conv1D, or has a two-dimensional weight (D_out, D_in).
-        config: LoraMoeConfig; target_modules and exclude_modules do not matter here.
+        config: LoraMoeConfig; which modules it names does not matter here.
     Raises:
         TypeError: base is no linear module, or already a LoraMoeLinear.
     """
@@ -59,12 +65,15 @@ class LoraMoeLinear(nn.Module):
         features = linear_features(base)
         if features is None or isinstance(base, LoraMoeLinear):
             raise TypeError(f"base: expected a linear module, got {type(base).__name__}")
+        if not isinstance(config, LoraMoeConfig):
+            raise TypeError(f"config: expected a LoraMoeConfig, got {type(config).__name__}")
         self.in_features, self.out_features = features
         self.config = config
         self.base_layer = base
-        self.routing: Routing | None = None
         self.given: Routing | None = None
-        self.frozen: tuple[int, ...] = ()
+        self.compiled_run = self.compiled_graph = None  # see records.py
+        self._frozen: tuple[int, ...] = ()
+        self._scaling: torch.Tensor | None = None
         self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
 
         device = device_of(base)
@@ -75,11 +84,13 @@ class LoraMoeLinear(nn.Module):
         self.lora_A = nn.Parameter(adapter["lora_A"])
         self.lora_B = nn.Parameter(adapter["lora_B"])
         self.router_weight = nn.Parameter(adapter["router_weight"])
+        bias = adapter.get("router_bias")
+        self.router_bias = None if bias is None else nn.Parameter(bias)
         self.register_buffer("selection_bias", adapter.get("selection_bias"))
-        self.register_buffer("scaling", None, persistent=False)
-        self._restore_scaling()
+        self.register_state_dict_post_hook(_as_the_base_names_it)
         self.reset_parameters()
         self.train(base.training)
+        _ = self.scaling  # made here, and not in a CUDA graph's capture
 
     @property
     def weight(self) -> torch.Tensor:
@@ -90,95 +101,199 @@ class LoraMoeLinear(nn.Module):
     def bias(self) -> torch.Tensor | None:
         return self.base_layer.bias
 
+    @property
+    def routing(self) -> Routing | None:
+        last = records.record_of(self).last
+        return None if last is None else last.routing
+
+    @routing.setter
+    def routing(self, nothing: None):
+        if nothing is not None:
+            raise ValueError(
+                "routing: expected None, to forget the last forward; see lora_moe.use_routing"
+            )
+        records.forget(self)
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, ids):
+        self._frozen = expert_ids(ids, self.config.num_experts)
+        keep_rows(self)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """s of each expert, (E,)."""
+        return self.config.scales
+
+    @property
+    def scaling(self) -> torch.Tensor:
+        """`scales` as a tensor beside lora_B, never rounded below fp32.
+
+        No buffer: neither .half() nor .to_empty() nor loading into a module on meta can spoil it.
+        """
+        scaling, B = self._scaling, self.lora_B
+        dtype = accumulator(B.dtype)
+        if scaling is None or scaling.device != B.device or scaling.dtype != dtype:
+            scaling = self._scaling = torch.tensor(self.scales, dtype=dtype, device=B.device)
+        return scaling
+
     def reset_parameters(self) -> None:
         """Draw the initial values again (see the class)."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.router_weight is not None:  # a method's layer may do without
             nn.init.normal_(self.router_weight, std=ROUTER_STD)
-        if self.selection_bias is not None:
-            nn.init.zeros_(self.selection_bias)
+        for bias in (self.router_bias, self.selection_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
         y = self.base_layer(x, *args, **kwargs)
         if not isinstance(y, torch.Tensor):
             raise TypeError(f"base_layer: expected a tensor from it, got {type(y).__name__}")
+        decision = told(self)
+        if decision.disabled:
+            return y
+        tokens = tokens_of(x, decision)
         if F.autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):  # the base has decided on y's dtype
-                y, routing = self._add_experts(x.to(y.dtype), y)
+                y, routing = self.add_experts(x.to(y.dtype), y, decision.routing)
         else:
-            y, routing = self._add_experts(x if x.dtype == y.dtype else x.to(y.dtype), y)
+            x = x if x.dtype == y.dtype else x.to(y.dtype)
+            y, routing = self.add_experts(x, y, decision.routing)
         if not recomputing():
-            self.routing = routing
+            records.remember(self, routing, tokens)
         return y
 
-    def _add_experts(self, x, base):
+    def add_experts(
+        self, x: torch.Tensor, base: torch.Tensor, given: Routing | None = None
+    ) -> tuple[torch.Tensor, Routing]:
+        """base + the experts' sum, and the routing taken; `given` stands in for the router's.
+
+        A subclass with another router overrides this.  x (..., D_in) and base (..., D_out) have the
+        same dtype.
+        """
         config = self.config
         adapter = self.lora_A, self.lora_B
         dropout = config.dropout if self.training else 0.0
-        if self.given is None and not dropout and not torch.is_grad_enabled():
-            # a decoding model makes hundreds of these calls a token
-            quick = F.routed_lora_at_once(
-                x, self.router_weight, *adapter, config.top_k, self.offsets, self.scaling,
-                config.shared_a, base, config.gate, config.renormalize, self.selection_bias,
-            )  # fmt: skip
-            if quick is not None:
-                return quick
         router = {
             "gate": config.gate,
-            "renormalize": config.renormalize,
+            "renormalize": config.normalizes,
             "bias": self.selection_bias,
+            "top_p": config.top_p,
+            "threshold": config.threshold,
         }
         experts = {
             "rank_offsets": self.offsets,
             "scaling": self.scaling,
             "shared_a": config.shared_a,
             "base": base,
-            "frozen": self.frozen,
+            "frozen": self._frozen,
         }
-        if self.given is None and not dropout:
-            return F.routed_lora(x, self.router_weight, *adapter, config.top_k, **router, **experts)
-        if self.given is None:
-            routing = F.router_topk(x, self.router_weight, config.top_k, **router)
+        if given is None:
+            weight, bias = self.router()
+            if bias is not None:
+                router["router_bias"] = bias
+            if not dropout:
+                return F.routed_lora(x, weight, *adapter, config.top_k, **router, **experts)
+            routing = F.router_topk(x, weight, config.top_k, **router)
         else:
-            routing = _fit(self.given, x)
+            routing = fit_rows(given, x)
         if dropout:
             x = nn.functional.dropout(x, dropout)
-        return F.grouped_lora(x, *adapter, routing, **experts), routing
+        y = F.grouped_lora(x, *adapter, routing, **experts)
+        if given is not None:
+            y = take_part(y, self.router_weight, self.router_bias)
+        return y, routing
+
+    def router(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of the logits, both divided by the temperature."""
+        weight, bias, temperature = self.router_weight, self.router_bias, self.config.temperature
+        if temperature == 1:
+            return weight, bias
+        return weight / temperature, None if bias is None else bias / temperature
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapter without its base: the parameters, and selection_bias where there is one."""
-        buffers = {} if self.selection_bias is None else {"selection_bias": self.selection_bias}
-        return dict(self.named_parameters(recurse=False)) | buffers
+        """The adapter without its base, by name; what is pruned or parametrized is as it acts."""
+        names = "lora_A", "lora_B", "router_weight", "router_bias", "selection_bias"
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
 
     def extra_repr(self) -> str:
         c = self.config
-        adapter = sum(p.numel() for p in self.parameters(recurse=False))
+        adapter = sum(t.numel() for t in self.adapter_state().values())
         idle = sum(sorted(c.ranks)[: c.num_experts - c.top_k])  # rows that no token can be using
         widths = self.out_features + (0 if c.shared_a else self.in_features)
+        alpha = f"{c.alpha:g}" if isinstance(c.alpha, float) else c.alpha
         return (
             f"in_features={self.in_features}, out_features={self.out_features},"
-            f" num_experts={c.num_experts}, top_k={c.top_k}, r={c.r}, alpha={c.alpha:g},"
+            f" num_experts={c.num_experts}, top_k={c.top_k}, r={c.r}, alpha={alpha},"
             f" gate={c.gate}, shared_a={c.shared_a}, dropout={c.dropout:g},"
-            f" parameters={adapter:,} ({adapter - idle * widths:,} a token)"
+            f" parameters={adapter:,} ({adapter - idle * widths:,} per token)"
         )
 
-    def _restore_scaling(self):
-        """alpha / r, rounded once: .half() must not round it again, nor .to_empty() lose it."""
-        values = [self.config.alpha / r for r in self.config.ranks]
-        dtype = accumulator(self.lora_B.dtype)
-        self.scaling = torch.tensor(values, dtype=dtype, device=self.lora_B.device)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        self._restore_scaling()
-        return self
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes a state dict that was saved before the experts came, by the base's own names, too."""
+        own = f"{prefix}base_layer."
+        if not any(key.startswith(own) for key in state_dict):
+            ours = {prefix + name for name in self.adapter_state()}
+            for key in [k for k in state_dict if k.startswith(prefix) and k not in ours]:
+                state_dict[own + key.removeprefix(prefix)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self):
         """For copies and pickles: the last forward's graph stays behind."""
         given = self.given and Routing(*(t if t is None else t.detach() for t in self.given))
-        return self.__dict__ | {"routing": None, "given": given}
+        own = {"compiled_run": None, "compiled_graph": None, "_scaling": None, "given": given}
+        return self.__dict__ | own
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        keep_rows(self)
+
+
+def _as_the_base_names_it(layer, state_dict, prefix, _metadata):
+    """Inside save_pretrained, `x.base_layer.weight` is `x.weight`, as in the model without experts."""
+    own = f"{prefix}base_layer."
+    if thread.saving:
+        for key in [k for k in state_dict if k.startswith(own)]:
+            state_dict[prefix + key.removeprefix(own)] = state_dict.pop(key)
+
+
+def expert_ids(ids, num_experts: int) -> tuple[int, ...]:
+    """Ascending ids of experts, from an int or any iterable of them; raises ValueError."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    ids = [ids] if isinstance(ids, int) else ids
+    try:
+        ids = [int(e) for e in ids if e == int(e) and not isinstance(e, bool)]
+        valid = all(0 <= e < num_experts for e in ids)
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(f"frozen: expected expert ids in [0, {num_experts}), got {ids!r}")
+    return tuple(sorted(set(ids)))
+
+
+class _TakePart(torch.autograd.Function):
+    """y, with a zero gradient for parameters that had no part in it."""
+
+    @staticmethod
+    def forward(ctx, y, *parameters):
+        ctx.save_for_backward(*parameters)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def take_part(y: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+    """y; in its backward each of the parameters that trains gets a zero gradient."""
+    trained = [p for p in parameters if p is not None and p.requires_grad]
+    return _TakePart.apply(y, *trained) if trained and torch.is_grad_enabled() else y
 
 
 def linear_features(module: nn.Module) -> tuple[int, int] | None:
@@ -194,46 +309,42 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     return (D_out, D_in) if transposed else (D_in, D_out)
 
 
+def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
+    """Of lora_A and lora_B around this base; see LoraMoeConfig.adapter_dtype."""
+    own = getattr(getattr(base, "weight", None), "dtype", None)
+    own = own if own in _ADAPTER_DTYPES else torch.float32  # quantised
+    if config.adapter_dtype is None:
+        return accumulator(own)
+    return own if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
+
+
 def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.Tensor]:
     """Shapes and dtypes, as tensors without memory, of what a LoraMoeLinear adds to `base`."""
     D_in, D_out = linear_features(base)
     E, R = config.num_experts, sum(config.ranks)
-    dtype = getattr(getattr(base, "weight", None), "dtype", None)
-    dtype = dtype if dtype in _ADAPTER_DTYPES else torch.float32  # quantised
-    shapes = {
-        "lora_A": (config.ranks[0] if config.shared_a else R, D_in),
-        "lora_B": (R, D_out),
-        "router_weight": (E, D_in),
-    }
+    dtype = adapter_dtype(base, config)
+    router = accumulator(dtype)  # moves in steps that bf16 cannot hold
     tensors = {
-        name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()
+        "lora_A": ((config.ranks[0] if config.shared_a else R, D_in), dtype),
+        "lora_B": ((R, D_out), dtype),
+        "router_weight": ((E, D_in), router),
     }
-    if config.selection_bias:  # moves in steps that bf16 cannot hold
-        tensors["selection_bias"] = torch.empty(E, dtype=accumulator(dtype), device="meta")
-    return tensors
+    if config.router_bias:
+        tensors["router_bias"] = (E,), router
+    if config.selection_bias:
+        tensors["selection_bias"] = (E,), router
+    return {
+        name: torch.empty(shape, dtype=kind, device="meta")
+        for name, (shape, kind) in tensors.items()
+    }
 
 
 def device_of(base):
+    """Where the experts go: beside the base, or where accelerate runs a base that it offloads."""
+    outer = getattr(base, "_hf_hook", None)
+    for hook in getattr(outer, "hooks", (outer,)):
+        device = getattr(hook, "execution_device", None)
+        if device is not None and getattr(hook, "offload", False):
+            return torch.device(device)
     tensors = itertools.chain(base.parameters(), base.buffers())
     return next((t.device for t in tensors), torch.get_default_device())
-
-
-def recomputing():
-    """Inside a backward pass: an activation checkpoint runs the forward again.
-
-    What it would leave in `routing` says nothing new and would keep the new activations alive.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _fit(routing, x):
-    """The caller's routing for x's tokens: as it is, or one decision for each sample's tokens."""
-    tokens, rows = math.prod(x.shape[:-1]), routing.indices.shape[0]
-    if rows == tokens:
-        return routing
-    if rows != x.shape[0]:
-        raise ValueError(
-            f"routing: expected {tokens} rows, one per token, or {x.shape[0]}, one per sample,"
-            f" for x {tuple(x.shape)}, got {rows}; see lora_moe.set_routing"
-        )
-    return routing.repeat(tokens // rows)

@@ -33,6 +33,7 @@ def targets_of(model: nn.Module, config: LoraMoeConfig) -> dict[str, nn.Module]:
 
     Warns of names that match no module, and of modules that are not called in every branch.
     """
+    _expect_regular_expressions(config)
     modules, survey = dict(model.named_modules(remove_duplicate=False)), Survey(model)
     excluded = {m for name, m in modules.items() if matches(name, config.exclude_modules)}
     if is_all_linear(config.target_modules):
@@ -47,6 +48,18 @@ def targets_of(model: nn.Module, config: LoraMoeConfig) -> dict[str, nn.Module]:
         _warn(_partly_called(survey, found))
     _warn(_unmatched(survey, modules, config))
     return found
+
+
+def _expect_regular_expressions(config):
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if isinstance(pattern, str):
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"{field}: expected a regular expression, got {pattern[:80]!r}: {error}"
+                ) from None
 
 
 def _refuse(reasons):

@@ -47,12 +47,8 @@ def _run(layer, T, backward):
     empty = {"dtype": dtype, "device": layer.lora_A.device}
     x = torch.zeros(T, layer.in_features, **empty, requires_grad=backward)
     base = torch.zeros(T, layer.out_features, **empty)
-    given, layer.given = layer.given, None  # the caller's routing is for other tokens
-    try:
-        with torch.set_grad_enabled(backward):
-            y, _ = layer._add_experts(x, base)
-    finally:
-        layer.given = given
+    with torch.set_grad_enabled(backward):
+        y, _ = layer.add_experts(x, base)
     if backward:
         parameters = [p for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
         torch.autograd.grad(y, [x, *parameters], torch.zeros_like(y))

@@ -49,10 +49,7 @@ REFUSED = {
     "targets-number": ("target_modules", 3),
     "targets-empty-name": ("target_modules", ["q", ""]),
     "targets-of-lists": ("target_modules", [["q"]]),
-    "targets-bad-regex": ("target_modules", "("),
-    "targets-deep-regex": ("target_modules", "(" * 2000 + ")" * 2000),
     "targets-long-regex": ("target_modules", "a" * 5000),
-    "exclude-bad-regex": ("exclude_modules", "["),
     "balance-nan": ("balance_coef", float("nan")),
     "z-negative": ("z_coef", -1e-9),
 }

@@ -258,11 +258,13 @@ def test_refused_routings_change_nothing(model):
     assert all(layer.given.indices.tolist() == [[1], [1]] for layer in injected(model).values())
 
 
-def test_ids_out_of_range_are_found_in_the_forward(model):
+def test_ids_out_of_range_are_named(model):
     inject(model, config("q_proj"))
-    set_routing(model, task_ids=torch.tensor([0, 4]))
-    with pytest.raises((ValueError, RuntimeError), match="4"):
-        model(IDS)
+    for ids, wrong in (([0, 4], "4"), ([0, 7], "7"), ([-2, 0], "-2")):
+        with pytest.raises(ValueError, match=rf"task_ids: expected .* in \[-1, 4\), got {wrong}"):
+            set_routing(model, task_ids=torch.tensor(ids))
+    with pytest.raises(TypeError, match="task_ids: expected a tensor of integers"):
+        set_routing(model, task_ids="0")
 
 
 def test_public_names():

@@ -37,7 +37,7 @@ KEYS = {
     f"blocks.{i}.{m}.{t}"
     for i in (0, 1)
     for m in "qv"
-    for t in ("lora_A", "lora_B", "router_weight", "selection_bias")
+    for t in ("lora_A", "lora_B", "router.weight", "router.selection_bias")
 }
 
 
@@ -160,6 +160,11 @@ def test_the_model_decides_the_dtype(saved, dtype):
     fresh = load_adapter(Model(dtype=dtype), saved)
     for name, layer in injected(fresh).items():
         want = trained().get_submodule(name).lora_A
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert layer.lora_A.dtype == wide and torch.equal(layer.lora_A, want.to(wide))
+    fresh = load_adapter(Model(dtype=dtype), saved, adapter_dtype="base")
+    for name, layer in injected(fresh).items():
+        want = trained().get_submodule(name).lora_A
         assert layer.lora_A.dtype == dtype and torch.equal(layer.lora_A, want.to(dtype))
 
 
@@ -173,7 +178,7 @@ def test_what_a_model_may_choose_for_itself(saved):
 
 def test_adapter_info(saved):
     info = adapter_info(saved)
-    assert info["version"] == 1 and info["library"] == lora_moe.__version__
+    assert info["version"] == 2 and info["library"] == lora_moe.__version__
     (adapter,) = info["adapters"]
     assert adapter["config"] == CONFIG
     assert adapter["modules"] == ["blocks.0.q", "blocks.0.v", "blocks.1.q", "blocks.1.v"]
@@ -279,7 +284,9 @@ def test_other_experts_than_the_models(saved, fields, message):
 
 def config_field(name, value):
     def change(info):
-        info["adapters"][0]["config"][name] = value
+        sections = info["adapters"][0]
+        section = next((s for s in sections.values() if isinstance(s, dict) and name in s), None)
+        (sections["bank"] if section is None else section)[name] = value
 
     return change
 
@@ -297,22 +304,32 @@ LIES = {
     "depth": (lambda info: "[" * 5000, "expected a header"),
     "nested": (lambda info: "[" * 30 + " " * 600, "expected JSON"),
     "nan": (lambda info: '{"version": NaN}', "expected JSON"),
-    "other-version": (lambda info: {**info, "version": 2}, "version 1, got 2"),
-    "version-text": (lambda info: {**info, "version": "1"}, "version 1, got '1'"),
+    "other-version": (lambda info: {**info, "version": 3}, "version 1 or 2, got 3"),
+    "version-text": (lambda info: {**info, "version": "1"}, "version 1 or 2, got '1'"),
     "no-adapters": (lambda info: {**info, "adapters": []}, "module paths"),
     "adapters-no-list": (lambda info: {**info, "adapters": {}}, "expected adapters"),
-    "adapter-with-more": (lambda info: info["adapters"][0].update(x=1), "expected adapters"),
-    "config-no-dict": (lambda info: info["adapters"][0].update(config=[]), "a dict of fields"),
+    "adapter-with-more": (lambda info: info["adapters"][0].update(x=1), "expected bank, router"),
+    "bank-no-dict": (lambda info: info["adapters"][0].update(bank=[]), "expected bank of"),
+    "router-unknown": (config_field("kind", "evil"), "router of kind 'token'"),
+    "router-kind-no-text": (config_field("kind", ["token"]), "router of kind 'token'"),
+    "context-unknown": (lambda info: info["adapters"][0].update(context={"x": 1}), "context of"),
+    "frozen-no-list": (config_field("frozen", 3), "list of frozen experts"),
+    "frozen-outside": (config_field("frozen", [4]), r"\[0, 4\)"),
+    "saved-modules-unknown": (
+        lambda info: info.update(modules_to_save=["head"]),
+        "modules_to_save",
+    ),
+    "saved-modules-no-list": (lambda info: info.update(modules_to_save={}), "module paths"),
     "unknown-field": (config_field("code", "import os"), "'code'"),
     "billion-experts": (config_field("num_experts", 10**9), "num_experts: expected"),
     "rank": (config_field("r", 2_000_000), "r: expected"),
     "alpha": (config_field("alpha", 1e38), "alpha: expected"),
     "alpha-text": (config_field("alpha", "__import__('os')"), "alpha: expected"),
     "module-twice": (modules("blocks.0.q", "blocks.0.q"), "each once"),
-    "module-dots": (modules("blocks..q"), "expected adapters"),
-    "module-parent": (modules("../../etc/passwd"), "expected adapters"),
-    "module-absolute": (modules("/etc/passwd"), "expected adapters"),
-    "module-number": (modules(3), "expected adapters"),
+    "module-dots": (modules("blocks..q"), "module paths"),
+    "module-parent": (modules("../../etc/passwd"), "module paths"),
+    "module-absolute": (modules("/etc/passwd"), "module paths"),
+    "module-number": (modules(3), "module paths"),
     "module-dunder": (modules("blocks.__class__"), "no such module"),
     "module-is-a-container": (modules("blocks"), "ModuleList is not linear"),
 }
@@ -341,10 +358,22 @@ def test_no_memory_is_taken_for_what_the_file_only_claims(saved):
     tracemalloc.stop()
 
 
+LAST = "blocks.1.v.router.selection_bias"
+
+
+def test_nothing_is_saved_that_would_be_refused(saved):
+    model, before = trained(), (saved / FILE).read_bytes()
+    with torch.no_grad():
+        model.blocks[1].v.lora_B[-1, -1] = float("nan")
+    with pytest.raises(ValueError, match=r"blocks.1.v.lora_B: expected finite values"):
+        save_adapter(model, saved)
+    assert (saved / FILE).read_bytes() == before
+
+
 def test_a_refused_file_is_read_into_less_than_twice_its_size(tmp_path):
     model = inject(Model(width=60_000), CONFIG)
-    model.blocks[1].v.selection_bias[-1] = float("nan")  # the last tensor of all
     size = save_adapter(model, tmp_path).stat().st_size
+    rewrite(tmp_path, lambda tensors: {**tensors, LAST: tensors[LAST] * float("nan")})
     assert size > 4 << 20
     fresh = Model(width=60_000)
     tracemalloc.start()

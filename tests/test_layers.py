@@ -52,7 +52,7 @@ def gates_by_loop(config, w, bias, x):
         score = p if bias is None else p + bias
         order = sorted(range(config.num_experts), key=lambda e: (-score[e].item(), e))
         ids = order[: config.top_k]
-        total = sum(p[e] for e in ids) if config.renormalize else 1
+        total = sum(p[e] for e in ids) if config.normalizes else 1
         picked.append([(e, p[e] / total) for e in ids])
     return picked
 
@@ -136,7 +136,7 @@ def test_idle_experts_get_exact_zeros_not_none():
     busy[6:9] = True
     for grad in (layer.lora_A.grad, layer.lora_B.grad):
         assert torch.equal(grad.any(1), busy)
-    assert layer.router_weight.grad is None  # the caller decided
+    assert not layer.router_weight.grad.any()  # the caller decided; DDP waits for a gradient
 
 
 def test_frozen_experts_get_exact_zeros():
@@ -245,7 +245,7 @@ def test_parameters_by_arithmetic():
     config = LoraMoeConfig(num_experts=4, r=[1, 2, 3, 4], top_k=2, alpha=8)
     text = repr(LoraMoeLinear(nn.Linear(10, 6), config))
     total = 10 * (10 + 6) + 4 * 10
-    assert f"parameters={total:,} ({total - 3 * 16:,} a token)" in text
+    assert f"parameters={total:,} ({total - 3 * 16:,} per token)" in text
     assert "num_experts=4, top_k=2, r=(1, 2, 3, 4), alpha=8" in text
 
 
@@ -318,11 +318,26 @@ def test_narrow_models(dtype, adapters):
     assert layer.routing.logits.dtype == torch.float32
 
 
-def test_adapters_take_the_bases_dtype():
-    """All of them the same: FSDP2 refuses trainable parameters of mixed dtypes."""
-    layer = LoraMoeLinear(nn.Linear(4, 4, dtype=torch.bfloat16), CONFIGS["selection-bias"])
-    assert {layer.get_parameter(name).dtype for name in PARAMETERS} == {torch.bfloat16}
-    assert layer.selection_bias.dtype == torch.float32
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_adapters_are_fp32_or_wider(base):
+    """As PEFT's, and all of them the same: FSDP2 refuses trainable parameters of mixed dtypes."""
+    layer = LoraMoeLinear(nn.Linear(4, 4, dtype=base), CONFIGS["selection-bias"])
+    want = {torch.float64 if base == torch.float64 else torch.float32}
+    assert {layer.get_parameter(name).dtype for name in PARAMETERS} == want
+    assert {layer.selection_bias.dtype, layer.scaling.dtype} == want
+
+
+@pytest.mark.parametrize(
+    "asked, got",
+    [("base", torch.bfloat16), (torch.float16, torch.float16), ("float64", torch.float64)],
+    ids=str,
+)
+def test_adapter_dtype_on_request(asked, got):
+    config = LoraMoeConfig(num_experts=4, r=3, router_bias=True, adapter_dtype=asked)
+    layer = LoraMoeLinear(nn.Linear(4, 4, dtype=torch.bfloat16), config)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == got
+    router = torch.float64 if got == torch.float64 else torch.float32
+    assert layer.router_weight.dtype == layer.router_bias.dtype == router
 
 
 class KeepsItsDtype(nn.Linear):

@@ -222,3 +222,14 @@ def test_all_linear_leaves_heads_alone(family, task, heads, wrap):
     found = targets_of(module, LoraMoeConfig(target_modules="all-linear"))
     assert {path.removeprefix("inner.") for path in found} == linear - heads
     assert heads <= linear
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize(
+    "pattern", ["(", "[", "(" * 2000 + ")" * 2000], ids=["open", "set", "deep"]
+)
+def test_what_is_no_regular_expression_is_named(field, pattern):
+    """At inject, not in the configuration: one from a file must cost nothing to read."""
+    config = LoraMoeConfig(**{"target_modules": ("q",), field: pattern})
+    with pytest.raises(ValueError, match=f"{field}: expected a regular expression"):
+        inject(nn.ModuleDict({"q": nn.Linear(4, 4)}), config)

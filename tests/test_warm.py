@@ -18,10 +18,10 @@ def model(config=None):
 
 def test_each_kind_of_layer_runs_once(monkeypatch):
     calls = []
-    forward = lora_moe.LoraMoeLinear._add_experts
+    forward = lora_moe.LoraMoeLinear.add_experts
     monkeypatch.setattr(
         lora_moe.LoraMoeLinear,
-        "_add_experts",
+        "add_experts",
         lambda self, x, base: calls.append((*x.shape, x.requires_grad)) or forward(self, x, base),
     )
     assert lora_moe.warm_up(model(), tokens=(1, 5)) == 2

@@ -21,8 +21,8 @@ from torch import nn
 
 from .. import safefile
 from ..config import LoraMoeConfig
-from ..targets import why_not
 from ..io import read_tensors
+from ..targets import why_not
 from .branch_lora import install, parts
 from .branch_lora_layer import READS, BranchLoraLinear, Sequences
 from .continual import TaskSelector

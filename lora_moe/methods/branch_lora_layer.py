@@ -15,7 +15,8 @@ from torch import nn
 
 from .. import functional as F
 from ..config import LoraMoeConfig
-from ..layers import ROUTER_STD, adapter_tensors, device_of, linear_features, recomputing
+from ..context import recomputing
+from ..layers import ROUTER_STD, adapter_tensors, device_of, linear_features
 from ..routing import Routing
 
 READS = ("first", "mean", "token")
@@ -110,7 +111,7 @@ class BranchLoraLinear(nn.Module):
             )
         self.in_features, self.out_features = linear_features(base)
         self.config, self.sequences, self.base_layer = config, sequences, base
-        self.rank, self.scaling = config.ranks[0], config.alpha / config.ranks[0]
+        self.rank, self.scaling = config.ranks[0], config.scales[0]
         self.frozen: tuple[int, ...] = ()
         self.routing: Routing | None = None
         trunk = torch.empty_like(adapter_tensors(base, config)["lora_A"], device=device_of(base))
@@ -231,7 +232,7 @@ class BranchLoraLinear(nn.Module):
         return {
             "top_k": config.top_k,
             "gate": config.gate,
-            "renormalize": config.renormalize,
+            "renormalize": config.normalizes,
         }
 
     @torch.no_grad()

@@ -30,11 +30,12 @@ import torch
 from torch import nn
 
 from .. import functional as F
-from .. import safefile
+from .. import records, safefile
 from ..config import LoraMoeConfig
+from ..context import recomputing
 from ..inject import freeze_base, place
 from ..io import read_tensors
-from ..layers import LoraMoeLinear, recomputing
+from ..layers import LoraMoeLinear
 from ..routing import Routing
 from ..targets import targets_of
 from .visual import GatedVisual
@@ -177,9 +178,9 @@ class CollaborativeLinear(LoraMoeLinear):
         tasks = self.tasks.to(x.device)
         return tasks if have == rows else tasks.repeat_interleave(rows // have)
 
-    def _add_experts(self, x, base):
-        if self.given is not None:
-            return super()._add_experts(x, base)
+    def add_experts(self, x, base, given=None):
+        if given is not None:
+            return super().add_experts(x, base, given)
         routing = self._route(x)
         if self.config.dropout and self.training:
             x = nn.functional.dropout(x, self.config.dropout)
@@ -228,9 +229,9 @@ class CollaborativeLinear(LoraMoeLinear):
         u, d = self._experts(torch.cat([self.pooled, self.pooled]), routing).chunk(2)
         return u, d, tasks
 
-    def _restore_scaling(self):
-        super()._restore_scaling()
-        self.scaling = self.scaling.new_tensor(self.collaboration.scales)
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return self.collaboration.scales
 
     def __getstate__(self):
         return super().__getstate__() | {"pooled": None}
@@ -280,7 +281,8 @@ def set_tasks(model: nn.Module, task_ids: torch.Tensor | None) -> None:
             raise ValueError(f"task_ids: expected (B,), got {tuple(task_ids.shape)}")
     for layer in layers.values():
         layer.tasks = None if task_ids is None else task_ids.to(layer.lora_A.device)
-        layer.routing = layer.pooled = None
+        layer.pooled = None
+        records.forget(layer)
 
 
 def mutual_information_loss(model: nn.Module, temperature: float = 0.1) -> torch.Tensor:

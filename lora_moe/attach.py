@@ -1,0 +1,297 @@
+"""What inject() hangs on a model, and remove() takes off again.
+
+    hooks           read the padding mask off the model's arguments, check the batch against task ids, and
+                    watch the first forwards for what would be lost in silence
+    generate        marks that samples may stand several times in a row (beams, return sequences)
+    save_pretrained writes the base's weights under the base's own names, and the experts beside them
+
+Everything is an object that holds its model, so that a copied or pickled model has its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+
+import torch
+from torch import nn
+
+from . import records
+from .context import NOTHING, Call, recomputing, thread
+from .layers import LoraMoeLinear
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def attach(model: nn.Module) -> None:
+    """Hang everything on a model that has experts; anew where it was there already."""
+    detach(model)
+    callers = {model: _arguments(model)}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        for part in (_part(model, "get_encoder"), _part(model, "get_decoder")):
+            if part is not None and part is not model:
+                callers[part] = _arguments(part)
+    for caller, names in callers.items():
+        before = _BeforeCall(names, caller is model)
+        caller.register_forward_pre_hook(before, with_kwargs=True)
+        caller.register_forward_hook(_AfterCall(before), always_call=True)
+    model.register_forward_hook(_Watch(model))
+    for name, wrapper in _WRAPPERS.items():
+        if callable(getattr(type(model), name, None)) and not isinstance(
+            vars(model).get(name), _Wrapper
+        ):
+            setattr(model, name, wrapper(model))
+
+
+def detach(model: nn.Module) -> None:
+    ours = (_BeforeCall, _AfterCall, _Watch, _ParentRan)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, h in hooks.items() if isinstance(h, ours)]:
+                del hooks[key]
+                for flags in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+                    getattr(module, flags).pop(key, None)
+        for name in _WRAPPERS:
+            if isinstance(vars(module).get(name), _Wrapper):
+                delattr(module, name)
+
+
+def _part(model, name):
+    try:
+        return getattr(model, name)()
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+
+
+def _arguments(module) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+# --- around each call ------------------------------------------------------------------------------
+
+
+class _BeforeCall:
+    """A forward pre-hook that notes the masks of a call, and refuses a batch that task ids do not fit."""
+
+    def __init__(self, names: tuple[str, ...], top: bool):
+        self.names, self.top = names, top
+
+    def __call__(self, model, args, kwargs):
+        given = dict(zip(self.names, args)) | kwargs
+        states = given.get("encoder_hidden_states")
+        states_mask = given.get("encoder_attention_mask")
+        mask = given.get("attention_mask")
+        if (
+            "decoder_attention_mask" in self.names
+        ):  # attention_mask is the encoder's, which has its own hook
+            mask = given.get("decoder_attention_mask")
+        outermost = self.top and not thread.calls
+        thread.calls.append(Call(self, mask, states, states_mask))
+        if outermost and not torch.compiler.is_compiling():
+            _expect_rows(model, args, given)
+
+
+class _AfterCall:
+    """A forward hook that takes the call back, also where the forward raised."""
+
+    def __init__(self, before: _BeforeCall):
+        self.before = before
+
+    def __call__(self, model, args, output):
+        if thread.calls and thread.calls[-1].hook is self.before:
+            thread.calls.pop()
+
+
+def _expect_rows(model, args, given):
+    """Inside generate rows expand; elsewhere another number of samples is a mistake."""
+    if thread.generating:
+        return
+    layers = [m for m in model.modules() if isinstance(m, LoraMoeLinear)]
+    decisions = (thread.decisions.get(m, NOTHING).routing or m.given for m in layers)
+    rows = {routing.indices.shape[0] for routing in decisions if routing is not None}
+    main = given.get(getattr(model, "main_input_name", ""))
+    tensors = [main, *args, *given.values()]
+    x = next((t for t in tensors if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
+    if x is None or len(rows) != 1:  # a routing of its own for each layer is checked there
+        return
+    (rows,), samples = rows, x.shape[0]
+    tokens = math.prod(x.shape[:2]) if x.dim() <= 3 else rows  # of pixels nobody knows how many
+    if rows < samples or rows not in (samples, tokens):
+        raise ValueError(
+            f"task_ids: expected {samples}, one per sample of the batch {tuple(x.shape)}, got {rows}"
+            " (see lora_moe.use_routing)"
+        )
+
+
+# --- what would be lost in silence -----------------------------------------------------------------
+
+
+class _ParentRan:
+    """A forward hook on a layer's parent, until the first full forward of the model."""
+
+    def __init__(self):
+        self.ran = False
+
+    def __call__(self, module, args, output):
+        self.ran = True
+
+
+class _Watch:
+    """A forward hook on the model that tells, once each, what a user set up and will not get.
+
+    Layers that did not run although their parent did; experts that are all frozen in training; an
+    auxiliary loss with coefficients that is never read.
+    """
+
+    def __init__(self, model):
+        self.parents = self._watch_parents(model)
+        self.trained = False
+        self.read = False
+
+    @staticmethod
+    def _watch_parents(model):
+        """[(path, layer, hook on its nearest parent that is called)]"""
+        hooks, watched = {}, []
+        modules = dict(model.named_modules())
+        for path, layer in modules.items():
+            if not isinstance(layer, LoraMoeLinear) or not path:
+                continue
+            parent = path.rpartition(".")[0]
+            while parent and isinstance(modules[parent], _CONTAINERS):
+                parent = parent.rpartition(".")[0]
+            if parent not in hooks:
+                hooks[parent] = _ParentRan()
+                modules[parent].register_forward_hook(hooks[parent])
+            watched.append((path, layer, hooks[parent]))
+        return watched
+
+    def __call__(self, model, args, output):
+        if torch.compiler.is_compiling() or recomputing():
+            return
+        if self.parents is not None:
+            self._tell_idle(model)
+        if model.training and torch.is_grad_enabled():
+            self._tell_frozen(model)
+            self._tell_unread(model)
+        if self.parents is None and self.trained and self.read:
+            for key in [k for k, hook in model._forward_hooks.items() if hook is self]:
+                del model._forward_hooks[key]
+
+    def _tell_idle(self, model):
+        if any(d.disabled for d in thread.decisions.values()):
+            return  # no layer notes its forward here
+        watched, self.parents = self.parents, None
+        idle = [
+            path
+            for path, layer, parent in watched
+            if parent.ran and records.record_of(layer).last is None
+        ]
+        for module in model.modules():
+            for key in [k for k, h in module._forward_hooks.items() if isinstance(h, _ParentRan)]:
+                del module._forward_hooks[key]
+        if idle:
+            warnings.warn(
+                f"lora_moe: the experts of {', '.join(idle[:8])}{' ...' if idle[8:] else ''}"
+                f" ({len(idle)} in all) did not run although the module around them did: it reads"
+                " their weight without calling them; name them in exclude_modules",
+                stacklevel=2,
+            )
+
+    def _tell_frozen(self, model):
+        if self.trained:
+            return
+        self.trained = True
+        layers = [m for m in model.modules() if isinstance(m, LoraMoeLinear)]
+        if not any(p.requires_grad for m in layers for p in m.parameters(recurse=False)):
+            warnings.warn(
+                "lora_moe: the model trains, but every expert is frozen (requires_grad=False): call"
+                " inject after get_peft_model, prepare_model_for_kbit_training or whatever froze the"
+                " parameters, and do not pass peft_config= with it",
+                stacklevel=2,
+            )
+
+    def _tell_unread(self, model):
+        if self.read:
+            return
+        layers = [m for m in model.modules() if isinstance(m, LoraMoeLinear)]
+        found = [records.record_of(m) for m in layers]
+        if any(record.read for record in found):
+            self.read = True  # somebody adds the loss
+        elif any(record.unread > 1 for record in found):
+            self.read = True
+            warnings.warn(
+                "lora_moe: balance_coef or z_coef is set, but backward ran without aux_loss(model)"
+                " in the loss: routers may collapse; add aux_loss(model) to the loss, or set both"
+                " coefficients to 0",
+                stacklevel=2,
+            )
+
+
+# --- methods of the model ----------------------------------------------------------------------------
+
+
+class _Wrapper:
+    """Stands for a method on the instance; a copy of the model takes a copy of this with it."""
+
+    name: str
+
+    def __init__(self, model):
+        self.model = model
+        self.__wrapped__ = getattr(type(model), self.name)  # for its signature
+        self.__doc__ = self.__wrapped__.__doc__
+
+    def __call__(self, *args, **kwargs):
+        return self.__wrapped__(self.model, *args, **kwargs)
+
+
+class _Generate(_Wrapper):
+    name = "generate"
+
+    def __call__(self, *args, **kwargs):
+        thread.generating += 1
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            thread.generating -= 1
+
+
+class _SavePretrained(_Wrapper):
+    """save_pretrained whose folder from_pretrained reads as the base, and load_adapter as the experts.
+
+    The base's weights have the base's own names.  The experts stand in lora_moe.safetensors, and beside
+    the base's weights as well, so that Trainer's resume finds them in the one state dict that it loads.
+    """
+
+    name = "save_pretrained"
+
+    def __call__(self, save_directory, *args, **kwargs):
+        from .io import save_adapter  # which imports this module
+
+        if kwargs.get("state_dict") is not None:
+            kwargs["state_dict"] = base_names(self.model, kwargs["state_dict"])
+        thread.saving += 1
+        try:
+            saved = super().__call__(save_directory, *args, **kwargs)
+        finally:
+            thread.saving -= 1
+        if kwargs.get("is_main_process", True):
+            save_adapter(self.model, save_directory)
+        return saved
+
+
+_WRAPPERS = {wrapper.name: wrapper for wrapper in (_Generate, _SavePretrained)}
+
+
+def base_names(model: nn.Module, state_dict: dict) -> dict:
+    """The same with `x.base_layer.weight` as `x.weight`, as the model has it without experts."""
+    layers = [path for path, m in model.named_modules() if isinstance(m, LoraMoeLinear)]
+    renamed = {}
+    for key, value in state_dict.items():
+        head, found, tail = key.partition("base_layer.")
+        ours = found and head.removesuffix(".") in layers
+        renamed[head + tail if ours else key] = value
+    return renamed

@@ -1,0 +1,231 @@
+"""What a forward is told from outside, kept per thread: routing, padding mask, whether experts are on.
+
+    thread.decisions   what `use_routing` and `disable_adapters` say, for each layer (innermost block wins)
+    thread.calls       the models that are running, outermost first, and the masks they were called with
+
+Nothing here hangs on a module, so modules copy and pickle as usual and one request never sees another's.
+An activation checkpoint runs a layer's forward again during backward, in whatever thread and whether or not
+the block has ended: what a layer was told is remembered for each checkpoint (`told`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import warnings
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .routing import Routing
+
+
+class Decision(NamedTuple):
+    """What the caller says of a layer's next forwards; the default leaves everything to its router."""
+
+    routing: Routing | None = None  # in place of the router's, on the layer's device
+    mask: torch.Tensor | None = None  # (B, L) or (T,): the tokens that losses and statistics count
+    disabled: bool = False  # the base's output alone
+
+
+class Call(NamedTuple):
+    """One call of a model, encoder or decoder that has the experts inside."""
+
+    hook: object  # that took it down
+    mask: torch.Tensor | None = None  # (B, L), its attention mask
+    states: torch.Tensor | None = None  # the encoder's output, which cross-attention reads
+    states_mask: torch.Tensor | None = None  # (B, L) of these
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.decisions: dict[nn.Module, Decision] = {}
+        self.calls: list[Call] = []
+        self.generating = 0  # calls of generate()
+        self.saving = 0  # calls of save_pretrained()
+        self.records = weakref.WeakKeyDictionary()  # layer -> records.Record
+
+
+thread = _Thread()
+NOTHING = Decision()
+
+# blocks that are open in any thread, for a recompute that cannot know its own
+_open: dict[int, dict[nn.Module, Decision]] = {}
+# activation checkpoint -> {layer: Decision} of its forward
+_checkpoints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def deciding(decisions: dict[nn.Module, Decision]):
+    """Inside, in this thread, each of these layers is told its Decision."""
+    before = thread.decisions
+    thread.decisions = before | decisions
+    _open[id(decisions)] = thread.decisions
+    try:
+        yield
+    finally:
+        del _open[id(decisions)]
+        thread.decisions = before
+
+
+def told(layer: nn.Module) -> Decision:
+    """What the caller says of this forward of the layer."""
+    decision = thread.decisions.get(layer)
+    if decision is None:
+        decision = NOTHING
+    if decision.routing is None and layer.given is not None:
+        decision = decision._replace(routing=layer.given)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return decision
+    checkpoint = _checkpoint()
+    if not recomputing():
+        if checkpoint is not None:
+            _checkpoints.setdefault(checkpoint, {})[layer] = decision
+        return decision
+    remembered = _checkpoints.get(checkpoint) if checkpoint is not None else None
+    if remembered is not None and layer in remembered:
+        return remembered[layer]
+    return _the_open_one(layer, decision)
+
+
+def _the_open_one(layer, decision):
+    """For a recompute that nothing is known of: the decision of the blocks that are open, if they agree."""
+    found = {id(d): d for table in list(_open.values()) if (d := table.get(layer)) is not None}
+    if len(found) > 1:
+        raise RuntimeError(
+            "use_routing: several blocks with different routings are open and this activation checkpoint"
+            " does not say which one its forward ran in; pass use_reentrant=False to the checkpoint,"
+            " or context_fn=lora_moe.checkpoint_context"
+        )
+    return next(iter(found.values()), decision)
+
+
+def checkpoint_context():
+    """For `torch.utils.checkpoint.checkpoint(..., context_fn=lora_moe.checkpoint_context)`.
+
+    The recompute then sees what `use_routing` said to the forward.  Checkpoints with
+    use_reentrant=False do so by themselves; this is for a PyTorch that no longer shows which
+    checkpoint is running.
+
+    Returns:
+        Two context managers, for the forward and for the recompute.
+    """
+    return contextlib.nullcontext(), deciding(dict(thread.decisions))
+
+
+def recomputing() -> bool:
+    """Inside a backward pass: an activation checkpoint runs the forward again.
+
+    What it would record says nothing new and would keep the new activations alive.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _checkpoint():
+    """The non-reentrant activation checkpoint around this call, in its forward or recompute, or None.
+
+    PyTorch has no public name for it: both of its hooks on saved tensors hold it in a closure.
+    """
+    try:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    except (AttributeError, TypeError):
+        return None
+    if hooks is None:
+        return None
+    pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])  # the recompute's is wrapped
+    for cell in getattr(pack, "__closure__", None) or ():
+        held = cell.cell_contents
+        held = held() if isinstance(held, weakref.ref) else held
+        if hasattr(held, "recompute_fn"):
+            return held
+    return None
+
+
+# --- one decision per sample, for all of the sample's tokens ---------------------------------------
+
+
+def fit_rows(routing: Routing, x: torch.Tensor) -> Routing:
+    """The caller's routing for x's tokens: as it is, or each row for equally many tokens in a row.
+
+    Inside a model a layer may see each sample several times in a row: beams, return sequences,
+    the patches of its images.  A layer that is called by itself sees the samples as they are.
+    """
+    tokens, rows = math.prod(x.shape[:-1]), routing.indices.shape[0]
+    if rows == tokens:
+        return routing
+    samples = x.shape[0]
+    inside = thread.calls or thread.generating or recomputing()
+    if rows == 0 or samples % rows or (rows != samples and not inside):
+        raise ValueError(
+            f"routing: expected {tokens} rows, one per token, or {samples}, one per sample,"
+            f" for x {tuple(x.shape)}, got {rows}; see lora_moe.use_routing"
+        )
+    return routing.repeat(tokens // rows)
+
+
+# --- which tokens count ----------------------------------------------------------------------------
+
+
+class Tokens(NamedTuple):
+    """What must be kept of a forward to tell later which of its tokens count."""
+
+    shape: torch.Size  # of x
+    mask: torch.Tensor | None = None  # the caller's or the model's own
+
+    def counted(self) -> torch.Tensor | None:
+        """(T,) bool, or None where all tokens count; tells once of a mask that does not fit."""
+        if self.mask is None:
+            return None
+        fitted = fit_mask(self.mask, self.shape)
+        if fitted is None:
+            _tell_unfit(self.mask, self.shape)
+        elif fitted.device.type == "cpu" and bool(fitted.all()):
+            return None
+        return fitted
+
+
+def tokens_of(x: torch.Tensor, decision: Decision) -> Tokens:
+    if decision.mask is not None or not thread.calls:
+        return Tokens(x.shape, decision.mask)
+    call = thread.calls[-1]
+    of_states = call.states is not None and call.states is x
+    return Tokens(x.shape, call.states_mask if of_states else call.mask)
+
+
+def fit_mask(mask, shape) -> torch.Tensor | None:
+    """(T,) bool for an input of this shape, or None where the mask does not fit.
+
+    A mask (B, L) fits x (B, L, ...), x (B * L, D), and x (B, l, D) with l < L: the last l columns, as
+    when a cache holds the others.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2):
+        return None
+    tokens = math.prod(shape[:-1])
+    if mask.numel() == tokens:
+        return mask.reshape(-1) != 0
+    if (
+        mask.dim() == 2
+        and len(shape) == 3
+        and mask.shape[0] == shape[0]
+        and shape[1] < mask.shape[1]
+    ):
+        return mask[:, mask.shape[1] - shape[1] :].reshape(-1) != 0
+    return None
+
+
+def _tell_unfit(mask, shape):
+    got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if not _told_unfit:
+        _told_unfit.append(True)
+        warnings.warn(
+            f"lora_moe: an attention mask {got} does not say which tokens of an input {tuple(shape)}"
+            " are padding, so all of them count in losses and statistics; say it with"
+            " lora_moe.use_routing(model, mask=), one number per token",
+            stacklevel=2,
+        )
+
+
+_told_unfit: list[bool] = []

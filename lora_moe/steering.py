@@ -1,0 +1,204 @@
+"""What the caller decides of a model's experts: routing by tasks, padding, on or off, frozen or not.
+
+with use_routing(model, task_ids=ids): ...   for the calls of this block in this thread
+set_routing(model, task_ids=ids)             for all calls of the process until the next set_routing
+with disable_adapters(model): ...            the base alone
+freeze_experts(model, [0, 1])                experts that no longer move
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from . import records
+from .context import Decision, deciding, thread
+from .layers import LoraMoeLinear, expert_ids
+from .routing import Routing
+
+
+def injected(model: nn.Module) -> dict[str, LoraMoeLinear]:
+    """The model's LoraMoeLinear modules by their (first) path; empty if there are none."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraMoeLinear)}
+
+
+def layers_of(model: nn.Module) -> dict[str, LoraMoeLinear]:
+    """injected(model), or ValueError where there is nothing."""
+    layers = injected(model)
+    if not layers:
+        raise ValueError("model: expected one with LoraMoeLinear modules (see inject), got none")
+    return layers
+
+
+@contextlib.contextmanager
+def use_routing(
+    model: nn.Module,
+    task_ids: torch.Tensor | None = None,
+    *,
+    mask: torch.Tensor | None = None,
+    routing: Routing | Mapping[str, Routing] | None = None,
+):
+    """Decide the routing of the forwards inside the block, in this thread alone.
+
+    Several threads may each serve their own requests on one model.  Blocks nest: an inner one goes over
+    what it names and keeps the rest.  An activation checkpoint that ran inside the block sees the same in
+    its recompute, also after the block has ended and in another thread.
+
+    A row serves all tokens of its sample.  Inside `generate` it also serves all of the sample's beams
+    and return sequences.  A model that is called with a batch of another size raises.
+
+    Args:
+        model: with experts in it.
+        task_ids: integers, -1 for no expert: (B,) one per sample or (T,) one per token; (B, K) or
+            (T, K) for several experts each.  The weights are 1.
+        mask: (B, L) or (T,), nonzero for the tokens that losses and statistics count, in place of the
+            model's attention_mask.
+        routing: a Routing for all layers, with a row for each token or for each sample (first
+            dimension) of the layers' input; or a dict from module path to Routing, for example a
+            replay of {name: layer.routing}; layers that it does not name keep their routers.  Weights
+            that require a gradient get one.
+    Raises:
+        ValueError: both task_ids and routing are given, or nothing is; the model has no experts, a path
+            is unknown, an id is not in [-1, E) (on a CPU), or a number of experts is not the layer's.
+        TypeError: task_ids are no integers.
+    """
+    if task_ids is None and mask is None and routing is None:
+        raise ValueError("use_routing: expected task_ids, mask or routing, got none of them")
+    layers = layers_of(model)
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2)):
+        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"mask: expected (B, L) or (T,), got {got}")
+    given = _given(layers, task_ids, routing)
+    with deciding(
+        {layer: _told(layer, routing=given.get(name), mask=mask) for name, layer in layers.items()}
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def disable_adapters(model: nn.Module):
+    """Inside the block and in this thread, the model is its base, bit for bit: no experts run.
+
+    A reference policy for DPO or GRPO without a second model.
+
+    Raises:
+        ValueError: the model has no experts, or trains whole modules (modules_to_save), whose base
+            values are gone.
+    """
+    layers = layers_of(model)
+    trained = sorted({n for layer in layers.values() for n in layer.config.modules_to_save})
+    if trained:
+        raise ValueError(
+            f"model: {', '.join(trained)} (modules_to_save) trains in place, so the base is gone;"
+            " keep a copy of the base as the reference instead"
+        )
+    with deciding({layer: _told(layer, disabled=True) for layer in layers.values()}):
+        yield
+
+
+def _told(layer, **fields) -> Decision:
+    """What the blocks around say of the layer, with these fields on top."""
+    before = thread.decisions.get(layer, Decision())
+    return before._replace(**{k: v for k, v in fields.items() if v is not None})
+
+
+def set_routing(
+    model: nn.Module,
+    task_ids: torch.Tensor | None = None,
+    routing: Routing | Mapping[str, Routing] | None = None,
+) -> None:
+    """Decide the routing of the following forwards from outside, or give it back to the routers.
+
+    What is set stays until the next call, for every thread; `use_routing` goes over it for a block of
+    code and a thread.  Each call decides for all layers, and forgets their last forward's routing.
+
+    Args, Raises: as use_routing, but with neither task_ids nor routing the routers decide again.
+        Nothing changes where it raises.
+    """
+    layers = layers_of(model)
+    given = _given(layers, task_ids, routing)
+    for name, layer in layers.items():
+        layer.given = given.get(name)
+        records.forget(layer)
+
+
+def _given(layers, task_ids, routing) -> dict[str, Routing]:
+    """{path: Routing on the layer's device} of the layers that the caller decides for."""
+    moved: dict = {}  # one copy for all layers of a device
+    sources = _sources(layers, task_ids, routing)
+    return {name: _moved(name, layers[name], source, moved) for name, source in sources.items()}
+
+
+def _sources(layers, task_ids, routing):
+    if task_ids is not None and routing is not None:
+        raise ValueError("routing: expected task_ids or routing, got both")
+    if task_ids is not None:
+        counts = {name: layer.config.num_experts for name, layer in layers.items()}
+        task_ids = _checked_ids(task_ids, min(counts.values()))
+        by_count = {E: Routing.from_ids(task_ids, num_experts=E) for E in set(counts.values())}
+        return {name: by_count[E] for name, E in counts.items()}
+    if not isinstance(routing, Mapping):
+        return {} if routing is None else dict.fromkeys(layers, routing)
+    unknown = sorted(set(routing) - set(layers))
+    if unknown:
+        raise ValueError(f"routing: expected paths of injected modules, got {unknown}")
+    return routing
+
+
+def _checked_ids(task_ids, E):
+    """A tensor of expert ids; on a CPU, where reading them costs nothing, in [-1, E)."""
+    if not isinstance(task_ids, torch.Tensor):
+        try:
+            task_ids = torch.as_tensor(task_ids)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                f"task_ids: expected a tensor of integers, got {type(task_ids).__name__}"
+            ) from None
+    if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
+        raise TypeError(f"task_ids: expected integers, got {task_ids.dtype}")
+    if task_ids.device.type == "cpu" and task_ids.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in task_ids.aminmax())
+        if low < -1 or high >= E:
+            wrong = low if low < -1 else high
+            raise ValueError(f"task_ids: expected expert ids in [-1, {E}), got {wrong}")
+    return task_ids
+
+
+def _moved(name, layer, routing, moved):
+    """The caller's decision on the layer's device, without a router's statistics: they are stale."""
+    if not isinstance(routing, Routing):
+        raise ValueError(f"routing: expected a Routing, got {type(routing).__name__}")
+    if routing.num_experts != layer.config.num_experts:
+        raise ValueError(
+            f"routing: expected {layer.config.num_experts} experts for {name},"
+            f" got {routing.num_experts}"
+        )
+    device = layer.lora_A.device
+    key = id(routing), device
+    if key not in moved:
+        moved[key] = Routing(*(t.to(device) for t in routing[:3]))
+    return moved[key]
+
+
+def freeze_experts(model: nn.Module, ids: int | Iterable[int] | None) -> None:
+    """Hold these experts still in every layer: no gradient, momentum or weight decay moves their rows.
+
+    Their rows of lora_A and lora_B keep their bits under any torch.optim optimizer, also one that was
+    made before, fused ones and FSDP2's shards; with shared_a only their rows of lora_B, as the others need
+    A.  The router's rows are not frozen: tokens may still move to or from these experts.  save_adapter
+    saves which experts are frozen.
+
+    Args:
+        model: with experts in it.
+        ids: experts, in place of those that were frozen before; an empty list or None frees all.
+    Raises:
+        ValueError: the model has no experts, or an id is not in [0, E) of each layer.
+    """
+    layers = layers_of(model)
+    ids = () if ids is None else ids
+    chosen = [(layer, expert_ids(ids, layer.config.num_experts)) for layer in layers.values()]
+    for layer, experts in chosen:
+        layer.frozen = experts
