@@ -113,7 +113,7 @@ format: $(VENV)/.lint ## Rewrite the sources in the house style
 	$(BIN)/clang-format -i $(CSRC)
 
 clean: ## Remove all that the other targets made, .venv too
-	rm -rf $(VENV) build dist *.egg-info lora_moe/_C_*.so
+	rm -rf $(VENV) build dist *.egg-info lora_moe/_C_*.so lora_moe/_not_built.json
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -169,6 +169,7 @@ $(VENV)/.package: $(VENV)/.torch requirements/build.txt requirements/constraints
 $(VENV)/.extension: $(VENV)/.package setup.py $(CSRC)
 ifeq ($(CXX_FOUND),)
 	$(call step,no C++ compiler ($(CXX)): the reference serves the CPU)
+	@LORA_MOE_SKIP_EXT= $(BIN)/python setup.py -q build_ext --inplace 2> /dev/null
 else
 	$(call step,compiling the C++ operators: the first time takes about two minutes)
 	@LORA_MOE_SKIP_EXT=0 $(BIN)/python setup.py -q build_ext --inplace

@@ -6,25 +6,55 @@ run: no library mixes flags, so no inline function built for one CPU is ever cal
 
 Read from the environment:
     LORA_MOE_SKIP_EXT=1         build no C++ operators; =0: a failure to build them is an error
+                                (unset: it is told, and `lora-moe info` repeats the reason)
     LORA_MOE_BUILD_ISA=avx2,..  build these instruction sets only, not all of the architecture
     LORA_MOE_BUILD_CUDA=1       build the CUDA kernels too, with nvcc; a missing piece is an error
     TORCH_CUDA_ARCH_LIST=8.0;.. .. for these architectures; CUDA_HOME: where nvcc's toolkit is
     MAX_JOBS=n                  compile n files at a time, not one a core
     CXX, CXXFLAGS, LDFLAGS      as everywhere
+An empty variable counts as unset.
 """
 
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml
+    sys.exit(
+        f"lora-moe: expected setuptools 77 or newer, got {setuptools.__version__};"
+        ' type: pip install "setuptools>=77"'
+    )
+
+VARIABLES = (
+    *("LORA_MOE_SKIP_EXT", "LORA_MOE_BUILD_ISA", "LORA_MOE_BUILD_CUDA", "MAX_JOBS"),
+    *(
+        "TORCH_CUDA_ARCH_LIST",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "CC",
+        "CXX",
+        "CFLAGS",
+        "CXXFLAGS",
+        "LDFLAGS",
+    ),
+)
+for name in VARIABLES:
+    if not os.environ.get(name, "").strip():
+        os.environ.pop(name, None)
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -42,15 +72,41 @@ KERNELS = sorted(glob("csrc/cuda/*.cu"))
 SKIP = os.environ.get("LORA_MOE_SKIP_EXT")
 BUILD_CUDA = os.environ.get("LORA_MOE_BUILD_CUDA", "0") == "1"
 CUDA_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # those of them that nvcc knows; 8.0 runs on 8.x too
+NOTE = "_not_built.json"  # {instruction set: reason}, read by lora_moe.missing
+not_built: dict[str, str] = {}
 
 
-def warn(reason: str) -> None:
+def warn(reason: str, isas=ISA_FLAGS) -> None:
     """The package works without its C++ operators, so their absence is told and is no error."""
+    not_built.update(dict.fromkeys(isas, reason))
     print(
         f"\n*** lora-moe: C++ operators not built: {reason}"
         "\n*** lora-moe: installing without them; `lora-moe info` tells what serves instead\n",
         file=sys.stderr,
     )
+
+
+def leave_note(folder: Path) -> None:
+    """pip shows no output of a build that succeeds, so the reason goes where the operators would."""
+    (folder / NOTE).unlink(missing_ok=True)
+    if not_built and folder.is_dir():
+        (folder / NOTE).write_text(json.dumps(not_built, indent=1) + "\n")
+
+
+def stop(reason: str):
+    sys.exit(f"lora-moe: {reason}")
+
+
+def check_variables() -> None:
+    for name in ("LORA_MOE_SKIP_EXT", "LORA_MOE_BUILD_CUDA"):
+        if os.environ.get(name, "0") not in ("0", "1"):
+            stop(f"{name}: expected 0 or 1, got {os.environ[name]!r}")
+    jobs = os.environ.get("MAX_JOBS", "1")
+    if not re.fullmatch("0*[1-9][0-9]*", jobs):
+        stop(f"MAX_JOBS: expected a positive number, got {jobs!r}")
+    isas = os.environ.get("LORA_MOE_BUILD_ISA")
+    if isas and not set(isas.split(",")) <= ISA_FLAGS.keys():
+        stop(f"LORA_MOE_BUILD_ISA: expected some of {','.join(ISA_FLAGS)}, got {isas!r}")
 
 
 def extension(isa: str) -> Extension:
@@ -82,7 +138,7 @@ def headers(folder: str) -> list[str]:
     return sorted({*glob("csrc/*.h"), *glob(f"{folder}/*.h")})
 
 
-def stop(reason: str):
+def stop_cuda(reason: str):
     sys.exit(f"LORA_MOE_BUILD_CUDA=1: {reason}")
 
 
@@ -91,7 +147,9 @@ def find_nvcc() -> Path:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if found is None:
-        stop(f"no nvcc in {home + '/bin' if home else 'PATH'}; set CUDA_HOME to a CUDA toolkit")
+        stop_cuda(
+            f"no nvcc in {home + '/bin' if home else 'PATH'}; set CUDA_HOME to a CUDA toolkit"
+        )
     said = subprocess.run(
         [found, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
     )
@@ -112,7 +170,9 @@ def cuda_archs(nvcc: Path) -> list[str]:
     archs = [a for a in re.split("[; ]+", asked or CUDA_ARCHS) if a]
     for arch in archs if asked else ():
         if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", arch) or arch_number(arch) not in known:
-            stop(f"TORCH_CUDA_ARCH_LIST: nvcc {nvcc_release(nvcc)} has no architecture {arch!r}")
+            stop_cuda(
+                f"TORCH_CUDA_ARCH_LIST: nvcc {nvcc_release(nvcc)} has no architecture {arch!r}"
+            )
     return [a for a in archs if arch_number(a) in known]
 
 
@@ -126,12 +186,12 @@ def cuda_extension() -> Extension:
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
-        stop(f"{error} (the build needs torch and pybind11: try --no-build-isolation)")
+        stop_cuda(f"{error} (the build needs torch and pybind11: try --no-build-isolation)")
     nvcc = find_nvcc()
     if torch.version.cuda is None:
-        stop(f"torch {torch.__version__} has no CUDA; install a CUDA build of torch")
+        stop_cuda(f"torch {torch.__version__} has no CUDA; install a CUDA build of torch")
     if torch.version.cuda.split(".")[0] != nvcc_release(nvcc).split(".")[0]:
-        stop(
+        stop_cuda(
             f"nvcc {nvcc_release(nvcc)} does not fit torch {torch.__version__}, built for CUDA"
             f" {torch.version.cuda}; set CUDA_HOME to that toolkit"
         )
@@ -171,7 +231,7 @@ def extensions() -> list[Extension]:
 
 def cpu_extensions() -> list[Extension]:
     if SKIP == "1":
-        warn("LORA_MOE_SKIP_EXT=1")
+        warn("LORA_MOE_SKIP_EXT=1 was set")
         return []
     chosen = os.environ.get("LORA_MOE_BUILD_ISA")
     try:
@@ -183,6 +243,12 @@ def cpu_extensions() -> list[Extension]:
         return []
 
 
+class BuildPython(build_py):
+    def run(self):
+        super().run()
+        leave_note(Path("lora_moe") if self.editable_mode else Path(self.build_lib, "lora_moe"))
+
+
 class BuildOperators(build_ext):
     """Compiles an extension's files in parallel, and only those that are out of date."""
 
@@ -190,10 +256,12 @@ class BuildOperators(build_ext):
         from pybind11.setup_helpers import ParallelCompile
 
         self.object_root, self.failures = self.build_temp, []
+        self.compiler.spawn = self.compiler.call = Compiler()  # the old name and the new
         with ParallelCompile("MAX_JOBS", needs_recompile=is_stale):
             super().build_extensions()
         if self.failures:
-            warn("\n***   ".join(["", *self.failures]))
+            warn("\n***   ".join(["", *self.failures]), isas=())
+        leave_note(Path(self.get_ext_fullpath("lora_moe._")).parent)
 
     def build_extension(self, ext):
         self.build_temp = f"{self.object_root}/{ext.name}"  # each set of flags its own objects
@@ -203,6 +271,8 @@ class BuildOperators(build_ext):
         try:
             super().build_extension(ext)
         except Exception as error:
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an older build's
+            not_built[ext.name.removeprefix("lora_moe._C_")] = str(error)
             self.failures.append(f"{ext.name}: {error}")
             raise
 
@@ -217,8 +287,30 @@ class BuildOperators(build_ext):
                 subprocess.run([*ext.nvcc, *flags, source, "-o", target], check=True)
             return target
 
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count()))) as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
             return list(pool.map(compile_kernel, KERNELS))
+
+
+class Compiler:
+    """Runs compiler commands, several at a time; an error says what the compiler said first."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self, command, **_):
+        program = os.path.basename(command[0])
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except OSError as error:
+            raise CompileError(f"{program} does not run ({error.strerror}: {command[0]})") from None
+        said = done.stdout.decode(errors="replace")
+        with self.lock:
+            sys.stderr.write(said)
+        if done.returncode:
+            lines = [line.strip() for line in said.splitlines() if line.strip()]
+            errors = [line for line in lines if re.search("error|cannot|undefined", line)]
+            first = (errors or lines or [f"ended with status {done.returncode}"])[0]
+            raise CompileError(f"{program}: {first[:300]}")
 
 
 def is_stale(obj: str, src: str) -> bool:
@@ -227,6 +319,7 @@ def is_stale(obj: str, src: str) -> bool:
     return any(os.stat(path).st_mtime > built for path in used)
 
 
+check_variables()
 # The kernels' folder must not become a top-level package: `triton_kernels` is another project.
 setup(
     packages=[
@@ -235,5 +328,5 @@ setup(
     ],
     package_dir={"lora_moe.triton_kernels": "triton_kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildOperators},
+    cmdclass={"build_ext": BuildOperators, "build_py": BuildPython},
 )

@@ -19,7 +19,7 @@ import warnings
 
 import torch
 
-from . import ops
+from . import missing, ops
 
 BACKENDS = ("triton", "cuda", "cpp", "reference")
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
@@ -37,10 +37,15 @@ def serving(device_type: str) -> str:
     return _serving.get(device_type, "reference")
 
 
+def requested() -> str:
+    """LORA_MOE_BACKEND; an empty one counts as unset."""
+    return os.environ.get("LORA_MOE_BACKEND") or "auto"
+
+
 def backend_info() -> dict:
     """What serves which device, what else was tried, and the reason where something is missing."""
     return {
-        "requested": os.environ.get("LORA_MOE_BACKEND", "auto"),
+        "requested": requested(),
         "serving": {"cpu": serving("cpu"), "cuda": serving("cuda")},
         "backends": {name: dict(_facts[name]) for name in BACKENDS},
         "torch": torch.__version__,
@@ -59,21 +64,45 @@ def cpu_isas() -> list[str]:
     return list(ISAS if torch.cpu._is_avx512_bf16_supported() else ISAS[1:])
 
 
-def _load_cpp() -> dict:
+def _isas_to_try() -> list[str]:
+    """Those of this CPU, or the one of LORA_MOE_ISA; one that it lacks would end the process."""
     forced = os.environ.get("LORA_MOE_ISA")
-    if forced and forced not in ISAS:
+    if not forced:
+        return cpu_isas()
+    if forced not in ISAS:
         raise BackendUnavailable(f"LORA_MOE_ISA: expected one of {ISAS}, got {forced!r}")
-    reasons = []
-    for isa in [forced] if forced else cpu_isas():
+    has = {
+        "avx2": torch.cpu._is_avx2_supported,
+        "avx512": torch.cpu._is_avx512_supported,
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
+    }
+    if forced != "portable" and not has[forced]():
+        raise BackendUnavailable(f"LORA_MOE_ISA={forced}: this CPU does not have it")
+    return [forced]
+
+
+def _load_cpp() -> dict:
+    failures = {}
+    for isa in _isas_to_try():
         try:
             # only one may be loaded: each registers the same operators
             module = importlib.import_module(f"lora_moe._C_{isa}")
         except ImportError as error:
-            reasons.append(f"_C_{isa}: {error}")
+            failures[isa] = error
             continue
         _serving["cpu"] = "cpp"
-        return module.build_info()
-    raise BackendUnavailable("the C++ extension is not built (" + "; ".join(reasons) + ")")
+        return {"reason": _why_missing(failures), **module.build_info()}
+    raise BackendUnavailable(_why_missing(failures))
+
+
+def _why_missing(failures) -> str:
+    """Told at once where there is something to mend, and not only slower for it."""
+    if not failures:
+        return ""
+    reason = missing.explain(failures)
+    if missing.is_broken(failures):
+        warnings.warn(f"lora_moe: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 def _load_triton() -> dict:
@@ -164,16 +193,16 @@ def load() -> None:
         BackendUnavailable: a backend was named and cannot serve.
         ValueError: LORA_MOE_BACKEND is no backend's name.
     """
-    requested = os.environ.get("LORA_MOE_BACKEND", "auto")
-    if requested not in ("auto", *BACKENDS):
-        raise ValueError(f"LORA_MOE_BACKEND: expected auto or one of {BACKENDS}, got {requested!r}")
+    asked = requested()
+    if asked not in ("auto", *BACKENDS):
+        raise ValueError(f"LORA_MOE_BACKEND: expected auto or one of {BACKENDS}, got {asked!r}")
     for name in BACKENDS:
-        if requested not in ("auto", name, "reference") or (
-            requested == "reference" and name != "reference"
+        if asked not in ("auto", name, "reference") or (
+            asked == "reference" and name != "reference"
         ):
-            _facts[name] = {"available": False, "reason": f"LORA_MOE_BACKEND={requested}"}
+            _facts[name] = {"available": False, "reason": f"LORA_MOE_BACKEND={asked}"}
             continue
-        if requested == "auto" and name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        if asked == "auto" and name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             # the interpreter is a test bench: it serves CPU tensors only where it is asked to
             _facts[name] = {
                 "available": False,
@@ -183,6 +212,6 @@ def load() -> None:
         try:
             _facts[name] = {"available": True, "reason": "", **_LOADERS[name]()}
         except Exception as error:  # whatever is wrong with a backend, auto falls back
-            if requested == name:
+            if asked == name:
                 raise BackendUnavailable(f"LORA_MOE_BACKEND={name}: {error}") from error
-            _facts[name] = {"available": False, "reason": str(error)}
+            _facts[name] = {"available": False, "reason": " ".join(str(error).split())}

@@ -26,7 +26,7 @@ RANK_DENSE, SEGMENTED, DECODE = "rank_dense", "segmented", "decode"
 PLANS = (RANK_DENSE, SEGMENTED, DECODE)
 FEW, SOME = 16, 4096  # tokens: the plan depends on T through these classes only, so that T may vary
 
-_forced = os.environ.get("LORA_MOE_PLAN")  # a plain variable: torch.compile can guard on it
+_forced = os.environ.get("LORA_MOE_PLAN") or None  # a plain variable: torch.compile can guard on it
 
 
 class Part(NamedTuple):

@@ -4,54 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
-import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-SHIPPED = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "lora_moe", "triton_kernels")
-
-# what a user's first lines do; it passes whichever backend serves
-FIRST_STEPS = """
-import torch, lora_moe
-y, routing = lora_moe.functional.routed_lora(
-    torch.ones(3, 8), torch.eye(4, 8), torch.ones(8, 8), torch.ones(8, 5), 2, rank_offsets=2
-)
-assert torch.allclose(y, torch.full((3, 5), 16.0)), y
-print(lora_moe.__file__)
-"""
-NO_TRITON = "import sys; sys.modules['triton'] = None\n"
-
-
-def run(command, *, cwd, check=True, **environment):
-    """A command in an environment without our own variables, so that only what is given counts."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORA_MOE_", "TRITON_"))}
-    kept.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=kept | {k: str(v) for k, v in environment.items()},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def make_venv(folder) -> Path:
-    """Its python sees our packages, but no .pth file beside them: no editable install of ourselves."""
-    venv.create(folder)
-    (packages,) = (folder / "lib").glob("python*/site-packages")
-    (packages / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")))
-    return folder / "bin/python"
+from .packages import FIRST_STEPS, NO_TRITON, PIP, ROOT, build_wheel, copy_checkout, make_venv, run
 
 
 @pytest.fixture(scope="module")
@@ -62,25 +22,7 @@ def python(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """The sources alone: no build folder, no compiled extension, no kernels that are slow to compile."""
-    folder = tmp_path_factory.mktemp("checkout")
-    ignore = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in SHIPPED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-        else:
-            shutil.copy(ROOT / name, folder)
-    (folder / "csrc").mkdir()
-    shutil.copy(ROOT / "csrc/module.cpp", folder / "csrc")
-    return folder
-
-
-def build_wheel(checkout, out, **environment):
-    shutil.rmtree(checkout / "build", ignore_errors=True)  # setuptools packs what it finds there
-    command = [*PIP, "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", out, "."]
-    done = run(command, cwd=checkout, **environment)
-    (wheel,) = out.glob("*.whl")
-    return wheel, done.stdout + done.stderr
+    return copy_checkout(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +51,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         for path in (ROOT / source).rglob("*.py")
     }
     assert modules <= set(names)
-    rest = set(names) - modules
+    rest = set(names) - modules - {"lora_moe/_not_built.json"}
     assert all(".dist-info/" in name for name in rest), rest
     assert any(name.endswith("licenses/LICENSE") for name in rest)
 
@@ -214,3 +156,62 @@ def test_failing_compiler_leaves_a_package_that_works(checkout, tmp_path):
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     failed = run(build, cwd=checkout, check=False, CXX="/bin/false", LORA_MOE_SKIP_EXT=0)
     assert failed.returncode != 0
+
+
+# --- the sdist -----------------------------------------------------------------------------------
+
+TREE = (
+    "csrc",
+    "tests",
+    "benchmarks",
+    "docs",
+    "examples",
+    "requirements",
+    "lora_moe",
+    "triton_kernels",
+)
+MADE = {"__pycache__", ".so", ".pyc", "_not_built.json"}
+
+
+def make_sdist(folder, **environment):
+    """Of the whole checkout, unpacked elsewhere."""
+    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(".*", "build", *MADE))
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder]
+    run(command, cwd=folder / "copy", **environment)
+    (archive,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(archive, folder / "unpacked", filter="data")
+    return next((folder / "unpacked").iterdir())
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    return make_sdist(tmp_path_factory.mktemp("sources"), LORA_MOE_SKIP_EXT=1)
+
+
+def files(root):
+    found = [path.relative_to(root) for name in TREE for path in (root / name).rglob("*")]
+    return {str(p) for p in found if (root / p).is_file() and not MADE & {*p.parts, p.suffix}}
+
+
+def test_sdist_is_the_checkout(sdist):
+    wanted = files(ROOT) | {"Makefile", "SECURITY.md", "CHANGELOG.md", "LICENSE", "README.md"}
+    assert not {name for name in wanted if not (sdist / name).is_file()}
+    assert not list(sdist.rglob("*.so")) and not (sdist / "build").exists()
+
+
+def test_sdist_is_the_same_where_operators_would_be_built(sdist, tmp_path):
+    assert files(make_sdist(tmp_path, LORA_MOE_SKIP_EXT="")) == files(sdist)
+
+
+def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
+    again, _ = build_wheel(sdist, tmp_path, LORA_MOE_SKIP_EXT=1)
+    names = [sorted(zipfile.ZipFile(w).namelist()) for w in (again, wheel)]
+    assert names[0] == names[1]
+
+
+def test_sdist_runs_its_own_tests(sdist):
+    """From these sources and no others; that each test's helpers are there, the list above says."""
+    code = "import lora_moe, pytest; print(lora_moe.__file__); raise SystemExit(pytest.main())"
+    options = "-q -p no:cacheprovider tests/test_safefile.py"
+    done = run([sys.executable, "-c", code], cwd=sdist, PYTHONPATH=sdist, PYTEST_ADDOPTS=options)
+    assert str(sdist) in done.stdout and " passed" in done.stdout
