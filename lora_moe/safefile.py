@@ -7,7 +7,8 @@
 The reader opens nothing but a regular file, never through a symbolic link, and checks the header
 against the file's size before it believes any of it: tensors must cover the data without a gap or
 an overlap.  What it allocates is bounded by the header's limit and by the tensors that the caller
-asks for; no pickle is ever loaded.
+asks for; no pickle is ever loaded.  Reading takes the memory of the tensors in the caller's dtypes,
+and CHUNK more.
 """
 
 from __future__ import annotations
@@ -15,24 +16,42 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
-import stat
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
+from reprlib import repr as brief
 from typing import BinaryIO, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+
+from .opening import open_in, open_regular, path_in
+from .replace import replacing
+
+__all__ = [
+    "DTYPES",
+    "Slice",
+    "description",
+    "open_in",
+    "open_regular",
+    "parse_json",
+    "path_in",
+    "raise_all",
+    "read_header",
+    "read_tensor",
+    "read_tensors",
+    "write",
+]
 
 MAX_HEADER = 2 << 20  # bytes: some 10,000 tensors
 MAX_DIMENSIONS = 8
+CHUNK = 1 << 22  # bytes that are converted at a time
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PICKLE_MAGIC = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
 
 
@@ -49,41 +68,53 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     """Write beside the old file, flush to the disk, rename over it: a crash leaves one of the two.
 
     Raises:
-        ValueError: the header would be larger than what read_header accepts.
+        ValueError: the header would be larger than what read_header accepts; a tensor has no values
+            (on meta), another dtype than DTYPES, or shares memory with another: they would be apart
+            when they are loaded.
         OSError: the file cannot be written; an older one is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-        with open_regular(temporary) as file:
-            read_header(file)  # never replace an old file by one that will not load
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    tensors = {key: t.detach() for key, t in tensors.items()}
+    _expect_writable(tensors)
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # aligned
+    header, end = {"__metadata__": metadata}, 0
+    for key in order:
+        begin, end = end, end + tensors[key].numel() * tensors[key].element_size()
+        shape = list(tensors[key].shape)
+        entry = {"dtype": _NAMES[tensors[key].dtype], "shape": shape, "data_offsets": [begin, end]}
+        header[key] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            file.write(tensors[key].cpu().contiguous().flatten().view(torch.uint8).numpy())
+        file.flush()
+        with open(file.name, "rb") as written:
+            read_header(written)  # never replace an old file by one that will not load
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file for reading; a link, a device or a pipe is refused before it is opened.
+def _expect_writable(tensors):
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
+            kinds = [str(dtype) for dtype in DTYPES.values()]
+            got = f"{tensor.dtype}, {tensor.layout}"
+            raise ValueError(f"{key}: expected a dense tensor of one of {kinds}, got {got}")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{key}: expected values to save, got a tensor on the meta device")
+    spans = sorted(
+        (str(t.device), t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), key)
+        for key, t in tensors.items()
+        if t.numel() and t.is_contiguous()
+    )
+    for (device, _, end, key), (other_device, begin, _, other) in pairwise(spans):
+        if device == other_device and begin < end:
+            raise ValueError(
+                f"{key}: expected memory of its own, but it shares it with {other}, and they would be"
+                " apart when loaded; give each its own, as tensor.clone() does"
+            )
 
-    Raises:
-        ValueError: it is not a regular file, or its name is a pickle's.
-        OSError: it is missing or cannot be read.
-    """
-    if path.suffix in _PICKLES:
-        raise ValueError(
-            f"{path}: expected a safetensors file; pickles run code and are not opened"
-        )
-    _expect_regular(path, os.lstat(path).st_mode)
-    return open(path, "rb", opener=_descriptor)
 
-
-def read_header(file: BinaryIO) -> tuple[dict, dict[str, Slice]]:
+def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Slice]]:
     """The metadata and every tensor's place, checked against the size of the file.
 
     Raises:
@@ -105,6 +136,8 @@ def read_header(file: BinaryIO) -> tuple[dict, dict[str, Slice]]:
             f"{file.name}: expected a JSON object as header, got {type(header).__name__}"
         )
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(type(v) is str for v in metadata.values()):
+        raise ValueError(f"{file.name}: expected an object of strings as metadata")
     slices = {key: _slice(file.name, key, entry, 8 + length, size) for key, entry in header.items()}
     ends = sorted((s.begin, s.begin + s.nbytes) for s in slices.values())
     ends = [(0, 8 + length), *ends, (size, size)]
@@ -113,20 +146,88 @@ def read_header(file: BinaryIO) -> tuple[dict, dict[str, Slice]]:
     return metadata, slices
 
 
-def read_tensor(file: BinaryIO, place: Slice) -> torch.Tensor:
-    """One tensor of read_header's, on the CPU.
+def description(file: BinaryIO, metadata: dict[str, str], key: str, version: int) -> dict:
+    """The JSON object that the metadata hold under `key`, of this format version.
+
+    Raises:
+        ValueError: there is none: the file is someone else's, damaged, or of another version.
+    """
+    if key not in metadata:
+        found = brief(sorted(metadata))
+        raise ValueError(
+            f"{file.name}: expected {key} in its metadata, got {found}; it is no {key} file"
+        )
+    found = parse_json(metadata[key], file.name)
+    if not isinstance(found, dict):
+        raise ValueError(f"{file.name}: expected a JSON object as {key}, got {brief(found)}")
+    got = found.get("version")
+    if type(got) is not int or got != version:
+        raise ValueError(f"{file.name}: expected version {version}, got {brief(got)}")
+    return found
+
+
+def read_tensors(
+    file: BinaryIO, slices: dict[str, Slice], wanted: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file, which must be those of `wanted` in shape, and finite in its dtypes.
+
+    Args:
+        wanted: {key: a tensor of the shape and dtype to read}; on meta, it costs nothing.
+    Returns:
+        {key: a new tensor on the CPU}.
+    Raises:
+        ValueError: they are not; every misfit is listed, and nothing has been read then.
+    """
+    problems = [f"{key}: missing" for key in wanted if key not in slices]
+    problems += [f"{ascii(key)[:200]}: not the model's" for key in slices if key not in wanted]
+    for key in wanted.keys() & slices.keys():
+        shape, (dtype, saved, *_) = tuple(wanted[key].shape), slices[key]
+        if saved != shape:
+            problems.append(f"{key}: expected {shape}, got {saved}")
+        if dtype not in DTYPES:
+            problems.append(f"{key}: expected one of {list(DTYPES)}, got {ascii(dtype)[:50]}")
+    raise_all("adapter: expected the tensors of the model", problems)
+    return {key: _finite(file, key, slices[key], t.dtype) for key, t in wanted.items()}
+
+
+def raise_all(expected: str, problems: Iterable[str]) -> None:
+    """ValueError with every problem on a line of its own; nothing if there is none."""
+    if problems:
+        raise ValueError(f"{expected}, got\n  " + "\n  ".join(sorted(problems)))
+
+
+def _finite(file, key, place, dtype):
+    """Finite also after it was converted; aminmax needs no memory, as isfinite does."""
+    tensor = read_tensor(file, place, dtype)
+    if tensor.numel() and not all(map(math.isfinite, (v.item() for v in tensor.aminmax()))):
+        raise ValueError(f"{key}: expected finite values in {dtype}, got NaN or infinity")
+    return tensor
+
+
+def read_tensor(file: BinaryIO, place: Slice, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """One tensor of read_header's, on the CPU, in its own dtype or in the one that is given.
 
     Raises:
         ValueError: the file has become shorter.
     """
-    buffer = bytearray(place.nbytes)
+    saved = DTYPES[place.dtype]
+    tensor = torch.empty(place.shape, dtype=dtype or saved)
+    flat, step = tensor.view(-1), CHUNK // saved.itemsize
     file.seek(place.begin)
-    if file.readinto(buffer) != place.nbytes:
+    if tensor.dtype == saved:
+        _fill(file, place, flat)
+        return tensor
+    for part in flat.split(step):
+        chunk = torch.empty(len(part), dtype=saved)
+        _fill(file, place, chunk)
+        part.copy_(chunk)
+    return tensor
+
+
+def _fill(file, place, flat):
+    buffer = flat.view(torch.uint8).numpy()
+    if file.readinto(buffer) != buffer.nbytes:
         raise ValueError(f"{file.name}: expected {place.nbytes} bytes at {place.begin}, got fewer")
-    dtype = DTYPES[place.dtype]
-    if not buffer:
-        return torch.empty(place.shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).view(place.shape)
 
 
 def parse_json(text: str | bytes, name: str):
@@ -154,23 +255,6 @@ def _slice(name, key, entry, start, size):
 
 def _sizes(values, limit):
     return isinstance(values, list) and all(type(n) is int and 0 <= n <= limit for n in values)
-
-
-def _expect_regular(path, mode):
-    if not stat.S_ISREG(mode):
-        kind = "a symbolic link" if stat.S_ISLNK(mode) else stat.filemode(mode)
-        raise ValueError(f"{path}: expected a regular file, got {kind}; it was not read")
-
-
-def _descriptor(path, flags):
-    """Something else may have taken the file's place since it was looked at."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        _expect_regular(path, os.fstat(descriptor).st_mode)
-    except ValueError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _no_constant(name):

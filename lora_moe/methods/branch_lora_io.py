@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from reprlib import repr as brief
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 
 from .. import safefile
 from ..config import LoraMoeConfig
-from ..io import read_tensors
+from ..layers import adapter_tensors, linear_features
 from ..targets import why_not
 from .branch_lora import install, parts
 from .branch_lora_layer import READS, BranchLoraLinear, Sequences
@@ -29,6 +28,7 @@ from .continual import TaskSelector
 
 FILE_NAME = "branch_lora.safetensors"
 FORMAT_VERSION = 1
+_SELECTOR = ("selector.text_keys", "selector.image_keys")
 _FIELDS = {
     "version": int,
     "config": dict,
@@ -67,8 +67,7 @@ def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector 
         "frozen": {path: list(layer.frozen) for path, layer in layers.items()},
     }
     tensors = _keyed(model, layers, sequences.also) | _keys(selector)
-    path = Path(directory) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = safefile.path_in(directory, FILE_NAME)
     tensors = {key: t.detach().contiguous() for key, t in tensors.items()}
     safefile.write(path, tensors, {"format": "pt", "branch_lora": json.dumps(description)})
     return path
@@ -86,17 +85,20 @@ def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
             listed), or holds NaN or infinite values.  The model is unchanged.
         OSError: the file is missing or cannot be read.
     """
-    with safefile.open_regular(Path(directory) / FILE_NAME) as file:
+    with safefile.open_in(directory, FILE_NAME) as file:
         metadata, slices = safefile.read_header(file)
-        found = _read_description(file.name, metadata, len(slices))
-        layers = _layers(model, found)
-        selector = _selector(slices)
-        wanted = _keyed(model, layers, found["also"]) | _keys(selector)
-        values = read_tensors(file, slices, wanted)
-    with torch.no_grad():
-        for key, tensor in wanted.items():
-            tensor.copy_(values.pop(key))
+        found = _read_description(file, metadata, len(slices))
+        bases, also = _modules(model, found)
+        _expect_count(file.name, found, also, slices)
+        wanted = _wanted(bases, found) | also | _wanted_keys(slices)
+        values = safefile.read_tensors(file, slices, wanted)
+    sequences = _sequences(found)
+    layers = {path: _layer(path, base, found, sequences, values) for path, base in bases.items()}
+    selector = _selector(values)
     install(model, {layer.base_layer: layer for layer in layers.values()})
+    with torch.no_grad():
+        for key, parameter in also.items():
+            parameter.copy_(values.pop(key))
     for path, layer in layers.items():
         layer.freeze(found["frozen"][path])
         layer.routers.requires_grad_(False)
@@ -122,32 +124,13 @@ def _keys(selector):
     return {} if selector is None else {f"selector.{n}": t for n, t in selector.named_buffers()}
 
 
-def _selector(slices):
-    """An empty selector of the saved sizes, if there is one; read_tensors checks the rest."""
-    shapes = [
-        slices[f"selector.{n}"].shape
-        for n in ("text_keys", "image_keys")
-        if f"selector.{n}" in slices
-    ]
-    if not shapes or any(len(shape) != 2 for shape in shapes):
-        return None
-    selector = TaskSelector(*(shape[1] for shape in shapes))
-    for _ in range(shapes[0][0]):
-        selector.begin_task()
-    return selector
-
-
-def _read_description(name, metadata, tensors):
-    text = metadata.get("branch_lora") if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{name}: expected branch_lora in its metadata; it is no BranchLoRA")
-    found = safefile.parse_json(text, name)
-    fits = isinstance(found, dict) and found.keys() == _FIELDS.keys()
+def _read_description(file, metadata, tensors):
+    found = safefile.description(file, metadata, "branch_lora", FORMAT_VERSION)
+    name = file.name
+    fits = found.keys() == _FIELDS.keys()
     if not fits or any(type(found[field]) is not kind for field, kind in _FIELDS.items()):
         raise ValueError(f"{name}: expected the fields {list(_FIELDS)}, got {brief(found)}")
-    if found["version"] != FORMAT_VERSION:
-        raise ValueError(f"{name}: expected version {FORMAT_VERSION}, got {found['version']}")
-    found["config"] = LoraMoeConfig.from_dict(found["config"])
+    found["config"] = _config(found["config"])
     branches, routers, bank = found["branches"], found["routers"], found["bank"]
     fewest = found["config"].num_experts
     problems = [
@@ -155,6 +138,7 @@ def _read_description(name, metadata, tensors):
         ("also", all(type(module) is str for module in found["also"])),
         ("branches", fewest <= branches <= tensors),
         ("routers", len(routers) <= tensors and _numbers(routers, fewest, branches + 1)),
+        ("routers", routers == sorted(routers)),  # branches came in between the routers
         ("bank", len(bank) >= len(routers) and _numbers(bank, 0, len(routers))),
         ("learning", bool(bank) or not found["learning"]),
         ("frozen", all(_ids(ids, branches) for ids in found["frozen"].values())),
@@ -163,6 +147,18 @@ def _read_description(name, metadata, tensors):
     if wrong or not found["frozen"]:
         raise ValueError(f"{name}: expected a consistent state, got {brief(wrong)}")
     return found
+
+
+def _config(fields):
+    """A saved configuration; its patterns have done their work and are kept without compiling them."""
+    patterns = {name: fields.pop(name, ()) for name in ("target_modules", "exclude_modules")}
+    config = LoraMoeConfig.from_dict(fields)
+    for name, value in patterns.items():
+        plain = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(part, str) for part in plain):
+            raise ValueError(f"{name}: expected a string or module names, got {brief(value)}")
+        object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
+    return config
 
 
 def _numbers(values, low, high):
@@ -175,8 +171,8 @@ def _ids(values, high):
     )
 
 
-def _layers(model, found):
-    """{path: layer} of the saved structure, not yet in the model."""
+def _modules(model, found):
+    """{path: linear module} of the layers, and {key: parameter} of what trains beside them."""
     modules = dict(model.named_modules())
     problems = [f"{name}: no such module" for name in found["also"] if name not in modules]
     for path in found["frozen"]:
@@ -185,20 +181,75 @@ def _layers(model, found):
             reason = "already has branches"
         if reason:
             problems.append(f"{path}: {reason}")
-    if problems:
-        raise ValueError(
-            "model: expected linear modules at the saved paths, got\n  " + "\n  ".join(problems)
-        )
+    safefile.raise_all("model: expected linear modules at the saved paths", problems)
+    also = {f"{m}.{n}": p for m in found["also"] for n, p in modules[m].named_parameters()}
+    return {path: modules[path] for path in found["frozen"]}, also
+
+
+def _expect_count(name, found, also, slices):
+    """Before a tensor is described, so that a small file cannot ask for a long list of them."""
+    layer = 2 + found["branches"] + len(found["routers"])  # lora_A and usage
+    keys = sum(key in slices for key in _SELECTOR)
+    expected = len(found["frozen"]) * layer + len(also) + keys
+    if expected > len(slices) + 1000:  # fewer are named one by one
+        raise ValueError(f"{name}: expected {expected} tensors, got {len(slices)}")
+
+
+def _wanted(bases, found):
+    """The layers' tensors, on meta: nothing is allocated before the file was found to have them."""
+    config, wanted = found["config"], {}
+    for path, base in bases.items():
+        trunk = adapter_tensors(base, config)["lora_A"]  # (r, D_in)
+        D_in, D_out = linear_features(base)
+        wanted[f"{path}.lora_A"] = trunk
+        wanted[f"{path}.usage"] = trunk.new_empty(found["branches"], dtype=torch.float32)
+        branch = trunk.new_empty(trunk.shape[0], D_out)
+        wanted |= dict.fromkeys((f"{path}.branches.{j}" for j in range(found["branches"])), branch)
+        for i, known in enumerate(found["routers"]):
+            wanted[f"{path}.routers.{i}"] = trunk.new_empty(known, D_in)
+    return wanted
+
+
+def _wanted_keys(slices):
+    """The selector's tensors, of the saved sizes, if it was saved."""
+    shapes = {key: slices[key].shape for key in _SELECTOR if key in slices}
+    if shapes and _SELECTOR[0] not in shapes:
+        raise ValueError(f"{_SELECTOR[0]}: missing")
+    fit = all(len(shape) == 2 and shape[1] for shape in shapes.values())
+    if not fit or len({shape[0] for shape in shapes.values()}) > 1:
+        raise ValueError(f"selector: expected (tasks, width) for all of its keys, got {shapes}")
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def _sequences(found):
     sequences = Sequences(found["reads"], found["causal"], tuple(found["also"]))
     sequences.bank, sequences.learning = found["bank"], found["learning"]
     sequences.task = len(found["bank"]) - 1 if found["bank"] else None
-    layers = {
-        path: BranchLoraLinear(modules[path], found["config"], sequences)
-        for path in found["frozen"]
-    }
-    for layer in layers.values():
-        for known in found["routers"]:  # branches came in between the routers
-            layer.add_branches(max(0, known - len(layer.branches)))
-            layer.add_router()
-        layer.add_branches(found["branches"] - len(layer.branches))
-    return layers
+    return sequences
+
+
+def _layer(path, base, found, sequences, values):
+    """A layer whose parameters are the file's tensors themselves: they are in memory once."""
+    layer = BranchLoraLinear(base, found["config"], sequences)
+    device = layer.lora_A.device
+
+    def parameter(name):
+        return nn.Parameter(values.pop(f"{path}.{name}").to(device))
+
+    layer.lora_A = parameter("lora_A")
+    layer.branches = nn.ParameterList(parameter(f"branches.{j}") for j in range(found["branches"]))
+    layer.routers = nn.ParameterList(
+        parameter(f"routers.{i}") for i in range(len(found["routers"]))
+    )
+    layer.usage = values.pop(f"{path}.usage").to(device)
+    return layer
+
+
+def _selector(values):
+    keys = {key: values.pop(key) for key in _SELECTOR if key in values}
+    if not keys:
+        return None
+    selector = TaskSelector(*(tensor.shape[1] for tensor in keys.values()))
+    for key, tensor in keys.items():
+        setattr(selector, key.removeprefix("selector."), tensor)
+    return selector

@@ -25,6 +25,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from reprlib import repr as brief
 
 import torch
 from torch import nn
@@ -34,7 +35,6 @@ from .. import records, safefile
 from ..config import LoraMoeConfig
 from ..context import recomputing
 from ..inject import freeze_base, place
-from ..io import read_tensors
 from ..layers import LoraMoeLinear
 from ..routing import Routing
 from ..targets import targets_of
@@ -345,8 +345,7 @@ def save(model: nn.Module, directory: str | os.PathLike) -> Path:
         OSError: the file cannot be written; an older one is intact.
     """
     tensors = {key: t.detach().contiguous() for key, t in _keyed(model).items()}
-    path = Path(directory) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = safefile.path_in(directory, FILE_NAME)
     safefile.write(path, tensors, {"format": "pt", "c_lorae": json.dumps(_describe(model))})
     return path
 
@@ -363,13 +362,11 @@ def load(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         OSError: the file cannot be read.
     """
     wanted, expected = _keyed(model), _describe(model)
-    with safefile.open_regular(Path(directory) / FILE_NAME) as file:
+    with safefile.open_in(directory, FILE_NAME) as file:
         metadata, slices = safefile.read_header(file)
-        text = metadata.get("c_lorae") if isinstance(metadata, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f"{file.name}: expected c_lorae in its metadata")
-        _expect_same(file.name, safefile.parse_json(text, file.name), expected)
-        values = read_tensors(file, slices, wanted)
+        found = safefile.description(file, metadata, "c_lorae", FORMAT_VERSION)
+        _expect_same(file.name, found, expected)
+        values = safefile.read_tensors(file, slices, wanted)
     for key, tensor in wanted.items():
         tensor.copy_(values.pop(key))
     return model
@@ -403,14 +400,12 @@ def _describe(model):
 
 
 def _expect_same(name, found, expected):
-    if not isinstance(found, dict) or found.get("version") != FORMAT_VERSION:
-        raise ValueError(f"{name}: expected a description of version {FORMAT_VERSION}")
     saved = found.get("modules")
     if not isinstance(saved, dict):
         raise ValueError(f"{name}: expected modules in its description")
     own = expected["modules"]
     problems = [
-        f"{ascii(path)[:200]}: the model has {own.get(path)}, the file {str(saved.get(path))[:200]}"
+        f"{ascii(path)[:200]}: the model has {own.get(path)}, the file {brief(saved.get(path))}"
         for path in sorted(own.keys() | saved.keys())
         if own.get(path) != saved.get(path)
     ]

@@ -195,14 +195,19 @@ class UniTSE(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(R, width))
         self.bias_B = nn.Parameter(torch.empty(E, width))
         self.router_weight = nn.Parameter(torch.empty(self.tasks * self.choices, width))
-        rows = torch.arange(E).repeat_interleave(torch.tensor(self.ranks), output_size=R)
-        self.register_buffer("expert_of_row", rows, persistent=False)  # (R,)
+        self.register_buffer("expert_of_row", self._expert_of_row(), persistent=False)  # (R,)
         self.gates: torch.Tensor | None = None
         self.reset_parameters()
+
+    def _expert_of_row(self):
+        experts = torch.arange(len(self.ranks))
+        return experts.repeat_interleave(torch.tensor(self.ranks), output_size=sum(self.ranks))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the initial values again (see the class)."""
+        if self.lora_A.is_meta:
+            return
         self.lora_A.uniform_(-1, 1).mul_(math.sqrt(2 / self.width))
         self.bias_A.zero_()
         for rows in self.lora_B.split(self.ranks):
@@ -427,7 +432,10 @@ def total_loss(config, outputs, labels) -> torch.Tensor:
 def save(model: MMoLRE, path: str | os.PathLike) -> None:
     """Write configuration and weights to one safetensors file, all or nothing.
 
+    Args:
+        path: of the file, not of a directory.
     Raises:
+        ValueError: a parameter could not be read back, such as one on meta.
         OSError: the file cannot be written; an older one is as it was.
     """
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
@@ -446,22 +454,40 @@ def load(path: str | os.PathLike) -> MMoLRE:
     """
     with safefile.open_regular(Path(path)) as file:
         metadata, slices = safefile.read_header(file)
-        text = metadata.get("mmolre") if isinstance(metadata, dict) else None
-        _expect(isinstance(text, str), str(path), "mmolre in its metadata", metadata)
-        config = MMoLREConfig.from_dict(safefile.parse_json(text, str(path)))
+        _expect("mmolre" in metadata, str(path), "mmolre in its metadata", sorted(metadata))
+        config = MMoLREConfig.from_dict(safefile.parse_json(metadata["mmolre"], str(path)))
         blocks = config.blocks * len(config.modalities)
         _expect(blocks <= len(slices), str(path), f"tensors of {blocks} blocks", len(slices))
-        with torch.device("meta"):  # the file's size bounds what is allocated later
-            wanted = {name: tuple(t.shape) for name, t in MMoLRE(config).state_dict().items()}
+        shapes = _shapes(config)
         found = {name: s.shape for name, s in slices.items() if s.dtype in safefile.DTYPES}
-        differ = {n for n in wanted.keys() | slices.keys() if wanted.get(n) != found.get(n)}
+        differ = {n for n in shapes.keys() | slices.keys() if shapes.get(n) != found.get(n)}
         _expect(not differ, str(path), "the tensors of its configuration", sorted(differ))
-        tensors = {name: safefile.read_tensor(file, place) for name, place in slices.items()}
-    broken = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
-    _expect(not broken, str(path), "finite values", broken)
-    model = MMoLRE(config)
+        wanted = {
+            name: torch.empty(shape, dtype=safefile.DTYPES[slices[name].dtype], device="meta")
+            for name, shape in shapes.items()
+        }
+        tensors = safefile.read_tensors(file, slices, wanted)
+    with torch.device("meta"):  # the file's tensors become the parameters: they are in memory once
+        model = MMoLRE(config)
     model.load_state_dict(tensors, assign=True)
+    for module in model.modules():
+        if isinstance(module, UniTSE):
+            module.expert_of_row = module._expert_of_row()
     return model.eval()
+
+
+def _shapes(config):
+    """{name: shape} of a model's parameters; all blocks of a modality are alike, so one is made."""
+    with torch.device("meta"):
+        first = MMoLRE(dataclasses.replace(config, blocks=1)).state_dict()
+    shapes = {}
+    for name, tensor in first.items():
+        kind, _, rest = name.partition(".")
+        modality, _, rest = rest.partition(".0.")
+        more = range(config.blocks if kind == "encoders" else 0)
+        names = [f"{kind}.{modality}.{block}.{rest}" for block in more] or [name]
+        shapes |= dict.fromkeys(names, tuple(tensor.shape))
+    return shapes
 
 
 def _loss(name, kind, out, label):

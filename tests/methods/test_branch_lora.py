@@ -754,7 +754,7 @@ def test_an_ordinary_adapter_is_no_state_and_a_full_model_takes_none(tmp_path):
     with pytest.raises(ValueError, match="already has branches"):
         branch_lora_io.load(begun(), tmp_path)
     safefile.write(tmp_path / branch_lora_io.FILE_NAME, {"x": torch.ones(1)}, {"format": "pt"})
-    with pytest.raises(ValueError, match="it is no BranchLoRA"):
+    with pytest.raises(ValueError, match="it is no branch_lora file"):
         branch_lora_io.load(projected(), tmp_path)
 
 

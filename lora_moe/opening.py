@@ -1,0 +1,92 @@
+"""Which files of an adapter are opened: a regular file of the expected name, in a directory.
+
+Never through a symbolic link, no device or pipe, no pickle; what is wrong is said before anything is
+read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading; a link, a device or a pipe is refused before it is opened.
+
+    Raises:
+        ValueError: it is not a regular file, or its name is a pickle's.
+        OSError: it is missing or cannot be read.
+    """
+    if path.suffix in _PICKLES:
+        raise ValueError(
+            f"{path}: expected a safetensors file; pickles run code and are not opened"
+        )
+    _expect_regular(path, os.lstat(path).st_mode)
+    return open(path, "rb", opener=_descriptor)
+
+
+def path_in(directory: str | os.PathLike, name: str) -> Path:
+    """directory/name for a file to write; the directory is made if it does not exist.
+
+    Raises:
+        NotADirectoryError: `directory` is a file, or the path of the file itself.
+        OSError: it cannot be made.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        if directory.name == name or os.path.lexists(directory):
+            raise _not_a_directory(directory, name)
+        directory.mkdir(parents=True, exist_ok=True)
+    return directory / name
+
+
+def open_in(
+    directory: str | os.PathLike, name: str, hints: dict[str, str] | None = None
+) -> BinaryIO:
+    """open_regular(directory/name), or an error that says what there is instead.
+
+    Args:
+        hints: {file name: what a directory with this file in it is}.
+    Raises:
+        ValueError, OSError: as open_regular.
+    """
+    directory = Path(directory)
+    path = directory / name
+    if os.path.lexists(path):
+        return open_regular(path)
+    if directory.is_dir():
+        found = sorted(os.listdir(directory))
+        known = "".join(f"; {hint}" for file, hint in (hints or {}).items() if file in found)
+        raise FileNotFoundError(f"{directory}: expected {name} in it, found {found[:20]}{known}")
+    if os.path.lexists(directory):
+        open_regular(directory).close()  # says what is wrong with a pickle
+        raise _not_a_directory(directory, name)
+    raise FileNotFoundError(f"{directory}: expected a directory with {name} in it, found nothing")
+
+
+def _not_a_directory(path, name):
+    return NotADirectoryError(
+        f"{path}: expected a directory, which holds {name}, got the path of a file;"
+        f" pass the directory: {path.parent}"
+    )
+
+
+def _expect_regular(path, mode):
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else stat.filemode(mode)
+        raise ValueError(f"{path}: expected a regular file, got {kind}; it was not read")
+
+
+def _descriptor(path, flags):
+    """Something else may have taken the file's place since it was looked at."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        _expect_regular(path, os.fstat(descriptor).st_mode)
+    except ValueError:
+        os.close(descriptor)
+        raise
+    return descriptor

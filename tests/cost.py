@@ -1,0 +1,36 @@
+"""What a call costs: CPU seconds, and by how much it raises this process's peak of resident memory."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class Cost:
+    seconds: float
+    rise: int  # bytes
+
+
+def _resident(field):
+    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) << 10
+
+
+@contextmanager
+def measured():
+    """Other threads' time counts too; skips where the kernel does not let the peak be reset."""
+    cost = Cost()
+    try:
+        RESET.write_text("5")
+    except OSError as error:
+        pytest.skip(f"the peak of resident memory cannot be reset here ({error})")
+    before, start = _resident("VmRSS"), time.process_time()
+    try:
+        yield cost
+    finally:
+        cost.seconds, cost.rise = time.process_time() - start, _resident("VmHWM") - before
