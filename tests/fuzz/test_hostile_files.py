@@ -16,11 +16,6 @@ from ..cost import measured
 from .loaders import DOCUMENTED, LOADERS, described, parts, raw, saved
 
 every_loader = pytest.mark.parametrize("name", LOADERS)
-ADAPTERS = ("load_adapter", "load_adapter, into experts", "adapter_info")
-STRICTLY = [  # lora_moe.io takes a version that equals 1 for 1
-    pytest.param(n, marks=pytest.mark.xfail(strict=False)) if n in ADAPTERS else n for n in LOADERS
-]
-every_loader_but = pytest.mark.parametrize("name", STRICTLY)
 
 
 def refuse(loader, path, width=8):
@@ -65,7 +60,7 @@ def test_what_is_damaged_below_was_whole(name, tmp_path):
 JSON = [None, True, 1, 1.0, -1, 10**30, "", "1", [], [[]], {}, {"": None}, [{"version": 1}]]
 
 
-@every_loader_but
+@every_loader
 @pytest.mark.parametrize("value", JSON, ids=repr)
 def test_metadata_of_any_json_type(name, value, tmp_path):
     loader = LOADERS[name]
@@ -80,7 +75,7 @@ def test_metadata_of_any_json_type(name, value, tmp_path):
 VERSIONS = [True, 1.0, "1", None, [1], {"1": 1}, 0, -1, 10**30]
 
 
-@every_loader_but
+@every_loader
 @pytest.mark.parametrize("value", VERSIONS, ids=repr)
 def test_a_version_that_only_looks_like_ours(name, value, tmp_path):
     loader = LOADERS[name]
@@ -117,7 +112,7 @@ WRONG = [
 ]
 
 
-@every_loader_but
+@every_loader
 def test_every_field_of_a_description_may_be_anything(name, tmp_path):
     """Whatever it is, it is refused, or it fits: nothing but a documented exception comes out."""
     loader = LOADERS[name]
