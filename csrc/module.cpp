@@ -1,8 +1,11 @@
-// The extension module of one instruction set: importing it registers its operators, by the static
-// initialisers of STABLE_TORCH_LIBRARY_IMPL, and build_info() says what was built, and with what.
+// The extension module of one instruction set: build_info() says what was built, and with what;
+// register_operators() makes its operators PyTorch's for CPU tensors.
 
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
+
+#include "cpu/register.h"
+#include "tensors.h"
 
 // setup.py defines LORA_MOE_ISA as a bare word, say avx2, for the module's name and for the facts
 #define TEXT_OF(word) #word
@@ -10,6 +13,7 @@
 #define MODULE_OF(isa) _C_##isa
 #define MODULE(isa) MODULE_OF(isa)
 
+namespace lora_moe {
 namespace {
 
 #if defined(__clang__)
@@ -27,6 +31,7 @@ constexpr const char* kBuildType = "debug";
 pybind11::dict build_info() {
   pybind11::dict info;
   info["isa"] = TEXT(LORA_MOE_ISA);
+  info["operators"] = kOperators;
   info["compiler"] = kCompiler;
   info["build_type"] = kBuildType;
   info["torch_version"] = TORCH_VERSION;                      // whose headers were used
@@ -36,9 +41,19 @@ pybind11::dict build_info() {
   return info;
 }
 
+void register_operators() {
+  static Library library(Library::Kind::IMPL, "lora_moe", "CPU", __FILE__, __LINE__);
+  register_linear(library);
+  register_router(library);
+  register_forward(library);
+  register_backward(library);
+}
+
 }  // namespace
+}  // namespace lora_moe
 
 PYBIND11_MODULE(MODULE(LORA_MOE_ISA), m) {
   m.doc() = "lora_moe operators for CPU tensors, built for " TEXT(LORA_MOE_ISA);
-  m.def("build_info", &build_info, "What was built, and with what.");
+  m.def("build_info", &lora_moe::build_info, "What was built, and with what.");
+  m.def("register_operators", &lora_moe::register_operators, "Serve CPU tensors.");
 }

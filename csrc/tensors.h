@@ -18,13 +18,22 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// Why not TORCH_CHECK: the stable ABI's own macro buries the message under file and function names.
+// Of the operators' schemas: ops.VERSION in Python, which refuses an extension built for others.
+constexpr int kOperators = 2;
+
+// An operator refuses its arguments: ValueError in Python, as from the public functions, and never
+// what an allocation or a bug raises.  Why not TORCH_CHECK: the stable ABI's own macro buries the
+// message under file and function names.
 template <class... Parts>
-inline void check(bool ok, const Parts&... parts) {
-  if (__builtin_expect(ok, 1)) return;
+[[noreturn]] inline void refuse(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
-  throw std::runtime_error(message.str());
+  throw std::invalid_argument(message.str());
+}
+
+template <class... Parts>
+inline void check(bool ok, const Parts&... parts) {
+  if (!__builtin_expect(ok, 1)) refuse(parts...);
 }
 
 inline std::string text(const Ints& sizes) {
@@ -33,13 +42,66 @@ inline std::string text(const Ints& sizes) {
   return out + ")";
 }
 
+// As PyTorch writes it.
+inline std::string text(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+         dtype == ScalarType::Double;
+}
+
+inline Ints sizes_of(const Tensor& t) {
+  Ints sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return sizes;
+}
+
+// The name, the dtype and the shape of an operand.
+inline void check_operand(const char* name, const Tensor& t, ScalarType dtype, const Ints& shape) {
+  check(t.scalar_type() == dtype, name, ": expected ", text(dtype), ", got ",
+        text(t.scalar_type()));
+  bool same = t.dim() == int64_t(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape[i];
+  if (!same) refuse(name, ": expected shape ", text(shape), ", got ", text(sizes_of(t)));
+}
+
+// Rows of a matrix lie anywhere, their numbers side by side; where there is one or none, any stride
+// will do.
+inline void check_columns(const char* name, const Tensor& t) {
+  check(t.size(0) == 0 || t.size(1) <= 1 || t.stride(1) == 1, name,
+        ": expected unit stride along columns, got ", t.stride(1));
+}
+
 // t, or a copy of it in another floating dtype, rounded to nearest.
 inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   const ScalarType own = t.scalar_type();
   if (own == dtype) return t;
-  check(own == ScalarType::Float || own == ScalarType::BFloat16 || own == ScalarType::Half ||
-            own == ScalarType::Double,
-        "parameter: expected a floating dtype, got code ", int(own));
+  check(is_floating(own), "parameter: expected a floating dtype, got ", text(own));
   Tensor out = torch::stable::new_empty(t, t.sizes(), dtype);
   torch::stable::copy_(out, t);
   return out;

@@ -1,20 +1,30 @@
 """The autograd.Functions: forward and backward call one operator each, saving nothing of size D_out.
 
 Parameters may be wider than x (fp32 adapters, bf16 x): the operators round them to x's dtype for the
-products and return their gradients, summed in fp32, in the parameter's own dtype.
+products and return their gradients, summed in fp32, in the parameter's own dtype.  An incoming gradient
+may be missing, or be expanded, transposed or a slice: it is laid out here, for every backend.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .reference import accumulator
 
 _ops = torch.ops.lora_moe
+
+
+# --- operands as the operators take them ---------------------------------------------------------
+
+
+def rows_contiguous(t):
+    """Operators want unit stride along columns; rows may be anywhere (slices, expanded gradients)."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 or t.numel() == 0 else t.contiguous()
 
 
 def router_operand(w, x):
@@ -23,13 +33,64 @@ def router_operand(w, x):
     return rows_contiguous(w if w.dtype in (x.dtype, acc) else w.to(acc))
 
 
+def router_bias_operand(router_bias, x):
+    return None if router_bias is None else router_bias.to(accumulator(x.dtype)).contiguous()
+
+
 def rounded(x, *parameters):
     """Adapters as the products take them: in x's dtype, with unit stride along columns."""
     return [rows_contiguous(p.to(x.dtype)) for p in parameters]
 
 
-def router_bias_operand(router_bias, x):
-    return None if router_bias is None else router_bias.to(accumulator(x.dtype)).contiguous()
+def dense(*grads):
+    """Gradients of the routing, or of what has no rows to step over: contiguous, None where there is none."""
+    return tuple(None if g is None else g.contiguous() for g in grads)
+
+
+# --- derivatives of first order only -------------------------------------------------------------
+
+
+def once(backward):
+    """backward(ctx, saved, *grads) whose results raise where they are differentiated again.
+
+    Only there: with create_graph=True alone, as Hugging Face's and GAN code sets it for other layers, the
+    gradients are as usual.  PyTorch's once_differentiable looks at the incoming gradients alone, and a
+    second derivative with respect to a parameter is then silently missing.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        saved = ctx.saved_tensors  # read once: a checkpoint gives them out once
+        with torch.no_grad():
+            results = backward(ctx, saved, *grads)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        sources = [t for t in (*saved, *grads) if t is not None and t.requires_grad]
+        new = [g for g in results if g is not None and not any(g is given for given in grads)]
+        if not sources or not new:
+            return results
+        guarded = iter(_DifferentiatedTwice.apply(len(new), *new, *sources))
+        return tuple(next(guarded) if any(g is n for n in new) else g for g in results)
+
+    return run
+
+
+class _DifferentiatedTwice(Function):
+    """The first of the tensors as they are, made of the others as far as autograd knows."""
+
+    @staticmethod
+    def forward(ctx, number, *tensors):
+        return tensors[:number]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "lora_moe: second derivatives (double backward) are not implemented for the experts and the"
+            " router; the same functions in plain PyTorch, lora_moe.reference, have them"
+        )
+
+
+# --- the functions -------------------------------------------------------------------------------
 
 
 class RouterTopK(Function):
@@ -40,7 +101,7 @@ class RouterTopK(Function):
     @staticmethod
     def forward(ctx, x, w, bias, router_bias, top_k, gate, renormalize, *sparsity):
         out = _ops.router_topk(
-            x,
+            rows_contiguous(x),
             router_operand(w, x),
             bias,
             router_bias_operand(router_bias, x),
@@ -58,38 +119,54 @@ class RouterTopK(Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
-        x, w, indices, weights, logits = ctx.saved_tensors
-        dx, dw, drouter_bias = _router_backward(
-            ctx,
-            (dweights, dlogits, dmean_prob, dlse),
-            x,
-            w,
-            indices,
-            weights,
-            logits,
-            ctx.needs_input_grad[3],
-        )
+    @once
+    def backward(ctx, saved, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
+        aux = dweights, dlogits, dmean_prob, dlse
+        need_router_bias = ctx.needs_input_grad[3]
+        dx, dw, drouter_bias = _router_backward(ctx, aux, *saved, need_router_bias)
         return dx, dw, None, drouter_bias, *(None,) * 5
 
 
-def _router_backward(ctx, grads, x, w, indices, weights, logits, need_router_bias):
+def _router_backward(ctx, aux, x, w, indices, weights, logits, need_router_bias):
     """dx = dlogits W,  dW = dlogits^T x,  drouter_bias = dlogits^T 1, each only when needed."""
-    dlogits = _ops.router_topk_backward(*grads, indices, weights, logits, *ctx.options)
+    dlogits = _ops.router_topk_backward(*dense(*aux), indices, weights, logits, *ctx.options)
     need_x, need_w = ctx.needs_input_grad[:2]
     dx = dw = drouter_bias = None
     if need_x:
         dx = _ops.expand(dlogits, router_operand(w, x), None, None, None, x.dtype)
     if need_w:
-        dw = _ops.gram(dlogits, x).to(w.dtype)
-    if (
-        need_router_bias
-    ):  # in a fixed order, as gram promises it; fp16 holds 1, and never runs as TF32
-        exact = torch.float64 if dlogits.dtype == torch.float64 else torch.float16
-        ones = dlogits.new_ones((1, 1), dtype=exact).expand(len(dlogits), 1)
-        drouter_bias = _ops.gram(dlogits, ones).view(-1).to(ctx.bias_dtype)
+        dw = _ops.gram(dlogits, rows_contiguous(x)).to(w.dtype)
+    if need_router_bias:
+        drouter_bias = _sum_of_rows(dlogits).to(ctx.bias_dtype)
     return dx, dw, drouter_bias
+
+
+def _sum_of_rows(v):
+    """v^T 1, in the fixed order of every other sum over tokens; fp16 holds 1, and never runs as TF32."""
+    exact = torch.float64 if v.dtype == torch.float64 else torch.float16
+    return _ops.gram(v, v.new_ones((1, 1), dtype=exact).expand(len(v), 1)).view(-1)
+
+
+class RouteLogits(Function):
+    """indices, weights, mean_prob, lse, counts = apply(
+    logits, bias, top_k, gate, renormalize, top_p, threshold)
+    """
+
+    @staticmethod
+    def forward(ctx, logits, bias, top_k, gate, renormalize, *sparsity):
+        out = _ops.route_logits(logits.contiguous(), bias, top_k, gate, renormalize, *sparsity)
+        indices, weights, _, _, counts = out
+        ctx.save_for_backward(indices, weights, logits)
+        ctx.options = gate, renormalize
+        ctx.mark_non_differentiable(indices, counts)
+        ctx.set_materialize_grads(False)
+        return out
+
+    @staticmethod
+    @once
+    def backward(ctx, saved, _indices, dweights, dmean_prob, dlse, _counts):
+        aux = dense(dweights, None, dmean_prob, dlse)
+        return _ops.router_topk_backward(*aux, *dense(*saved), *ctx.options), *(None,) * 6
 
 
 class GroupedLora(Function):
@@ -98,9 +175,8 @@ class GroupedLora(Function):
     @staticmethod
     def forward(ctx, x, a, b, base, indices, weights, scaling, offsets, shared_a, frozen, plan):
         y, s = _ops.grouped_lora(
-            x,
-            *map(rows_contiguous, (a, b)),
-            base,
+            *map(rows_contiguous, (x, a, b)),
+            None if base is None else rows_contiguous(base),
             indices,
             weights,
             scaling,
@@ -113,15 +189,13 @@ class GroupedLora(Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, a, b, s, indices, weights, scaling = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dy):
+        x, a, b, s, indices, weights, scaling = saved
         offsets, shared_a, frozen, plan = ctx.options
         need_x, need_a, need_b, need_base, _, need_weights = ctx.needs_input_grad[:6]
         dx, dweights, da, db = _ops.grouped_lora_backward(
-            rows_contiguous(dy),
-            x,
-            *map(rows_contiguous, (a, b)),
+            *map(rows_contiguous, (dy, x, a, b)),
             s,
             indices,
             weights,
@@ -158,10 +232,10 @@ class RoutedLora(Function):
         renormalize, top_p, threshold, frozen, plan,
     ):  # fmt: skip
         *out, s = _ops.routed_lora(
-            x,
+            rows_contiguous(x),
             router_operand(w, x),
             *map(rows_contiguous, (a, b)),
-            base,
+            None if base is None else rows_contiguous(base),
             bias,
             router_bias_operand(router_bias, x),
             scaling,
@@ -184,9 +258,9 @@ class RoutedLora(Function):
         return tuple(out)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
-        x, w, a, b, s, indices, weights, logits, scaling = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dy, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
+        x, w, a, b, s, indices, weights, logits, scaling = saved
         aux = dweights, dlogits, dmean_prob, dlse
         need_x, need_w, need_a, need_b, need_base, _, need_router_bias = ctx.needs_input_grad[:7]
         if dy is None:  # only the routing reached the loss
@@ -197,8 +271,8 @@ class RoutedLora(Function):
         offsets, shared_a, frozen, plan = ctx.experts
         dx, dw, da, db, drouter_bias = _ops.routed_lora_backward(
             rows_contiguous(dy),
-            *aux,
-            x,
+            *dense(*aux),
+            rows_contiguous(x),
             router_operand(w, x),
             *map(rows_contiguous, (a, b)),
             s,
@@ -236,15 +310,15 @@ class Shrink(Function):
     def forward(ctx, x, a, w):
         ctx.save_for_backward(x, a, w)
         ctx.set_materialize_grads(False)
-        (a,) = rounded(x, a)
-        return _ops.shrink(x, a, None if w is None else router_operand(w, x))
+        w = None if w is None else router_operand(w, x)
+        return _ops.shrink(rows_contiguous(x), *rounded(x, a), w)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, ds, dlogits):
-        x, a, w = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, ds, dlogits):
+        x, a, w = saved
         need_x, need_a, need_w = ctx.needs_input_grad
-        ds, dlogits = (None if g is None else g.contiguous() for g in (ds, dlogits))
+        ds, dlogits = dense(ds, dlogits)
         pairs = [] if ds is None else [(ds, *rounded(x, a))]
         if w is not None and dlogits is not None:
             pairs.append((dlogits, router_operand(w, x)))
@@ -253,9 +327,9 @@ class Shrink(Function):
             second = pairs[1] if len(pairs) == 2 else (None, None)
             dx = _ops.expand(*pairs[0], *second, None, x.dtype)
         if need_a and ds is not None:
-            da = _ops.gram(ds, x).to(a.dtype)
+            da = _ops.gram(ds, rows_contiguous(x)).to(a.dtype)
         if need_w and dlogits is not None:
-            dw = _ops.gram(dlogits, x).to(w.dtype)
+            dw = _ops.gram(dlogits, rows_contiguous(x)).to(w.dtype)
         return dx, da, dw
 
 
@@ -265,22 +339,18 @@ class Expand(Function):
     @staticmethod
     def forward(ctx, h, b, base, dtype):
         ctx.save_for_backward(h, b)
-        return _ops.expand(h, rows_contiguous(b.to(dtype)), None, None, base, dtype)
+        base = None if base is None else rows_contiguous(base)
+        return _ops.expand(h.contiguous(), rows_contiguous(b.to(dtype)), None, None, base, dtype)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        h, b = ctx.saved_tensors
+    @once
+    def backward(ctx, saved, dy):
+        h, b = saved
         need_h, need_b, need_base, _ = ctx.needs_input_grad
         dh = db = None
         rows = rows_contiguous(dy)
         if need_h:
             dh, _ = _ops.shrink(rows, rows_contiguous(b.to(dy.dtype)), None)
         if need_b:
-            db = _ops.gram(h, rows).to(b.dtype)
+            db = _ops.gram(h.contiguous(), rows).to(b.dtype)
         return dh, db, dy if need_base else None, None
-
-
-def rows_contiguous(t):
-    """Operators want unit stride along columns; rows may be anywhere (slices, expanded gradients)."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()

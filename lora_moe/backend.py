@@ -85,13 +85,14 @@ def _load_cpp() -> dict:
     failures = {}
     for isa in _isas_to_try():
         try:
-            # only one may be loaded: each registers the same operators
             module = importlib.import_module(f"lora_moe._C_{isa}")
+            info = _built_for_these_operators(module)
         except ImportError as error:
             failures[isa] = error
             continue
+        module.register_operators()
         _serving["cpu"] = "cpp"
-        return {"reason": _why_missing(failures), **module.build_info()}
+        return {"reason": _why_missing(failures), **info}
     raise BackendUnavailable(_why_missing(failures))
 
 
@@ -103,6 +104,16 @@ def _why_missing(failures) -> str:
     if missing.is_broken(failures):
         warnings.warn(f"lora_moe: {reason}", RuntimeWarning, stacklevel=2)
     return reason
+
+
+def _built_for_these_operators(module) -> dict:
+    """The facts of an extension that is as old as this package; another one would misread its arguments."""
+    info = module.build_info()
+    if info.get("operators") != ops.VERSION:
+        raise BackendUnavailable(
+            f"built for operators of version {info.get('operators')}, not {ops.VERSION} as here: build it again"
+        )
+    return info
 
 
 def _load_triton() -> dict:
@@ -164,14 +175,15 @@ def _load_cuda() -> dict:
         raise BackendUnavailable(
             f"the CUDA extension is built but does not load: {error}"
         ) from error
+    info = _built_for_these_operators(module)
     if serving("cuda") != "reference":
         reason = (
             f"{serving('cuda')} serves CUDA tensors (LORA_MOE_BACKEND=cuda takes these kernels)"
         )
-        return {"available": False, "reason": reason, **module.build_info()}
+        return {"available": False, "reason": reason, **info}
     module.register_operators()
     _serving["cuda"] = "cuda"
-    return module.build_info()
+    return info
 
 
 def _load_reference() -> dict:

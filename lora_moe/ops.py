@@ -1,6 +1,6 @@
-"""Operator schemas, their shapes for tracing, and the reference implementation behind every device.
+"""Operator schemas, and the reference implementation behind every device.
 
-Nine operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels of one backend per
+Ten operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels of one backend per
 device; whatever has none runs reference.py.  Gradients live in autograd.py, outside the operators.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, W saved columns.
@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
-from . import reference
-from .plan import SEGMENTED, saved_ranks
+from . import reference, tracing
+from .plan import SEGMENTED
 
 _ROUTER = "int top_k, str gate, bool renormalize, float top_p, float threshold"
 _EXPERTS = "Tensor scaling, int[] offsets, bool shared_a"
@@ -27,10 +27,15 @@ _SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
 _NEEDS = "int[] frozen, bool need_x, bool need_w, bool need_a, bool need_b"
 _AUX = "Tensor? dweights, Tensor? dlogits, Tensor? dmean_prob, Tensor? dlse"
 
+VERSION = 2  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
+
 SCHEMAS = {
     # indices, weights, logits, mean_prob, lse, counts
     "router_topk": f"(Tensor x, Tensor w, Tensor? bias, Tensor? router_bias, {_ROUTER})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # the same from logits: indices, weights, mean_prob, lse, counts
+    "route_logits": f"(Tensor logits, Tensor? bias, {_ROUTER})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # the total gradient of the logits
     "router_topk_backward": f"({_AUX}, {_ROUTING}, Tensor logits, str gate, bool renormalize) -> Tensor",
     # S (T, R), logits (T, E or 0)
@@ -179,96 +184,23 @@ def _routed_lora_backward(
     return *grads, _keep(drouter_bias, need_router_bias)
 
 
-# --- shapes for tracing -------------------------------------------------------------------------
-
-
-def _acc(x, *shape):
-    return x.new_empty(shape, dtype=reference.accumulator(x.dtype))
-
-
-def _router_topk_fake(x, w, bias, router_bias, top_k, gate, renormalize, top_p, threshold):
-    T, E = x.shape[0], w.shape[0]
-    return (
-        x.new_empty((T, top_k), dtype=torch.int32),
-        _acc(x, T, top_k),
-        _acc(x, T, E),
-        _acc(x, E),
-        _acc(x, T),
-        x.new_empty((E,), dtype=torch.int64),
-    )
-
-
-def _router_topk_backward_fake(
-    dweights, dlogits, dmean_prob, dlse, indices, weights, logits, gate, renormalize
-):
-    return torch.empty_like(logits)
-
-
-def _shrink_fake(x, a, w):
-    T = x.shape[0]
-    return _acc(x, T, a.shape[0]), _acc(x, T, 0 if w is None else w.shape[0])
-
-
-def _expand_fake(h, b, h2, b2, base, dtype):
-    return h.new_empty((h.shape[0], b.shape[1]), dtype=dtype)
-
-
-def _gram_fake(h, x):
-    return h.new_empty((h.shape[1], x.shape[1]))
-
-
-def _grouped_lora_fake(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
-    width = saved_ranks(plan, offsets, indices.shape[1], shared_a)
-    return x.new_empty((x.shape[0], b.shape[1])), _acc(x, x.shape[0], width)
-
-
-def _routed_lora_fake(
-    x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, *rest
-):
-    *_, plan = rest
-    routing = _router_topk_fake(x, w, bias, router_bias, top_k, *rest[:-1])
-    y, s = _grouped_lora_fake(x, a, b, base, *routing[:2], scaling, offsets, shared_a, plan)
-    return y, *routing, s
-
-
-def _backward_fake(x, dw, a, b, need_x, need_w, need_a, need_b):
-    grads = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        dw,
-        a.new_empty(a.shape),
-        b.new_empty(b.shape),
-    )
-    return tuple(map(_keep, grads, (need_x, need_w, need_a, need_b)))
-
-
-def _grouped_lora_backward_fake(
-    dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, frozen, *needs
-):
-    return _backward_fake(x, torch.empty_like(weights), a, b, *needs[:4])
-
-
-def _routed_lora_backward_fake(dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, *rest):
-    *needs, need_router_bias, _plan = rest[-6:]
-    drouter_bias = _keep(_acc(x, w.shape[0]), need_router_bias)
-    return *_backward_fake(x, w.new_empty(w.shape), a, b, *needs), drouter_bias
-
-
 _TABLE = {
-    "router_topk": (reference.router_topk, _router_topk_fake),
-    "router_topk_backward": (reference.router_topk_backward, _router_topk_backward_fake),
-    "shrink": (_shrink, _shrink_fake),
-    "expand": (_expand, _expand_fake),
-    "gram": (reference.gram, _gram_fake),
-    "grouped_lora": (_grouped_lora, _grouped_lora_fake),
-    "grouped_lora_backward": (_grouped_lora_backward, _grouped_lora_backward_fake),
-    "routed_lora": (_routed_lora, _routed_lora_fake),
-    "routed_lora_backward": (_routed_lora_backward, _routed_lora_backward_fake),
+    "router_topk": reference.router_topk,
+    "route_logits": reference.route_logits,
+    "router_topk_backward": reference.router_topk_backward,
+    "shrink": _shrink,
+    "expand": _expand,
+    "gram": reference.gram,
+    "grouped_lora": _grouped_lora,
+    "grouped_lora_backward": _grouped_lora_backward,
+    "routed_lora": _routed_lora,
+    "routed_lora_backward": _routed_lora_backward,
 }
 
 
 def reference_operator(name):
     """The operator in plain PyTorch, on any device and for every plan."""
-    return _TABLE[name][0]
+    return _TABLE[name]
 
 
 def _without_autocast(function):
@@ -284,9 +216,13 @@ def _without_autocast(function):
     return run
 
 
-for _name, (_reference, _fake) in _TABLE.items():
+for _name, _reference in _TABLE.items():
     torch.library.define(f"lora_moe::{_name}", SCHEMAS[_name])
     torch.library.impl(
         f"lora_moe::{_name}", "CompositeExplicitAutograd", _without_autocast(_reference)
     )
-    torch.library.register_fake(f"lora_moe::{_name}", _fake)
+    for _key in tracing.REFUSED_KEYS:
+        torch.library.impl(f"lora_moe::{_name}", _key, tracing.refusing(_name))
+    torch.library.register_fake(
+        f"lora_moe::{_name}", tracing.on_one_device(_name, getattr(tracing, _name))
+    )

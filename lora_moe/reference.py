@@ -12,10 +12,13 @@ resort.
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 
 import torch
+
+# top_p that drops nothing: more than any number of gates sum to, and, unlike inf, a number in JSON,
+# in which a saved graph keeps it
+ALL_KEPT = 1e30
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -38,17 +41,27 @@ def gate_values(logits, gate):
     return torch.softmax(logits, dim=1) if gate == "softmax" else torch.sigmoid(logits)
 
 
-def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p=math.inf, threshold=0.0):
-    """p = gate(x W^T + router_bias);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
+def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p=ALL_KEPT, threshold=0.0):
+    """route_logits of x W^T + router_bias.
 
-    Of the K picked, those with p < threshold are dropped, and those before which p already sums to
-    top_p: their id is -1, their weight 0.
     Returns indices (T, K) int32, weights (T, K), logits (T, E), mean_prob (E,), lse (T,), counts (E,).
     """
     acc = accumulator(x.dtype)
     logits = x.to(acc) @ w.to(acc).T  # (T, E)
     if router_bias is not None:
         logits = logits + router_bias
+    ids, weights, *rest = route_logits(logits, bias, top_k, gate, renormalize, top_p, threshold)
+    return ids, weights, logits, *rest
+
+
+def route_logits(logits, bias, top_k, gate, renormalize, top_p=ALL_KEPT, threshold=0.0):
+    """p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
+
+    Of the K picked, those with p < threshold are dropped, and those before which p already sums to
+    top_p: their id is -1, their weight 0.
+    Returns indices (T, K) int32, weights (T, K), mean_prob (E,), lse (T,), counts (E,).
+    """
+    T, E = logits.shape
     p = gate_values(logits, gate)  # (T, E)
     ids = select_topk(p if bias is None else p + bias, top_k)  # (T, K)
     weights = p.gather(1, ids)  # (T, K)
@@ -57,11 +70,11 @@ def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p=math.in
     weights = torch.where(dropped, 0, weights)
     if renormalize:
         weights = weights / _nonzero(weights.sum(1, keepdim=True))
-    mean_prob = p.sum(0) / max(len(x), 1)  # (E,)
-    counts = torch.zeros(len(w), dtype=torch.int64, device=x.device)
+    mean_prob = p.sum(0) / max(T, 1)  # (E,)
+    counts = torch.zeros(E, dtype=torch.int64, device=logits.device)
     counts.index_add_(0, ids.flatten(), (~dropped).long().flatten())
     ids = torch.where(dropped, -1, ids).int()
-    return ids, weights, logits, mean_prob, torch.logsumexp(logits, 1), counts
+    return ids, weights, mean_prob, torch.logsumexp(logits, 1), counts
 
 
 def router_topk_backward(

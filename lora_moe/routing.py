@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from . import autograd, checks
+
+_ops = torch.ops.lora_moe
+
 
 class Routing(NamedTuple):
     """A decision for T tokens, as tensors; fp32, or fp64 when x is fp64.
@@ -75,6 +79,39 @@ class Routing(NamedTuple):
         ids = torch.arange(E, dtype=torch.int32, device=gates.device).expand(T, E)
         counts = torch.full((E,), T, dtype=torch.int64, device=gates.device)
         return Routing(ids.contiguous(), _at_least_fp32(gates), counts)
+
+    @staticmethod
+    def from_logits(
+        logits: torch.Tensor,
+        top_k: int,
+        *,
+        gate: str = "softmax",
+        renormalize: bool = True,
+        bias: torch.Tensor | None = None,
+        top_p: float | None = None,
+        threshold: float | None = None,
+    ) -> Routing:
+        """What router_topk decides, from logits of any other router:  p = gate(logits),  weights = p[ids].
+
+        Args:
+            logits: (..., E), floating; differentiable.
+            top_k, gate, renormalize, bias, top_p, threshold: as in functional.router_topk.
+        Returns:
+            Routing with every field; logits are those given, as (T, E) and at least fp32.
+        Raises:
+            ValueError, TypeError: an argument does not fit.
+        """
+        logits = checks.logits(logits)
+        checks.decision(logits, logits.shape[1], top_k, gate, bias, like="logits")
+        options = top_k, gate, bool(renormalize), *checks.sparsity(top_p, threshold, gate)
+        bias = checks.selection(bias, logits)
+        checks.first_order(logits)
+        if torch.is_grad_enabled() and logits.requires_grad:
+            out = autograd.RouteLogits.apply(logits, bias, *options)
+        else:
+            out = _ops.route_logits(logits.contiguous(), bias, *options)
+        indices, weights, mean_prob, lse, counts = out
+        return Routing(indices, weights, counts, logits, mean_prob, lse)
 
     def repeat(self, n: int) -> Routing:
         """One decision per sequence, for its n tokens: row t becomes rows t*n .. t*n + n - 1."""

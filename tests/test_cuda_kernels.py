@@ -484,6 +484,21 @@ def test_a_wrong_row_stays_alone(kernels, case, value, gate):
         assert torch.equal(got[i][others], clean[i][others])
 
 
+@some("odd", "tiles fit", "many experts", "no rows", "wide: 1024 ranks")
+def test_route_logits(kernels, case):
+    """The decisions alone, to the bit those of router_topk, and the given logits stay as they are."""
+    v = sample(case)
+    *want, counts = kernels.router_topk(
+        v["x"], v["router_weight"], v["bias"], v["router_bias"], *router(case)
+    )
+    logits = want.pop(2)
+    before = logits.clone()
+    got = kernels.route_logits(logits, v["bias"], *router(case))
+    for a, b in zip(got, [*want, counts], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 def test_special_logits_as_in_torch(kernels, gate):
     """inf, -inf and NaN, alone and together, ties among them: an identity router passes them on."""

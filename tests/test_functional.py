@@ -262,6 +262,68 @@ def test_router_topk(case, dtype):
         assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"threshold": 0.2}, {"top_p": 0.5, "gate": "softmax"}], ids=str
+)
+@some_cases("odd", "one past a tile", "unequal ranks", "many experts", "no rows", "one token")
+def test_routing_from_logits_is_that_of_the_router(case, options):
+    """To the bit, and so are the gradients of the logits."""
+    v = sample(case)
+    options = {"bias": v["bias"], **case.options, **options}
+    want = F.router_topk(
+        v["x"], v["router_weight"], case.K, router_bias=v["router_bias"], **options
+    )
+
+    def grads(logits, routing):
+        out = routing.weights, routing.mean_prob, routing.lse, routing.logits
+        return torch.autograd.grad(
+            out, logits, [d.to(o.dtype) for d, o in zip(cotangents(out), out)]
+        )
+
+    given = want.logits.clone().requires_grad_()
+    got = Routing.from_logits(given, case.K, **options)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    no_grad = Routing.from_logits(given.detach(), case.K, **options)
+    assert all(map(torch.equal, no_grad, want))
+    # through a router that hands on its input: x = logits, W = 1
+    eye = torch.eye(case.E)
+    x = want.logits.clone().requires_grad_()
+    torch.testing.assert_close(
+        grads(given, got), grads(x, F.router_topk(x, eye, case.K, **options)), rtol=1e-5, atol=1e-7
+    )
+
+
+@every_dtype
+def test_routing_from_logits_of_any_dtype_stride_and_shape(dtype):
+    g = torch.Generator().manual_seed(0)
+    wide = torch.randn(3, 7, 10, generator=g, dtype=torch.float64).to(dtype)
+    logits = wide[..., ::2].requires_grad_()  # (3, 7, 5), column stride 2
+    routing = Routing.from_logits(logits, 2)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    assert routing.indices.shape == (21, 2) and routing.weights.dtype == acc
+    assert torch.equal(routing.logits, logits.detach().reshape(21, 5).to(acc))
+    p = torch.softmax(logits.detach().double().reshape(21, 5), 1)
+    want, ids = p.topk(2, 1)
+    assert torch.equal(routing.indices.long(), ids)
+    assert_accurate("weights", routing.weights, want / want.sum(1, keepdim=True), units=16)
+    (grad,) = torch.autograd.grad(routing.weights[:, 0].sum(), logits)
+    assert grad.dtype == dtype and grad.shape == logits.shape and grad.abs().sum() > 0
+
+
+def test_a_mixture_of_given_logits_is_the_routed_one():
+    case = BY_NAME["tiles fit"]
+    v = sample(case)
+    with pinned():
+        want, routing = routed(v, case)
+        again = Routing.from_logits(routing.logits, case.K, bias=v["bias"], **case.options)
+        y = F.grouped_lora(
+            v["x"], v["lora_A"], v["lora_B"], again, scaling=v["scaling"], base=v["base"],
+            **experts_of(case),
+        )  # fmt: skip
+    assert_same_bits(y, want)
+
+
 @every_dtype
 @some_cases("odd", "wide", "many experts", "large rank", "no rows")
 def test_shrink_and_expand(case, dtype):

@@ -298,6 +298,22 @@ def test_no_worse_than_eager(case, dtype):
     assert_accurate("y", got[0].cpu(), want, eager.routed_lora(inputs, case, ids)[0])
 
 
+@some("odd", "tiles fit", "many experts", "no rows", "wide: 1024 ranks")
+def test_route_logits(case):
+    """The decisions alone, to the bit those of router_topk, and the given logits stay as they are."""
+    v = on_device(sample(case))
+    *want, counts = kernels.router_topk(
+        v["x"], v["router_weight"], v["bias"], v["router_bias"], *router(case)
+    )
+    logits = want.pop(2)
+    before = logits.clone()
+    with watched():
+        got = kernels.route_logits(logits, v["bias"], *router(case))
+    for a, b in zip(got, [*want, counts], strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(logits, before)
+
+
 # --- contract -----------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from .expand import expand
 from .gram import gram
 from .lora_backward import grouped_lora_backward, routed_lora_backward
 from .routed_lora import grouped_lora, routed_lora
-from .router_topk import router_topk
+from .router_topk import route_logits, router_topk
 from .router_topk_backward import router_topk_backward
 from .shrink import shrink
 
@@ -22,6 +22,7 @@ __all__ = [
     "gram",
     "grouped_lora",
     "grouped_lora_backward",
+    "route_logits",
     "routed_lora",
     "routed_lora_backward",
     "router_topk",

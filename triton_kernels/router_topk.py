@@ -63,12 +63,12 @@ def biases_of(bias, router_bias):
     return Biases(*(None if b is None else b.float().contiguous() for b in (bias, router_bias)))
 
 
-def new_routing(x, E, K, block_t):
+def new_routing(x, E, K, block_t, keep_logits=True):
     T, tiles = len(x), triton.cdiv(len(x), block_t)
     return Routing(
         x.new_empty(T, K, dtype=torch.int32),
         x.new_empty(T, K, dtype=torch.float32),
-        x.new_empty(T, E, dtype=torch.float32),
+        x.new_empty(T, E, dtype=torch.float32) if keep_logits else None,
         x.new_empty(T, dtype=torch.float32),
         x.new_empty(tiles, E, dtype=torch.float32),
         x.new_empty(tiles, E, dtype=torch.int64 if tiles == 1 else torch.int32),
@@ -152,16 +152,25 @@ def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p, thresh
     return _launch(x, source, biases, len(w), "router_topk", options)
 
 
-def decide(logits, biases, options):
-    """The same from logits in memory; `options` as gate_options makes them."""
+def route_logits(logits, bias, top_k, gate, renormalize, top_p, threshold):
+    """indices, weights (T, K), mean_prob (E,), lse (T,), counts (E,), from logits (T, E)."""
+    require_supported(logits)
+    options = gate_options(top_k, gate, renormalize, top_p, threshold)
+    logits = logits.float().contiguous()
+    indices, weights, _, *rest = decide(logits, biases_of(bias, None), options, keep_logits=False)
+    return indices, weights, *rest
+
+
+def decide(logits, biases, options, keep_logits=True):
+    """As router_topk, from logits in memory; `options` as gate_options makes them."""
     source = None, 0, None, 0, logits
-    return _launch(logits, source, biases, logits.shape[1], "route_logits", options)
+    return _launch(logits, source, biases, logits.shape[1], "route_logits", options, keep_logits)
 
 
-def _launch(x, source, biases, E, kind, options):
+def _launch(x, source, biases, E, kind, options, keep_logits=True):
     block_e = max(16, triton.next_power_of_2(E))
     tile = choose(kind, x, block_e)
-    routing = new_routing(x, E, options["K"], tile["BLOCK_T"])
+    routing = new_routing(x, E, options["K"], tile["BLOCK_T"], keep_logits)
     if len(x):
         launch(
             x,

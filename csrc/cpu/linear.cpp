@@ -1,5 +1,6 @@
 // The bare products:  shrink  S = x A^T, logits = x W^T;  expand  y = base + H B + H2 B2;
 // gram  H^T x.
+#include "register.h"
 #include "rows.h"
 
 namespace lora_moe {
@@ -86,7 +87,7 @@ Tensor expand(Tensor h, Tensor b, MaybeTensor h2, MaybeTensor b2, MaybeTensor ba
     case ScalarType::Double:
       return expand_to<double>(h, b, h2, b2, base);
     default:
-      throw std::runtime_error("dtype: expected float32, float64, bfloat16 or float16");
+      refuse("dtype: expected float32, float64, bfloat16 or float16, got ", text(dtype));
   }
 }
 
@@ -112,10 +113,10 @@ Tensor gram(Tensor h, Tensor x) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_moe, CPU, m) {
-  m.impl("shrink", TORCH_BOX(&shrink));
-  m.impl("expand", TORCH_BOX(&expand));
-  m.impl("gram", TORCH_BOX(&gram));
+void register_linear(Library& library) {
+  library.impl("shrink", TORCH_BOX(&shrink));
+  library.impl("expand", TORCH_BOX(&expand));
+  library.impl("gram", TORCH_BOX(&gram));
 }
 
 }  // namespace lora_moe

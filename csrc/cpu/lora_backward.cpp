@@ -11,6 +11,7 @@
 #include <functional>
 
 #include "experts.h"
+#include "register.h"
 #include "router.h"
 #include "rows.h"
 
@@ -259,9 +260,9 @@ RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dl
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_moe, CPU, m) {
-  m.impl("grouped_lora_backward", TORCH_BOX(&grouped_lora_backward));
-  m.impl("routed_lora_backward", TORCH_BOX(&routed_lora_backward));
+void register_backward(Library& library) {
+  library.impl("grouped_lora_backward", TORCH_BOX(&grouped_lora_backward));
+  library.impl("routed_lora_backward", TORCH_BOX(&routed_lora_backward));
 }
 
 }  // namespace lora_moe

@@ -4,6 +4,7 @@
 // sorted by expert, shrink by the picked experts only, gate, expand.  x is read from memory once,
 // y written once, and no work is done for experts that were not picked.
 #include "experts.h"
+#include "register.h"
 #include "router.h"
 #include "rows.h"
 
@@ -148,9 +149,9 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_moe, CPU, m) {
-  m.impl("grouped_lora", TORCH_BOX(&grouped_lora));
-  m.impl("routed_lora", TORCH_BOX(&routed_lora));
+void register_forward(Library& library) {
+  library.impl("grouped_lora", TORCH_BOX(&grouped_lora));
+  library.impl("routed_lora", TORCH_BOX(&routed_lora));
 }
 
 }  // namespace lora_moe

@@ -1,5 +1,6 @@
 // logits = x W^T + router_bias, or given;  p = gate(logits);  ids = top-k of p + bias;
 // weights = p[ids] (/ their sum).
+#include "register.h"
 #include "router.h"
 
 namespace lora_moe {
@@ -19,6 +20,25 @@ Routing router_topk(Tensor x, Tensor w, MaybeTensor bias, MaybeTensor router_bia
     return {router.indices,   router.weights, router.logits,
             router.mean_prob, router.lse,     router.counts};
   });
+}
+
+using Decided = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class C>
+Decided decide(const Tensor& logits, const MaybeTensor& bias, int64_t top_k, Gate gate) {
+  const int64_t T = logits.size(0), E = logits.size(1);
+  const C* logit = contiguous<C>("logits", logits, {T, E});
+  Decisions<C> out(T, E, bias, top_k, gate);
+  out.blocks.run([&](int64_t begin, int64_t end) { out.decide(logit, begin, end); });
+  out.finish();
+  return {out.indices, out.weights, out.mean_prob, out.lse, out.counts};
+}
+
+Decided route_logits(Tensor logits, MaybeTensor bias, int64_t top_k, std::string gate,
+                     bool renormalize, double top_p, double threshold) {
+  const bool wide = logits.scalar_type() == ScalarType::Double;
+  return (wide ? decide<double> : decide<float>)(logits, bias, top_k,
+                                                 Gate(gate, renormalize, top_p, threshold));
 }
 
 template <class C>
@@ -48,9 +68,10 @@ Tensor router_topk_backward(MaybeTensor dweights, MaybeTensor dlogits, MaybeTens
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(lora_moe, CPU, m) {
-  m.impl("router_topk", TORCH_BOX(&router_topk));
-  m.impl("router_topk_backward", TORCH_BOX(&router_topk_backward));
+void register_router(Library& library) {
+  library.impl("router_topk", TORCH_BOX(&router_topk));
+  library.impl("route_logits", TORCH_BOX(&route_logits));
+  library.impl("router_topk_backward", TORCH_BOX(&router_topk_backward));
 }
 
 }  // namespace lora_moe

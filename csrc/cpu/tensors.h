@@ -34,17 +34,9 @@ struct Rows {
 };
 
 template <class T>
-inline const T* data(const char* name, const Tensor& t, Ints shape) {
+inline const T* data(const char* name, const Tensor& t, const Ints& shape) {
   check(t.is_cpu(), name, ": expected a CPU tensor");
-  check(t.scalar_type() == scalar_type_of<T>(), name, ": wrong dtype, expected code ",
-        int(scalar_type_of<T>()), ", got ", int(t.scalar_type()));
-  bool same = t.dim() == int64_t(shape.size());
-  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape[i];
-  if (!same) {
-    Ints got;
-    for (int64_t i = 0; i < t.dim(); ++i) got.push_back(t.size(i));
-    check(false, name, ": expected shape ", text(shape), ", got ", text(got));
-  }
+  check_operand(name, t, scalar_type_of<T>(), shape);
   return static_cast<const T*>(t.const_data_ptr());
 }
 
@@ -63,7 +55,7 @@ inline const T* contiguous(const char* name, const MaybeTensor& t, Ints shape) {
 template <class T>
 inline Rows<const T> rows(const char* name, const Tensor& t, int64_t n, int64_t columns) {
   const T* p = data<T>(name, t, {n, columns});
-  check(columns <= 1 || t.stride(1) == 1, name, ": expected unit stride along columns");
+  check_columns(name, t);
   return {p, t.stride(0)};
 }
 
@@ -133,7 +125,7 @@ inline auto dispatch(const Tensor& x, F f) {
     case ScalarType::Double:
       return f.template operator()<double>();
     default:
-      throw std::runtime_error("x: expected float32, float64, bfloat16 or float16");
+      refuse("x: expected float32, float64, bfloat16 or float16, got ", text(x.scalar_type()));
   }
 }
 

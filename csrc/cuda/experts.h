@@ -27,6 +27,7 @@ inline void add_biases(Router& router, const MaybeTensor& bias, const MaybeTenso
 }
 
 // What a router fills: indices, weights and lse by token, mean_prob and counts at last by `finish`.
+// Who forms the logits makes room for them.
 struct RouterResults {
   Tensor indices, weights, logits, mean_prob, lse, counts, prob_parts, count_parts;
   Routing routing;
@@ -35,7 +36,6 @@ struct RouterResults {
     const int64_t T = x.size(0), groups = ceil_div(T, kGroup);
     indices = empty<int32_t>(x, {T, K});
     weights = empty<float>(x, {T, K});
-    logits = empty<float>(x, {T, E});
     mean_prob = empty<float>(x, {E});
     lse = empty<float>(x, {T});
     counts = empty<int64_t>(x, {E});
@@ -46,7 +46,7 @@ struct RouterResults {
                mutable_data<int32_t>(count_parts)};
   }
   void finish(cudaStream_t stream) {
-    router_totals(routing, logits.size(0), logits.size(1), mutable_data<float>(mean_prob),
+    router_totals(routing, lse.size(0), counts.size(0), mutable_data<float>(mean_prob),
                   mutable_data<int64_t>(counts), stream);
   }
 };

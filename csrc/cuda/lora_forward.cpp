@@ -91,6 +91,7 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
     Forward<T> forward(x, a, scaling, offsets, shared_a);
     const Tensor wide_w = wide(w);
     RouterResults out(x, E, top_k);
+    out.logits = empty<float>(x, {x.size(0), E});
     Shrink<T>& shrink = forward.shrink;
     Middle<T>& middle = forward.middle;
     middle.router = router;

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
+#include "../tensors.h"
 #include "register.h"
 
 // setup.py defines LORA_MOE_CUDA_ARCHS as bare words, say 8.0;9.0+PTX
@@ -17,6 +18,7 @@ namespace {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["architectures"] = TEXT(LORA_MOE_CUDA_ARCHS);
+  info["operators"] = kOperators;
   info["cuda_version"] =
       std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
   info["torch_version"] = TORCH_VERSION;                      // whose headers were used

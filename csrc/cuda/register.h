@@ -1,12 +1,10 @@
-// Operators are registered when backend.py says so, not when the module is imported: where Triton
-// serves CUDA tensors, `lora-moe info` still tells what was built.
+// The operators for CUDA tensors, a file of them each.  Where Triton serves CUDA tensors none of
+// them is registered, and `lora-moe info` still tells what was built.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
+#include "../register.h"
 
 namespace lora_moe::cuda {
-
-using Library = torch::stable::detail::StableLibrary;
 
 void register_linear(Library&);
 void register_router(Library&);

@@ -17,6 +17,25 @@ Results router_topk(Tensor x, Tensor w, MaybeTensor bias, MaybeTensor router_bia
   return {out.indices, out.weights, out.logits, out.mean_prob, out.lse, out.counts};
 }
 
+// The decisions alone, from logits that stay as they are.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route_logits(Tensor logits, MaybeTensor bias,
+                                                                int64_t top_k, std::string gate,
+                                                                bool renormalize, double top_p,
+                                                                double threshold) {
+  const OnDevice device(logits);
+  const int64_t T = logits.size(0), E = logits.size(1);
+  Middle<float> middle;
+  middle.router = router_of(gate, renormalize, E, top_k, top_p, threshold);
+  add_biases(middle.router, bias, {}, logits);
+  RouterResults out(logits, E, top_k);
+  middle.routing = out.routing;
+  middle.tokens = T;
+  middle.logits = const_cast<float*>(contiguous<float>("logits", logits, logits, {T, E}));
+  gate_ranks(middle, device.stream);
+  out.finish(device.stream);
+  return {out.indices, out.weights, out.mean_prob, out.lse, out.counts};
+}
+
 Tensor router_topk_backward(MaybeTensor dweights, MaybeTensor dlogits, MaybeTensor dmean_prob,
                             MaybeTensor dlse, Tensor indices, Tensor weights, Tensor logits,
                             std::string gate, bool renormalize) {
@@ -35,6 +54,7 @@ Tensor router_topk_backward(MaybeTensor dweights, MaybeTensor dlogits, MaybeTens
 RouterResults route(const Tensor& x, const Tensor& w, const Router& router, cudaStream_t stream) {
   const Tensor wide_w = wide(w);
   RouterResults out(x, router.E, router.K);
+  out.logits = empty<float>(x, {x.size(0), router.E});
   dispatch(x, [&]<class T>() {
     Shrink<T> p;
     p.tokens = x.size(0), p.columns = p.stretch = x.size(1), p.E = router.E;
@@ -52,6 +72,7 @@ RouterResults route(const Tensor& x, const Tensor& w, const Router& router, cuda
 
 void register_router(Library& library) {
   library.impl("router_topk", TORCH_BOX(&router_topk));
+  library.impl("route_logits", TORCH_BOX(&route_logits));
   library.impl("router_topk_backward", TORCH_BOX(&router_topk_backward));
 }
 

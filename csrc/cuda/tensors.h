@@ -47,17 +47,14 @@ template <class T>
 const T* data(const char* name, const Tensor& t, const Tensor& like, Ints shape) {
   check(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), name,
         ": expected a tensor on x's device");
-  check(t.scalar_type() == scalar_type_of<T>(), name, ": wrong dtype, expected code ",
-        int(scalar_type_of<T>()), ", got ", int(t.scalar_type()));
-  const Ints got(t.sizes().begin(), t.sizes().end());
-  check(got == shape, name, ": expected shape ", text(shape), ", got ", text(got));
+  check_operand(name, t, scalar_type_of<T>(), shape);
   return static_cast<const T*>(t.const_data_ptr());
 }
 
 template <class T>
 Rows<T> rows(const char* name, const Tensor& t, const Tensor& like, int64_t n, int64_t columns) {
   const T* p = data<T>(name, t, like, {n, columns});
-  check(columns <= 1 || t.stride(1) == 1, name, ": expected unit stride along columns");
+  check_columns(name, t);
   return Rows<T>(p, t.stride(0));
 }
 
@@ -99,7 +96,7 @@ auto dispatch(const Tensor& x, F f) {
     case ScalarType::Half:
       return f.template operator()<f16>();
     default:
-      throw std::runtime_error("x: the CUDA kernels take float32, bfloat16 or float16");
+      refuse("x: the CUDA kernels take float32, bfloat16 or float16, got ", text(x.scalar_type()));
   }
 }
 

@@ -39,7 +39,7 @@ def build(csrc: Path = ROOT / "csrc", sanitize: bool = False) -> Path:
         *((source, [*FLAGS, *_torch_flags()]) for source in hosts),
         *((source, [*FLAGS, *flags, *_torch_flags()]) for source in runtime),
     ]
-    headers = [*(csrc / "cuda").glob("*.h"), csrc / "tensors.h", *SHIM.glob("*.h")]
+    headers = [*(csrc / "cuda").glob("*.h"), *csrc.glob("*.h"), *SHIM.glob("*.h")]
     text = b"".join(path.read_bytes() for path in sorted(headers))
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(FOLDER / "lock", "w") as lock:

@@ -1,0 +1,13 @@
+// The operators for CPU tensors, a file of them each.
+#pragma once
+
+#include "../register.h"
+
+namespace lora_moe {
+
+void register_linear(Library&);
+void register_router(Library&);
+void register_forward(Library&);
+void register_backward(Library&);
+
+}  // namespace lora_moe

@@ -1,0 +1,234 @@
+"""What the public functions ask of their arguments: each message names argument, expected and received.
+
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from itertools import groupby, pairwise
+
+import torch
+from torch.autograd import forward_ad
+
+from .reference import ALL_KEPT, accumulator
+
+GATES = ("softmax", "sigmoid")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Some devices, meta among them, know no autocast and raise when asked."""
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
+
+
+def floating_input(x, function, name="x"):
+    """x itself, in autocast's dtype where autocast is on, as nn.Linear would take it."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {x.layout}")
+    if x.dtype in FLOATS and x.dtype != torch.float64 and autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: {function} takes float32, float64, bfloat16 or float16, got {x.dtype}"
+        )
+    if x.dim() < 1:
+        raise ValueError(f"{name}: expected (..., D_in), got a scalar")
+    return x
+
+
+def logits(values):
+    """(..., E) of any floating dtype as (T, E), fp32 or fp64."""
+    if not isinstance(values, torch.Tensor):
+        raise TypeError(f"logits: expected a tensor, got {type(values).__name__}")
+    if values.layout != torch.strided or values.dtype not in FLOATS:
+        raise TypeError(
+            f"logits: expected a dense floating tensor, got {values.dtype} {values.layout}"
+        )
+    if values.dim() < 1:
+        raise ValueError("logits: expected (..., E), got a scalar")
+    return values.reshape(-1, values.shape[-1]).to(accumulator(values.dtype))
+
+
+def shape_is(name, tensor, expected, why=""):
+    if tuple(tensor.shape) != tuple(expected):
+        why = f", {why}" if why else ""
+        raise ValueError(f"{name}: expected {tuple(expected)}{why}, got {tuple(tensor.shape)}")
+
+
+def device_is(name, tensor, x, like="x"):
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like {like}, got {tensor.device}")
+
+
+def matrix(name, tensor, x, shape, why="", like="x"):
+    """A dense floating tensor on x's device; None in `shape` leaves that size free."""
+    if (  # the usual case in a third of the time: a decoding step makes a thousand of these checks
+        isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.dtype in FLOATS
+        and tensor.device == x.device
+        and _fits(tensor.shape, shape)
+    ):
+        return
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected a dense floating tensor, got {tensor.dtype} {tensor.layout}"
+        )
+    if len(shape) != tensor.dim():
+        raise ValueError(f"{name}: expected {len(shape)} dimensions, got {tuple(tensor.shape)}")
+    expected = [
+        have if want is None else want for want, have in zip(shape, tensor.shape, strict=True)
+    ]
+    shape_is(name, tensor, expected, why)
+    device_is(name, tensor, x, like)
+
+
+def _fits(have, shape):
+    if len(have) != 2 or len(shape) != 2:
+        return have == shape
+    return shape[0] in (None, have[0]) and shape[1] in (None, have[1])
+
+
+def router(x, router_weight, top_k, gate, bias, router_bias):
+    matrix("router_weight", router_weight, x, (None, x.shape[-1]), "one column per feature of x")
+    decision(x, router_weight.shape[0], top_k, gate, bias)
+    if router_bias is not None:
+        matrix("router_bias", router_bias, x, (router_weight.shape[0],), "one per expert")
+
+
+def decision(x, E, top_k, gate, bias, like="x"):
+    """How the router chooses from the logits of E experts."""
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= E:
+        raise ValueError(f"top_k: expected an integer in [1, {E}] for {E} experts, got {top_k!r}")
+    if gate not in GATES:
+        raise ValueError(f"gate: expected one of {GATES}, got {gate!r}")
+    if bias is not None:
+        matrix("bias", bias, x, (E,), "one per expert", like)
+
+
+def rank_offsets_of(rank_offsets, num_experts: int) -> list[int]:
+    """E + 1 ascending row offsets from offsets or from one common rank; raises ValueError."""
+    if isinstance(rank_offsets, int) and not isinstance(rank_offsets, bool):
+        if rank_offsets < 1:
+            raise ValueError(f"rank_offsets: expected a rank of at least 1, got {rank_offsets}")
+        return [rank_offsets * e for e in range(num_experts + 1)]
+    if isinstance(rank_offsets, (bool, str)) or not isinstance(rank_offsets, Sequence):
+        raise ValueError(
+            f"rank_offsets: expected an int or a sequence of {num_experts + 1} ints, got {rank_offsets!r}"
+        )
+    offsets = list(rank_offsets)
+    if len(offsets) != num_experts + 1 or any(type(o) is not int for o in offsets):
+        raise ValueError(
+            f"rank_offsets: expected {num_experts + 1} ints for {num_experts} experts, got {offsets}"
+        )
+    if offsets[0] != 0 or any(b <= a for a, b in pairwise(offsets)):
+        raise ValueError(f"rank_offsets: expected 0 first, then strictly ascending, got {offsets}")
+    return offsets
+
+
+def experts(x, lora_A, lora_B, num_experts, rank_offsets, shared_a, frozen, scaling):
+    offsets = rank_offsets_of(rank_offsets, num_experts)
+    R = offsets[-1]
+    if shared_a:
+        r = offsets[1]
+        if any(b - a != r for a, b in pairwise(offsets)):
+            raise ValueError(f"rank_offsets: expected equal ranks with shared_a, got {offsets}")
+        matrix("lora_A", lora_A, x, (r, x.shape[-1]), "the shared rank's rows")
+    else:
+        matrix("lora_A", lora_A, x, (R, x.shape[-1]), "one row per rank row of rank_offsets")
+    matrix("lora_B", lora_B, x, (R, None), "one row per rank row of rank_offsets")
+    return offsets, frozen_ids(frozen, num_experts), scales_of(scaling, num_experts, x)
+
+
+def frozen_ids(frozen, num_experts):
+    if isinstance(frozen, (int, str)) or not isinstance(frozen, Collection):
+        raise TypeError(f"frozen: expected a collection of expert ids, got {frozen!r}")
+    if any(type(e) is not int or not 0 <= e < num_experts for e in frozen):
+        raise ValueError(f"frozen: expected expert ids in [0, {num_experts}), got {frozen!r}")
+    return sorted(frozen)
+
+
+def scales_of(scaling, num_experts, x):
+    dtype = accumulator(x.dtype)
+    if isinstance(scaling, torch.Tensor):
+        matrix("scaling", scaling, x, (num_experts,), "one per expert")
+        if scaling.dtype == dtype and not scaling.requires_grad and scaling.is_contiguous():
+            return scaling
+        return scaling.detach().to(dtype).contiguous()
+    if _is_finite(scaling):  # filled on the device: no copy from the host
+        return torch.full((num_experts,), float(scaling), dtype=dtype, device=x.device)
+    values = list(scaling) if isinstance(scaling, Sequence) else []
+    if len(values) != num_experts or not all(_is_finite(v) for v in values):
+        raise ValueError(
+            f"scaling: expected a finite float or {num_experts} of them, got {scaling!r}"
+        )
+    if x.device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    # filled as well: a copy from the host would end the capture of a CUDA graph
+    equal = [(float(v), len(list(same))) for v, same in groupby(values)]
+    return torch.cat([torch.full((n,), v, dtype=dtype, device=x.device) for v, n in equal])
+
+
+def _is_finite(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def sparsity(top_p, threshold, gate):
+    """As the operators take them: numbers that drop nothing where the caller gave none."""
+    if top_p is not None and (not _is_finite(top_p) or not 0 < top_p <= 1):
+        raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
+    if top_p is not None and gate != "softmax":
+        raise ValueError(f"top_p: expected gate='softmax', whose gates sum to 1, got {gate!r}")
+    if threshold is not None and (not _is_finite(threshold) or not 0 <= threshold <= 1):
+        raise ValueError(f"threshold: expected a number in [0, 1], got {threshold!r}")
+    return ALL_KEPT if top_p is None else float(top_p), float(threshold or 0)
+
+
+def selection(bias, x):
+    return None if bias is None else bias.detach().to(accumulator(x.dtype)).contiguous()
+
+
+def slots(routing, x, tokens):
+    """K of the caller's decision for the tokens of x, once its shapes, dtypes, layout and device fit."""
+    indices, weights = routing.indices, routing.weights
+    for name, t in (("routing.indices", indices), ("routing.weights", weights)):
+        if t.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got {t.layout}")
+        device_is(name, t, x)
+    if indices.dtype != torch.int32:
+        raise TypeError(f"routing.indices: expected int32, got {indices.dtype}")
+    if weights.dtype not in FLOATS:
+        raise TypeError(f"routing.weights: expected a floating dtype, got {weights.dtype}")
+    if indices.dim() != 2:
+        raise ValueError(f"routing.indices: expected (T, K), got {tuple(indices.shape)}")
+    shape_is("routing.indices", indices, (tokens, indices.shape[1]), "one row per token of x")
+    shape_is("routing.weights", weights, tuple(indices.shape), "as indices")
+    return indices.shape[1]
+
+
+def first_order(*tensors):
+    """Reverse-mode PyTorch is what the kernels know: another kind of derivative raises, none is dropped."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if any(t is not None and wrapped(t) for t in tensors):
+            raise RuntimeError(
+                "lora_moe: torch.func's transforms (grad, vjp, jvp, vmap, jacrev, ...) are not implemented"
+                " for the experts and the router; torch.autograd.grad and backward are, and the functions"
+                " of lora_moe.reference take every transform"
+            )
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise RuntimeError(
+            "lora_moe: forward-mode derivatives (torch.autograd.forward_ad) are not implemented for the"
+            " experts and the router; reverse mode is, and the functions of lora_moe.reference have both"
+        )

@@ -1,0 +1,215 @@
+"""Incoming gradients as losses really make them: expanded, transposed, slices, missing; on every backend.
+
+`y.sum()` hands over one number expanded, `y.T @ z` a transposed matrix, `y[:, ::2]` through a view a
+slice, and an output that the loss does not use hands over nothing.  Truth is the stacked formulation of
+eager.py in fp64, gradients by autograd.
+
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_moe import Routing
+from lora_moe import functional as F
+
+from . import eager
+from .cases import BY_NAME, in_double, leaves, sample, some_cases
+from .compare import assert_accurate
+from .test_functional import PARAMETERS, every_dtype, experts_of, routed
+
+
+def expanded(g, shape):
+    """A row for all tokens."""
+    return torch.randn(shape[1:], generator=g, dtype=torch.float64).expand(shape)
+
+
+def one_number(g, shape):
+    return torch.randn((), generator=g, dtype=torch.float64).expand(shape)
+
+
+def transposed(g, shape):
+    return torch.randn(shape[::-1], generator=g, dtype=torch.float64).permute(
+        *range(len(shape))[::-1]
+    )
+
+
+def sliced(g, shape):
+    """Every second row and column of a larger tensor, from an odd offset on."""
+    frame = torch.randn([2 * n + 3 for n in shape], generator=g, dtype=torch.float64)
+    return frame[tuple(slice(1, 2 * n + 1, 2) for n in shape)]
+
+
+def rows_of_a_frame(g, shape):
+    """Unit stride along columns, rows apart."""
+    frame = torch.randn(*shape[:-1], shape[-1] + 3, generator=g, dtype=torch.float64)
+    return frame[..., 2 : shape[-1] + 2]
+
+
+LAYOUTS = [expanded, one_number, transposed, sliced, rows_of_a_frame]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+
+
+def as_laid_out(layout, g, output):
+    """A gradient of `output` in its dtype, and the same numbers in fp64, contiguous."""
+    wanted = layout(g, tuple(output.shape))
+    strides = wanted.stride()
+    # a plain .to() keeps no stride of 0, nor gaps
+    storage = wanted.as_strided((wanted.untyped_storage().nbytes() // 8,), (1,), 0)
+    grad = storage.to(output.dtype).as_strided(wanted.shape, strides, wanted.storage_offset())
+    assert grad.stride() == strides
+    return grad, grad.double().contiguous()
+
+
+# --- what is called, and what it must give: inputs -> outputs that have gradients ----------------
+
+
+def ids_of(case):
+    g = torch.Generator().manual_seed(3)
+    return torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
+
+
+def routed_lora(v, case):
+    y, routing = routed(v, case)
+    outputs = y, routing.weights, routing.logits, routing.mean_prob, routing.lse
+    return outputs, lambda v: eager.routed_lora(v, case, routing.indices)
+
+
+def router_topk(v, case):
+    options = {"bias": v["bias"], "router_bias": v["router_bias"], **case.options}
+    r = F.router_topk(v["x"], v["router_weight"], case.K, **options)
+    rest = case, r.indices
+    return (r.weights, r.logits, r.mean_prob, r.lse), lambda v: eager.router_topk(
+        v["x"], v["router_weight"], *rest, v["router_bias"]
+    )
+
+
+def from_logits(v, case):
+    r = Routing.from_logits(v["logits"], case.K, bias=v["bias"], **case.options)
+
+    def truth(v):
+        eye = torch.eye(case.E, dtype=torch.float64)
+        return eager.router_topk(v["logits"], eye, case, r.indices)
+
+    return (r.weights, r.logits, r.mean_prob, r.lse), truth
+
+
+def grouped_lora(v, case):
+    routing = Routing.from_ids(ids_of(case), v["weights"], num_experts=case.E)
+    rest = {"scaling": v["scaling"], "base": v["base"], **experts_of(case)}
+    y = F.grouped_lora(v["x"], v["lora_A"], v["lora_B"], routing, **rest)
+    return (y,), lambda v: (
+        eager.grouped_lora(
+            v["x"],
+            v["lora_A"],
+            v["lora_B"],
+            ids_of(case),
+            v["weights"],
+            case,
+            v["base"],
+            v["scaling"],
+        ),
+    )
+
+
+def shrink(v, case):
+    return F.shrink(v["x"], v["lora_A"], v["router_weight"]), lambda v: (
+        v["x"] @ v["lora_A"].T,
+        v["x"] @ v["router_weight"].T,
+    )
+
+
+def expand(v, case):
+    return (F.expand(v["H"], v["lora_B"], v["base"]),), lambda v: (
+        v["H"] @ v["lora_B"] + (0 if v["base"] is None else v["base"]),
+    )
+
+
+FUNCTIONS = [routed_lora, router_topk, from_logits, grouped_lora, shrink, expand]
+every_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+USED = {
+    routed_lora: PARAMETERS,
+    router_topk: ("x", "router_weight", "router_bias"),
+    from_logits: ("logits",),
+    grouped_lora: ("x", "lora_A", "lora_B", "base", "weights"),
+    shrink: ("x", "lora_A", "router_weight"),
+    expand: ("H", "lora_B", "base"),
+}
+
+
+def inputs_of(case, dtype):
+    v = sample(case, dtype)
+    g = torch.Generator().manual_seed(9)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, columns in (("weights", case.K), ("logits", case.E), ("H", case.R)):
+        v[name] = torch.randn(case.T, columns, generator=g, dtype=torch.float64).to(wide)
+    return v
+
+
+def check(function, case, dtype, layout, which=None):
+    """Gradients of all outputs, or of output number `which` alone, against fp64."""
+    inputs = leaves(inputs_of(case, dtype), *USED[function])
+    outputs, truth = function(inputs, case)
+    names = [n for n in USED[function] if inputs[n] is not None]
+    g = torch.Generator().manual_seed(5)
+    grads, exact_grads = zip(*(as_laid_out(layout, g, o) for o in outputs), strict=True)
+    chosen = range(len(outputs)) if which is None else [which]
+
+    def gradients(outputs, inputs, grads):
+        return torch.autograd.grad(
+            [outputs[i] for i in chosen], [inputs[n] for n in names], [grads[i] for i in chosen],
+            allow_unused=True,
+        )  # fmt: skip
+
+    got = gradients(outputs, inputs, grads)
+    exact = leaves(in_double(inputs_of(case, dtype)), *USED[function])
+    want = gradients(truth(exact), exact, exact_grads)
+    low = dtype in (torch.bfloat16, torch.float16)
+    for name, out, truth_of in zip(names, got, want, strict=True):
+        if truth_of is None:
+            assert out is None or not out.any(), name
+            continue
+        assert out is not None and out.dtype == inputs[name].dtype, name
+        if truth_of.norm() < 1e-12:  # no tokens, or weights that sum to 1
+            assert out.shape == truth_of.shape and (out.abs() < 1e-5).all(), name
+        else:
+            # 16-bit H and dS are rounded once each, the gradient itself a third time
+            assert_accurate(f"d{name}", out, truth_of, dtype=dtype, units=1.5 if low else 64)
+
+
+@every_layout
+@every_function
+@every_dtype
+@some_cases("odd", "unequal ranks", "shared A", "no rows", "one expert")
+def test_every_layout_of_every_output(case, dtype, function, layout):
+    check(function, case, dtype, layout)
+
+
+OUTPUTS = {routed_lora: 5, router_topk: 4, from_logits: 4, grouped_lora: 1, shrink: 2, expand: 1}
+ALONE = [(function, which) for function, n in OUTPUTS.items() for which in range(n) if n > 1]
+
+
+@pytest.mark.parametrize(
+    "function, which", ALONE, ids=lambda v: v if isinstance(v, int) else v.__name__
+)
+@some_cases("odd", "shared A", "no rows")
+def test_one_output_alone(case, function, which):
+    """The gradients of all the others are missing."""
+    check(function, case, torch.float32, sliced, which)
+
+
+def test_a_loss_on_the_routing_beside_one_on_y():
+    """Issues begin so: y.square().sum() + weights.sum()."""
+    case = BY_NAME["tiles fit"]
+    v = leaves(sample(case), *PARAMETERS)
+    y, routing = routed(v, case)
+    loss = y.square().sum() + routing.weights.sum() + routing.logits.T[0].sum() + routing.lse.sum()
+    (loss + routing.mean_prob.sum()).backward()
+    exact = leaves(in_double(sample(case)), *PARAMETERS)
+    y, weights, logits, mean_prob, lse = eager.routed_lora(exact, case, routing.indices)
+    loss = y.square().sum() + weights.sum() + logits.T[0].sum() + lse.sum() + mean_prob.sum()
+    loss.backward()
+    for name in ("x", "router_weight", "lora_A", "lora_B", "base"):
+        assert_accurate(f"d{name}", v[name].grad, exact[name].grad, units=16)
