@@ -111,7 +111,7 @@ def _built_for_these_operators(module) -> dict:
     info = module.build_info()
     if info.get("operators") != ops.VERSION:
         raise BackendUnavailable(
-            f"built for operators of version {info.get('operators')}, not {ops.VERSION} as here: build it again"
+            f"built for operators of version {info.get('operators')}, not {ops.VERSION}: build it again"
         )
     return info
 
