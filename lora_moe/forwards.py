@@ -27,7 +27,7 @@ _METADATA = {
     "is_floating_point", "layout", "ndim", "new_empty", "new_full", "new_ones", "new_tensor",
     "new_zeros", "numel", "requires_grad", "shape", "size", "stride",
 }  # fmt: skip
-_QUESTIONS = {"getattr", "hasattr", "id", "isinstance", "print", "type"}  # about an object
+_QUESTIONS = {"hasattr", "id", "isinstance", "print", "type"}  # about an object
 _LIKENESS = {"to", "type_as"}  # x.to(weight): dtype and device of it
 _PRODUCTS = {"addmm", "baddbmm", "bmm", "einsum", "linear", "matmul", "mm", "tensordot"}
 _WEIGHT = re.compile(r"(.+?)\.weight(?:\.(\w+).*)?")
@@ -132,6 +132,8 @@ class Forward(ast.NodeVisitor):
     # --- expressions: what is called, what is read ------------------------------------------------
 
     def visit_Call(self, node):
+        if (path := self._path(node)) is not None:
+            return self._use(path)
         name = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
         arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
         path = self._path(node.func)
@@ -147,6 +149,7 @@ class Forward(ast.NodeVisitor):
             arguments = [a for a in arguments if self._path(a) is None]
         for argument in arguments:
             self.visit(argument)
+        return None
 
     def visit_BinOp(self, node):
         if isinstance(node.op, ast.MatMult):
@@ -170,7 +173,7 @@ class Forward(ast.NodeVisitor):
         weight = _WEIGHT.fullmatch(path)
         if weight is None:
             self.calls.add(path)
-        elif weight[2] not in _METADATA:
+        elif weight[2] not in _METADATA and not (weight[2] or "").startswith("_"):
             self.reads.add(weight[1])
 
     def _mentions_own_weight(self, node):
@@ -180,17 +183,27 @@ class Forward(ast.NodeVisitor):
         """The path from the module that an expression names, None for any other expression."""
         if isinstance(node, ast.Name):
             return self._names.get(node.id)
-        if not isinstance(node, ast.Attribute | ast.Subscript):
-            return None
-        path = self._path(node.value)
-        if path is None or (isinstance(node, ast.Subscript) and path.endswith("weight")):
+        owner, name = _member(node)
+        path = owner and self._path(owner)
+        if path is None or (name == "*" and path.endswith("weight")):
             return None  # a slice of a weight is no module
-        last = node.attr if isinstance(node, ast.Attribute) else "*"
-        return f"{path}.{last}" if path else last
+        return f"{path}.{name}" if path else name
 
     def _is_method(self, name):
         static = inspect.getattr_static(self._module, name, None)
         return callable(static) and not isinstance(static, nn.Module)
+
+
+def _member(node):
+    """(owner, name) of  owner.name,  owner[i]  as "*",  getattr(owner, "name"); else (None, None)."""
+    if isinstance(node, ast.Attribute):
+        return node.value, node.attr
+    if isinstance(node, ast.Subscript):
+        return node.value, "*"
+    if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "getattr":
+        owner, name, *_ = node.args
+        return (owner, name.value) if isinstance(name, ast.Constant) else (None, None)
+    return None, None
 
 
 class Method(NamedTuple):

@@ -9,7 +9,9 @@ import functools
 import re
 import sys
 from collections.abc import Iterable
+from itertools import pairwise
 
+import torch
 from torch import nn
 
 from .forwards import Forward
@@ -117,6 +119,12 @@ def _has_peft(place):
     return None
 
 
+def _is_scripted(place):
+    if any(isinstance(m, torch.jit.ScriptModule) for m in place.chain):
+        return "TorchScript has compiled it: inject before torch.jit.script"
+    return None
+
+
 def _is_sharded(place):
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
@@ -157,7 +165,7 @@ def _fused_experts(place):
     """Names of the 3-D parameters of a bank of experts; a convolution's weight is none."""
     if "expert" not in (place.path + _name(place.module)).lower():
         return []
-    return [name for name, p in place.module.named_parameters(recurse=False) if p.ndim == 3]
+    return [name for name, p in place.module.named_parameters(recurse=False) if p.ndim >= 3]
 
 
 def _multiplies(place):
@@ -170,11 +178,13 @@ def _multiplies(place):
 
 def _is_router(place):
     """By class, by what it returns, by its size: what lies beside experts and decides on them."""
-    module, above = place.module, [m for _, m in place.holders[-2:]]
+    module, above = place.module, [m for _, m in place.holders]
     tuples = place.forward_of(module).returns_tuple
     experts = _experts_beside(module, place.parent)
     router = experts and (tuples or _is_named(module) or linear_features(module)[1] == experts)
-    router = router or (_is_named(place.parent) and _experts_beside(place.parent, above[0]))
+    router = router or any(
+        _is_named(inner) and _experts_beside(inner, outer) for outer, inner in pairwise(above)
+    )
     if router:
         return "it routes to the model's own experts"
     return f"a {_name(module)} returns a tuple" if tuples else None
@@ -260,6 +270,7 @@ def _declared(place):
 _CHECKS = (
     _has_experts,
     _has_peft,
+    _is_scripted,
     _is_sharded,
     _is_not_linear,
     _is_router,

@@ -33,6 +33,8 @@ class Calls(Block):
         x = x.to(self.proj.weight.dtype).to(self.proj.weight)
         if isinstance(self.proj.weight, torch.Tensor) and self.proj.weight is not None:
             x = x.view(-1, self.proj.weight.shape[1]) + self.proj.weight.new_zeros(4)
+        if getattr(self.proj.weight, "_is_hf_initialized", False) or hasattr(self, "other"):
+            x = x.clone()
         return self.proj(x)
 
 
@@ -51,6 +53,16 @@ class ReadsThroughNames(Block):
         layer = self.proj
         weight = layer.weight
         return x @ weight.T
+
+
+class ReadsByGetattr(Block):
+    def forward(self, x):
+        return F.linear(x, getattr(getattr(self, "proj"), "weight"))  # noqa: B009
+
+
+class CallsByGetattr(Block):
+    def forward(self, x, name="out"):
+        return getattr(self, "proj")(x) + getattr(self, name)(x)  # noqa: B009
 
 
 class ReadsASlice(Block):
@@ -130,6 +142,8 @@ READS = {
     "reads": (Reads, {"proj"}, False),
     "method": (ReadsInAMethod, {"proj"}, False),
     "names": (ReadsThroughNames, {"proj"}, False),
+    "getattr": (ReadsByGetattr, {"proj"}, False),
+    "getattr-call": (CallsByGetattr, set(), True),
     "slice": (ReadsASlice, {"proj"}, False),
     "list": (ReadsInAList, {"experts.*"}, False),
     "super": (ReadsInTheBase, {"proj"}, False),

@@ -99,6 +99,17 @@ class TopKGating(Nested):
     pass
 
 
+class DeepRouter(nn.Module):
+    """A router with a network of its own, as Zaya's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.inner(x).topk(2)
+
+
 class Bank(nn.Module):
     def __init__(self):
         super().__init__()
@@ -122,6 +133,7 @@ ROUTERS = {
     "linear": (lambda: nn.Linear(4, 3), listed, "gate"),
     "linear-beside-a-bank": (lambda: nn.Linear(4, 3), Bank, "gate"),
     "nested": (TopKGating, listed, "gate.classifier"),
+    "deep": (DeepRouter, Bank, "gate.inner.0"),
 }
 
 
@@ -259,6 +271,22 @@ def test_weights_that_a_plain_model_shares_stay_shared():
     assert model["head"].weight is model["embed"].weight
 
 
+@pytest.mark.parametrize("how", ["itself", "inside"])
+def test_scripted_modules_are_refused(how):
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    model = nn.Sequential(nn.Linear(4, 4), scripted) if how == "inside" else scripted
+    with pytest.raises(ValueError, match=r"0 \(TorchScript has compiled it: inject before"):
+        inject(model, names("0"))
+    if how == "inside":
+        inject(model, LoraMoeConfig(**CONFIG, target_modules="all-linear"))
+        assert list(injected(model)) == ["0"]
+
+
+def test_an_exported_program_reads_its_weights():
+    program = torch.export.export(nn.Sequential(nn.Linear(4, 4)), (torch.zeros(1, 4),))
+    assert "GraphModule reads its weight" in why_not(program.module(), "0")
+
+
 # --- other libraries -----------------------------------------------------------------------------
 
 
@@ -287,16 +315,20 @@ def mesh(tmp_path):
     distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("part", ["model", "layer"])
-def test_fully_shard_before_inject_is_refused(mesh, part, tmp_path):
+def test_fully_shard_before_inject_is_refused(mesh, tmp_path):
     from torch.distributed.fsdp import fully_shard
 
-    model, other = (nn.Sequential(nn.Sequential(nn.Linear(4, 4))) for _ in range(2))
-    save_adapter(inject(other, names("0.0")), tmp_path)
-    fully_shard(model if part == "model" else model[0], mesh=mesh)
-    for attempt in (lambda: inject(model, names("0.0")), lambda: load_adapter(model, tmp_path)):
-        with pytest.raises(ValueError, match="inject first, then fully_shard"):
-            attempt()
+    def build():
+        return nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+
+    save_adapter(inject(build(), names("0.0")), tmp_path)
+    root, layer = build(), build()
+    fully_shard(root, mesh=mesh)
+    fully_shard(layer[0], mesh=mesh)
+    for model in (root, layer):
+        for attempt in (lambda m: inject(m, names("0.0")), lambda m: load_adapter(m, tmp_path)):
+            with pytest.raises(ValueError, match="inject first, then fully_shard"):
+                attempt(model)
 
 
 @pytest.mark.parametrize("style", ["ColwiseParallel", "RowwiseParallel"])
