@@ -49,6 +49,8 @@ class Conditions:
             return self._module if node.id == self._this else self._defaults[node.id]
         if isinstance(node, ast.Attribute):
             return _setting(self._value(node.value), node.attr)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "hasattr":
+            return hasattr(self._value(node.args[0]), self._value(node.args[1]))
         return ast.literal_eval(node)
 
     def _junction(self, node):

@@ -184,8 +184,10 @@ def transformers_model(name, **fields):
     return getattr(transformers, name)(config)
 
 
+JAMBA = {"num_experts": 2, "num_hidden_layers": 2, "mamba_d_state": 4, "num_key_value_heads": 2}
 READERS = {
     "mamba": ("MambaForCausalLM", {}, "dt_proj", "MambaMixer"),
+    "jamba": ("JambaForCausalLM", JAMBA, "dt_proj", "JambaMambaMixer"),
     "wavlm-q": ("WavLMModel", {}, "q_proj", "WavLMAttention"),
     "wavlm-out": ("WavLMModel", {}, "out_proj", "WavLMAttention"),
     "bloom": ("BloomForCausalLM", {"pretraining_tp": 2, "slow_but_exact": True}, "dense", "Bloom"),
@@ -202,6 +204,14 @@ def test_parents_that_read_the_weight(name, fields, target, reader):
 def test_a_setting_of_the_parent_decides():
     model = transformers_model("BloomForCausalLM", n_layer=1)
     assert list(injected(inject(model, names("dense")))) == ["transformer.h.0.self_attention.dense"]
+
+
+def test_a_quantised_parent_calls_what_it_reads_otherwise():
+    """Jamba and FalconMamba ask their configuration whether dt_proj has a weight to read."""
+    model = transformers_model("JambaForCausalLM", **JAMBA)
+    assert "reads its weight" in why_not(model, "model.layers.0.mamba.dt_proj")
+    model.config._is_quantized = True
+    assert why_not(model, "model.layers.0.mamba.dt_proj") is None
 
 
 def test_a_grandparent_that_reads_the_weight():
