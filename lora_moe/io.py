@@ -38,7 +38,7 @@ from .inject import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear, adapter_tensors, expert_ids
 from .sharded import fill, gathered, is_sharded, is_writer, plain_path, unwrapped
 from .steering import injected, layers_of
-from .targets import why_not
+from .unfit import unfit
 
 FILE_NAME = "lora_moe.safetensors"
 FORMAT_VERSION = 2
@@ -447,9 +447,10 @@ def _fixed_fields(config):
 def _wanted_at(model, info):
     """The tensors, on the meta device, that experts at the saved paths of this model would have."""
     modules = {plain_path(path): (path, m) for path, m in model.named_modules()}
+    reasons = unfit(model, [modules[path][0] for path, _ in _configs(info) if path in modules])
     problems, found = [], {}
     for path, config in _configs(info):
-        reason = why_not(model, modules[path][0]) if path in modules else "no such module"
+        reason = reasons.get(modules[path][0]) if path in modules else "no such module"
         if reason:
             problems.append(f"{path}: {reason}")
         else:
