@@ -20,12 +20,16 @@ from torch import nn
 from . import records
 from .context import NOTHING, Call, recomputing, thread
 from .layers import LoraMoeLinear
+from .steering import adapted_path, injected
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
-def attach(model: nn.Module) -> None:
-    """Hang everything on a model that has experts; anew where it was there already."""
+def attach(model: nn.Module, *, saves: bool = True) -> None:
+    """Hang everything on a model that has experts; anew where it was there already.
+
+    Without `saves`, as where PEFT saves the experts, save_pretrained stays the model's own.
+    """
     detach(model)
     callers = {model: _arguments(model)}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -38,6 +42,8 @@ def attach(model: nn.Module) -> None:
         caller.register_forward_hook(_AfterCall(before), always_call=True)
     model.register_forward_hook(_Watch(model))
     for name, wrapper in _WRAPPERS.items():
+        if wrapper is _SavePretrained and not saves:
+            continue
         if callable(getattr(type(model), name, None)) and not isinstance(
             vars(model).get(name), _Wrapper
         ):
@@ -110,7 +116,7 @@ def _expect_rows(model, args, given):
     """Inside generate rows expand; elsewhere another number of samples is a mistake."""
     if thread.generating:
         return
-    layers = [m for m in model.modules() if isinstance(m, LoraMoeLinear)]
+    layers = injected(model).values()
     decisions = (thread.decisions.get(m, NOTHING).routing or m.given for m in layers)
     rows = {routing.indices.shape[0] for routing in decisions if routing is not None}
     main = given.get(getattr(model, "main_input_name", ""))
@@ -157,9 +163,10 @@ class _Watch:
         """[(path, layer, hook on its nearest parent that is called)]"""
         hooks, watched = {}, []
         modules = dict(model.named_modules())
-        for path, layer in modules.items():
-            if not isinstance(layer, LoraMoeLinear) or not path:
+        for name, layer in modules.items():
+            if not isinstance(layer, LoraMoeLinear) or not name:
                 continue
+            path = adapted_path(name, layer)
             parent = path.rpartition(".")[0]
             while parent and isinstance(modules[parent], _CONTAINERS):
                 parent = parent.rpartition(".")[0]
@@ -184,11 +191,13 @@ class _Watch:
     def _tell_idle(self, model):
         if any(d.disabled for d in thread.decisions.values()):
             return  # no layer notes its forward here
+        if not all(layer.enabled for _, layer, _ in self.parents):
+            return
         watched, self.parents = self.parents, None
         idle = [
             path
             for path, layer, parent in watched
-            if parent.ran and records.record_of(layer).last is None
+            if parent.ran and layer.active and records.record_of(layer).last is None
         ]
         for module in model.modules():
             for key in [k for k, h in module._forward_hooks.items() if isinstance(h, _ParentRan)]:
@@ -205,7 +214,9 @@ class _Watch:
         if self.trained:
             return
         self.trained = True
-        layers = [m for m in model.modules() if isinstance(m, LoraMoeLinear)]
+        layers = injected(model).values()
+        if any(layer.adapter_name is not None for layer in layers):
+            return  # PEFT freezes adapters on purpose
         if not any(p.requires_grad for m in layers for p in m.parameters(recurse=False)):
             warnings.warn(
                 "lora_moe: the model trains, but every expert is frozen (requires_grad=False): call"
@@ -217,7 +228,7 @@ class _Watch:
     def _tell_unread(self, model):
         if self.read:
             return
-        layers = [m for m in model.modules() if isinstance(m, LoraMoeLinear)]
+        layers = injected(model).values()
         found = [records.record_of(m) for m in layers]
         if any(record.read for record in found):
             self.read = True  # somebody adds the loss

@@ -74,7 +74,12 @@ def remove(model: nn.Module) -> nn.Module:
         raise ValueError(
             "model: expected a module that holds LoraMoeLinear, got one; take base_layer"
         )
-    place(model, {layer: layer.base_layer for layer in layers_of(model).values()})
+    layers = layers_of(model)
+    if any(layer.adapter_name is not None for layer in layers.values()):
+        raise ValueError(
+            "model: expected experts of inject, got PEFT's; call the PEFT model's unload()"
+        )
+    place(model, {layer: layer.base_layer for layer in layers.values()})
     detach(model)
     return model
 

@@ -36,7 +36,16 @@ from .attach import attach
 from .config import LoraMoeConfig
 from .inject import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear, adapter_tensors, expert_ids
-from .sharded import fill, gathered, is_sharded, is_writer, plain_path, unwrapped
+from .sharded import (
+    fill,
+    gathered,
+    is_sharded,
+    is_writer,
+    modules_by_path,
+    plain_path,
+    unwrapped,
+    whole_modules,
+)
 from .steering import injected, layers_of
 from .unfit import unfit
 
@@ -161,7 +170,8 @@ def load_adapter(
     with _open(Path(directory)) as file:
         info = _read_info(file, adapter_dtype)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
-        wanted |= _wanted_modules(model, info)
+        whole_tensors = _wanted_modules(model, info)
+        wanted |= whole_tensors
         values = read_tensors(file, _slices(info), wanted)
     if layers:
         adapters = {}
@@ -184,10 +194,11 @@ def load_adapter(
         place(model, bases)
         attach(model)
         freeze_base(model)
-    for key, tensor in _saved_tensors(model, layers).items():
+    for key, tensor in whole_tensors.items():
         fill(tensor, values.pop(key))
+    modules = modules_by_path(model)
     for path in info["modules_to_save"]:
-        model.get_submodule(path).requires_grad_(True)
+        modules[path].requires_grad_(True)
     return whole
 
 
@@ -238,7 +249,7 @@ def _keyed(layers):
 
 def _whole_modules(model, layers):
     """{path: module} of what modules_to_save names."""
-    found = {}
+    found = whole_modules(model)
     for names in {layer.config.modules_to_save for layer in layers.values()}:
         found |= modules_to_save(model, names)
     return {plain_path(path): module for path, module in found.items()}
@@ -290,15 +301,19 @@ def _expect_loadable(layers, tensors):
 def _describe(model, layers):
     from . import __version__  # the package imports this module
 
+    whole = tuple(_whole_modules(model, layers))
     groups: dict[tuple, list[str]] = {}
     for path, layer in layers.items():
-        groups.setdefault((layer.config, layer.frozen), []).append(path)
+        config = layer.config
+        if layer.adapter_name is not None:  # PEFT keeps what trains as a whole by itself
+            config = dataclasses.replace(config, modules_to_save=whole)
+        groups.setdefault((config, layer.frozen), []).append(path)
     adapters = [{**_sections(*kind), "modules": paths} for kind, paths in groups.items()]
     return {
         "version": FORMAT_VERSION,
         "library": __version__,
         "adapters": adapters,
-        "modules_to_save": list(_whole_modules(model, layers)),
+        "modules_to_save": list(whole),
     }
 
 
@@ -470,7 +485,7 @@ def _wanted_tensors(found):
 
 def _wanted_modules(model, info):
     """The tensors of the modules that the file says were trained as a whole."""
-    modules = {plain_path(path): m for path, m in model.named_modules()}
+    modules = modules_by_path(model)
     missing = [path for path in info["modules_to_save"] if path not in modules]
     _raise("adapter: expected modules_to_save of the model", missing)
     wanted, seen = {}, set()

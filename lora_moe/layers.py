@@ -60,6 +60,12 @@ class LoraMoeLinear(nn.Module):
         TypeError: base is no linear module, or already a LoraMoeLinear.
     """
 
+    # of an adapter that PEFT knows by a name (see lora_moe.peft): the functions of this package address
+    # the active ones, by the path of the module that they adapt
+    adapter_name: str | None = None
+    active = True
+    enabled = True
+
     def __init__(self, base: nn.Module, config: LoraMoeConfig):
         super().__init__()
         features = linear_features(base)
@@ -152,7 +158,10 @@ class LoraMoeLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
-        y = self.base_layer(x, *args, **kwargs)
+        return self.adapt(x, self.base_layer(x, *args, **kwargs))
+
+    def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y, the base's output for x, plus the experts; what the caller decided and records included."""
         if not isinstance(y, torch.Tensor):
             raise TypeError(f"base_layer: expected a tensor from it, got {type(y).__name__}")
         decision = told(self)

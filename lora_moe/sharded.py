@@ -16,7 +16,7 @@ _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without DDP, DataParallel, FSDP, DeepSpeed's engine and torch.compile around it."""
+    """The model without PEFT, DDP, DataParallel, FSDP, DeepSpeed's engine and torch.compile around it."""
     while True:
         kind = type(model).__name__
         if hasattr(model, "_orig_mod"):
@@ -25,6 +25,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         elif hasattr(model, "_fsdp_wrapped_module"):
             model = model._fsdp_wrapped_module
+        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # PeftModel, whose layers stay in it
         else:
             return model
 
@@ -32,6 +34,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def plain_path(path: str) -> str:
     """The path without what wrappers put into it."""
     return ".".join(name for name in path.split(".") if name not in _SEGMENTS)
+
+
+def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """{plain path: the module that trains} of what PEFT trains as a whole, beside the base's own."""
+    found = {}
+    for path, module in model.named_modules():
+        if any(c.__name__ == "ModulesToSaveWrapper" for c in type(module).__mro__):
+            active = [n for n in module.active_adapters if n in module.modules_to_save]
+            found |= {plain_path(path): module.modules_to_save[name] for name in active}
+    return found
+
+
+def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """{plain path: module}; for what PEFT trains as a whole, the module that trains."""
+    modules = {plain_path(path): module for path, module in model.named_modules()}
+    return modules | whole_modules(model)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -18,11 +18,27 @@ from . import records
 from .context import Decision, deciding, thread
 from .layers import LoraMoeLinear, expert_ids
 from .routing import Routing
+from .sharded import whole_modules
 
 
 def injected(model: nn.Module) -> dict[str, LoraMoeLinear]:
-    """The model's LoraMoeLinear modules by their (first) path; empty if there are none."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraMoeLinear)}
+    """The model's LoraMoeLinear modules by their (first) path; empty if there are none.
+
+    Of adapters that PEFT knows by names (see lora_moe.peft) these are the active one's, each by the path
+    of the module that it adapts.
+    """
+    layers = {
+        name: m for name, m in model.named_modules() if isinstance(m, LoraMoeLinear) and m.active
+    }
+    adapted = {adapted_path(name, layer): layer for name, layer in layers.items()}
+    return adapted if len(adapted) == len(layers) else layers  # several adapters are active
+
+
+def adapted_path(name: str, layer: LoraMoeLinear) -> str:
+    """Of the module that a layer stands for or, as PEFT's adapter, stands in."""
+    if layer.adapter_name is None:
+        return name
+    return name.removesuffix(f"lora_moe_experts.{layer.adapter_name}").removesuffix(".")
 
 
 def layers_of(model: nn.Module) -> dict[str, LoraMoeLinear]:
@@ -89,6 +105,11 @@ def disable_adapters(model: nn.Module):
             values are gone.
     """
     layers = layers_of(model)
+    if wrapped := whole_modules(model):
+        raise ValueError(
+            f"model: {', '.join(wrapped)} (modules_to_save) has its base kept by PEFT; use PEFT's own"
+            " `with model.disable_adapter():`, which puts it back for the block"
+        )
     trained = sorted({n for layer in layers.values() for n in layer.config.modules_to_save})
     if trained:
         raise ValueError(

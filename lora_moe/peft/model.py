@@ -1,0 +1,134 @@
+"""MoeLoraModel: how PEFT puts mixtures of LoRA experts into a model, and takes them out again."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from ..attach import attach, detach
+from ..inject import place
+from ..layers import adapter_dtype
+from ..targets import is_all_linear, targets_of
+from ..unfit import unfit
+from .layer import NO_MERGE, MoeLoraLinear
+
+
+class MoeLoraModel(BaseTuner):
+    """A model with the experts of one or more MoeLoraConfig; made by get_peft_model.
+
+    aux_loss, router_stats, use_routing, save_adapter and the other functions of lora_moe address the active
+    adapter.
+
+    Raises:
+        ValueError: a target is not linear or cannot take experts, with the reason; the model is unchanged.
+    """
+
+    prefix = "lora_moe_"
+    tuner_layer_cls = MoeLoraLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # --- experts into the model ------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, *args, **kwargs) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        attach(model, saves=False)
+
+    def _prepare_model(self, peft_config, model):
+        """Refuse before anything is replaced."""
+        adapted = {path for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        if is_all_linear(peft_config.target_modules or ()):
+            peft_config.target_modules = _all_linear(model, peft_config, adapted)
+        found = [
+            path
+            for path, _ in model.named_modules()
+            if path
+            and not any(path == a or path.startswith(f"{a}.") for a in adapted)
+            and self._check_target_module_exists(peft_config, path)
+        ]
+        reasons = unfit(model, found)
+        if reasons:
+            listed = ", ".join(f"{path} ({reason})" for path, reason in reasons.items())
+            raise ValueError(f"target_modules: expected linear modules, got {listed}")
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **_
+    ):
+        layer = target
+        if not isinstance(target, MoeLoraLinear):
+            layer = MoeLoraLinear(target)
+            place(self.model, {target: layer})
+        layer.add(adapter_name, peft_config.at(current_key), peft_config.frozen_experts)
+        if adapter_name not in self.active_adapters:
+            layer.lora_moe_experts[adapter_name].requires_grad_(False)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The experts are fp32 already; without autocast they take the base's dtype, as PEFT's do.
+
+        What adapter_dtype says goes over both.
+        """
+        if autocast_adapter_dtype or self.peft_config[adapter_name].adapter_dtype is not None:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, MoeLoraLinear) and adapter_name in layer.lora_moe_experts:
+                experts = layer.lora_moe_experts[adapter_name]
+                config = dataclasses.replace(experts.config, adapter_dtype="base")
+                dtype = adapter_dtype(layer.base_layer, config)
+                experts.lora_A.data = experts.lora_A.data.to(dtype)
+                experts.lora_B.data = experts.lora_B.data.to(dtype)
+
+    # --- out of it -------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self):
+        raise ValueError(NO_MERGE)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs):
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        detach(model)
+        return model
+
+    def _replace_module(self, parent, child_name, new_module, child):
+        """Under all names that the model has for it."""
+        place(self.model, {child: new_module})
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
+        """PEFT saves the configuration after this: note which experts are frozen."""
+        frozen = {
+            layer.lora_moe_experts[adapter_name].frozen
+            for layer in model.modules()
+            if isinstance(layer, MoeLoraLinear) and adapter_name in layer.lora_moe_experts
+        }
+        if len(frozen) > 1:
+            raise ValueError(
+                f"frozen: expected the same experts in every layer of {adapter_name!r}, as"
+                f" lora_moe.freeze_experts leaves them, got {sorted(frozen)}"
+            )
+        config.frozen_experts = list(*frozen)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    # --- calls -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: expected none, as samples of a batch cannot take different mixtures;"
+                " put the experts into one mixture and route by lora_moe.use_routing(model, task_ids=)"
+            )
+        yield
+
+
+def _all_linear(model, peft_config, adapted):
+    """Paths of what lora_moe.inject would take, and of what has an adapter already."""
+    config = dataclasses.replace(peft_config.at(""), target_modules="all-linear")
+    present = {path for path in adapted if isinstance(model.get_submodule(path), MoeLoraLinear)}
+    try:
+        return present | targets_of(model, config).keys()
+    except ValueError:
+        if not present:
+            raise
+        return present
