@@ -31,16 +31,17 @@ def attach(model: nn.Module, *, saves: bool = True) -> None:
     Without `saves`, as where PEFT saves the experts, save_pretrained stays the model's own.
     """
     detach(model)
+    watch = _Watch()
     callers = {model: _arguments(model)}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         for part in (_part(model, "get_encoder"), _part(model, "get_decoder")):
             if part is not None and part is not model:
                 callers[part] = _arguments(part)
     for caller, names in callers.items():
-        before = _BeforeCall(names, caller is model)
+        before = _BeforeCall(names, watch if caller is model else None)
         caller.register_forward_pre_hook(before, with_kwargs=True)
         caller.register_forward_hook(_AfterCall(before), always_call=True)
-    model.register_forward_hook(_Watch(model))
+    model.register_forward_hook(watch)
     for name, wrapper in _WRAPPERS.items():
         if wrapper is _SavePretrained and not saves:
             continue
@@ -81,10 +82,13 @@ def _arguments(module) -> tuple[str, ...]:
 
 
 class _BeforeCall:
-    """A forward pre-hook that notes the masks of a call, and refuses a batch that task ids do not fit."""
+    """A forward pre-hook that notes the masks of a call, and refuses a batch that task ids do not fit.
 
-    def __init__(self, names: tuple[str, ...], top: bool):
-        self.names, self.top = names, top
+    `watch` is the whole model's, None for an encoder or decoder inside.
+    """
+
+    def __init__(self, names: tuple[str, ...], watch: _Watch | None):
+        self.names, self.watch = names, watch
 
     def __call__(self, model, args, kwargs):
         given = dict(zip(self.names, args)) | kwargs
@@ -95,10 +99,11 @@ class _BeforeCall:
             "decoder_attention_mask" in self.names
         ):  # attention_mask is the encoder's, which has its own hook
             mask = given.get("decoder_attention_mask")
-        outermost = self.top and not thread.calls
+        outermost = self.watch is not None and not thread.calls
         thread.calls.append(Call(self, mask, states, states_mask))
         if outermost and not torch.compiler.is_compiling():
             _expect_rows(model, args, given)
+            self.watch.begin(model)
 
 
 class _AfterCall:
@@ -137,7 +142,7 @@ def _expect_rows(model, args, given):
 
 
 class _ParentRan:
-    """A forward hook on a layer's parent, until the first full forward of the model."""
+    """A forward hook on a layer's parent, during the first full forward of the model."""
 
     def __init__(self):
         self.ran = False
@@ -153,15 +158,16 @@ class _Watch:
     auxiliary loss with coefficients that is never read.
     """
 
-    def __init__(self, model):
-        self.parents = self._watch_parents(model)
+    def __init__(self):
+        self.watched = None  # [(path, layer, hook on its nearest parent that is called)]
+        self.ran = False  # the first full forward is over
         self.trained = False
         self.read = False
 
-    @staticmethod
-    def _watch_parents(model):
-        """[(path, layer, hook on its nearest parent that is called)]"""
-        hooks, watched = {}, []
+    def begin(self, model):
+        if self.ran or self.watched is not None:
+            return
+        hooks, self.watched = {}, []
         modules = dict(model.named_modules())
         for name, layer in modules.items():
             if not isinstance(layer, LoraMoeLinear) or not name:
@@ -173,27 +179,26 @@ class _Watch:
             if parent not in hooks:
                 hooks[parent] = _ParentRan()
                 modules[parent].register_forward_hook(hooks[parent])
-            watched.append((path, layer, hooks[parent]))
-        return watched
+            self.watched.append((path, layer, hooks[parent]))
 
     def __call__(self, model, args, output):
         if torch.compiler.is_compiling() or recomputing():
             return
-        if self.parents is not None:
+        if self.watched is not None:
             self._tell_idle(model)
         if model.training and torch.is_grad_enabled():
             self._tell_frozen(model)
             self._tell_unread(model)
-        if self.parents is None and self.trained and self.read:
+        if self.ran and self.trained and self.read:
             for key in [k for k, hook in model._forward_hooks.items() if hook is self]:
                 del model._forward_hooks[key]
 
     def _tell_idle(self, model):
         if any(d.disabled for d in thread.decisions.values()):
             return  # no layer notes its forward here
-        if not all(layer.enabled for _, layer, _ in self.parents):
+        if not all(layer.enabled for _, layer, _ in self.watched):
             return
-        watched, self.parents = self.parents, None
+        watched, self.watched, self.ran = self.watched, None, True
         idle = [
             path
             for path, layer, parent in watched

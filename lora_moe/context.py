@@ -13,13 +13,13 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-import warnings
 import weakref
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .notices import tell_once
 from .routing import Routing
 
 
@@ -218,14 +218,9 @@ def fit_mask(mask, shape) -> torch.Tensor | None:
 
 def _tell_unfit(mask, shape):
     got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-    if not _told_unfit:
-        _told_unfit.append(True)
-        warnings.warn(
-            f"lora_moe: an attention mask {got} does not say which tokens of an input {tuple(shape)}"
-            " are padding, so all of them count in losses and statistics; say it with"
-            " lora_moe.use_routing(model, mask=), one number per token",
-            stacklevel=2,
-        )
-
-
-_told_unfit: list[bool] = []
+    tell_once(
+        "mask",
+        f"an attention mask {got} does not say which tokens of an input {tuple(shape)} are padding, so"
+        " all of them count in losses and statistics; say it with lora_moe.use_routing(model, mask=),"
+        " one number per token",
+    )

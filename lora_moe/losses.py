@@ -8,12 +8,11 @@ Letters: T tokens, E experts, K slots per token, B sequences.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 
 from . import records
+from .notices import tell_once
 from .reference import gate_values
 from .routing import Routing
 from .steering import layers_of
@@ -206,16 +205,12 @@ def _layer_loss(config, runs):
 
 def _tell_nothing_to_balance(ran):
     wanted = [layer for layer, _ in ran.values() if layer.config.has_aux_loss]
-    if wanted and torch.is_grad_enabled() and wanted[0].training and not _told_given:
-        _told_given.append(True)
-        warnings.warn(
-            "aux_loss: 0, as the caller decided every layer's routing (task_ids or routing) and no router"
+    if wanted and torch.is_grad_enabled() and wanted[0].training:
+        tell_once(
+            "nothing to balance",
+            "aux_loss is 0, as the caller decided every layer's routing (task_ids or routing) and no router"
             " ran: leave it out of the loss, or set balance_coef and z_coef to 0",
-            stacklevel=3,
         )
-
-
-_told_given: list[bool] = []
 
 
 def router_stats(model: nn.Module, training: bool | None = None) -> dict[str, dict]:

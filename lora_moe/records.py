@@ -10,12 +10,12 @@ Under torch.compile a layer remembers its last forward only.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 
 import torch
 
 from .context import Tokens, thread
+from .notices import tell_once
 from .routing import Routing
 
 MAX_PENDING = 16
@@ -59,11 +59,11 @@ class Record:
             self.unread = self.unread + 1 if unread else 0
             del self.pending[: settled[-1] + 1]
         if len(self.pending) == MAX_PENDING:
-            warnings.warn(
-                f"lora_moe: {MAX_PENDING} forwards with gradients ran and neither backward nor"
-                " aux_loss(model) followed: the oldest no longer counts in the auxiliary loss;"
-                " run forwards without a backward under torch.no_grad()",
-                stacklevel=2,
+            tell_once(
+                "pending",
+                f"{MAX_PENDING} forwards with gradients ran and neither backward nor aux_loss(model)"
+                " followed: the oldest no longer counts in the auxiliary loss; run forwards without a"
+                " backward under torch.no_grad()",
             )
             del self.pending[0]
         self.pending.append(run)

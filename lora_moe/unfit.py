@@ -141,6 +141,17 @@ def _is_sharded(place):
     return None
 
 
+def _is_offloaded_with_its_block(place):
+    """Such a hook moves all tensors of a block, by the names that they had when it was made."""
+    hooks = (getattr(m, "_hf_hook", None) for m in place.chain[:-1])
+    if any(getattr(h, "offload", False) and getattr(h, "place_submodules", False) for h in hooks):
+        return (
+            "accelerate offloads it together with the block around it (preload_module_classes): inject"
+            " first, then offload"
+        )
+    return None
+
+
 def _distributed(place):
     tensor = sys.modules.get("torch.distributed.tensor")
     return tensor and any(isinstance(p, tensor.DTensor) for p in place.module.parameters())
@@ -272,6 +283,7 @@ _CHECKS = (
     _has_peft,
     _is_scripted,
     _is_sharded,
+    _is_offloaded_with_its_block,
     _is_not_linear,
     _is_router,
     _is_bypassed,
