@@ -6,9 +6,13 @@ docs/gpu_static.md has the table.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import gpu_static
+
+from .compiled import run_compiled
 
 pytest.importorskip("triton")
 
@@ -82,3 +86,11 @@ GOOD = {
 def test_each_promise_can_be_broken(bad):
     assert list(gpu_static.violations(GOOD)) == []
     assert list(gpu_static.violations(GOOD | bad)) != []
+
+
+def test_sums_of_the_router_stay_out_of_the_accumulator():
+    """Those over A may stay in it: they are rounded to 16 bits."""
+    for dtypes, found in json.loads(run_compiled("tests.triton_kernels.router_dots")).items():
+        assert found["router"], dtypes
+        assert set(found["router"]) <= {"zero", "dot"}, dtypes
+        assert found["A"] == ["carried"], dtypes

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# whether a product of fp32 and 16-bit operands is one of bf16 terms; the interpreter need not, tests make it
+SPLIT = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -64,20 +66,30 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     Beside a 16-bit operand an fp32 one is split into three bf16 terms, which hold its 24 bits, and an
     fp16 one into two: every product is exact, at tensor-core speed.
     """
-    if INTERPRETED:
-        acc = tl.dot(widen(a), widen(b), acc, input_precision=PRECISION)
-    elif a.dtype == b.dtype:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    if a.dtype == b.dtype:
+        if INTERPRETED:
+            acc = tl.dot(widen(a), widen(b), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    elif not SPLIT:
+        acc = tl.dot(widen(a), widen(b), acc, input_precision="ieee")
     elif a.dtype == tl.float32:
-        if b.dtype == tl.float16:
-            b, rest, _ = split(b.to(tl.float32))
-            acc = dot_split(a, rest, acc, True)
-        acc = dot_split(a, b, acc, True)
+        top, rest = dot_split(a, b, tl.zeros(acc.shape, tl.float32), True)
+        acc += whole(top, rest)
     else:
-        if a.dtype == tl.float16:
-            a, rest, _ = split(a.to(tl.float32))
-            acc = dot_split(b, rest, acc, False)
-        acc = dot_split(b, a, acc, False)
+        top, rest = dot_split(b, a, tl.zeros(acc.shape, tl.float32), False)
+        acc += whole(top, rest)
+    return acc
+
+
+@triton.jit
+def dot_apart(a, b, acc):
+    """acc + a @ b for the router: whatever the operands, the sum is not left to a truncating accumulator."""
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        step = dot(a, b, tl.zeros(acc.shape, tl.float32), "ieee")
+        acc = tl.fma(step, tl.full(acc.shape, 1.0, tl.float32), acc)  # `+` would go into the dot
+    else:
+        acc = dot(a, b, acc, "ieee")
     return acc
 
 
@@ -87,39 +99,66 @@ def dot_for_16_bits(a, b, acc):
 
     Of the products of their bf16 halves the smallest is left out: an error of 2^-16, at tensor-core speed.
     """
-    if INTERPRETED:
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    else:
+    if SPLIT:
         a_high, a_low, _ = split(a)
         b_high, b_low, _ = split(b)
-        acc = tl.dot(a_low, b_high, acc)
-        acc = tl.dot(a_high, b_low, acc)
-        acc = tl.dot(a_high, b_high, acc)
+        zeros = tl.zeros(acc.shape, tl.float32)
+        rest = dot_bf16(a_high, b_low, dot_bf16(a_low, b_high, zeros))
+        acc += whole(dot_bf16(a_high, b_high, zeros), rest)
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
-def dot_split(wide, narrow, acc, WIDE_IS_LEFT: tl.constexpr):
-    """An fp32 and a bf16 operand."""
+def dot_split(wide, narrow, zeros, WIDE_IS_LEFT: tl.constexpr):
+    """The product of an fp32 and a 16-bit operand: of their highest terms, and all the rest of it.
+
+    Summed from zero, and added to what came before by the caller: the tensor cores truncate what they
+    accumulate, by up to a unit in the last place of the sum every sixteen products.
+    """
     high, middle, low = split(wide)
+    rest = zeros
+    if narrow.dtype == tl.float16:
+        narrow, narrow_low, _ = split(narrow.to(tl.float32))
+        rest = dot_either(low, narrow_low, rest, WIDE_IS_LEFT)
+        rest = dot_either(middle, narrow_low, rest, WIDE_IS_LEFT)
+        rest = dot_either(high, narrow_low, rest, WIDE_IS_LEFT)
+    rest = dot_either(low, narrow, rest, WIDE_IS_LEFT)
+    rest = dot_either(middle, narrow, rest, WIDE_IS_LEFT)
+    return dot_either(high, narrow, zeros, WIDE_IS_LEFT), rest
+
+
+@triton.jit
+def dot_either(wide, narrow, acc, WIDE_IS_LEFT: tl.constexpr):
     if WIDE_IS_LEFT:
-        acc = tl.dot(low, narrow, acc)
-        acc = tl.dot(middle, narrow, acc)
-        acc = tl.dot(high, narrow, acc)
+        acc = dot_bf16(wide, narrow, acc)
     else:
-        acc = tl.dot(narrow, low, acc)
-        acc = tl.dot(narrow, middle, acc)
-        acc = tl.dot(narrow, high, acc)
+        acc = dot_bf16(narrow, wide, acc)
     return acc
+
+
+@triton.jit
+def dot_bf16(a, b, acc):
+    """acc + a @ b of bf16 operands."""
+    if INTERPRETED:
+        a, b = widen(a), widen(b)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def whole(top, rest):
+    """top + rest, where an infinite or NaN top is all of it: inf times a lower term may have any sign."""
+    return tl.where(tl.abs(top) < float("inf"), top + rest, top)
 
 
 @triton.jit
 def split(v):
-    """Three bf16 terms whose sum is the fp32 v."""
-    high = v.to(tl.bfloat16)
-    rest = v - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    """Three bf16 terms whose sum is the fp32 v; an infinite v is the first of them."""
+    high = round_to(v, tl.bfloat16)
+    rest = tl.where(tl.abs(widen(high)) < float("inf"), v - widen(high), 0.0)
+    middle = round_to(rest, tl.bfloat16)
+    low = round_to(rest - widen(middle), tl.bfloat16)
     return high, middle, low
 
 
@@ -159,7 +198,7 @@ def project(
         if w_ptr is not None:
             w = w_ptr + e[:, None].to(tl.int64) * stride_we + d
             w = tl.load(w, mask=e_ok[:, None] & (d < last), other=0.0)
-            logits = dot(x, tl.trans(w), logits, "ieee")
+            logits = dot_apart(x, tl.trans(w), logits)
     return s, logits
 
 

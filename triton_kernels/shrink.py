@@ -86,7 +86,7 @@ def shrink_parts(x, a, w):
     logits = x.new_empty(parts, T, E, dtype=torch.float32)
     if T == 0:
         return s, logits
-    block_r, block_e = padded(R, 128), padded(E, 32 if x.itemsize == 4 else 64)
+    block_r, block_e = padded(R, 128), padded(E, 64 if x.dtype == torch.bfloat16 else 32)
     columns = max(triton.cdiv(R, block_r), triton.cdiv(E, block_e))
     launch(
         x,
