@@ -28,12 +28,13 @@ backend._serving["meta"] = "triton"
 
 
 class Launch(NamedTuple):
-    """Of a Triton kernel: what was compiled, or why it was not; the arguments by name; the configuration."""
+    """Of a Triton kernel: what was compiled, or why it was not; arguments by name; configuration; grid."""
 
     name: str
     kernel: Any
     args: dict[str, Any]
     options: dict[str, Any]
+    grid: tuple[int, ...]
 
 
 class Operator(NamedTuple):
@@ -72,7 +73,7 @@ def launches(target, *, compiled=True):
         except (CompilationError, RuntimeError) as error:  # of the front end, of a pass
             kernel = error
         arguments = dict(flatten(zip(jit.arg_names, args)))
-        seen.append(Launch(jit.__name__, kernel, arguments, options))
+        seen.append(Launch(jit.__name__, kernel, arguments, options, tuple(grid)))
 
     JITFunction.run = note
     try:

@@ -98,7 +98,7 @@ def candidates(T, D_in, D_out, ranks, top_k, dtype, part, shared_a=False) -> lis
     used = weights * min(1.0, T * top_k / E)
     add(
         SEGMENTED,
-        6,
+        9,
         outside + again + used + 2 * size * T * columns + 8 * T * top_k * max(ranks),
         router + 2.0 * T * (D_in * (rows_a if shared_a else columns) + D_out * columns),
     )

@@ -125,7 +125,7 @@ BUGS = {
         NAN, case=IDLE, plan=SEGMENTED,
     ),
     "segmented: ties take the same place": Bug(
-        "sort_tokens", "(i[None, :] < before[:, None])", "(i[None, :] < 0)",
+        "sort_tokens", "(i[None, :] < i[:, None])", "(i[None, :] < 0)",
         f"{OUTSIDE}|{BETWEEN}|{WRONG}", plan=SEGMENTED,
     ),
     "segmented: mask dropped from a list": Bug(

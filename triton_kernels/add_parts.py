@@ -15,7 +15,7 @@ from .numerics import INTERPRETED, round_to
 MOST = 3
 
 
-@triton.jit(do_not_specialize=["parts0", "parts1", "parts2"])
+@triton.jit(do_not_specialize=["parts0", "N0", "parts1", "N1", "parts2", "N2"])
 def _add_parts_kernel(
     parts0_ptr,  # (PARTS, N), fp32 or int32
     out0_ptr,  # (N,)
@@ -29,22 +29,25 @@ def _add_parts_kernel(
     out2_ptr,
     parts2,
     N2,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     which = tl.program_id(1)
     if which == 0:
-        _add(parts0_ptr, out0_ptr, parts0, N0, n)
+        _add(parts0_ptr, out0_ptr, parts0, N0, n, ALIGNED)
     elif which == 1:
         if parts1_ptr is not None:
-            _add(parts1_ptr, out1_ptr, parts1, N1, n)
+            _add(parts1_ptr, out1_ptr, parts1, N1, n, ALIGNED)
     else:
         if parts2_ptr is not None:
-            _add(parts2_ptr, out2_ptr, parts2, N2, n)
+            _add(parts2_ptr, out2_ptr, parts2, N2, n, ALIGNED)
 
 
 @triton.jit
-def _add(parts_ptr, out_ptr, parts, N, n):
+def _add(parts_ptr, out_ptr, parts, N, n, ALIGNED: tl.constexpr):
+    if ALIGNED:
+        N = tl.multiple_of(N, 16)
     total = tl.zeros(n.shape, parts_ptr.dtype.element_ty)
     for _part in range(parts):
         total += tl.load(parts_ptr + n, mask=n < N, other=0)
@@ -54,8 +57,11 @@ def _add(parts_ptr, out_ptr, parts, N, n):
     tl.store(out_ptr + n, total, mask=n < N)
 
 
-def add_parts(*pairs):
-    """Fill `out` of every pair (parts, out)."""
+def add_parts(*pairs, by_token=False):
+    """Fill `out` of every pair (parts, out).
+
+    What has a row a token is not taken to be aligned: another T would be, or not, and compile anew.
+    """
     pairs = [(parts, out) for parts, out in pairs if out.numel()]
     if not pairs:
         return
@@ -67,5 +73,6 @@ def add_parts(*pairs):
         (triton.cdiv(max(out.numel() for _, out in pairs), block), len(pairs)),
         *args,
         *(None, None, 0, 0) * (MOST - len(pairs)),
+        ALIGNED=not by_token and all(out.numel() % 16 == 0 for _, out in pairs),
         BLOCK=block,
     )

@@ -38,6 +38,7 @@ def _segmented_expand_kernel(
     L,
     R2,
     D,
+    BLOCKS,  # of columns; one axis of the grid takes any number of tiles, the others 65,535
     RP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -45,11 +46,11 @@ def _segmented_expand_kernel(
     BLOCK_R2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile = tl.program_id(1).to(tl.int64)
+    tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
     i = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     t_ok = i < T
     t = tl.load(order_ptr + i, mask=t_ok, other=0).to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(0) % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     number = tl.load(number_ptr + tile)
     experts_ptr += tile * L
     h_ptr += tile * BLOCK_T * (L * RP)
@@ -91,13 +92,14 @@ def segmented_expand(h, b, h2, b2, base, segments, experts, dtype):
         h2, b2 = column_rows(h2), column_rows(b2)
         second = (h2, h2.stride(0), b2, b2.stride(0))
     base = None if base is None else column_rows(base)
+    blocks = triton.cdiv(D, tile["BLOCK_N"])
     launch(
         h,
         _segmented_expand_kernel,
-        (triton.cdiv(D, tile["BLOCK_N"]), len(number)),
+        (blocks * len(number),),
         *(h, b, b.stride(0), *second, base, 0 if base is None else base.stride(0), y),
         *(order, listed, number, experts.offsets, experts.rank),
-        *(T, len(experts.scaling), listed.shape[1], 0 if b2 is None else len(b2), D),
+        *(T, len(experts.scaling), listed.shape[1], 0 if b2 is None else len(b2), D, blocks),
         RP=experts.own_columns,
         BLOCK_T=tile["BLOCK_T"],
         BLOCK_D=tile["BLOCK_N"],

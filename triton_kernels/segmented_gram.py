@@ -76,7 +76,7 @@ def _segmented_gram_kernel(
 
 def sorted_slots(indices, E):
     """Slots by expert, where each expert's start in every window, and the size of a window."""
-    return *sort_slots(indices, E), sort_window(indices.numel(), "slot")
+    return *sort_slots(indices, E), sort_window("slot")
 
 
 def segmented_gram(h, x, slots, experts, frozen, dtype):

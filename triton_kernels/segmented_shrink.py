@@ -68,6 +68,7 @@ def _segmented_shrink_kernel(
     L,
     D,
     r,
+    BLOCKS,  # of a tile; one axis of the grid takes any number of tiles, the others 65,535
     K: tl.constexpr,
     BACKWARD: tl.constexpr,
     SHARED: tl.constexpr,
@@ -77,8 +78,8 @@ def _segmented_shrink_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tile = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
+    tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    block = tl.program_id(0) % BLOCKS
     number = tl.load(number_ptr + tile)
     if (block > 0) & (block * EP >= number):
         return
@@ -155,7 +156,7 @@ class Segments(NamedTuple):
 def segments_of(x, indices, experts):
     E = len(experts.scaling)
     tile = choose("segmented", x, experts.own_columns)
-    order = sort_tokens(indices, E)
+    order = sort_tokens(indices, E, tile["BLOCK_T"])
     return Segments(order, *list_experts(indices, order, E, tile["BLOCK_T"]), tile)
 
 
@@ -191,10 +192,10 @@ def _launch(source, routing, s, out, experts, segments, D, backward):
     launch(
         source[0],
         _segmented_shrink_kernel,
-        (triton.cdiv(L, EP), tiles),
+        (triton.cdiv(L, EP) * tiles,),
         *(*source, *segments[:3], routing.indices, routing.weights),
         *(experts.scaling, experts.offsets, experts.rank, s, *out),
-        *(T, len(experts.scaling), L, D, experts.largest),
+        *(T, len(experts.scaling), L, D, experts.largest, triton.cdiv(L, EP)),
         K=K,
         BACKWARD=backward,
         SHARED=experts.shared_a,

@@ -69,7 +69,7 @@ def sum_of_parts(*parts):
     if len(parts[0]) == 1:
         return tuple(v[0] for v in parts)
     out = tuple(v.new_empty(v.shape[1:]) for v in parts)
-    add_parts(*zip(parts, out))
+    add_parts(*zip(parts, out), by_token=True)
     return out
 
 

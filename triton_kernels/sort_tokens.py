@@ -1,112 +1,99 @@
-"""Sort by expert, window by window, in one launch and without a host that waits for a count:
+"""A stable counting sort by expert, window by window, without a host that waits for a count:
 
-    rank of an item = number of items in its window with a smaller key, or the same key and before it
+    place of an item = items of the window with a smaller key + those with its key in blocks before its own
+                       + those with its key before it in its block
 
-Counting is quadratic in the window, and still little beside the products that follow; in return the sort
-is stable, deterministic for any number of experts, and needs neither atomics nor a scan over programs.
-Sorted are either tokens, by the two experts of their first two slots, so that a tile of neighbours holds few
-different experts, or slots, by expert, which also yields where each expert's slots start.
-Reads 4*T*K bytes, mostly from cache, writes 4*T or 4*(T*K + E + 1).
+`count_keys` leaves the number of each key in every block of the window; here a program adds up what its
+items need.  The work is linear in the items, the order is that of any stable sort, and neither atomics nor a
+number that the kernel would be compiled for take part.  Sorted are slots by expert, which also yields where
+each expert's slots start, or tokens by the two experts of their first two slots, so that a tile of neighbors
+holds few different experts: by the higher one first, then by the lower, as a radix sort does.
+Reads 4*N*K bytes and the window's counts a block, writes 4*N or 4*(N + E + 1).
 
-Letters: T tokens, E experts, K slots a token, N items: T or T*K.
+Letters: E experts, K slots a token, N items: T tokens or T*K slots.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from .count_keys import ITEMS, count_keys, items_and_keys
 from .launching import launch
-from .numerics import INTERPRETED
+from .numerics import in_first
 from .tiles import sort_window
 
 
-@triton.jit
-def _keys(indices_ptr, i, i_ok, E, K: tl.constexpr, BY: tl.constexpr):
-    """What item i sorts by; one without experts comes last.
-
-    Which of a token's two experts comes first makes no difference; ids that are none count as E.
-    """
-    if BY == "slot":
-        key = _expert(indices_ptr + i, i_ok, E)
-    elif BY == "expert":
-        key = _expert(indices_ptr + i * K, i_ok, E)
-    else:
-        one = _expert(indices_ptr + i * K, i_ok, E)
-        two = _expert(indices_ptr + i * K + 1, i_ok, E)
-        key = tl.minimum(one, two) * (E + 1) + tl.maximum(one, two)
-    return key
-
-
-@triton.jit
-def _expert(ptr, ok, E):
-    e = tl.load(ptr, mask=ok, other=-1)
-    return tl.where((e >= 0) & (e < E), e, E)
-
-
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "blocks"])
 def _sort_tokens_kernel(
     indices_ptr,  # (T, K)
+    source_ptr,  # (N,) items in the order of an earlier sort, or None: as they are
+    counts_ptr,  # (blocks, E+1)
     order_ptr,  # (N,)
     starts_ptr,  # (windows, E+1), or None
     N,
+    blocks,
     E,
     K: tl.constexpr,
     BY: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
+    ITEMS: tl.constexpr,
+    WINDOW: tl.constexpr,  # blocks of a window
+    BLOCK_E: tl.constexpr,
 ):
-    window = tl.program_id(1).to(tl.int64)
-    first = window * WINDOW
-    last = tl.minimum(first + WINDOW, N)
-    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    is_item = (mine < WINDOW) & (first + mine < last)
-    key = _keys(indices_ptr, first + mine, is_item, E, K, BY)
-    before = first + mine
-    e = mine - WINDOW
-    if BY == "slot":  # past the window's items come the experts, whose rank is where they start
-        key = tl.where(e < 0, key, e)
-        before = tl.where(e < 0, before, first)
+    block = tl.program_id(0)
+    window = block // WINDOW
+    at = block * ITEMS + tl.arange(0, ITEMS)
+    item, key = items_and_keys(indices_ptr, source_ptr, at, at < N, E, K, BY)
+    i = tl.arange(0, ITEMS)
+    alike = (key[None, :] == key[:, None]) & (i[None, :] < i[:, None])
+    place = tl.sum(alike.to(tl.int32), 1)
 
-    rank = tl.zeros((BLOCK,), tl.int32)
-    for i0 in range(first, last, STEP):
-        i = i0 + tl.arange(0, STEP)
-        other = _keys(indices_ptr, i, i < last, E, K, BY)[None, :]
-        smaller = (other < key[:, None]) | (
-            (other == key[:, None]) & (i[None, :] < before[:, None])
-        )
-        rank += tl.sum((smaller & (i < last)[None, :]).to(tl.int32), 1)
+    other = window * WINDOW + tl.arange(0, WINDOW)
+    smaller = 0
+    for first in range(0, E + 1, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        counts = counts_ptr + other[:, None].to(tl.int64) * (E + 1) + e[None, :]
+        counts = tl.load(counts, mask=(other < blocks)[:, None] & (e <= E)[None, :], other=0)
+        number = tl.sum(counts, 0)
+        before = tl.sum(tl.where((other < block)[:, None], counts, 0), 0)
+        start = smaller + tl.sum(tl.where(e[None, :] < e[:, None], number[None, :], 0), 1)
+        smaller += tl.sum(number, 0)
+        mine = key[:, None] == e[None, :]
+        place += tl.sum(tl.where(mine, (start + before)[None, :], 0), 1)
+        if starts_ptr is not None:
+            opens = in_first(e <= E, block % WINDOW)
+            tl.store(starts_ptr + window.to(tl.int64) * (E + 1) + e, start, mask=opens)
 
-    tl.store(order_ptr + first + rank, (first + mine).to(tl.int32), mask=is_item)
-    if BY == "slot":
-        tl.store(starts_ptr + window * (E + 1) + e, rank, mask=(e >= 0) & (e <= E))
+    tl.store(order_ptr + window * (WINDOW * ITEMS) + place, item, mask=at < N)
 
 
-def sort_tokens(indices, E):
-    """order (T,) int32: tokens with the same experts side by side."""
-    pairs = indices.shape[1] > 1 and (E + 1) ** 2 < 2**31
-    return _launch(indices, len(indices), E, "pair" if pairs else "expert")[0]
+def sort_tokens(indices, E, tile):
+    """order (T,) int32: tokens with the same experts side by side.  All in one tile stay as they are."""
+    T, K = indices.shape
+    if tile >= T:
+        return torch.arange(T, dtype=torch.int32, device=indices.device)
+    order = _sort(indices, None, T, E, "higher")[0] if K > 1 else None
+    return _sort(indices, order, T, E, "lower")[0]
 
 
 def sort_slots(indices, E):
     """order (T*K,) int32 of slots t*K + j, and where each expert's start in a window, (windows, E+1)."""
-    return _launch(indices, indices.numel(), E, "slot")
+    return _sort(indices, None, indices.numel(), E, "slot")
 
 
-def _launch(indices, N, E, by):
-    window, slots = sort_window(N, by), by == "slot"
-    block, step = (128, 128) if INTERPRETED else (32, 256)
-    windows = triton.cdiv(N, window)
-    order = indices.new_empty(N)
-    starts = indices.new_empty(windows, E + 1) if slots else None
+def _sort(indices, source, N, E, by):
+    window = sort_window(by)
+    counts, order = count_keys(indices, source, N, E, by), indices.new_empty(N)
+    starts = indices.new_empty(triton.cdiv(N, window), E + 1) if by == "slot" else None
     launch(
         indices,
         _sort_tokens_kernel,
-        (window // block + (triton.cdiv(E + 1, block) if slots else 0), windows),
-        *(indices, order, starts, N, E),
+        (len(counts),),
+        *(indices, source, counts, order, starts, N, len(counts), E),
         K=indices.shape[1],
         BY=by,
-        WINDOW=window,
-        BLOCK=block,
-        STEP=step,
+        ITEMS=ITEMS,
+        WINDOW=window // ITEMS,
+        BLOCK_E=32,
+        num_warps=8,
     )
     return order, starts

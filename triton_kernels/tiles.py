@@ -174,13 +174,11 @@ def interpreted(kernel, T, half):
     return tile
 
 
-def sort_window(N, by):
+def sort_window(by):
     """Items that are sorted against each other; of slots fewer, as an expert's are one program's work."""
     if INTERPRETED:
-        least, most = 128, 256
-    else:
-        least, most = 1024, 8192 if by == "slot" else 16384
-    return min(most, max(least, triton.next_power_of_2(N)))
+        return 256
+    return 8192 if by == "slot" else 16384
 
 
 def choose(kernel, x, width):
