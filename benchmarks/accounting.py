@@ -100,10 +100,12 @@ def size(v):
     return n
 
 
-def layer(s, *, plan=None, dtype=torch.bfloat16, target="sm_90"):
-    """(forward, backward) of one LoraMoeLinear, as lists of Moved."""
+def layer(s, *, plan=None, dtype=torch.bfloat16, target="sm_90", adapters="base"):
+    """(forward, backward) of one LoraMoeLinear, as lists of Moved; `adapters`: dtype of A and B."""
     base = torch.nn.Linear(s.D, s.D, bias=False, dtype=dtype, device="meta").requires_grad_(False)
-    experts = LoraMoeLinear(base, LoraMoeConfig(num_experts=s.E, r=s.r, top_k=s.K))
+    experts = LoraMoeLinear(
+        base, LoraMoeConfig(num_experts=s.E, r=s.r, top_k=s.K, adapter_dtype=adapters)
+    )
     x = torch.empty(s.T, s.D, dtype=dtype, device="meta", requires_grad=True)
     with override(plan), launches(target) as forward:
         y = experts(x)

@@ -90,6 +90,14 @@ def grouped(v, scenario, shared_a=False):
     backward([v["x"], v["A"], v["B"], v["base"], v["gates"]], [y], v["dy"])
 
 
+def logits_given(v, scenario):
+    """A router of the caller's own."""
+    logits = v["gates"].detach().new_empty(len(v["x"]), len(scenario.ranks)).requires_grad_()
+    routing = Routing.from_logits(logits, scenario.K)
+    y = F.grouped_lora(v["x"], v["A"], v["B"], routing, base=v["base"], **experts(scenario))
+    backward([v["x"], v["A"], v["B"], v["base"], logits], [y], v["dy"])
+
+
 def router(v, scenario, **options):
     routing = F.router_topk(v["x"], v["W"], scenario.K, **options)
     outputs = routing.weights, routing.logits, routing.mean_prob, routing.lse
@@ -138,5 +146,6 @@ SCENARIOS = {
     "inference": Scenario(inference, MANY, (16,) * 8),
     "router": Scenario(router, MANY, (1,) * 64, K=8),
     "router of 1024": Scenario(router, MANY, (1,) * 1024, K=8),
+    "logits given": Scenario(logits_given, MANY, (16,) * 8),
     "matmuls": Scenario(matmuls, MANY, (16,) * 8),
 }
