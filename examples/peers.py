@@ -105,6 +105,7 @@ def ours(model, start):
         r=RANK,
         top_k=TOP_K,
         alpha=ALPHA,
+        adapter_dtype="base",  # as the others
         target_modules=TARGETS,
         balance_coef=BALANCE,
         z_coef=0.0,

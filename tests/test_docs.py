@@ -1,0 +1,34 @@
+"""Every page's Python runs as it is printed, one block after the other, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_moe import notices
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = ("layer.md", "routing.md", "losses.md", "saving.md", "torch.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_run(page, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(notices, "told", set())
+    text = (DOCS / page).read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert blocks
+    scope = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), scope)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_links(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
