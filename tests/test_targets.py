@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -37,6 +38,23 @@ def silence():
 
 PATTERNS = {
     "suffixes": (config("q_proj", "v_proj"), [*LANGUAGE, *VISION]),
+    "a-set": (LoraMoeConfig(target_modules={"q_proj", "v_proj"}), [*LANGUAGE, *VISION]),
+    "a-list": (
+        LoraMoeConfig(
+            target_modules=["all-linear"],
+            exclude_modules=["vision.0.q_proj", "vision.0.v_proj", "shared", "head"],
+        ),
+        LANGUAGE,
+    ),
+    "numpy-names": (
+        LoraMoeConfig(target_modules=np.array(["q_proj", "v_proj"])),
+        [*LANGUAGE, *VISION],
+    ),
+    "numpy-strings": (
+        config(np.str_("1.q_proj"), exclude_modules={np.str_("shared")}),
+        ["layers.1.q_proj"],
+    ),
+    "numpy-pattern": (LoraMoeConfig(target_modules=np.str_(r"layers\.\d\.[qv]_proj")), LANGUAGE),
     "longer-suffix": (config("1.q_proj"), ["layers.1.q_proj"]),
     "excluded": (config("q_proj", "v_proj", exclude_modules=r"vision\..*"), LANGUAGE),
     "excluded-suffix": (config("q_proj", exclude_modules=["0.q_proj"]), ["layers.1.q_proj"]),
@@ -96,10 +114,10 @@ class Reader(nn.Module):
 
 def test_all_linear_tells_once_what_it_leaves_out(caplog):
     blocks = nn.ModuleList([Reader(), Reader()])
-    with caplog.at_level(logging.INFO, logger="lora_moe.targets"):
+    with caplog.at_level(logging.INFO, logger="lora_moe.all_linear"):
         inject(blocks, config("all-linear"))
     assert list(injected(blocks)) == ["0.called", "1.called"]
-    (record,) = (r for r in caplog.records if r.name == "lora_moe.targets")
+    (record,) = (r for r in caplog.records if r.name == "lora_moe.all_linear")
     assert record.getMessage() == (
         '"all-linear" leaves out *.read (Reader reads its weight without calling it);'
         " *.both (Reader reads its weight in one of its branches)"
@@ -147,6 +165,7 @@ def test_names_of_excluded_modules_are_not_unmatched(model):
 
 NOTHING = {
     "name-as-pattern": ("q_proj", r"did you mean ('q_proj',)?"),
+    "typing-error-as-pattern": ("q_porj", r"did you mean ('q_proj',)?"),
     "alternatives": ("(q|v)_proj", r"did you mean '.*\\.((q|v)_proj)'?"),
     "part-of-a-path": (r"q_pro", "linear modules here, 9 in all: layers.0.q_proj"),
     "part-of-a-name": (("proj",), "did you mean 'v_proj', 'q_proj'?"),

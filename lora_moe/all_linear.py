@@ -1,0 +1,86 @@
+"""target_modules="all-linear": every linear module but some.
+
+Left out are output embeddings and heads of classifiers, as in PEFT; besides them routers of the model's
+own experts, and modules whose weight is read without a call.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from torch import nn
+
+from .layers import linear_features
+from .unfit import Survey
+
+ALL_LINEAR = "all-linear"
+_CLASSIFIER = re.compile(
+    r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|CTC|XVector)$"
+)
+# what is not worth a word where all is asked for
+_NO_CANDIDATE = re.compile("already has experts|is not linear|cannot be replaced|PEFT has adapted")
+_log = logging.getLogger(__name__)
+
+
+def is_all_linear(target_modules: str | tuple[str, ...]) -> bool:
+    names = (target_modules,) if isinstance(target_modules, str) else target_modules
+    return [name.lower() for name in names] == [ALL_LINEAR]
+
+
+def all_linear(
+    survey: Survey, modules: dict[str, nn.Module], excluded: set[nn.Module]
+) -> dict[str, nn.Module]:
+    """{path: module} of what "all-linear" means; one line of the log tells what it leaves out."""
+    reasons = candidates(survey, modules, excluded)
+    skipped = {modules[path]: reason for path, reason in reasons.items() if reason}
+    if told := {path: skipped[m] for path, m in modules.items() if m in skipped}:
+        _log.info('"all-linear" leaves out %s', in_short(told))
+    return {path: modules[path] for path in reasons if modules[path] not in skipped}
+
+
+def candidates(survey, modules, excluded):
+    """{path: reason to leave it out, or None} of all linear modules that have no experts yet."""
+    linear = [path for path, m in modules.items() if path and m not in excluded and _has_sizes(m)]
+    refused, partly = survey.unfit(linear), survey.bypassed(linear)
+    heads = _heads(survey.model)
+    reasons = {}
+    for path in linear:
+        reason = heads.get(modules[path]) or refused.get(path)
+        if reason is None and path in partly:
+            reason = f"{partly[path]} reads its weight in one of its branches"
+        if reason is None or not _NO_CANDIDATE.search(reason):
+            reasons[path] = reason
+    return reasons
+
+
+def _has_sizes(module):
+    try:
+        return linear_features(module) is not None
+    except RuntimeError:  # a lazy module's weight has no shape yet
+        return False
+
+
+def _heads(model):
+    """{module: what it is} of output embeddings and of what classifiers put on their base model."""
+    heads = {}
+    for module in model.modules():
+        output = getattr(module, "get_output_embeddings", None)
+        try:
+            embeddings = output() if callable(output) else None
+        except (AttributeError, NotImplementedError):  # a model without any
+            embeddings = None
+        if isinstance(embeddings, nn.Module):
+            heads[embeddings] = "the output embedding"
+        if any(_CLASSIFIER.search(c.__name__) for c in type(module).__mro__):
+            base = set(getattr(module, "base_model", module).modules())
+            heads |= {m: "a classifier's head" for m in module.modules() if m not in base}
+    return heads
+
+
+def in_short(reasons):
+    """One clause for each reason; a layer's number counts for nothing."""
+    groups = {}
+    for path, reason in reasons.items():
+        groups.setdefault(reason, {})[re.sub(r"\d+(?=\.)", "*", path)] = None
+    return "; ".join(f"{', '.join(paths)} ({reason})" for reason, paths in groups.items())
