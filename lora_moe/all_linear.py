@@ -12,7 +12,8 @@ import re
 from torch import nn
 
 from .layers import linear_features
-from .unfit import Survey
+from .places import Survey
+from .unfit import bypassed, reasons_of
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIER = re.compile(
@@ -42,7 +43,7 @@ def all_linear(
 def candidates(survey, modules, excluded):
     """{path: reason to leave it out, or None} of all linear modules that have no experts yet."""
     linear = [path for path, m in modules.items() if path and m not in excluded and _has_sizes(m)]
-    refused, partly = survey.unfit(linear), survey.bypassed(linear)
+    refused, partly = reasons_of(survey, linear), bypassed(survey, linear)
     heads = _heads(survey.model)
     reasons = {}
     for path in linear:

@@ -10,7 +10,8 @@ from torch import nn
 
 from .all_linear import all_linear, candidates, in_short, is_all_linear
 from .config import LoraMoeConfig
-from .unfit import Survey, why_not
+from .places import Survey
+from .unfit import bypassed, reasons_of, why_not
 
 __all__ = ["is_all_linear", "matches", "targets_of", "why_not"]
 
@@ -31,7 +32,7 @@ def targets_of(model: nn.Module, config: LoraMoeConfig) -> dict[str, nn.Module]:
     if not found:
         raise ValueError(_nothing(survey, modules, config))
     if not is_all_linear(config.target_modules):
-        _refuse(survey.unfit(found))
+        _refuse(reasons_of(survey, found))
         _warn(_partly_called(survey, found))
     _warn(_unmatched(survey, modules, config))
     return found
@@ -85,7 +86,7 @@ def _unmatched(survey, modules, config):
 
 
 def _partly_called(survey, found):
-    readers = survey.bypassed(found)
+    readers = bypassed(survey, found)
     return readers and (
         "target_modules: experts do not run where the weight is read without a call, which"
         f" happens in some branches: {in_short({p: f'in {c}' for p, c in readers.items()})}"

@@ -5,7 +5,6 @@ Each check looks at one kind: what the module is, who holds it, whose weight it 
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Iterable
@@ -14,8 +13,8 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .forwards import Forward
 from .layers import LoraMoeLinear, linear_features
+from .places import Place, Survey
 
 # their kernels read their children's weights in some modes only; they stay unfit without source
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -24,65 +23,21 @@ _TENSOR_PARALLEL = re.compile(r"(Column|Row|Colwise|Rowwise)Parallel")
 _PEFT_LAYERS = {"BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"}
 
 
-class Survey:
-    """What the checks look up in a model more than once; it must not change meanwhile."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.forward_of = functools.cache(Forward)
-
-    @functools.cached_property
-    def holders_of(self) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
-        """{parameter: [(path, module that has it)]}"""
-        holders = {}
-        for path, module in self.model.named_modules():
-            for parameter in module._parameters.values():
-                holders.setdefault(parameter, []).append((path, module))
-        return holders
-
-    def unfit(self, paths: Iterable[str]) -> dict[str, str]:
-        """{path: reason} of those modules that cannot take experts."""
-        reasons = {path: _reason(Place(self, path)) for path in paths}
-        return {path: reason for path, reason in reasons.items() if reason}
-
-    def bypassed(self, paths: Iterable[str]) -> dict[str, str]:
-        """{path: class that calls the module in one branch and reads its weight in another}."""
-        readers = {path: _reader(Place(self, path)) for path in paths}
-        return {path: _name(reader) for path, reader in readers.items() if reader}
-
-
-class Place:
-    """A module, and those that hold it.
-
-    Attributes:
-        holders: [(path from it to the module, module)], the root first.
-        parent: the last of them.
-        chain: all of them, and the module.
-    """
-
-    def __init__(self, survey: Survey, path: str):
-        self.survey, self.path, self.module = survey, path, survey.model
-        self.holders = []
-        for rest in _rests(path):
-            self.holders.append((rest, self.module))
-            self.module = getattr(self.module, rest.partition(".")[0])
-        self.parent = self.holders[-1][1] if self.holders else None
-        self.chain = [holder for _, holder in self.holders] + [self.module]
-
-    def forward_of(self, module: nn.Module) -> Forward:
-        return self.survey.forward_of(module)
-
-
-def _rests(path):
-    """ "a.b.c" -> "a.b.c", "b.c", "c" """
-    while path:
-        yield path
-        path = path.partition(".")[2]
-
-
 def unfit(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """{path: reason} of those modules that cannot take experts."""
-    return Survey(model).unfit(paths)
+    return reasons_of(Survey(model), paths)
+
+
+def reasons_of(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
+    """unfit of a model that has been surveyed."""
+    reasons = {path: _reason(Place(survey, path)) for path in paths}
+    return {path: reason for path, reason in reasons.items() if reason}
+
+
+def bypassed(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
+    """{path: class that calls the module in one branch and reads its weight in another}."""
+    readers = {path: _reader(Place(survey, path)) for path in paths}
+    return {path: _name(reader) for path, reader in readers.items() if reader}
 
 
 def why_not(model: nn.Module, path: str) -> str | None:
@@ -174,7 +129,8 @@ def _is_not_linear(place):
 
 def _fused_experts(place):
     """Names of the 3-D parameters of a bank of experts; a convolution's weight is none."""
-    if "expert" not in (place.path + _name(place.module)).lower():
+    convolution = isinstance(place.module, nn.modules.conv._ConvNd)
+    if convolution or "expert" not in (place.path + _name(place.module)).lower():
         return []
     return [name for name, p in place.module.named_parameters(recurse=False) if p.ndim >= 3]
 
