@@ -1,0 +1,1 @@
+"""Checks that run in two processes at once: torchrun, gloo, CPUs (see test_distributed.py)."""

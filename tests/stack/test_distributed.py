@@ -1,0 +1,75 @@
+"""Training and saving over two processes: the checks of tests/stack/processes, one test for each.
+
+One torchrun serves many checks, as its start takes longer than they do.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from .processes.run import checks_of
+
+ROOT = Path(__file__).parents[2]
+MODULES = ["training"]
+pytestmark = pytest.mark.slow
+
+
+def torchrun(*args, **environment):
+    """Two processes, one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        [*command, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def outcomes(directory: Path, modules: list[str], **environment) -> list[dict]:
+    """Of each process {check: "" or a traceback}; the processes of xdist share one run."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        log = directory / "log"
+        if not log.exists():
+            ran = torchrun(
+                "-m", "tests.stack.processes.run", str(directory), *modules, **environment
+            )
+            log.write_text(ran.stdout + ran.stderr)
+    found = [directory / f"{rank}.json" for rank in range(2)]
+    assert all(path.exists() for path in found), log.read_text()[-3000:]
+    return [json.loads(path.read_text()) for path in found]
+
+
+def shared(tmp_path_factory, name) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / name
+
+
+def expect_passed(found, check, directory):
+    for rank, of_rank in enumerate(found):
+        log = (directory / "log").read_text()[-3000:]
+        assert check in of_rank, f"process {rank} did not come to it:\n{log}"
+        assert not of_rank[check], f"process {rank}:\n{of_rank[check]}"
+
+
+def named(modules):
+    return [
+        f"{name}.{check}"
+        for name in modules
+        for check in checks_of(importlib.import_module(f".processes.{name}", __package__))
+    ]
+
+
+@pytest.mark.parametrize("check", named(MODULES))
+def test_two_processes(check, tmp_path_factory):
+    directory = shared(tmp_path_factory, "two_processes")
+    expect_passed(outcomes(directory, MODULES), check, directory)
