@@ -20,6 +20,7 @@ from torch import nn
 from . import records
 from .context import NOTHING, Call, recomputing, thread
 from .layers import LoraMoeLinear
+from .sharded import is_sharded, is_writer, reshard, whole_state
 from .steering import adapted_path, injected
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -280,6 +281,7 @@ class _SavePretrained(_Wrapper):
 
     The base's weights have the base's own names.  The experts stand in lora_moe.safetensors, and beside
     the base's weights as well, so that Trainer's resume finds them in the one state dict that it loads.
+    Where parameters are sharded and no state_dict is given, every process must call it.
     """
 
     name = "save_pretrained"
@@ -287,6 +289,15 @@ class _SavePretrained(_Wrapper):
     def __call__(self, save_directory, *args, **kwargs):
         from .io import save_adapter  # which imports this module
 
+        reshard(self.model)
+        state_dict, shards = (
+            kwargs.get("state_dict"),
+            [*filter(is_sharded, self.model.parameters())],
+        )
+        collective = shards and state_dict is None
+        if collective:
+            main = kwargs["is_main_process"] = is_writer(shards)
+            kwargs["state_dict"] = whole_state(self.model, keep=main)
         if kwargs.get("state_dict") is not None:
             kwargs["state_dict"] = base_names(self.model, kwargs["state_dict"])
         thread.saving += 1
@@ -294,8 +305,8 @@ class _SavePretrained(_Wrapper):
             saved = super().__call__(save_directory, *args, **kwargs)
         finally:
             thread.saving -= 1
-        if kwargs.get("is_main_process", True):
-            save_adapter(self.model, save_directory)
+        if collective or kwargs.get("is_main_process", True):
+            save_adapter(self.model, save_directory, state_dict=state_dict)
         return saved
 
 

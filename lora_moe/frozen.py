@@ -16,9 +16,7 @@ from torch.optim.optimizer import (
 )
 
 _layers: weakref.WeakSet = weakref.WeakSet()  # with frozen experts
-_kept: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # optimizer -> [(tensor, rows, values)]
+_kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> [(rows, values)]
 _hooks: list = []
 
 
@@ -35,42 +33,67 @@ def keep_rows(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def _before_step(optimizer, _args, _kwargs):
-    kept = []
-    for layer in list(_layers):
-        for parameter in (layer.lora_A, layer.lora_B):
-            mask = frozen_rows(layer, parameter)
-            if mask is not None:
-                tensor, mask = _local(parameter, mask)
-                rows = mask.nonzero().flatten()
-                kept.append((tensor, rows, tensor[rows]))
-    _kept[optimizer] = kept
+    steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    _kept[optimizer] = [
+        (rows, rows.clone())
+        for layer in list(_layers)
+        for parameter in (layer.lora_A, layer.lora_B)
+        if _moves(parameter, steps)
+        for rows in frozen_rows(layer, parameter)
+    ]
 
 
 @torch.no_grad()
 def _after_step(optimizer, _args, _kwargs):
-    for tensor, rows, values in _kept.pop(optimizer, ()):
-        tensor[rows] = values
+    for rows, values in _kept.pop(optimizer, ()):
+        rows.copy_(values)
 
 
-def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> torch.Tensor | None:
-    """(rows of lora_A or lora_B,) bool, true for those of frozen experts; None for a shared A."""
-    if not layer.frozen or (parameter is layer.lora_A and layer.config.shared_a):
-        return None
-    offsets = layer.offsets
-    mask = torch.zeros(offsets[-1], dtype=torch.bool)
+def _moves(parameter, steps):
+    """Whether this optimizer may move the parameter, whose id is in `steps` then."""
+    if (parameter.requires_grad and hasattr(parameter, "_hp_mapping")) or hasattr(
+        parameter, "ds_id"
+    ):
+        raise RuntimeError(
+            "freeze_experts: DeepSpeed's ZeRO steps a flat copy of the parameters, whose rows cannot be"
+            " held still: train with DDP or FSDP2, or free them with freeze_experts(model, None)"
+        )
+    return id(parameter) in steps
+
+
+def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> list[torch.Tensor]:
+    """Views of the rows of lora_A or lora_B that belong to frozen experts; none of a shared A.
+
+    Of a sharded parameter, those that this process holds.
+    """
+    if parameter is layer.lora_A and layer.config.shared_a:
+        return []
+    first, part = _part(parameter.detach(), layer.offsets[-1])
+    ranges = []
     for e in layer.frozen:
-        mask[offsets[e] : offsets[e + 1]] = True
-    return mask
+        begin, end = (layer.offsets[i] - first for i in (e, e + 1))
+        begin, end = max(begin, 0), min(end, part.shape[0])
+        if ranges and ranges[-1][1] == begin:  # the next expert's rows follow
+            begin = ranges.pop()[0]
+        if begin < end:
+            ranges.append((begin, end))
+    return [part[begin:end] for begin, end in ranges]
 
 
-def _local(parameter, mask):
-    """This process's part of a sharded parameter and of the mask of its rows."""
-    if not hasattr(parameter, "device_mesh"):
-        return parameter.detach(), mask.to(parameter.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    whole = mask[:, None].expand(parameter.shape).to(parameter.device)
-    part = distribute_tensor(
-        whole.contiguous(), parameter.device_mesh, parameter.placements, src_data_rank=None
-    )
-    return parameter.detach().to_local(), part.to_local()[:, :1].flatten()
+def _part(parameter, rows):
+    """The first of `rows` rows that this process holds, and these."""
+    first, part = 0, parameter
+    if hasattr(parameter, "device_mesh"):
+        part, mesh = parameter.to_local(), parameter.device_mesh
+        for dim, placement in enumerate(parameter.placements):
+            if placement.is_shard(0):  # as torch.chunk divides them
+                size = -(-rows // mesh.size(dim))
+                begin = min(mesh.get_local_rank(dim) * size, rows)
+                first, rows = first + begin, min(size, rows - begin)
+    if part.dim() != 2 or part.shape[0] != rows:
+        raise RuntimeError(
+            f"freeze_experts: expected {rows} rows of lora_A or lora_B on this process, got a shard"
+            f" {tuple(part.shape)}, whose rows cannot be held still: train with DDP or FSDP2 (not FSDP1), or"
+            " free the experts with freeze_experts(model, None)"
+        )
+    return first, part

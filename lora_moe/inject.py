@@ -13,6 +13,7 @@ from torch import nn
 from .attach import attach, detach
 from .config import LoraMoeConfig
 from .layers import LoraMoeLinear
+from .sharded import expect_no_wrapper
 from .steering import injected, layers_of
 from .targets import is_all_linear, targets_of
 
@@ -34,9 +35,10 @@ def inject(model: nn.Module, config: LoraMoeConfig, *, freeze: bool = True) -> n
         The same model; `injected(model)` tells what was replaced.
     Raises:
         ValueError: nothing matches (the message lists linear modules), a match is not linear or
-            already has experts, or its parent reads its weight without calling it.  The model is
-            unchanged.
+            already has experts, or its parent reads its weight without calling it; or the model is
+            wrapped or sharded already (DDP, FSDP, DeepSpeed).  The model is unchanged.
     """
+    expect_no_wrapper(model)
     found = targets_of(model, config)
     saved = modules_to_save(model, config.modules_to_save)
     found = _without(found, saved, config)

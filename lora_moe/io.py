@@ -24,7 +24,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from reprlib import repr as brief
 
@@ -37,14 +37,18 @@ from .config import LoraMoeConfig
 from .inject import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear, adapter_tensors, expert_ids
 from .sharded import (
+    at_rest,
+    conclude,
+    expect_no_wrapper,
     fill,
     gathered,
-    is_sharded,
+    is_collective,
     is_writer,
     modules_by_path,
     plain_path,
     unwrapped,
     whole_modules,
+    whole_shape,
 )
 from .steering import injected, layers_of
 from .unfit import unfit
@@ -98,45 +102,68 @@ _FIELDS_1 = (
 )
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike) -> Path:
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """Write the model's experts, routers and configurations to directory/lora_moe.safetensors.
 
     All or nothing: after a crash or on a full disk an older file is intact.  The base's weights are
     not in it; modules_to_save and which experts are frozen are.  Wrappers of the model (DDP, FSDP,
     torch.compile, DeepSpeed's engine) leave no trace in the file.
 
-    In a distributed run rank 0 writes, and the others return.  Only where parameters are sharded
-    (FSDP2, ZeRO-3) is it a collective that every rank must call.
+    In a distributed run one process writes, rank 0 (of the shards' mesh), and the others return.  Only
+    where parameters are sharded (FSDP, ZeRO-3) is it a collective that every rank must call; it then
+    returns when the file is there, and raises on every rank if it cannot be written.
 
     Args:
         model: with experts in it (see inject).
         directory: made if it does not exist.
+        state_dict: the model's whole state, gathered already, as accelerate's get_state_dict gives it on
+            rank 0: its values are written in place of the model's, and no process waits for another.
     Returns:
         The file's path.
     Raises:
         ValueError: the model has no experts, a tensor holds NaN or infinite values or is not of the
-            layer's shape, or there are more modules than a header holds.
+            layer's shape, state_dict lacks one, or there are more modules than a header holds.
         OSError: the file cannot be written.
+        RuntimeError: on the other ranks of a collective, if the one that writes raised.
     Warns:
         UserWarning: a parameter trains but is neither an adapter's nor in modules_to_save.
     """
-    model = unwrapped(model)
+    whole, model = model, unwrapped(model)
     layers = _layers_by_path(model)
     if not layers:
         layers_of(model)  # raises
     path = Path(directory) / FILE_NAME
-    tensors = _keyed(layers) | _saved_tensors(model, layers)
-    collective = any(map(is_sharded, tensors.values()))
-    tensors = gathered(tensors)
-    if is_writer():
-        _tell_unsaved(model, layers)
-        _expect_loadable(layers, tensors)
-        metadata = {"format": "pt", "lora_moe": json.dumps(_describe(model, layers))}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        safefile.write(path, tensors, metadata)
-    if collective:
-        torch.distributed.barrier()
+    if state_dict is not None:
+        if is_writer():
+            _write(path, model, layers, gathered(_taken_from(state_dict, model, layers)))
+        return path
+    with at_rest(whole):
+        own = _keyed(layers) | _saved_tensors(model, layers)
+        writes, collective = is_writer(own.values()), is_collective(whole, own.values())
+        tensors, error = gathered(own, keep=writes), None
+        try:
+            if writes:
+                _write(path, model, layers, tensors)
+        except Exception as raised:
+            if not collective:
+                raise
+            error = raised
+        if collective:
+            conclude(own.values(), error)
     return path
+
+
+def _write(path, model, layers, tensors):
+    _tell_unsaved(model, layers)
+    _expect_loadable(layers, tensors)
+    metadata = {"format": "pt", "lora_moe": json.dumps(_describe(model, layers))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safefile.write(path, tensors, metadata)
 
 
 def load_adapter(
@@ -167,7 +194,15 @@ def load_adapter(
     """
     whole, model = model, unwrapped(model)
     layers = _layers_by_path(model)
-    with _open(Path(directory)) as file:
+    if not layers:
+        expect_no_wrapper(whole)
+    with at_rest(whole, modified=True):
+        _load(model, layers, Path(directory), adapter_dtype)
+    return whole
+
+
+def _load(model, layers, directory, adapter_dtype):
+    with _open(directory) as file:
         info = _read_info(file, adapter_dtype)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
         whole_tensors = _wanted_modules(model, info)
@@ -199,7 +234,6 @@ def load_adapter(
     modules = modules_by_path(model)
     for path in info["modules_to_save"]:
         modules[path].requires_grad_(True)
-    return whole
 
 
 def adapter_info(directory: str | os.PathLike) -> dict:
@@ -241,10 +275,29 @@ def _layers_by_path(model):
 def _keyed(layers):
     """{name in the file: tensor} of all layers."""
     return {
-        f"{path}.{_TENSORS.get(name, name)}".removeprefix("."): tensor
+        _key(path, name): tensor
         for path, layer in layers.items()
         for name, tensor in layer.adapter_state().items()
     }
+
+
+def _key(path, name):
+    """The name in the file of a layer's tensor."""
+    return f"{path}.{_TENSORS.get(name, name)}".removeprefix(".")
+
+
+def _taken_from(state_dict, model, layers):
+    """{name in the file: tensor of the model's state}; raises where one is missing."""
+    given = {plain_path(key).removeprefix("module."): t for key, t in state_dict.items()}
+    names = {
+        _key(path, name): f"{path}.{name}".removeprefix(".")
+        for path, layer in layers.items()
+        for name in layer.adapter_state()
+    }
+    names |= {key: key.removeprefix(_SAVED) for key in _saved_tensors(model, layers)}
+    missing = [name for name in names.values() if name not in given]
+    _raise("state_dict: expected the model's whole state", [f"{n}: missing" for n in missing])
+    return {key: given[name] for key, name in names.items()}
 
 
 def _whole_modules(model, layers):
@@ -477,7 +530,7 @@ def _wanted_at(model, info):
 def _wanted_tensors(found):
     """Of {path: (base, config)}."""
     return {
-        f"{path}.{_TENSORS.get(name, name)}".removeprefix("."): tensor
+        _key(path, name): tensor
         for path, (base, config) in found.items()
         for name, tensor in adapter_tensors(base, config).items()
     }
@@ -511,7 +564,7 @@ def _expect_tensors(wanted, slices):
     problems = [f"{key}: missing" for key in wanted if key not in slices]
     problems += [f"{ascii(key)[:200]}: not the model's" for key in slices if key not in wanted]
     for key in wanted.keys() & slices.keys():
-        shape, (dtype, saved, *_) = tuple(wanted[key].shape), slices[key]
+        shape, (dtype, saved, *_) = whole_shape(wanted[key]), slices[key]
         if saved != shape:
             problems.append(f"{key}: expected {shape}, got {saved}")
         if dtype not in safefile.DTYPES:

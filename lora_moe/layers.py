@@ -21,6 +21,7 @@ from .context import fit_rows, recomputing, thread, tokens_of, told
 from .frozen import keep_rows
 from .reference import accumulator
 from .routing import Routing
+from .sharded import whole_shape
 
 ROUTER_STD = 0.02
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -311,9 +312,10 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(D_in, int) and isinstance(D_out, int):
         return (D_in, D_out) if D_in > 0 and D_out > 0 else None  # a lazy one does not know yet
     weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Embedding) or getattr(weight, "ndim", 0) != 2:
+    shape = whole_shape(weight) if hasattr(weight, "ndim") else ()
+    if isinstance(module, nn.Embedding) or len(shape) != 2:
         return None
-    D_out, D_in = weight.shape
+    D_out, D_in = shape
     transposed = getattr(module, "nf", None) == D_in  # transformers' Conv1D
     return (D_out, D_in) if transposed else (D_in, D_out)
 

@@ -1,34 +1,57 @@
 """Models that are wrapped or spread over processes: their plain names, whole tensors, and who writes.
 
-FSDP2's parameters are DTensors, ZeRO-3's are empty outside of their layer; both are made whole in a
-collective that every process takes part in.  Everything else is a plain tensor, and no process waits.
+FSDP2's parameters are DTensors, ZeRO-3's are empty outside of their layer, FSDP1's are parts of a flat one;
+all are made whole in a collective that every process of theirs takes part in.  Everything else is a
+plain tensor, and no process waits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections.abc import Hashable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 # names that wrappers put into the middle of a path
 _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
+# --- wrappers --------------------------------------------------------------------------------------
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model without PEFT, DDP, DataParallel, FSDP, DeepSpeed's engine and torch.compile around it."""
     while True:
-        kind = type(model).__name__
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif kind in ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine"):
-            model = model.module
         elif hasattr(model, "_fsdp_wrapped_module"):
             model = model._fsdp_wrapped_module
+        elif _synchronizes(model) or isinstance(model, nn.DataParallel):
+            model = model.module
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             model = model.get_base_model()  # PeftModel, whose layers stay in it
         else:
             return model
+
+
+def _synchronizes(model):
+    """DDP or DeepSpeed's engine, which know the parameters that were there when they were made."""
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    return bool(kinds & {"DistributedDataParallel", "DeepSpeedEngine"})
+
+
+def expect_no_wrapper(model: nn.Module) -> None:
+    """Before experts are added: raises ValueError where nobody would synchronise them."""
+    while hasattr(model, "_orig_mod"):
+        model = model._orig_mod
+    if _synchronizes(model):
+        raise ValueError(
+            f"model: expected one without experts to be plain, got {type(model).__name__}, which would not"
+            " synchronise experts that are added now: inject or load_adapter first, then wrap it"
+        )
 
 
 def plain_path(path: str) -> str:
@@ -52,29 +75,107 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     return modules | whole_modules(model)
 
 
+# --- who takes part --------------------------------------------------------------------------------
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "device_mesh") or hasattr(tensor, "ds_id")
 
 
-def is_writer() -> bool:
-    """Whether this process writes files: the only one, or rank 0."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
+def is_collective(model: nn.Module, tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether making these tensors of the model whole needs every process."""
+    return any(map(is_sharded, tensors)) or any(map(_is_fsdp1, model.modules()))
+
+
+def is_writer(tensors: Iterable[torch.Tensor] = ()) -> bool:
+    """Whether this process writes files: the only one, rank 0, or the first that holds the shards."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return True
+    mesh = _mesh(tensors)
+    return dist.get_rank() == 0 if mesh is None else not any(mesh.get_coordinate())
+
+
+def conclude(tensors: Iterable[torch.Tensor], error: Exception | None) -> None:
+    """At the end of a collective: wait for the writer, and raise everywhere if it failed."""
+    mesh = _mesh(tensors)
+    groups = [None] if mesh is None else [mesh.get_group(d) for d in range(mesh.ndim)]
+    told = [None if error is None else f"{type(error).__name__}: {error}"]
+    for group in groups:
+        dist.broadcast_object_list(told, group_src=0, group=group)
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        raise RuntimeError(f"the process that writes raised {told[0]}")
+
+
+def _mesh(tensors):
+    return next((t.device_mesh for t in tensors if hasattr(t, "device_mesh")), None)
+
+
+# --- whole tensors ---------------------------------------------------------------------------------
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2's parameters be those that the optimizer steps.
+
+    After a forward without a backward some are gathered copies, which forget what is written to them.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing can be of its classes
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def at_rest(model: nn.Module, modified: bool = False):
+    """Inside, parameters are those that the optimizer steps, of FSDP1 whole ones."""
+    reshard(model)
+    with contextlib.ExitStack() as stack:
+        if any(map(_is_fsdp1, model.modules())):
+            from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+            stack.enter_context(FSDP.summon_full_params(model, writeback=modified))
+        yield
+
+
+def _is_fsdp1(module):
+    return hasattr(module, "_fsdp_wrapped_module")
+
+
+def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """ZeRO-3's parameters are of shape (0,) outside of their layer."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 @torch.no_grad()
-def gathered(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """{name: the whole tensor, contiguous and with memory of its own}; a collective where one is sharded."""
+def gathered(tensors: dict[Hashable, torch.Tensor], keep: bool = True) -> dict:
+    """{name: the whole tensor, contiguous and with memory of its own}; a collective where one is sharded.
+
+    A process that does not `keep` them only takes part.
+    """
     whole, seen = {}, set()
     for name, tensor in tensors.items():
         with _whole(tensor):
-            value = tensor.full_tensor() if hasattr(tensor, "device_mesh") else tensor
-            value = value.detach().contiguous()
-            if hasattr(tensor, "ds_id") or value.untyped_storage().data_ptr() in seen:
+            value = tensor.detach()
+            if hasattr(tensor, "device_mesh"):  # one that is offloaded travels by its mesh's device
+                value = value.to(tensor.device_mesh.device_type).full_tensor().cpu()
+            if not keep:
+                continue
+            value = value.contiguous()
+            storage = value.untyped_storage()
+            part = storage.nbytes() != value.nbytes  # of a flat parameter
+            if part or hasattr(tensor, "ds_id") or storage.data_ptr() in seen:
                 value = value.clone()
         seen.add(value.untyped_storage().data_ptr())
         whole[name] = value
     return whole
+
+
+def whole_state(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """The state dict with whole tensors, what is tied in it the same one; a collective as gathered()."""
+    state = model.state_dict(keep_vars=True)
+    whole = gathered({id(t): t for t in state.values()}, keep)
+    return {name: whole[id(t)] for name, t in state.items()} if keep else {}
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ pytest.importorskip("transformers")
 from .processes.run import checks_of
 
 ROOT = Path(__file__).parents[2]
-MODULES = ["training"]
+MODULES = ["training", "saving", "freezing", "precision"]
 pytestmark = pytest.mark.slow
 
 

@@ -1,0 +1,94 @@
+"""FSDP2 in bf16 with routers in fp32, as docs/distributed.md has it, and FSDP1."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from lora_moe import LoraMoeLinear, freeze_experts, injected, load_adapter, save_adapter
+
+from . import tiny
+from .training import expect_as_one_process, shard
+
+
+def check_bf16_base_without_a_policy(place):
+    """The base is stored in bf16 and frozen; experts and routers stay fp32 and train as such."""
+    expect_as_one_process(shard, dtype=torch.bfloat16)
+    expect_as_one_process(shard, dtype=torch.bfloat16, tasks=True)
+
+
+def shard_in_bf16(adapted, **options):
+    """A base in fp32, cast by the policy: of each block the bases are a unit, the experts another."""
+    bf16, fp32 = MixedPrecisionPolicy(param_dtype=torch.bfloat16), MixedPrecisionPolicy()
+    for block in adapted.model.layers:
+        experts = [m for m in block.modules() if isinstance(m, LoraMoeLinear)]
+        fully_shard([layer.base_layer for layer in experts], mp_policy=bf16, **options)
+        fully_shard(experts, mp_policy=fp32, **options)
+        fully_shard(block, mp_policy=bf16, **options)
+    return fully_shard(adapted, mp_policy=bf16, **options)
+
+
+def check_bf16_policy_with_experts_in_fp32(place):
+    """The losses of a bf16 base, and the gradients of one process with the same units.
+
+    Autograd sums the gradients of an input of several units in another order, in bf16, than without units.
+    """
+    adapted, plain = shard_in_bf16(tiny.model()), tiny.model()
+    single = init_device_mesh("cpu", (2, 1), mesh_dim_names=("model", "shard"))["shard"]
+    whole = shard_in_bf16(tiny.model(), mesh=single)
+    experts = {id(p) for m in injected(plain).values() for p in m.parameters(recurse=False)}
+    for parameter in plain.parameters():
+        if id(parameter) not in experts:
+            parameter.data = parameter.data.bfloat16()
+    seen = set()
+    for layer in injected(adapted).values():
+        layer.register_forward_hook(lambda m, x, y: seen.add((m.router_weight.dtype, y.dtype)))
+    (losses, gradients), *_ = tiny.one_process(whole, tiny.adamw(whole), 1)
+    loss = tiny.loss_of(adapted, adapted, dist.get_rank())
+    loss.backward()
+    assert loss == losses[dist.get_rank()] == tiny.loss_of(plain, plain, dist.get_rank())
+    ours = {name: p.grad for name, p in tiny.trained(adapted).items()}
+    tiny.expect_equal(ours, gradients, "gradients")
+    assert seen == {(torch.float32, torch.bfloat16)}
+
+
+def shard_1(adapted):
+    return FSDP(
+        adapted,
+        auto_wrap_policy=ModuleWrapPolicy({LlamaDecoderLayer}),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+
+
+def check_fsdp1(place):
+    """Trains, saves and loads; frozen rows cannot be found in its flat parameters."""
+    adapted, whole = tiny.model(), tiny.model()
+    wrapped = shard_1(adapted)
+    optimizer = tiny.adamw(wrapped)
+    reference = tiny.one_process(whole, tiny.adamw(whole), 2)
+    for step, (losses, _) in enumerate(reference):
+        loss = tiny.loss_of(wrapped, adapted, 2 * step + dist.get_rank())
+        assert loss == losses[dist.get_rank()]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(wrapped, place)
+    plain = load_adapter(tiny.base(), place)
+    tiny.expect_equal(tiny.trained(plain), tiny.trained(whole), "weights")
+    other = load_adapter(shard_1(tiny.model(seed=2)), place)
+    batch = tiny.batch(7)
+    assert torch.equal(other(**batch).logits, plain(**batch).logits)
+    freeze_experts(adapted, [0])
+    tiny.loss_of(wrapped, adapted, 0).backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "FSDP2" in str(error)
+    else:
+        raise AssertionError("FSDP1 steps over frozen rows")
