@@ -9,6 +9,7 @@ R rank rows of all experts together, r one expert's rank, D_in and D_out the lin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch.autograd import forward_ad
@@ -308,10 +309,15 @@ def routed_lora_at_once(
     if frozen:  # without gradients they are only checked
         checks.frozen_ids(frozen, scaling.shape[0])
     if len(shape) != 2:
-        x, base = _rows(x), None if base is None else _rows(base)
+        tokens = prod(shape[:-1])
+        x = x.reshape(tokens, shape[-1])
+        base = None if base is None else base.reshape(tokens, base.shape[-1])
+    chosen = (
+        plan.SEGMENTED if plan._forced is None else plan.choose("cpp", 1, 0, 0, (), top_k, None)
+    )
     y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
         x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, rank_offsets,
-        bool(shared_a), top_k, gate, bool(renormalize), *drop, plan.choose("cpp", 1, 0, 0, (), top_k, None),
+        bool(shared_a), top_k, gate, bool(renormalize), *drop, chosen,
     )  # fmt: skip
     if len(shape) != 2:
         y = y.view(*shape[:-1], y.shape[1])

@@ -72,7 +72,7 @@ def route_logits(logits, bias, top_k, gate, renormalize, top_p=ALL_KEPT, thresho
         weights = weights / _nonzero(weights.sum(1, keepdim=True))
     mean_prob = p.sum(0) / max(T, 1)  # (E,)
     counts = torch.zeros(E, dtype=torch.int64, device=logits.device)
-    counts.index_add_(0, ids.flatten(), (~dropped).long().flatten())
+    counts = counts.index_add(0, ids.flatten(), (~dropped).long().flatten())
     ids = torch.where(dropped, -1, ids).int()
     return ids, weights, mean_prob, torch.logsumexp(logits, 1), counts
 

@@ -311,6 +311,52 @@ def test_routing_from_logits_of_any_dtype_stride_and_shape(dtype):
     assert grad.dtype == dtype and grad.shape == logits.shape and grad.abs().sum() > 0
 
 
+@pytest.mark.skipif(BACKEND == "triton", reason="K rounds over E in registers: of few experts")
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("E, K", [(1024, 1024), (4096, 4096), (4096, 100), (1024, 32), (1024, 33)])
+def test_many_experts_are_as_accurate_as_few(E, K, gate):
+    """Weights, statistics and gradients within a few units, whose sums have thousands of terms."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(35, E, generator=g).requires_grad_()
+    routing = Routing.from_logits(logits, K, gate=gate)
+    exact = logits.detach().double().requires_grad_()
+    p = torch.softmax(exact, 1) if gate == "softmax" else torch.sigmoid(exact)
+    weights = p.gather(1, routing.indices.long())
+    weights = weights / weights.sum(1, keepdim=True)
+    assert_accurate("weights", routing.weights, weights, units=2)
+    assert_accurate("lse", routing.lse, torch.logsumexp(exact, 1), units=2)
+    assert_accurate("mean_prob", routing.mean_prob, p.mean(0), units=2)
+    assert (routing.weights.sum(1, dtype=torch.float64) - 1).abs().max() <= 2 * UNIT[torch.float32]
+    assert routing.counts.sum() == 35 * K
+    dw = torch.randn(weights.shape, generator=g)
+    (got,) = torch.autograd.grad(routing.weights, logits, dw)
+    (want,) = torch.autograd.grad(weights, exact, dw.double())
+    assert_accurate("dlogits", got, want, units=8)
+
+
+@pytest.mark.skipif(BACKEND == "triton", reason="K rounds over E in registers: of few experts")
+@pytest.mark.parametrize("K", [1, 32, 33, 63, 64])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_order_of_many_picks(K, with_bias):
+    """Of few picks and of many, found in other ways: ties to the lower id, NaN after everything else."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randint(-3, 3, (37, 64), generator=g).float()
+    logits[5, 7], logits[6], logits[7, ::3] = torch.nan, torch.nan, -torch.inf
+    bias = torch.randint(0, 3, (64,), generator=g) / 4 if with_bias else None
+    routing = Routing.from_logits(logits, K, gate="sigmoid", bias=bias)
+    p = Routing.from_logits(logits, 64, gate="sigmoid", renormalize=False)
+    p = torch.empty(37, 64).scatter(1, p.indices.long(), p.weights)
+    score = p if bias is None else p + bias
+    score = torch.where(score.isnan(), -torch.inf, score)
+    want = sorted_ids(score)[:, :K]
+    assert routing.indices.tolist() == want.tolist()
+
+
+def sorted_ids(score):
+    rows = [sorted(range(len(row)), key=lambda e: (-row[e], e)) for row in score.tolist()]
+    return torch.tensor(rows)
+
+
 def test_a_mixture_of_given_logits_is_the_routed_one():
     case = BY_NAME["tiles fit"]
     v = sample(case)
@@ -468,6 +514,26 @@ def assert_same_bits(got, want):
         assert_accurate("same", got, want.double(), units=12)
     else:
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
+def test_bf16_numbers_that_are_not_subnormal_are_kept(rows):
+    """A CPU's bf16 dot takes what is below 2^-126 for zero; no product and no sum of others changes."""
+    tiny = 2.0**-126
+    x = torch.full((rows, 64), tiny, dtype=torch.bfloat16)
+    x[:, ::2] *= 1.5
+    w = torch.zeros(2, 64, dtype=torch.bfloat16)
+    a = torch.zeros(4, 64, dtype=torch.bfloat16)
+    a[:, 0], a[1:, 1], a[2:, 2], a[3, 4:8] = 1.0, 2.0, -1.0, 4.0
+    b = torch.eye(4, dtype=torch.bfloat16)
+    y, _ = F.routed_lora(x, w, a, b, 1, rank_offsets=2, scaling=1.0)
+    want = (x.double() @ a.double()[:2].T) @ b.double()[:2]
+    assert torch.equal(y.double(), want)
+    s, _ = F.shrink(x, a)
+    assert torch.equal(s.double(), x.double() @ a.double().T)
+    below = x / 4  # subnormal: as they are, or zero
+    s, _ = F.shrink(below, a)
+    assert (s.double() - below.double() @ a.double().T).abs().max() <= tiny * 32
 
 
 # --- edges ---------------------------------------------------------------------------------------

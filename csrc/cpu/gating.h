@@ -1,8 +1,8 @@
 // The router's middle, kLanes tokens at a time and each in a lane of its own:  p = gate(logits),
 // ids = top-k of p + bias,  weights = p[ids] (/ their sum),  and its gradient.  No operation
-// crosses lanes, so a token's numbers do not depend on its neighbours.  A picked expert may be
-// dropped: its id is -1.  Ids in lanes are numbers of the same type as the gates, exact far beyond
-// any E.
+// crosses lanes, so a token's numbers do not depend on its neighbours.  Which K are taken topk.h
+// says; a picked expert may be dropped: its id is -1.  Ids in lanes are numbers of the same type as
+// the gates, exact far beyond any E.
 #pragma once
 
 #include <algorithm>
@@ -40,13 +40,25 @@ inline void from_lanes(Vec<C>* in, int64_t n, int64_t N, T* rows) {
     for (int64_t i = 0; i < N; ++i) rows[t * N + i] = T(lane<C>(in, i, t));
 }
 
+// A sum over experts or slots that errs by about one rounding however many there are (Kahan).  A
+// compiler may not reorder it: nothing is built with -ffast-math.
+template <class V>
+struct Sum {
+  V value = {}, lost = {};
+  void add(V v) {
+    v -= lost;
+    const V next = value + v;
+    lost = (next - value) - v;
+    value = next;
+  }
+};
+
 struct Gate {
   bool sigmoid;
   bool renormalize;
   double top_p, threshold;
 
-  Gate(const std::string& name, bool renorm, double top = std::numeric_limits<double>::infinity(),
-       double least = 0)
+  Gate(const std::string& name, bool renorm, double top = 0, double least = 0)
       : sigmoid(name == "sigmoid"), renormalize(renorm), top_p(top), threshold(least) {
     check(sigmoid || name == "softmax", "gate: expected softmax or sigmoid, got ", name);
   }
@@ -55,12 +67,14 @@ struct Gate {
   template <class C>
   Vec<C> values(const Vec<C>* logits, int64_t E, Vec<C>* p) const {
     constexpr C infinity = std::numeric_limits<C>::infinity();
-    Vec<C> top = broadcast(-infinity), sum = {}, nan = {};
+    Vec<C> top = broadcast(-infinity), nan = {};
     for (int64_t e = 0; e < E; ++e) {
       top = logits[e] > top ? logits[e] : top;
       nan = logits[e] == logits[e] ? nan : logits[e];
     }
-    for (int64_t e = 0; e < E; ++e) sum += p[e] = exp_negative(logits[e] - top);
+    Sum<Vec<C>> total;
+    for (int64_t e = 0; e < E; ++e) total.add(p[e] = exp_negative(logits[e] - top));
+    Vec<C> sum = total.value;
     for (int64_t e = 0; e < E; ++e) p[e] = sigmoid ? logistic<C>(logits[e]) : p[e] / sum;
     for (int t = 0; t < kLanes<C>; ++t) sum[t] = std::log(sum[t]);
     return ((top == infinity) | (top == -infinity)) & (nan == nan) ? top : top + sum;
@@ -71,50 +85,22 @@ struct Gate {
   Vec<C> normalizer(const Vec<C>* picked, int64_t K) const {
     const Vec<C> one = broadcast(C(1));
     if (!renormalize) return one;
-    Vec<C> sum = {};
-    for (int64_t j = 0; j < K; ++j) sum += picked[j];
-    return sum == 0 ? one : sum;
-  }
-
-  // The K largest of p + bias, largest first: ties to the lower id, NaN after everything else.
-  // Ids are distinct and in range whatever the values are.  `picked` (K) gets their p; `score` (E)
-  // is scratch: NaN where an expert has been taken.
-  template <class C>
-  void pick(const Vec<C>* p, const C* bias, int64_t E, int64_t K, Vec<C>* score, Vec<C>* ids,
-            Vec<C>* picked) const {
-    const Vec<C> least = broadcast(-std::numeric_limits<C>::infinity());
-    const Vec<C> taken = broadcast(std::numeric_limits<C>::quiet_NaN());
-    const Vec<C> none = broadcast(C(-1));
-    for (int64_t e = 0; e < E; ++e) {
-      const Vec<C> s = bias ? p[e] + broadcast(bias[e]) : p[e];
-      score[e] = s == s ? s : least;
-    }
-    for (int64_t j = 0; j < K; ++j) {
-      Vec<C> best = least, id = none, value = {};
-      for (int64_t e = 0; e < E; ++e) {
-        const Vec<C> number = broadcast(C(e));
-        if (j > 0) score[e] = ids[j - 1] == number ? taken : score[e];
-        const auto better = (score[e] > best) | ((id < 0) & (score[e] == score[e]));
-        best = better ? score[e] : best;
-        id = better ? number : id;
-        value = better ? p[e] : value;
-      }
-      ids[j] = id;
-      picked[j] = value;
-    }
+    Sum<Vec<C>> sum;
+    for (int64_t j = 0; j < K; ++j) sum.add(picked[j]);
+    return sum.value == 0 ? one : sum.value;
   }
 
   // Drops picked experts with p < threshold, and those before which p already sums to top_p: id -1,
   // p zero.
   template <class C>
   void drop(int64_t K, Vec<C>* ids, Vec<C>* picked) const {
-    Vec<C> before = {};
+    Sum<Vec<C>> before;
     for (int64_t j = 0; j < K; ++j) {
       const Vec<C> value = picked[j];
-      const auto out = (value < broadcast(C(threshold))) | (before >= broadcast(C(top_p)));
+      const auto out = (value < broadcast(C(threshold))) | (before.value >= broadcast(C(top_p)));
       ids[j] = out ? broadcast(C(-1)) : ids[j];
       picked[j] = out ? Vec<C>{} : value;
-      before += value;
+      before.add(value);
     }
   }
 
@@ -128,22 +114,22 @@ struct Gate {
     for (int64_t e = 0; e < E; ++e)
       out[e] = dmean_prob ? broadcast(dmean_prob[e] * per_token) : Vec<C>{};
     for (int64_t t = 0; dweights && t < kLanes<C>; ++t) {
-      C z = 0, along = 0;  // w = p / z: the part of its gradient along w itself cancels
+      Sum<C> sum, along;  // w = p / z: the part of its gradient along w itself cancels
       for (int64_t j = 0; renormalize && j < K; ++j) {
-        along += lane<C>(dweights, j, t) * lane<C>(weights, j, t);
+        along.add(lane<C>(dweights, j, t) * lane<C>(weights, j, t));
         const C id = lane<C>(ids, j, t);
-        if (id >= 0) z += lane<C>(p, int64_t(id), t);
+        if (id >= 0) sum.add(lane<C>(p, int64_t(id), t));
       }
-      if (z == 0) z = 1;
+      const C z = sum.value == 0 ? 1 : sum.value;
       for (int64_t j = 0; j < K; ++j) {
         const C id = lane<C>(ids, j, t);
-        if (id >= 0) lane<C>(out, int64_t(id), t) += (lane<C>(dweights, j, t) - along) / z;
+        if (id >= 0) lane<C>(out, int64_t(id), t) += (lane<C>(dweights, j, t) - along.value) / z;
       }
     }
-    Vec<C> mean = {};
-    for (int64_t e = 0; !sigmoid && e < E; ++e) mean += p[e] * out[e];
+    Sum<Vec<C>> mean;
+    for (int64_t e = 0; !sigmoid && e < E; ++e) mean.add(p[e] * out[e]);
     for (int64_t e = 0; e < E; ++e) {
-      out[e] = sigmoid ? out[e] * p[e] * (1 - p[e]) : p[e] * (out[e] - mean);
+      out[e] = sigmoid ? out[e] * p[e] * (1 - p[e]) : p[e] * (out[e] - mean.value);
       if (dlse) out[e] += *dlse * exp_negative(logits[e] - lse);
     }
   }

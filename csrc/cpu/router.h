@@ -5,6 +5,7 @@
 
 #include "gating.h"
 #include "rows.h"
+#include "topk.h"
 
 namespace lora_moe {
 
@@ -67,7 +68,7 @@ struct Decisions {
       to_lanes<C>(logit + t * E, n, E, logits);
       const Vec<C> lse = gate.values<C>(logits, E, p);
       store_tail(log_sum + t, lse, n);
-      gate.pick<C>(p, bias, E, K, score, id, picked);
+      pick<C>(p, bias, E, K, score, id, picked);
       gate.drop<C>(K, id, picked);
       const Vec<C> z = gate.normalizer<C>(picked, K);
       for (int64_t j = 0; j < K; ++j) picked[j] /= z;

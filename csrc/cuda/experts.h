@@ -52,7 +52,8 @@ struct RouterResults {
 };
 
 // The router alone: logits, decisions and totals.
-RouterResults route(const Tensor& x, const Tensor& w, const Router& router, cudaStream_t stream);
+RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias,
+                    const MaybeTensor& router_bias, const Router& router, cudaStream_t stream);
 
 // A routing that is only read.
 inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Tensor& like) {

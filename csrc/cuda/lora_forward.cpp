@@ -78,12 +78,11 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
                    double threshold, std::string plan) {
   check_plan(plan);
   const int64_t E = scaling.size(0);
-  Router router = router_of(gate, renormalize, E, top_k, top_p, threshold);
-  add_biases(router, bias, router_bias, x);
+  const Router router = router_of(gate, renormalize, E, top_k, top_p, threshold);
   return dispatch(x, [&]<class T>() -> Routed {
     if (plan == "segmented") {
       const OnDevice device(x);
-      const RouterResults out = route(x, w, router, device.stream);
+      const RouterResults out = route(x, w, bias, router_bias, router, device.stream);
       const auto [y, s] =
           segmented_lora<T>(x, a, b, base, out.indices, out.weights, scaling, offsets, shared_a);
       return {y, out.indices, out.weights, out.logits, out.mean_prob, out.lse, out.counts, s};
@@ -95,6 +94,7 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
     Shrink<T>& shrink = forward.shrink;
     Middle<T>& middle = forward.middle;
     middle.router = router;
+    add_biases(middle.router, bias, router_bias, x);
     middle.routing = out.routing;
     shrink.E = E;
     shrink.w = rows<float>("router_weight", wide_w, x, E, shrink.columns);

@@ -11,9 +11,8 @@ using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 Results router_topk(Tensor x, Tensor w, MaybeTensor bias, MaybeTensor router_bias, int64_t top_k,
                     std::string gate, bool renormalize, double top_p, double threshold) {
   const OnDevice device(x);
-  Router router = router_of(gate, renormalize, w.size(0), top_k, top_p, threshold);
-  add_biases(router, bias, router_bias, x);
-  const RouterResults out = route(x, w, router, device.stream);
+  const Router router = router_of(gate, renormalize, w.size(0), top_k, top_p, threshold);
+  const RouterResults out = route(x, w, bias, router_bias, router, device.stream);
   return {out.indices, out.weights, out.logits, out.mean_prob, out.lse, out.counts};
 }
 
@@ -51,7 +50,8 @@ Tensor router_topk_backward(MaybeTensor dweights, MaybeTensor dlogits, MaybeTens
 
 }  // namespace
 
-RouterResults route(const Tensor& x, const Tensor& w, const Router& router, cudaStream_t stream) {
+RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias,
+                    const MaybeTensor& router_bias, const Router& router, cudaStream_t stream) {
   const Tensor wide_w = wide(w);
   RouterResults out(x, router.E, router.K);
   out.logits = empty<float>(x, {x.size(0), router.E});
@@ -63,6 +63,7 @@ RouterResults route(const Tensor& x, const Tensor& w, const Router& router, cuda
     p.logits = mutable_data<float>(out.logits);
     Middle<T> middle;
     middle.router = router, middle.routing = out.routing;
+    add_biases(middle.router, bias, router_bias, x);
     middle.tokens = p.tokens, middle.logits = p.logits;
     shrink(p, &middle, stream);
   });
