@@ -34,9 +34,11 @@ def inject(model: nn.Module, config: LoraMoeConfig, *, freeze: bool = True) -> n
     Returns:
         The same model; `injected(model)` tells what was replaced.
     Raises:
-        ValueError: nothing matches (the message lists linear modules), a match is not linear or
-            already has experts, or its parent reads its weight without calling it; or the model is
-            wrapped or sharded already (DDP, FSDP, DeepSpeed).  The model is unchanged.
+        ValueError: nothing matches (the message lists linear modules), a match cannot take experts
+            (the message says why; see docs/targets.md), or the model is wrapped or sharded already
+            (DDP, FSDP, DeepSpeed).  The model is unchanged.
+    Warns:
+        UserWarning: a name matches no module, or a parent calls a match in some branches only.
     """
     expect_no_wrapper(model)
     found = targets_of(model, config)
