@@ -1,5 +1,6 @@
 """Fast mixtures of LoRA experts: router, top-k and experts in one pass over x, forward and backward."""
 
+import importlib
 from pathlib import Path
 
 _checkout = Path(__file__).resolve().parent.parent
@@ -30,6 +31,29 @@ from .steering import (  # noqa: E402
 from .warm import warm_up  # noqa: E402
 
 __version__ = "0.1.0.dev0"
+
+# attributes that are imported on first use: they need packages that the layers do not
+_ON_FIRST_USE = ("convert", "hf", "peft", "presets", "vllm")
+
+
+def __getattr__(name):
+    if name in _ON_FIRST_USE:
+        try:
+            return importlib.import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise ImportError(
+                    f"lora_moe.{name}: expected the package {error.name} beside it, which is not"
+                    f" installed; pip install {error.name}"
+                ) from error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    here = Path(__file__).parent
+    there = [n for n in _ON_FIRST_USE if (here / n).is_dir() or (here / f"{n}.py").exists()]
+    return sorted([*globals(), *there])
+
 
 __all__ = [
     "LoraMoeConfig",

@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     about = "show a saved adapter's configuration and tensors; reads the header, never the weights"
     command = commands.add_parser("inspect", help=about, description=about)
     command.add_argument("directory", metavar="DIR", help="where save_adapter wrote")
-    command.set_defaults(run=lambda args: inspect(args.directory))
+    about = "draw where tokens went over training, from DIR/router_history.json; needs matplotlib"
+    command.add_argument("--png", metavar="FILE", help=about)
+    command.set_defaults(run=lambda args: inspect(args.directory, args.png))
 
     about = "check forward and gradients of every backend on this machine against fp64"
     command = commands.add_parser("doctor", help=about, description=about)
@@ -79,7 +81,7 @@ def _version(package):
         return "not installed"
 
 
-def inspect(directory: str) -> int:
+def inspect(directory: str, png: str | None = None) -> int:
     from .io import adapter_info
 
     try:
@@ -94,6 +96,19 @@ def inspect(directory: str) -> int:
             print(f"{name:<20} {value!r}")
         print(f"{'modules':<20} {', '.join(map(_plain, part['modules']))}")
     _print_tensors(adapter["tensors"])
+    return 0 if png is None else _draw(directory, png)
+
+
+def _draw(directory, png):
+    from .heatmap import draw
+    from .history import History
+
+    try:
+        draw(History.load(directory), png)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"lora-moe inspect: {error}", file=sys.stderr)
+        return 1
+    print(f"\nload of every expert over training: {png}")
     return 0
 
 

@@ -258,7 +258,7 @@ def update_selection_bias(model: nn.Module, rate: float = 0.001) -> None:
     for layer, record in ran:
         run = record.training or record.last
         if run.routing.logits is not None:
-            counts = _counts(run.routing, run.tokens.counted()).to(layer.selection_bias.dtype)
+            counts = counts_of(run.routing, run.tokens.counted()).to(layer.selection_bias.dtype)
             layer.selection_bias += rate * torch.sign(counts.mean() - counts)
 
 
@@ -297,7 +297,7 @@ def _mean_prob(routing, mask, gate):
     return gates.sum(0) / kept.sum().clamp(min=1)
 
 
-def _counts(routing, mask):
+def counts_of(routing, mask):
     """Slots per expert among the tokens that count, (E,) int64."""
     if mask is None:
         return routing.counts
@@ -310,7 +310,7 @@ def _counts(routing, mask):
 
 def _load(routing, mask=None):
     """Share of the slots that each expert received, (E,); zeros without tokens."""
-    counts = _counts(routing, mask).to(routing.weights.dtype)
+    counts = counts_of(routing, mask).to(routing.weights.dtype)
     return counts / counts.sum().clamp(min=1)
 
 

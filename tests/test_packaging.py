@@ -136,6 +136,20 @@ def test_importing_is_light(python, site, tmp_path):
     python(code, cwd=tmp_path, PYTHONPATH=site)
 
 
+def test_what_needs_more_packages_is_imported_on_first_use(python, site, tmp_path):
+    code = (
+        "import sys, lora_moe\n"
+        "assert 'hf' in dir(lora_moe) and 'lora_moe.hf' not in sys.modules\n"
+        "sys.modules['transformers'] = None\n"
+        "try: lora_moe.hf\n"
+        "except ImportError as error: assert 'transformers' in str(error), error\n"
+        "try: lora_moe.no_such_thing\n"
+        "except AttributeError as error: assert 'no_such_thing' in str(error)\n"
+        "else: raise AssertionError\n"
+    )
+    python(code, cwd=tmp_path, PYTHONPATH=site)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_extension_says_how_it_was_built(python, checkout, tmp_path):
     wheel, _ = build_wheel(checkout, tmp_path, LORA_MOE_BUILD_ISA="portable", LORA_MOE_SKIP_EXT=0)

@@ -1,0 +1,15 @@
+"""At home in transformers' Trainer and TRL.
+
+    from lora_moe.hf import LoraMoeTrainer, LoraMoeTrainerMixin
+
+    trainer = LoraMoeTrainer(model, args, train_dataset=data)      # model: after lora_moe.inject
+
+    class MoeDPOTrainer(LoraMoeTrainerMixin, trl.DPOTrainer):      # any trainer of TRL
+        pass
+
+Imported on first use of lora_moe.hf; needs transformers (and accelerate, as its Trainer does).
+"""
+
+from .trainer import LoraMoeTrainer, LoraMoeTrainerMixin
+
+__all__ = ["LoraMoeTrainer", "LoraMoeTrainerMixin"]

@@ -1,0 +1,121 @@
+"""All that lora_moe.hf takes from transformers and TRL without it being public, in one place.
+
+tests/stack/test_trainer.py checks each item against the installed versions; docs/trainer.md names those that
+were tested.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+from torch import nn
+
+# methods of Trainer that the mixin overrides although their names start with an underscore
+OVERRIDDEN = ("_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint")
+
+
+def divides_loss(trainer, num_items_in_batch) -> bool:
+    """Whether Trainer.training_step divides what compute_loss returns by the accumulation steps.
+
+    transformers 5.19 and later have the class attribute loss_is_scaled_for_ga; its default None, and all
+    earlier versions, mean the expression below.
+    """
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+        scaled = by_model or trainer.compute_loss_func is not None
+    return not scaled
+
+
+def checkpointing_kwargs(args) -> str:
+    """The name of the argument with activation checkpointing's options; it changed in 5.20."""
+    new, old = "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"
+    return new if hasattr(args, new) else old
+
+
+def checkpoints_activations(args) -> bool:
+    return bool(
+        getattr(args, "activation_checkpointing", False)
+        or getattr(args, "gradient_checkpointing", False)
+    )
+
+
+@contextlib.contextmanager
+def trains_on_quantized(model):
+    """Inside, Trainer takes a quantised model with experts as it takes one with an adapter of PEFT's.
+
+    Trainer.__init__ asks model._hf_peft_config_loaded whether there is something to train.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not getattr(model, "is_quantized", False) or quantizer is None:
+        yield
+        return
+    if not getattr(quantizer, "is_trainable", False) and not _is_dequantized(model):
+        method = getattr(quantizer.quantization_config, "quant_method", "its method")
+        raise ValueError(
+            f"model: expected a quantisation that gradients pass through, got {method}, of which"
+            " transformers says that it does not; load the base another way, for example 4-bit with"
+            " bitsandbytes, or dequantised"
+        )
+    before = vars(model).get("_hf_peft_config_loaded")
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if before is None:
+            del model._hf_peft_config_loaded
+        else:
+            model._hf_peft_config_loaded = before
+
+
+def _is_dequantized(model):
+    """Plain floating-point weights throughout, as a GGUF file gives."""
+    tensors = [*model.parameters(), *model.buffers()]
+    plain = (type(t) in (nn.Parameter, nn.Buffer) or type(t).__name__ == "Tensor" for t in tensors)
+    return all(plain) and all(p.is_floating_point() for p in model.parameters())
+
+
+@contextlib.contextmanager
+def references_made_by(make, trainer_class):
+    """Inside, TRL's trainers get `make(model_id)` where they would load a second model as reference.
+
+    DPO, GRPO, KTO and RLOO call `create_model_from_path(id of the policy, ...)` of their own module.
+    """
+    patched = []
+    for kind in trainer_class.__mro__:
+        module = sys.modules.get(kind.__module__)
+        load = vars(module).get("create_model_from_path") if module is not None else None
+        if kind.__module__.startswith("trl.") and load is not None:
+            patched.append((module, load))
+            module.create_model_from_path = _Loader(load, make)
+    try:
+        yield
+    finally:
+        for module, load in patched:
+            module.create_model_from_path = load
+
+
+class _Loader:
+    def __init__(self, load, make):
+        self.load, self.make = load, make
+
+    def __call__(self, model_id, *args, **kwargs):
+        made = None if args or "architecture" in kwargs else self.make(model_id)
+        return self.load(model_id, *args, **kwargs) if made is None else made
+
+
+@contextlib.contextmanager
+def keeps_dtypes(model):
+    """Parameters that train have afterwards the dtypes and values that they had before.
+
+    TRL's trainers turn all that trains on a quantised base to bf16, routers too.
+    """
+    if not isinstance(model, nn.Module) or not getattr(model, "is_quantized", False):
+        yield
+        return
+    before = {p: p.data for p in model.parameters() if p.requires_grad}
+    yield
+    for parameter, data in before.items():
+        if parameter.dtype != data.dtype:
+            parameter.data = data.to(parameter.device)

@@ -1,0 +1,77 @@
+"""The policy as it was at the start, for DPO and its kin, without a second model.
+
+Fresh experts (B = 0) are the base, so the reference is the policy with its experts off.  Experts that were
+trained before, and modules_to_save, are kept as a copy of what trains; the base is shared in any case.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from .. import records
+from ..steering import disable_adapters, layers_of
+
+
+class Reference(nn.Module):
+    """Calls the policy with the values that it had when this was made; holds no parameters.
+
+    Attributes that it lacks are the policy's (config, get_output_embeddings ...).  It always runs
+    without gradients.
+
+    Args:
+        policy: a model with experts in it.
+    Raises:
+        ValueError: it has none.
+    """
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        layers = layers_of(policy).values()
+        self.__dict__["policy"] = (
+            policy  # no submodule: .eval() and .to() are the policy's own affair
+        )
+        fresh = not any(layer.config.modules_to_save for layer in layers)
+        fresh = fresh and not any(bool(layer.lora_B.any()) for layer in layers)
+        self.__dict__["start"] = None if fresh else _what_trains(policy)
+
+    @torch.no_grad()
+    def forward(self, *args, **kwargs):
+        if self.start is None:
+            with disable_adapters(self.policy):
+                return self.policy(*args, **kwargs)
+        with _nothing_noted(self.policy):
+            return functional_call(self.policy, self.start, args, kwargs)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.policy, name)
+
+    def __setattr__(self, name, value):
+        # TRL and accelerate wrap a model's forward; the policy's own is wrapped in the same way
+        if name != "forward":
+            super().__setattr__(name, value)
+
+
+def _what_trains(policy):
+    """{name: copy} of all that trains, and of buffers that steer routers."""
+    named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    named |= {n: b for n, b in policy.named_buffers() if n.endswith(".selection_bias")}
+    return {name: tensor.detach().clone() for name, tensor in named.items()}
+
+
+class _nothing_noted:
+    """The layers' memory of their forwards is afterwards as it was before."""
+
+    def __init__(self, model):
+        self.records = [records.record_of(layer) for layer in layers_of(model).values()]
+
+    def __enter__(self):
+        self.before = [(r.last, r.training, r.evaluation) for r in self.records]
+
+    def __exit__(self, *_):
+        for record, (last, training, evaluation) in zip(self.records, self.before):
+            record.last, record.training, record.evaluation = last, training, evaluation

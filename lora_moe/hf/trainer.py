@@ -1,0 +1,266 @@
+"""Trainer for models with experts: auxiliary loss, adapter-only checkpoints, router metrics.
+
+What reaches the optimizer in a step of M micro-batches (over all processes):
+
+    task loss as Trainer scales it  +  sum over m of  share_m * aux_loss_m,   shares by tokens, sum 1
+
+so that batch size, accumulation and padding do not change how strongly routers are balanced.
+"""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from ..io import load_adapter
+from ..losses import aux_loss, update_selection_bias
+from ..monitor import RouterMonitor
+from ..steering import injected, layers_of
+from . import checkpoints, private
+from .accumulation import Shares
+from .reference import Reference
+
+
+class LoraMoeTrainerMixin:
+    """Put it before any Trainer: `class MoeSFTTrainer(LoraMoeTrainerMixin, trl.SFTTrainer): pass`.
+
+    The model must have experts (lora_moe.inject, or load_adapter to go on).  Beyond what the Trainer does:
+
+    - aux_loss(model) trains the routers with the same strength for every batch size, gradient
+      accumulation, padding and number of processes.  The logged `loss` is the task's alone.
+    - Checkpoints hold lora_moe.safetensors and the trainer's state, no base weights; resume_from_checkpoint
+      and load_best_model_at_end read them.  A PeftModel is saved by PEFT as usual.
+    - router/max_over_mean, router/entropy, router/dead and router/aux_loss are in every log, with eval_
+      before them in those of evaluation (see lora_moe.monitor), and a collapse is told once.
+    - Routers have no weight decay, and selection biases move after each optimizer step.
+    - A quantised or GGUF base is accepted, and what trains keeps its dtype.
+    - Activation checkpointing uses use_reentrant=False where it is left open.
+    - DPO, GRPO, KTO and RLOO of TRL take the model as it was at the start as their reference, by
+      disable_adapters where experts are fresh: no second model.
+
+    Args:
+        *args, **kwargs: the Trainer's own.
+        router_learning_rate: of routers; the other parameters' by default.
+        router_metrics: log them, and write router_history.json beside each saved adapter.
+        router_heatmap: also draw router_history.png there (needs matplotlib).
+        selection_bias_rate: of update_selection_bias, for layers with selection_bias=True.
+    Raises:
+        ValueError: the model has no experts; several GPUs in one process (nn.DataParallel); a
+            quantisation without gradients; or router_learning_rate beside an optimizer of one's own.
+    """
+
+    def __init__(
+        self,
+        *args,
+        router_learning_rate: float | None = None,
+        router_metrics: bool = True,
+        router_heatmap: bool = False,
+        selection_bias_rate: float = 0.001,
+        **kwargs,
+    ):
+        model = args[0] if args else kwargs.get("model")
+        with (
+            private.trains_on_quantized(model),
+            private.keeps_dtypes(model),
+            private.references_made_by(self._reference, type(self)),
+        ):
+            super().__init__(*args, **kwargs)
+        layers = layers_of(self.model).values()
+        self._expect_supported()
+        self.router_learning_rate = router_learning_rate
+        self.router_monitor = RouterMonitor(self.model) if router_metrics else None
+        self.eval_router_monitor = RouterMonitor(self.model, None) if router_metrics else None
+        self.router_heatmap = router_heatmap
+        self._balances = any(layer.config.has_aux_loss for layer in layers)
+        self._shares, self._share = Shares(self.accelerator), 1.0
+        if any(layer.selection_bias is not None for layer in layers):
+            self.add_callback(_MoveSelectionBias(selection_bias_rate))
+        name = private.checkpointing_kwargs(self.args)
+        if private.checkpoints_activations(self.args):
+            setattr(self.args, name, {"use_reentrant": False} | (getattr(self.args, name) or {}))
+
+    def _expect_supported(self):
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"args: expected one GPU per process, got {self.args.n_gpu}, for which Trainer uses"
+                " nn.DataParallel; start with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES"
+            )
+        reference = getattr(self, "ref_model", None)
+        if getattr(self.args, "sync_ref_model", False) and isinstance(reference, Reference):
+            raise ValueError(
+                "sync_ref_model: expected False, as the reference shares the policy's base and holds"
+                " no weights of its own; or pass a ref_model"
+            )
+
+    def _reference(self, model_id):
+        """In place of a second model that TRL would load from model_id, None to let it."""
+        policy = getattr(self, "model", None)
+        if policy is None or is_peft_model(policy) or not injected(policy):
+            return None
+        return Reference(policy)
+
+    # --- the loss ----------------------------------------------------------------------------------
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self._balances:
+            across = getattr(self.args, "average_tokens_across_devices", False)
+            self._shares.begin_step(batches, over_processes=across)
+        return batches, num_items
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self._share = self._shares.of(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        result = super().compute_loss(
+            model,
+            inputs,
+            return_outputs=return_outputs,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+        if not self.model.training:
+            return result
+        loss, *outputs = result if isinstance(result, tuple) else (result,)
+        aux = aux_loss(self.model) if self._balances else None
+        if self.router_monitor is not None:
+            self.router_monitor.update(aux)
+        if aux is not None:
+            loss = loss + self._without_value(aux, num_items_in_batch).to(loss.device)
+        return (loss, *outputs) if outputs else loss
+
+    def _without_value(self, aux, num_items_in_batch):
+        """Zero, with the gradient of this micro-batch's share of the auxiliary loss."""
+        weight = self._share
+        if private.divides_loss(self, num_items_in_batch):
+            weight = weight * self.current_gradient_accumulation_steps
+        return weight * (aux - aux.detach())
+
+    def prediction_step(self, *args, **kwargs):
+        result = super().prediction_step(*args, **kwargs)
+        if self.eval_router_monitor is not None:
+            self.eval_router_monitor.update()
+        return result
+
+    # --- metrics -----------------------------------------------------------------------------------
+
+    def log(self, logs, *args, **kwargs):
+        if self.router_monitor is not None:
+            logs.update(self._router_metrics(logs))
+        return super().log(logs, *args, **kwargs)
+
+    def _router_metrics(self, logs):
+        """For a log of Trainer's: of training if it has a loss, of evaluation if it has its runtime."""
+        step = self.state.global_step
+        several = self.accelerator.num_processes > 1
+        reduce = (lambda t: self.accelerator.reduce(t, "sum")) if several else None
+        if "loss" in logs:
+            return self.router_monitor.summary(step, reduce)
+        prefix = next((k[: -len("_runtime")] for k in logs if k.endswith("_runtime")), "train")
+        if prefix == "train":
+            return {}
+        numbers = self.eval_router_monitor.summary(step, reduce)
+        return {f"{prefix}_{name}": value for name, value in numbers.items()}
+
+    # --- the optimizer -----------------------------------------------------------------------------
+
+    def get_decay_parameter_names(self, model):
+        """Trainer's, without routers."""
+        routers = _routers(model)
+        named = dict(model.named_parameters())
+        return [n for n in super().get_decay_parameter_names(model) if named.get(n) not in routers]
+
+    def create_optimizer(self, *args, **kwargs):
+        given, rate = self.optimizer is not None, self.router_learning_rate
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if rate is not None and not getattr(self, "_router_group", False):
+            if given:
+                raise ValueError(
+                    "router_learning_rate: expected None beside optimizers=, got"
+                    f" {rate}; give the routers a parameter group of their own"
+                )
+            _own_group(
+                optimizer, _routers(args[0] if args and args[0] is not None else self.model), rate
+            )
+            self._router_group = True
+        return optimizer
+
+    # --- checkpoints -------------------------------------------------------------------------------
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Write the adapter and what belongs to it to output_dir (args.output_dir by default)."""
+        directory = self.args.output_dir if output_dir is None else output_dir
+        if is_peft_model(self.model):
+            super().save_model(output_dir, _internal_call)
+        else:
+            checkpoints.save(self, directory)
+        if self.router_monitor is not None and self.args.should_save:
+            self.router_monitor.save(directory)
+            if self.router_heatmap and self.router_monitor.history.steps:
+                self._draw(directory)
+        pushes = self.args.push_to_hub and not _internal_call and not is_peft_model(self.model)
+        if pushes:
+            self.push_to_hub(commit_message="Model save")
+
+    def _draw(self, directory):
+        from ..heatmap import draw
+
+        draw(self.router_monitor.history, f"{directory}/router_history.png")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.router_monitor is not None:
+            self.router_monitor.load(resume_from_checkpoint)
+        if not checkpoints.is_adapter_only(resume_from_checkpoint):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return load_adapter(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        best = self.state.best_model_checkpoint
+        if not checkpoints.is_adapter_only(best):
+            return super()._load_best_model()
+        return load_adapter(self.model, best)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self.is_world_process_zero():
+            checkpoints.copy_adapter(checkpoint_folder, self.args.output_dir)
+        return super()._push_from_checkpoint(checkpoint_folder)
+
+
+class LoraMoeTrainer(LoraMoeTrainerMixin, Trainer):
+    """transformers' Trainer for a model with experts; see LoraMoeTrainerMixin.
+
+    >>> lora_moe.inject(model, config)
+    >>> trainer = LoraMoeTrainer(model, TrainingArguments("out"), train_dataset=data)
+    >>> trainer.train()
+    >>> trainer.save_model()              # out/lora_moe.safetensors, for lora_moe.load_adapter
+    """
+
+
+class _MoveSelectionBias(TrainerCallback):
+    def __init__(self, rate):
+        self.rate = rate
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        update_selection_bias(model, self.rate)
+
+
+def _routers(model: nn.Module) -> set[nn.Parameter]:
+    found = set()
+    for layer in injected(model).values():
+        found |= {p for p in (layer.router_weight, layer.router_bias) if p is not None}
+    return found
+
+
+def _own_group(optimizer: torch.optim.Optimizer, routers: set, rate: float) -> None:
+    """Move the routers to a group with this learning rate and no decay."""
+    moved = [p for group in optimizer.param_groups for p in group["params"] if p in routers]
+    if not moved:
+        raise ValueError("router_learning_rate: expected routers that train, got none")
+    options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in routers]
+    optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+    optimizer.add_param_group(options | {"params": moved, "lr": rate, "weight_decay": 0.0})
