@@ -16,6 +16,7 @@ from . import autograd, functional, losses  # noqa: E402
 from .backend import backend_info  # noqa: E402
 from .config import LoraMoeConfig  # noqa: E402
 from .context import checkpoint_context  # noqa: E402
+from .from_peft import from_peft  # noqa: E402
 from .inject import inject, remove  # noqa: E402
 from .io import adapter_info, load_adapter, save_adapter  # noqa: E402
 from .layers import LoraMoeLinear  # noqa: E402
@@ -28,6 +29,7 @@ from .steering import (  # noqa: E402
     set_routing,
     use_routing,
 )
+from .to_peft import to_peft  # noqa: E402
 from .warm import warm_up  # noqa: E402
 
 __version__ = "0.1.0.dev0"
@@ -66,6 +68,7 @@ __all__ = [
     "checkpoint_context",
     "disable_adapters",
     "freeze_experts",
+    "from_peft",
     "functional",
     "inject",
     "injected",
@@ -75,6 +78,7 @@ __all__ = [
     "router_stats",
     "save_adapter",
     "set_routing",
+    "to_peft",
     "use_routing",
     "warm_up",
 ]

@@ -31,7 +31,7 @@ from reprlib import repr as brief
 import torch
 from torch import nn
 
-from . import safefile
+from . import locate, peft_format, peft_moe, safefile
 from .attach import attach
 from .config import LoraMoeConfig
 from .inject import freeze_base, modules_to_save, place
@@ -170,10 +170,12 @@ def load_adapter(
     model: nn.Module,
     directory: str | os.PathLike,
     *,
+    revision: str | None = None,
     adapter_dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
-    """Read what save_adapter wrote, into a model without experts or into one with the same experts.
+    """Read what save_adapter wrote, or what PEFT wrote of a lora_moe.peft adapter.
 
+    The model is one without experts, or one that has the same experts.
     A model without experts gets them at the saved paths and its own parameters are frozen, as by
     inject().  A model with experts must have them at exactly these paths, and keeps its
     configurations, which may differ in dropout, dtype, module patterns and coefficients only.  The
@@ -181,7 +183,10 @@ def load_adapter(
 
     Args:
         model: as above.
-        directory: holds lora_moe.safetensors, a regular file.
+        directory: holds lora_moe.safetensors, or PEFT's adapter_model.safetensors and
+            adapter_config.json, regular files; or "owner/name" of a repository of the hub, where no
+            directory is called so.
+        revision: of a repository: a branch, tag or commit.
         adapter_dtype: of lora_A and lora_B in a model without experts, in place of the saved choice; see
             LoraMoeConfig.
     Returns:
@@ -197,13 +202,14 @@ def load_adapter(
     if not layers:
         expect_no_wrapper(whole)
     with at_rest(whole, modified=True):
-        _load(model, layers, Path(directory), adapter_dtype)
+        _load(model, layers, (directory, revision), adapter_dtype)
     return whole
 
 
-def _load(model, layers, directory, adapter_dtype):
-    with _open(directory) as file:
-        info = _read_info(file, adapter_dtype)
+def _load(model, layers, source, adapter_dtype):
+    file, described = _open(*source)
+    with file:
+        info = _read_info(file, described, adapter_dtype)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
         whole_tensors = _wanted_modules(model, info)
         wanted |= whole_tensors
@@ -236,9 +242,11 @@ def _load(model, layers, directory, adapter_dtype):
         modules[path].requires_grad_(True)
 
 
-def adapter_info(directory: str | os.PathLike) -> dict:
+def adapter_info(directory: str | os.PathLike, *, revision: str | None = None) -> dict:
     """What a saved adapter says of itself; no tensor is read.
 
+    Args:
+        directory, revision: as load_adapter.
     Returns:
         {"version": 2, "library": str, "tensors": {key: safefile.Slice},
         "adapters": [{"config": LoraMoeConfig, "modules": [module path, ...], "frozen": [id, ...]}, ...],
@@ -246,14 +254,17 @@ def adapter_info(directory: str | os.PathLike) -> dict:
     Raises:
         ValueError, OSError: as load_adapter.
     """
-    with _open(Path(directory)) as file:
-        return _read_info(file)
+    file, described = _open(directory, revision)
+    with file:
+        return _read_info(file, described)
 
 
-def _open(directory):
-    path = directory / FILE_NAME
-    if os.path.lexists(path):
-        return safefile.open_regular(path)
+def _open(source, revision):
+    """The file of tensors, and PEFT's adapter_config.json where PEFT wrote it."""
+    found = locate.find(source, ((FILE_NAME,), peft_format.FILES), revision)
+    if found is not None:
+        return safefile.open_regular(found[0]), *(found[1:] or (None,))
+    directory = Path(source)
     if directory.is_file():
         safefile.open_regular(directory).close()  # says what is wrong with a pickle
     found = sorted(os.listdir(directory))[:20] if directory.is_dir() else "no directory"
@@ -261,7 +272,7 @@ def _open(directory):
     if directory.is_file():
         hint = f"; pass the directory, {str(directory.parent)!r}"
     elif "adapter_config.json" in found:
-        hint = "; this is an adapter of PEFT, for PeftModel.from_pretrained"
+        hint = "; this is an adapter of PEFT without adapter_model.safetensors, for PEFT alone"
     raise FileNotFoundError(f"{directory}: expected {FILE_NAME} in it, found {found}{hint}")
 
 
@@ -308,15 +319,25 @@ def _whole_modules(model, layers):
     return {plain_path(path): module for path, module in found.items()}
 
 
-def _saved_tensors(model, layers):
-    """{name in the file: tensor} of modules_to_save; what two of them share, once."""
-    tensors, seen = {}, set()
+def modules_state(model: nn.Module, layers: dict[str, LoraMoeLinear]) -> dict[str, dict]:
+    """{path: {name: tensor}} of modules_to_save; what two of them share, once."""
+    state, seen = {}, set()
     for path, module in _whole_modules(model, layers).items():
+        state[path] = {}
         for name, tensor in module.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                tensors[f"{_SAVED}{path}.{plain_path(name)}"] = tensor
-    return tensors
+                state[path][plain_path(name)] = tensor
+    return state
+
+
+def _saved_tensors(model, layers):
+    """{name in the file: tensor} of modules_to_save."""
+    return {
+        f"{_SAVED}{path}.{name}": tensor
+        for path, named in modules_state(model, layers).items()
+        for name, tensor in named.items()
+    }
 
 
 def _tell_unsaved(model, layers):
@@ -380,8 +401,19 @@ def _sections(config, frozen):
     }
 
 
-def _read_info(file, adapter_dtype=None):
+def _read_info(file, described=None, adapter_dtype=None):
     metadata, tensors = safefile.read_header(file)
+    if described is not None:
+        info = peft_moe.read_info(described, tensors, _TENSORS)
+    else:
+        info = _read_own_info(file, metadata, tensors)
+    if adapter_dtype is not None:
+        for adapter in info["adapters"]:
+            adapter["config"] = dataclasses.replace(adapter["config"], adapter_dtype=adapter_dtype)
+    return info
+
+
+def _read_own_info(file, metadata, tensors):
     text = metadata.get("lora_moe") if isinstance(metadata, dict) else None
     if not isinstance(text, str):
         raise ValueError(
@@ -396,9 +428,6 @@ def _read_info(file, adapter_dtype=None):
             f" got {brief(version)}"
         )
     adapters = _read_adapters(file.name, info.get("adapters"), _READERS[version])
-    if adapter_dtype is not None:
-        for adapter in adapters:
-            adapter["config"] = dataclasses.replace(adapter["config"], adapter_dtype=adapter_dtype)
     library = info.get("library")
     return {
         "version": version,

@@ -64,6 +64,7 @@ class LoraMoeLinear(nn.Module):
     # of an adapter that PEFT knows by a name (see lora_moe.peft): the functions of this package address
     # the active ones, by the path of the module that they adapt
     adapter_name: str | None = None
+    origins = None  # where each expert came from; see from_peft
     active = True
     enabled = True
 
@@ -278,13 +279,13 @@ def expert_ids(ids, num_experts: int) -> tuple[int, ...]:
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     ids = [ids] if isinstance(ids, int) else ids
     try:
-        ids = [int(e) for e in ids if e == int(e) and not isinstance(e, bool)]
-        valid = all(0 <= e < num_experts for e in ids)
+        ids = list(ids)
+        valid = all(e == int(e) and 0 <= e < num_experts and not isinstance(e, bool) for e in ids)
     except (TypeError, ValueError):
         valid = False
     if not valid:
         raise ValueError(f"frozen: expected expert ids in [0, {num_experts}), got {ids!r}")
-    return tuple(sorted(set(ids)))
+    return tuple(sorted({int(e) for e in ids}))
 
 
 class _TakePart(torch.autograd.Function):

@@ -13,10 +13,9 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..config import LoraMoeConfig
+from ..peft_moe import RENAMED
 from .registration import member
 
-# PEFT's names of our fields
-RENAMED = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 _OWN = {field.name for field in dataclasses.fields(LoraMoeConfig)}
 _MODULES = ("target_modules", "exclude_modules", "modules_to_save")
 _README = """

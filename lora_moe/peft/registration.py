@@ -15,7 +15,8 @@ except ImportError as error:
     raise ImportError("lora_moe.peft: expected PEFT to be installed; pip install peft") from error
 from peft import PeftType
 
-NAME = "LORA_MOE"
+from ..peft_moe import PEFT_TYPE as NAME
+
 OLDEST = (0, 21)  # the oldest PEFT that the tests ran with
 
 

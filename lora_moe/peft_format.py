@@ -1,0 +1,93 @@
+"""Folders that PEFT writes, read without PEFT and as untrusted input.
+
+    adapter_config.json        {"peft_type": ..., the fields of the method's configuration}
+    adapter_model.safetensors  base_model.model.<module path>.<tensor of the method>
+
+PEFT's patterns are regular expressions.  One from a file may take minutes to match, so that those with
+repeated groups, or with many repetitions, are refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from reprlib import repr as brief
+
+from . import safefile
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (WEIGHTS, CONFIG)
+PREFIX = "base_model.model."
+MAX_CONFIG = 4 << 20  # bytes
+MAX_PATTERNS = 64  # with repetitions
+_TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|.", re.DOTALL)
+
+
+def read_config(path: Path) -> dict:
+    """The fields of an adapter_config.json.
+
+    Raises:
+        ValueError: it is no regular file, too long, or no JSON object.
+        OSError: it cannot be read.
+    """
+    with safefile.open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_CONFIG:
+            raise ValueError(f"{path}: expected at most {MAX_CONFIG} bytes, got {size}")
+        fields = safefile.parse_json(file.read(), str(path))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def module_path(key: str) -> str:
+    """Of a tensor's key, with or without PEFT's prefix, what follows the prefix."""
+    return key.removeprefix(PREFIX)
+
+
+def expect_patterns(name: str, patterns) -> dict:
+    """rank_pattern or alpha_pattern, {} for None; raises ValueError where it may not be matched."""
+    if patterns is None:
+        return {}
+    if not isinstance(patterns, Mapping) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(f"{name}: expected a dict by module names, got {brief(patterns)}")
+    repeated = 0
+    for pattern in patterns:
+        repeated += _repetitions(name, pattern) > 0
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"{name}: expected a regular expression, got {brief(pattern)}: {error}"
+            ) from None
+    if repeated > MAX_PATTERNS:
+        raise ValueError(
+            f"{name}: expected at most {MAX_PATTERNS} with repetitions, got {repeated}"
+        )
+    return dict(patterns)
+
+
+def _repetitions(name, pattern):
+    """How many parts may repeat; nothing that could take more than cubic time is let through."""
+    tokens = _TOKEN.findall(pattern)
+    count = sum(token in "*+{" for token in tokens)
+    pairs = list(itertools.pairwise(tokens))
+    group = any(a == ")" and b in "*+?{" for a, b in pairs)
+    special = re.search(r"\(\?(?!:)|\\[1-9]", pattern)  # lookaround, flags, back references
+    if len(pattern) > 1024 or count > 2 or group or special:
+        raise ValueError(
+            f"{name}: expected module names, or regular expressions with at most two repetitions and no"
+            f" repeated group, got {brief(pattern)}"
+        )
+    return count
+
+
+def matched(patterns: Mapping[str, object], path: str, default):
+    """The value of the first pattern that matches the path's end at a dot, as PEFT chooses."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default

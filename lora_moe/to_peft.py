@@ -1,0 +1,249 @@
+"""Each expert of a bank becomes a LoRA adapter of PEFT, in a folder of its own.
+
+    lora_A = the expert's rows of lora_A (r, D_in);   lora_B = its rows of lora_B, transposed (D_out, r)
+
+The routers stay behind: an adapter is what its expert adds with weight 1.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+from reprlib import repr as brief
+
+import torch
+from torch import nn
+
+from . import peft_format, safefile
+from .io import modules_state
+from .layers import LoraMoeLinear, expert_ids
+from .sharded import (
+    at_rest,
+    conclude,
+    gathered,
+    is_collective,
+    is_writer,
+    plain_path,
+    unwrapped,
+)
+from .steering import layers_of
+
+
+def to_peft(
+    model: nn.Module, directory: str | os.PathLike, experts: int | list[int] | None = None
+) -> list[Path]:
+    """Write directory/expert_<id>/ with PEFT's two files for each expert, and nothing else.
+
+    PEFT loads such a folder, and then computes what the model does with
+    `use_routing(model, task_ids=id)`, the routers and other experts left out.  An expert that from_peft
+    read and that has not changed is written with the same keys, dtypes, bits and configuration.
+
+    Args:
+        model: with experts in it.
+        directory: made if it does not exist; files of the same names are replaced.
+        experts: ids; None is all of them.
+    Returns:
+        The folders, in the order of the ids.
+    Raises:
+        ValueError: the model has no experts, its layers have different numbers of them, an id is not one
+            of them, or a tensor holds NaN or infinite values.  Nothing is written.
+        OSError: a file cannot be written.
+    """
+    whole, model = model, unwrapped(model)
+    layers = {plain_path(path): layer for path, layer in layers_of(model).items()}
+    ids = _ids(layers, experts)
+    folders = [Path(directory) / f"expert_{e}" for e in ids]
+    with at_rest(whole):
+        own = _sources(model, layers)
+        writes, collective = is_writer(own.values()), is_collective(whole, own.values())
+        tensors, error = gathered(own, keep=writes), None
+        try:
+            if writes:
+                _write(model, layers, tensors, dict(zip(ids, folders)))
+        except Exception as raised:
+            if not collective:
+                raise
+            error = raised
+        if collective:
+            conclude(own.values(), error)
+    return folders
+
+
+def _write(model, layers, tensors, folders):
+    loras = {e: _tensors(layers, tensors, e) for e in folders}
+    for e, lora in loras.items():
+        _expect_finite(e, lora)
+    for e, folder in folders.items():
+        config = _config(model, layers, e, loras[e])
+        folder.mkdir(parents=True, exist_ok=True)
+        safefile.write(folder / peft_format.WEIGHTS, loras[e], {"format": "pt"})
+        _write_json(folder / peft_format.CONFIG, config)
+
+
+def _ids(layers, experts):
+    counts = {layer.config.num_experts for layer in layers.values()}
+    if len(counts) > 1:
+        raise ValueError(
+            f"model: expected the same number of experts in each layer, got {sorted(counts)}"
+        )
+    (E,) = counts
+    if experts is None:
+        return tuple(range(E))
+    try:
+        return expert_ids(experts, E)
+    except ValueError:
+        raise ValueError(
+            f"experts: expected expert ids in [0, {E}), got {brief(experts)}"
+        ) from None
+
+
+# --- tensors ----------------------------------------------------------------------------------------
+
+
+def _sources(model, layers) -> dict[tuple[str, str], torch.Tensor]:
+    """{(module path, name): tensor} of the banks, and of the modules that train as a whole."""
+    banks = {
+        (path, name): getattr(layer, name)
+        for path, layer in layers.items()
+        for name in ("lora_A", "lora_B")
+    }
+    saved = {
+        (path, name): tensor
+        for path, named in modules_state(model, layers).items()
+        for name, tensor in named.items()
+    }
+    return banks | saved
+
+
+def _tensors(layers, sources, e) -> dict[str, torch.Tensor]:
+    """{PEFT's key: tensor} of an expert, contiguous and with memory of its own."""
+    tensors = {
+        f"{peft_format.PREFIX}{path}.{name}": tensor
+        for (path, name), tensor in sources.items()
+        if path not in layers
+    }
+    for path, layer in layers.items():
+        rows = slice(layer.offsets[e], layer.offsets[e + 1])
+        A, B = sources[path, "lora_A"], sources[path, "lora_B"]
+        pair = (A if layer.config.shared_a else A[rows]), B[rows].T
+        origin = layer.origins[e] if layer.origins else None
+        if origin is not None and origin.dtypes is None and not pair[1].any():
+            continue  # its adapter had no LoRA here, and it still adds nothing
+        dtypes = (origin and origin.dtypes) or (None, None)
+        for letter, tensor, dtype in zip("AB", pair, dtypes):
+            key = f"{peft_format.PREFIX}{path}.lora_{letter}.weight"
+            tensors[key] = _as_it_was(tensor, dtype).contiguous().clone()
+    return tensors
+
+
+def _as_it_was(tensor, dtype):
+    """In the dtype that it was read from, where that still holds it bit for bit."""
+    if dtype is None:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _expect_finite(e, tensors):
+    for key, tensor in tensors.items():
+        if tensor.is_meta or not torch.isfinite(tensor).all():
+            got = "a tensor on meta" if tensor.is_meta else "NaN or infinity"
+            raise ValueError(f"expert {e}: {key}: expected finite values, got {got}")
+
+
+# --- adapter_config.json ----------------------------------------------------------------------------
+
+
+def _config(model, layers, e, tensors) -> dict:
+    """As it was read, if it still says what the tensors are; else anew."""
+    own = {path: layer for path, layer in layers.items() if _key(path) in tensors}
+    saved_paths = list(modules_state(model, layers))
+    origin = next((layer.origins[e].config for layer in own.values() if layer.origins), None)
+    if origin is not None and not saved_paths and _says(origin, own, e):
+        return origin
+    return _new_config(model, own, e, saved_paths)
+
+
+def _key(path):
+    return f"{peft_format.PREFIX}{path}.lora_A.weight"
+
+
+def _says(config, layers, e):
+    """Whether its ranks and scales are those of the layers, which are all that it had."""
+
+    def at(path, field, patterns):
+        return peft_format.matched(config.get(patterns) or {}, path, config.get(field, 8))
+
+    for path, layer in layers.items():
+        r, alpha = at(path, "r", "rank_pattern"), at(path, "lora_alpha", "alpha_pattern")
+        scale = alpha / r**0.5 if config.get("use_rslora") else alpha / r
+        known = layer.origins and layer.origins[e].dtypes is not None
+        if not known or r != layer.config.ranks[e] or abs(scale - layer.scales[e]) > 1e-12 * scale:
+            return False
+    return True
+
+
+def _new_config(model, layers, e, saved_paths) -> dict:
+    ranks = {path: layer.config.ranks[e] for path, layer in layers.items()}
+    alphas = {path: _alpha(layer, e) for path, layer in layers.items()}
+    roots = {layer.config.use_rslora for layer in layers.values()}
+    if len(roots) > 1:  # one flag for all: alpha / r in each
+        alphas = {path: layer.scales[e] * ranks[path] for path, layer in layers.items()}
+    r, rank_pattern = _with_pattern(ranks)
+    alpha, alpha_pattern = _with_pattern(alphas)
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "use_rslora": roots == {True},
+        "lora_dropout": next(iter(layers.values())).config.dropout,
+        "target_modules": _targets(model, layers),
+        "modules_to_save": saved_paths or None,
+        "bias": "none",
+        "fan_in_fan_out": all(hasattr(layer.base_layer, "nf") for layer in layers.values()),
+        "init_lora_weights": True,
+    }
+
+
+def _alpha(layer: LoraMoeLinear, e: int):
+    alpha = layer.config.alpha
+    alpha = alpha[e] if isinstance(alpha, tuple) else alpha
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _with_pattern(values):
+    """(the most frequent value, {path: value} of the others), such that PEFT finds each path's own."""
+    common = collections.Counter(values.values()).most_common(1)[0][0]
+    others = {path: value for path, value in values.items() if value != common}
+    if any(peft_format.matched(others, path, common) != v for path, v in values.items()):
+        others = {f"^{re.escape(path)}": value for path, value in others.items()}
+    return common, others
+
+
+def _targets(model, layers):
+    """Last names where these name no other module, else whole paths, else an expression."""
+    modules = [plain_path(path) for path, _ in model.named_modules()]
+    modules = [path for path in modules if not any(path.startswith(f"{own}.") for own in layers)]
+    for names in ({path.rpartition(".")[2] for path in layers}, set(layers)):
+        ends = tuple(f".{name}" for name in names)
+        if {path for path in modules if path in names or path.endswith(ends)} == set(layers):
+            return sorted(names)
+    return "|".join(map(re.escape, sorted(layers)))
+
+
+def _write_json(path, fields):
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
