@@ -529,3 +529,12 @@ def test_peft_and_inject_keep_off_each_other():
         get_peft_model(
             lora_moe.inject(llama(), lora_moe.LoraMoeConfig(target_modules=("q_proj",))), config()
         )
+
+
+@pytest.mark.parametrize("ids", [[0.5], [0, 1.5], [True], [4], [-1], "all"], ids=str)
+def test_what_is_no_expert_is_not_frozen(ids):
+    model = adapted()
+    lora_moe.freeze_experts(model, [2])
+    with pytest.raises(ValueError, match=r"expected expert ids in \[0, 4\)"):
+        lora_moe.freeze_experts(model, ids)
+    assert {layer.frozen for layer in lora_moe.injected(model).values()} == {(2,)}
