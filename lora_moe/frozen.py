@@ -34,18 +34,20 @@ def keep_rows(layer: nn.Module) -> None:
 @torch.no_grad()
 def _before_step(optimizer, _args, _kwargs):
     steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    _kept[optimizer] = [
-        (rows, rows.clone())
+    rows = [
+        rows
         for layer in list(_layers)
         for parameter in (layer.lora_A, layer.lora_B)
         if _moves(parameter, steps)
         for rows in frozen_rows(layer, parameter)
     ]
+    # a step may call the step of its base class, which puts back its own
+    _kept.setdefault(optimizer, []).append([(r, r.clone()) for r in rows])
 
 
 @torch.no_grad()
 def _after_step(optimizer, _args, _kwargs):
-    for rows, values in _kept.pop(optimizer, ()):
+    for rows, values in _kept[optimizer].pop():
         rows.copy_(values)
 
 

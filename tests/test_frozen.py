@@ -87,6 +87,39 @@ def test_lbfgs_evaluates_in_between():
     expect_still(before, tensors(adapted))
 
 
+class DecayThenAdamW(torch.optim.AdamW):
+    """A step of its own around that of its base class."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(0.9)
+        return super().step(closure)
+
+
+def test_a_step_that_calls_the_step_of_its_base_class():
+    adapted = model()
+    freeze_experts(adapted, [1])
+    before = tensors(adapted)
+    train(adapted, DecayThenAdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.1))
+    expect_still(before, tensors(adapted))
+
+
+def test_a_step_that_raises_spoils_no_later_one():
+    adapted = model()
+    freeze_experts(adapted, [1])
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    with torch.no_grad():
+        for layer in injected(adapted).values():
+            layer.lora_B.fill_(2)
+    before = tensors(adapted)
+    train(adapted, optimizer)
+    expect_still(before, tensors(adapted))
+
+
 def test_an_optimizer_for_each_parameter():
     """As those that step inside backward; each puts back its own alone."""
     adapted = model()
