@@ -54,8 +54,10 @@ NOTHING = Decision()
 
 # blocks that are open in any thread, for a recompute that cannot know its own
 _open: dict[int, dict[nn.Module, Decision]] = {}
-# activation checkpoint -> {layer: Decision} of its forward
+# activation checkpoint -> {layer: what its calls in the forward were told}
 _checkpoints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+# layer -> Decision of its last training forward without a graph, as reentrant checkpoints run it
+_without_graph: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -78,16 +80,43 @@ def told(layer: nn.Module) -> Decision:
         decision = NOTHING
     if decision.routing is None and layer.given is not None:
         decision = decision._replace(routing=layer.given)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return decision
-    checkpoint = _checkpoint()
-    if not recomputing():
-        if checkpoint is not None:
-            _checkpoints.setdefault(checkpoint, {})[layer] = decision
-        return decision
-    remembered = _checkpoints.get(checkpoint) if checkpoint is not None else None
-    if remembered is not None and layer in remembered:
-        return remembered[layer]
+    if recomputing():
+        return _told_before(layer, decision)
+    if torch.is_grad_enabled():
+        for checkpoint in _checkpoints_around():
+            calls = _checkpoints.setdefault(checkpoint, {}).setdefault(layer, _Calls())
+            calls.decisions.append(decision)
+    elif layer.training:
+        _without_graph[layer] = decision
+    return decision
+
+
+class _Calls:
+    """What the calls of one layer in a checkpoint's forward were told, in their order."""
+
+    def __init__(self):
+        self.decisions: list[Decision] = []
+        self.seen: dict[int, int] = {}  # backward pass -> calls that its recompute has made
+
+    def next(self) -> Decision:
+        backward = torch._C._current_graph_task_id()
+        i = self.seen.get(backward, 0)
+        self.seen[backward] = i + 1
+        return self.decisions[min(i, len(self.decisions) - 1)]
+
+
+def _told_before(layer, decision):
+    """For a recompute: the decision of the forward that it repeats.
+
+    A checkpoint inside a checkpoint is made anew by the outer one's recompute, so the innermost one
+    that the forward knew decides.
+    """
+    for checkpoint in _checkpoints_around():
+        calls = _checkpoints.get(checkpoint, {}).get(layer)
+        if calls is not None:
+            return calls.next()
     return _the_open_one(layer, decision)
 
 
@@ -97,10 +126,31 @@ def _the_open_one(layer, decision):
     if len(found) > 1:
         raise RuntimeError(
             "use_routing: several blocks with different routings are open and this activation checkpoint"
-            " does not say which one its forward ran in; pass use_reentrant=False to the checkpoint,"
-            " or context_fn=lora_moe.checkpoint_context"
+            f" does not say which one its forward ran in; {_WHAT_TO_DO}"
         )
-    return next(iter(found.values()), decision)
+    decision = next(iter(found.values()), decision)
+    if not _agree(decision, _without_graph.get(layer, decision)):
+        raise RuntimeError(
+            "use_routing: the layer's forward was told otherwise than what holds during its backward,"
+            f" and this activation checkpoint does not say what it ran with; {_WHAT_TO_DO}"
+        )
+    return decision
+
+
+_WHAT_TO_DO = (
+    "pass use_reentrant=False to the checkpoint, or context_fn=lora_moe.checkpoint_context, or call"
+    " backward inside the block"
+)
+
+
+def _agree(a: Decision, b: Decision) -> bool:
+    if a.disabled != b.disabled:
+        return False
+    if a.routing is b.routing or a.routing is None or b.routing is None:
+        return a.routing is b.routing
+    return torch.equal(a.routing.indices, b.routing.indices) and torch.equal(
+        a.routing.weights, b.routing.weights
+    )
 
 
 def checkpoint_context():
@@ -124,17 +174,37 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _checkpoint():
-    """The non-reentrant activation checkpoint around this call, in its forward or recompute, or None.
+def _checkpoints_around() -> list:
+    """The non-reentrant activation checkpoints around this call, innermost first.
 
-    PyTorch has no public name for it: both of its hooks on saved tensors hold it in a closure.
+    PyTorch has no public name for them: their hooks on saved tensors hold them in a closure.  Hooks
+    form a stack of which only the top can be seen, so it is taken down and put up again.
     """
+    autograd = torch._C._autograd
     try:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    except (AttributeError, TypeError):
-        return None
-    if hooks is None:
-        return None
+        top, enabled = (
+            autograd._top_saved_tensors_default_hooks,
+            autograd._saved_tensors_hooks_is_enabled(),
+        )
+    except AttributeError:
+        return []
+    found, taken = [], []
+    try:
+        while (hooks := top(True)) is not None:
+            if (checkpoint := _checkpoint_of(hooks)) is not None:
+                found.append(checkpoint)
+            if not enabled:  # they could not be put up again
+                break
+            autograd._pop_saved_tensors_default_hooks()
+            taken.append(hooks)
+    finally:
+        for hooks in reversed(taken):
+            autograd._push_saved_tensors_default_hooks(*hooks)
+    return found
+
+
+def _checkpoint_of(hooks):
+    """The checkpoint whose hooks on saved tensors these are, or None."""
     pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])  # the recompute's is wrapped
     for cell in getattr(pack, "__closure__", None) or ():
         held = cell.cell_contents

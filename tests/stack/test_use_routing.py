@@ -298,7 +298,7 @@ def test_a_reentrant_recompute_uses_the_open_block_or_raises():
 
 
 def test_checkpoint_context_for_a_pytorch_that_hides_its_checkpoints(monkeypatch):
-    monkeypatch.setattr(lora_moe.context, "_checkpoint", lambda: None)
+    monkeypatch.setattr(lora_moe.context, "_checkpoints_around", list)
     layer = first_layer(with_experts()).train()
     x = torch.randn(2, 3, 16, requires_grad=True)
 
@@ -315,17 +315,17 @@ def test_checkpoint_context_for_a_pytorch_that_hides_its_checkpoints(monkeypatch
 
 
 def test_this_pytorch_shows_its_checkpoints():
-    """context._checkpoint reads a private closure: notice when PyTorch changes it."""
+    """context._checkpoints_around reads a private closure: notice when PyTorch changes it."""
     seen = []
 
     def function(x):
-        seen.append(lora_moe.context._checkpoint())
+        seen.extend(lora_moe.context._checkpoints_around())
         return x.sin()
 
     x = torch.randn(3, requires_grad=True)
     checkpoint(function, x, use_reentrant=False).sum().backward()
     assert len(seen) == 2 and seen[0] is seen[1] is not None
-    assert lora_moe.context._checkpoint() is None
+    assert lora_moe.context._checkpoints_around() == []
 
 
 # --- copies and compilers ----------------------------------------------------------------------------
