@@ -823,3 +823,24 @@ def test_rank_masks_are_gates_of_single_rank_experts():
         torch.testing.assert_close(
             one, other, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("T", [1, 5, 64, 65])
+@pytest.mark.parametrize("shared_a", [False, True], ids=["private-a", "shared-a"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_wide_adapters_act_as_if_they_were_rounded_first(dtype, shared_a, T):
+    """Few tokens round the picked experts' rows only; the bits are those of rounding all of them."""
+    g = torch.Generator().manual_seed(T)
+    E, r, D_in, D_out = 6, 5, 97, 131
+    x, base = (torch.randn(T, d, generator=g).to(dtype) for d in (D_in, D_out))
+    w = torch.randn(E, D_in, generator=g) * 0.1
+    a = torch.randn(r if shared_a else E * r, D_in, generator=g)
+    b = torch.randn(E * r, D_out, generator=g)
+    ids = torch.randint(-1, E, (T, 2), generator=g)
+    options = {"rank_offsets": r, "shared_a": shared_a, "base": base}
+    narrow = a.to(dtype), b.to(dtype)
+    wide, _ = F.routed_lora(x, w, a, b, 2, **options)
+    assert torch.equal(wide, F.routed_lora(x, w, *narrow, 2, **options)[0])
+    given = Routing.from_ids(ids, num_experts=E)
+    wide = F.grouped_lora(x, a, b, given, **options)
+    assert torch.equal(wide, F.grouped_lora(x, *narrow, given, **options))

@@ -15,26 +15,25 @@ template <class T>
 struct Forward {
   using C = acc_t<T>;
   Experts experts;
-  Rows<const T> x, a, b, base;
+  Rows<const T> x, base;
   const C* scaling;
   int64_t tokens, D_in, D_out, K, W;
-  Tensor a_rounded, b_rounded, y, s;
+  ExpertMatrix<T> a, b;
+  Tensor y, s;
   T* y_data;
   C* s_data;
 
   Forward(const Tensor& x_, const Tensor& a_, const Tensor& b_, const MaybeTensor& base_,
           const Tensor& scaling_, Ints offsets, bool shared_a, int64_t top_k)
       : experts(std::move(offsets), shared_a, scaling_.size(0)),
+        tokens(x_.size(0)),
+        D_in(x_.size(1)),
+        D_out(b_.size(1)),
         K(top_k),
-        a_rounded(as_dtype(a_, x_.scalar_type())),
-        b_rounded(as_dtype(b_, x_.scalar_type())) {
-    tokens = x_.size(0);
-    D_in = x_.size(1);
-    D_out = b_.size(1);
-    W = experts.saved(K);
+        W(experts.saved(top_k)),
+        a("lora_A", a_, experts.rows_a(), D_in, experts, Blocks(tokens).few() && !shared_a),
+        b("lora_B", b_, experts.R, D_out, experts, Blocks(tokens).few()) {
     x = rows<T>("x", x_, tokens, D_in);
-    a = rows<T>("lora_A", a_rounded, experts.rows_a(), D_in);
-    b = rows<T>("lora_B", b_rounded, experts.R, D_out);
     base = rows<T>("base", base_, tokens, D_out);
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
     y_data = mutable_data<T>(y = empty<T>({tokens, D_out}));
@@ -44,14 +43,20 @@ struct Forward {
   // Tokens [begin, end) through shrink, gate and expand: a block, or in parallel all of a few.
   void run(int64_t begin, int64_t end, const int32_t* ids, const C* weights, bool few) {
     const Grouping group(ids, K, experts.E, begin, end);
+    if (a.waits()) a.pick(experts, group);
     shrink(group, begin, end, few);
+    if (b.waits()) {
+      b.pick(experts, group);
+      for_rows(experts, group, few, weight_bytes(group, D_out),
+               [&](int64_t e, int64_t first, int64_t last) { b.round(e, first, last); });
+    }
     const auto h = gated(group, weights);
     const auto hs = pointers<const C>(h.get(), experts.max_rank, 0, group.size());
     Sums<T> sums(begin, end, D_out, base, y_data);
     for (int64_t e = 0; e < experts.E; ++e) {
       const int64_t i = group.start[e];
-      sums.add(group.count(e), group.tokens.data() + i, hs.data() + i, experts.rank(e),
-               b.row(experts.offsets[e]), b.stride);
+      sums.add(group.count(e), group.tokens.data() + i, hs.data() + i, experts.rank(e), b.row(e, 0),
+               b.stride());
     }
     few ? sums.write_few(weight_bytes(group, D_out)) : sums.write();
   }
@@ -66,7 +71,7 @@ struct Forward {
     if (experts.shared_a) {
       const auto from = pointers(x.data, x.stride, begin, end);
       const auto to = pointers(s_data, W, begin, end);
-      dot_rows(from.data(), to.data(), end - begin, a.data, a.stride, W, D_in);
+      dot_rows(from.data(), to.data(), end - begin, a.row(0, 0), a.stride(), W, D_in);
       return;
     }
     std::fill_n(s_data + begin * W, (end - begin) * W, C(0));
@@ -77,8 +82,9 @@ struct Forward {
         from.push_back(x.row(begin + group.tokens[i]));
         to.push_back(row_s(group.slots[i]) + first);
       }
-      dot_rows(from.data(), to.data(), group.count(e), a.row(experts.offsets[e] + first), a.stride,
-               last - first, D_in);
+      if (a.waits()) a.round(e, first, last);
+      dot_rows(from.data(), to.data(), group.count(e), a.row(e, first), a.stride(), last - first,
+               D_in);
     });
   }
 
