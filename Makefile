@@ -27,7 +27,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo bench test test-host test-triton test-reference sanitize sanitize-cuda sanitize-ttsem \
+.PHONY: help venv build demo bench test test-host test-triton test-cuda test-reference sanitize sanitize-cuda sanitize-ttsem \
 	gpu-static check-cuda lint format clean
 
 help: ## Show this help
@@ -51,7 +51,7 @@ bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machi
 	$(call step,benchmarks)
 	@$(BIN)/lora-moe bench $(BENCH_ARGS)
 
-test: test-host test-triton test-reference ## Run all tests
+test: test-host test-triton test-cuda test-reference ## Run all tests
 
 test-host: build $(VENV)/.test $(VENV)/.demo ## Run the whole suite on the backend that serves this machine
 	$(call step,tests)
@@ -64,6 +64,12 @@ test-triton: build $(VENV)/.test ## Run the public functions on the Triton kerne
 		printf '\033[1m==> the same with plan %s for every call\033[0m\n' $$plan; \
 		LORA_MOE_PLAN=$$plan LORA_MOE_BACKEND=triton $(PYTEST) $(FORCED) $(PYTEST_ARGS) || exit 1; \
 	done
+
+test-cuda: build $(VENV)/.test ## Run them on the CUDA kernels, where these are built and a GPU is
+	@if $(BIN)/python -W ignore -c "$$HAS_CUDA_KERNELS" 2> /dev/null; then \
+		printf '\033[1m==> tests of the public functions on the CUDA kernels\033[0m\n'; \
+		LORA_MOE_BACKEND=cuda $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS); \
+	else echo "no GPU, or no CUDA kernels (LORA_MOE_BUILD_CUDA=1): tests/test_cuda_kernels.py runs them on the CPU"; fi
 
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
@@ -133,7 +139,13 @@ if present and not usable:
     print("    there is a GPU that this torch cannot use; for one that can: make clean, make TORCH=...")
 endef
 
-export FIND_TORCH TELL_TORCH
+define HAS_CUDA_KERNELS
+import torch
+assert torch.cuda.is_available()
+import lora_moe._C_cuda
+endef
+
+export FIND_TORCH TELL_TORCH HAS_CUDA_KERNELS
 
 $(VENV)/.python:
 	$(call step,making $(VENV))

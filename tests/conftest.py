@@ -1,6 +1,7 @@
 """Before anything imports triton: without a GPU its kernels are interpreted.
 
 LORA_MOE_BACKEND=triton runs the public functions on them; the tests of the kernels themselves always do.
+With a GPU, LORA_MOE_BACKEND=triton or cuda runs them there.
 """
 
 import os
@@ -17,9 +18,10 @@ os.environ["OPENBLAS_CORETYPE"] = (
 
 import importlib.util
 
+import pytest
 import torch
 
-from . import interpreter
+from . import interpreter, on_device
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     if os.environ.get("LORA_MOE_BACKEND") == "triton":
@@ -31,3 +33,15 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
 # torch.empty is filled with NaN; this, too, imports triton
 torch.use_deterministic_algorithms(True, warn_only=True)
+
+if torch.cuda.is_available() and on_device.requested() in on_device.GPU_BACKENDS:
+    library = torch.library.Library("lora_moe", "IMPL")  # held for as long as the process lives
+    on_device.serve_cpu_tensors(library, on_device.requested())
+
+
+def pytest_sessionstart(session):
+    """A suite that would test another backend than it was asked to must not pass."""
+    import lora_moe
+
+    if reason := on_device.wrong_backend(lora_moe.backend_info()["serving"]["cpu"]):
+        raise pytest.UsageError(reason)
