@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 from lora_moe import backend, triton_kernels
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)} | {
-    arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")
+    arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942", "gfx950")
 }
 
 if triton.knobs.runtime.interpret:

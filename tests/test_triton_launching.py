@@ -43,6 +43,10 @@ matmul = torch.backends.cuda.matmul
 {switch}
 print(precision(torch.empty(2, 2, device="meta")))
 """
+    return in_a_process(code)
+
+
+def in_a_process(code):
     kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment = kept | {"LORA_MOE_BACKEND": "reference"}
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -56,6 +60,30 @@ def test_fp32_precision_follows_each_of_pytorchs_switches(switch):
     if "fp32_precision" in switch and not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this torch has only the older switch")
     assert precision_after(switch) == SWITCHES[switch]
+
+
+@pytest.mark.parametrize("arch", ["gfx1100", "gfx1201"])
+def test_waves_of_32_threads_are_refused(arch):
+    """With the tiles of the others they would spill thousands of registers; plain PyTorch serves."""
+    code = f"""
+import warnings
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import OutOfResources
+from benchmarks.launches import Driver, triton
+from lora_moe import backend, triton_kernels
+triton.runtime.driver.set_active(Driver(GPUTarget("hip", {arch!r}, 32)))
+run = backend._or_reference("shrink", triton_kernels.shrink, OutOfResources)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    s, _ = run(torch.ones(2, 4), torch.ones(3, 4), None)
+print(s.tolist() == [[4.0] * 3] * 2, *(w.message for w in said))
+"""
+    done = in_a_process(code)
+    assert done.startswith(
+        f"True lora_moe: shrink does not fit this GPU (there are no tiles for {arch}"
+    )
+    assert "plain PyTorch serves instead" in done
 
 
 def test_amd_has_no_tf32():

@@ -9,11 +9,25 @@ import functools
 
 import torch
 import triton
+from triton.runtime.errors import OutOfResources
 
 from .numerics import INTERPRETED
 
 ALL = 2**30
 FEW, SOME = 64, 4096  # up to here T alone does not fill a device: `shrink` splits D
+
+
+class UnsupportedGPU(OutOfResources):
+    """Caught where a kernel that does not fit is: plain PyTorch serves instead."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def __str__(self):
+        return (
+            f"there are no tiles for {self.arch}, whose waves have 32 threads: of AMD's GPUs the Triton"
+            " kernels serve those with 64, gfx90a and later of the Instinct line"
+        )
 
 
 @functools.lru_cache
@@ -24,6 +38,8 @@ def family(device):
     with torch.cuda.device_of(torch.empty(0, device=device)):
         target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
+        if target.warp_size != 64:  # with the tiles of the others up to 2,367 registers spill
+            raise UnsupportedGPU(target.arch)
         return "cdna"
     return "hopper" if target.arch // 10 in (9, 10) else "ampere"
 
