@@ -28,7 +28,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv build demo bench test test-host test-triton test-cuda test-reference sanitize sanitize-cuda sanitize-ttsem \
-	gpu-static check-cuda lint format clean
+	gpu-static check-cuda check-gpu lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
@@ -99,6 +99,9 @@ sanitize-cuda: $(VENV)/.test ## Run the tests of the CUDA kernels, compiled for 
 	$(call step,tests of the CUDA kernels under sanitizers)
 	@$(SANITIZED) LORA_MOE_SHIM_SANITIZE=1 LORA_MOE_BACKEND=reference $(PYTEST) -q -p no:cacheprovider \
 		tests/test_cuda_kernels.py $(PYTEST_ARGS)
+
+check-gpu: ## Prove the kernels on this machine's GPU, or name what is wrong; call again to continue
+	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_day
 
 check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
 	$(call step,building the CUDA kernels: about two minutes)

@@ -1,0 +1,141 @@
+"""The driver of the first day with a GPU: what goes wrong is told, what passed is kept, a call ends in time.
+
+The stages themselves run small by `python -m benchmarks.gpu_day --dry-run`.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu_day, gpu_day_stages
+from benchmarks.gpu_day import Stage, finding
+
+
+@pytest.fixture
+def day(monkeypatch, tmp_path):
+    """Two stages whose results a test sets, in place of processes."""
+    results = {"one": [finding("a", True)], "two": [finding("b", True)]}
+    ran = []
+
+    def run(stage, out, dry_run, limit):
+        ran.append((stage.name, limit))
+        return {"seconds": 1.0, "findings": results[stage.name]}
+
+    monkeypatch.setattr(gpu_day, "STAGES", [Stage("one", 10, "x"), Stage("two", 20, "y")])
+    monkeypatch.setattr(gpu_day, "run", run)
+    monkeypatch.setattr(gpu_day, "has_gpu", lambda: True)
+
+    def call(*options):
+        ran.clear()
+        status = gpu_day.main([*options, "--out", str(tmp_path)])
+        return status, [name for name, _ in ran], (tmp_path / "report.md").read_text()
+
+    call.results, call.ran = results, ran
+    return call
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu_day, "has_gpu", lambda: False)
+    assert gpu_day.main(["--out", str(tmp_path / "new")]) == 3
+    assert "no GPU that this PyTorch can use" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
+
+
+def test_all_right(day):
+    status, ran, report = day()
+    assert (status, ran) == (0, ["one", "two"])
+    assert "Nothing is wrong" in report
+    assert report.count("1 checks right") == 2
+
+
+def test_what_is_wrong_comes_first_and_in_the_exit_status(day):
+    day.results["one"] = [finding("bits", False, "they differ"), finding("fact", None, "7")]
+    status, ran, report = day()
+    assert (status, ran) == (1, ["one", "two"])
+    assert report.index("**wrong** in one: bits: they differ") < report.index("| stage |")
+    assert "1 of 1 checks wrong" in report
+
+
+def test_a_second_call_repeats_what_failed_and_what_is_named(day):
+    day.results["one"] = [finding("bits", False)]
+    day()
+    day.results["one"] = [finding("bits", True)]
+    assert day()[:2] == (0, ["one"])
+    assert day()[:2] == (0, [])
+    assert day("--stages", "two")[:2] == (0, ["two"])
+
+
+def test_a_call_ends_in_time_and_asks_for_another(day, monkeypatch, capsys):
+    clock = iter([0, 0, gpu_day.CALL_S - 1])
+    monkeypatch.setattr(gpu_day.time, "monotonic", lambda: next(clock))
+    status, ran, report = day()
+    assert (status, ran) == (2, ["one"])
+    assert "not run yet" in report
+    assert "1 stages are left: call again" in capsys.readouterr().out
+
+
+def test_unknown_stages_are_refused(day):
+    with pytest.raises(SystemExit, match="expected some of one, two, got three"):
+        day("--stages", "three")
+
+
+SAYS = """print('{"what": "a", "ok": true, "detail": ""}')"""
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (SAYS, []),
+        (f"{SAYS}; raise ValueError('too bad')", ["ran to its end"]),
+        (f"import time; {SAYS}; time.sleep(60)", ["ended in time"]),
+        ("pass", ["found anything"]),
+    ],
+    ids=["right", "raises", "hangs", "silent"],
+)
+def test_a_stage_that_ends_badly_is_a_finding(command, expected, tmp_path, monkeypatch):
+    real = gpu_day.subprocess.run
+
+    def run(argv, **options):
+        return real([argv[0], "-u", "-c", command], **options)
+
+    monkeypatch.setattr(gpu_day.subprocess, "run", run)
+    result = gpu_day.run(Stage("one", 5, "x"), tmp_path, True, 3)
+    assert [f["what"] for f in gpu_day.wrong(result)] == expected
+    if expected == ["ran to its end"]:
+        assert "too bad" in result["findings"][-1]["detail"]
+    if expected == ["ended in time"]:  # what it had found by then is kept
+        assert result["findings"][0]["what"] == "a"
+
+
+def test_counters_of_ncu_are_read():
+    text = "==PROF== noise\n" + gpu_day_stages.SAMPLE
+    assert gpu_day_stages.read_counters(text) == {"_routed_lora_kernel": 135.2e6 + 67_108_864}
+    assert gpu_day_stages.read_counters("==ERROR== no permission") == {}
+
+
+def test_the_tiles_stage_sees_a_wrong_result(monkeypatch):
+    """Of each result in turn; and the same bits twice."""
+    from benchmarks import gpu_day_tiles as tiles
+
+    said = []
+    v = tiles.sample(33, 4, (48, 40), torch.bfloat16, "cpu")
+    real = tiles.ours
+
+    def check(spoil):
+        said.clear()
+        monkeypatch.setattr(tiles, "ours", lambda *args: spoil(list(real(*args))))
+        tiles.check(
+            lambda what, ok, detail="": said.append((what.split(": ")[1], ok)), "x", None, *v
+        )
+        return {what for what, ok in said if not ok}
+
+    assert check(lambda out: out) == set()
+    names = ["y", "dx", "dW", "dA", "dB"]
+    for i, name in enumerate(names, start=1):
+        assert check(lambda out, i=i: [*out[:i], out[i] * 1.02, *out[i + 1 :]]) == {name}
+    calls = iter(range(2))
+    assert "equal bits twice" in check(lambda out: [out[0], out[1] + next(calls), *out[2:]])
+    assert json.dumps(said)
