@@ -53,7 +53,7 @@ bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machi
 
 test: test-host test-triton test-cuda test-reference ## Run all tests
 
-test-host: build $(VENV)/.test $(VENV)/.demo ## Run the whole suite on the backend that serves this machine
+test-host: build $(VENV)/.test $(VENV)/.demo build/deepspeed ## Run the whole suite on the backend that serves this machine
 	$(call step,tests)
 	@$(PYTEST) $(PYTEST_ARGS)
 
@@ -202,6 +202,12 @@ $(VENV)/.test: $(VENV)/.package requirements/test.txt requirements/triton.txt
 	@$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) -r requirements/triton.txt
 	@$(PIP) -r requirements/test.txt
 	@touch $@
+
+build/deepspeed: $(VENV)/.test requirements/deepspeed.txt
+	$(call step,installing DeepSpeed for the tests of ZeRO)
+	@rm -rf $@ && mkdir -p $@
+	@DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --target $@ \
+		-r requirements/deepspeed.txt || echo "DeepSpeed cannot be installed: the tests of ZeRO are skipped"
 
 $(VENV)/.ttsem: $(VENV)/.test requirements/ttsem.txt
 	$(call step,installing ttsem)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import threading
 import weakref
 from typing import NamedTuple
@@ -85,12 +86,17 @@ def told(layer: nn.Module) -> Decision:
     if recomputing():
         return _told_before(layer, decision)
     if torch.is_grad_enabled():
-        for checkpoint in _checkpoints_around():
-            calls = _checkpoints.setdefault(checkpoint, {}).setdefault(layer, _Calls())
-            calls.decisions.append(decision)
-    elif layer.training:
+        _remember(layer, decision, _checkpoints_around())
+    elif layer.training or decision is not NOTHING:
         _without_graph[layer] = decision
+        _remember(layer, decision, [*_checkpoints_around(), *_reentrant_around()])
     return decision
+
+
+def _remember(layer, decision, checkpoints):
+    for checkpoint in checkpoints:
+        calls = _checkpoints.setdefault(checkpoint, {}).setdefault(layer, _Calls())
+        calls.decisions.append(decision)
 
 
 class _Calls:
@@ -113,10 +119,13 @@ def _told_before(layer, decision):
     A checkpoint inside a checkpoint is made anew by the outer one's recompute, so the innermost one
     that the forward knew decides.
     """
-    for checkpoint in _checkpoints_around():
+    around = [*_checkpoints_around(), *_reentrant_around()]
+    for checkpoint in around:
         calls = _checkpoints.get(checkpoint, {}).get(layer)
         if calls is not None:
             return calls.next()
+    if any(hasattr(checkpoint, "run_function") for checkpoint in around):
+        return NOTHING  # a reentrant one, whose forward was told nothing
     return _the_open_one(layer, decision)
 
 
@@ -212,6 +221,22 @@ def _checkpoint_of(hooks):
         if hasattr(held, "recompute_fn"):
             return held
     return None
+
+
+def _reentrant_around():
+    """The contexts of the autograd Functions around this call, innermost first.
+
+    A reentrant checkpoint is one: its forward, and its backward, which runs the forward again, have the same
+    context.  Only the stack knows it.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_varnames[:1] == ("ctx",) and code.co_name in ("forward", "backward"):
+            context = frame.f_locals["ctx"]
+            if isinstance(context, torch.autograd.function.FunctionCtx):
+                yield context
+        frame = frame.f_back
 
 
 # --- one decision per sample, for all of the sample's tokens ---------------------------------------

@@ -15,6 +15,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from .sharded import is_stepped_by_zero
+
 _layers: weakref.WeakSet = weakref.WeakSet()  # with frozen experts
 _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> [(rows, values)]
 _hooks: list = []
@@ -33,16 +35,16 @@ def keep_rows(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def _before_step(optimizer, _args, _kwargs):
-    steps = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    rows = [
-        rows
-        for layer in list(_layers)
-        for parameter in (layer.lora_A, layer.lora_B)
-        if _moves(parameter, steps)
-        for rows in frozen_rows(layer, parameter)
-    ]
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    own, kept = {id(p) for p in stepped}, []
+    for layer in list(_layers):
+        for parameter in (layer.lora_A, layer.lora_B):
+            if is_stepped_by_zero(parameter):
+                _refuse_zero(parameter, optimizer, stepped)
+            elif id(parameter) in own:
+                kept += [(rows, rows.clone()) for rows in frozen_rows(layer, parameter)]
     # a step may call the step of its base class, which puts back its own
-    _kept.setdefault(optimizer, []).append([(r, r.clone()) for r in rows])
+    _kept.setdefault(optimizer, []).append(kept)
 
 
 @torch.no_grad()
@@ -51,16 +53,22 @@ def _after_step(optimizer, _args, _kwargs):
         rows.copy_(values)
 
 
-def _moves(parameter, steps):
-    """Whether this optimizer may move the parameter, whose id is in `steps` then."""
-    if (parameter.requires_grad and hasattr(parameter, "_hp_mapping")) or hasattr(
-        parameter, "ds_id"
-    ):
+def _refuse_zero(parameter, optimizer, stepped):
+    """Raises RuntimeError if the optimizer steps a flat copy of the parameter."""
+    if hasattr(parameter, "_z3_optimizer"):
+        found = parameter._z3_optimizer.optimizer is optimizer
+    else:  # this process may hold no part of the copy, and then moves none
+        part = getattr(parameter._hp_mapping, "hp_fragment", None)
+        found = part is not None and any(_memory(p) == _memory(part) for p in stepped)
+    if found:
         raise RuntimeError(
             "freeze_experts: DeepSpeed's ZeRO steps a flat copy of the parameters, whose rows cannot be"
             " held still: train with DDP or FSDP2, or free them with freeze_experts(model, None)"
         )
-    return id(parameter) in steps
+
+
+def _memory(tensor):
+    return tensor.untyped_storage().data_ptr()
 
 
 def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> list[torch.Tensor]:

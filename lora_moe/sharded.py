@@ -47,10 +47,13 @@ def expect_no_wrapper(model: nn.Module) -> None:
     """Before experts are added: raises ValueError where nobody would synchronise them."""
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod
-    if _synchronizes(model):
+    kind = type(model).__name__ if _synchronizes(model) else None
+    if kind is None and any(map(is_stepped_by_zero, model.parameters())):
+        kind = "a model that deepspeed.initialize has taken"
+    if kind is not None:
         raise ValueError(
-            f"model: expected one without experts to be plain, got {type(model).__name__}, which would not"
-            " synchronise experts that are added now: inject or load_adapter first, then wrap it"
+            f"model: expected one without experts to be plain, got {kind}, which would not synchronise"
+            " experts that are added now: inject or load_adapter first, then wrap it"
         )
 
 
@@ -76,6 +79,11 @@ def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
 
 
 # --- who takes part --------------------------------------------------------------------------------
+
+
+def is_stepped_by_zero(parameter: torch.Tensor) -> bool:
+    """Whether an optimizer of DeepSpeed's ZeRO has it, which steps a flat copy in its place."""
+    return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -188,6 +196,18 @@ def fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
         value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
     with _whole(tensor, modified=True):
         tensor.copy_(value)
+    if is_stepped_by_zero(tensor) and tensor.requires_grad:
+        _fill_master(tensor, value)
+
+
+def _fill_master(tensor, value):
+    """ZeRO's optimizer steps an fp32 copy, and would put its old values back."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if hasattr(tensor, "ds_id"):
+        safe_set_local_fp32_param(tensor, tensor.ds_tensor.float())
+    else:
+        safe_set_full_fp32_param(tensor, value.to(tensor.device, torch.float32))
 
 
 def _whole(tensor, modified=False):

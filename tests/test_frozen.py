@@ -1,6 +1,7 @@
 """freeze_experts in one process: frozen rows keep their bits under every optimizer."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -181,8 +182,11 @@ def test_rows_that_are_not_there_are_refused():
     adapted = model()
     freeze_experts(adapted, [1])
     layer = adapted[0]
-    layer.lora_A._hp_mapping = object()
+    flat = nn.Parameter(torch.zeros(40))
+    layer.lora_A._hp_mapping = SimpleNamespace(hp_fragment=flat.data[10:20])
     optimizer = OPTIMIZERS["SGD"]([p for p in adapted.parameters() if p.requires_grad])
+    optimizer.step()  # another's
+    optimizer.add_param_group({"params": [flat]})
     with pytest.raises(RuntimeError, match=r"ZeRO.*train with DDP or FSDP2"):
         optimizer.step()
     del layer.lora_A._hp_mapping

@@ -51,6 +51,14 @@ def test_experts_in_a_wrapped_model_are_refused(kind, process, tmp_path):
         load_adapter(wrap(inject(net(), CONFIG)), tmp_path)  # experts that were there before
 
 
+def test_experts_in_a_model_that_deepspeed_has_taken_are_refused():
+    """Without its engine, too: ZeRO's optimizer knows the parameters that were there."""
+    model = net()
+    model[1].weight._hp_mapping = None
+    with pytest.raises(ValueError, match=r"deepspeed.initialize.* would not synchronise"):
+        inject(model, CONFIG)
+
+
 def test_wrappers_leave_no_trace():
     model = net()
     compiled = torch.compile(model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -21,13 +22,26 @@ from .processes.run import checks_of
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["training", "saving", "freezing", "precision"]
+DEEPSPEED = (
+    ROOT / "build" / "deepspeed"
+)  # where `make test` installs it, out of all other tests' sight
+CHECKS_OF_ZERO = [
+    "check_zero_2",
+    "check_zero_3",
+    "check_saved_both_ways",
+    "check_loaded_values_outlive_a_step",
+    "check_save_pretrained",
+    "check_frozen_experts_are_refused",
+    "check_inject_comes_too_late",
+]
 pytestmark = pytest.mark.slow
 
 
 def torchrun(*args, **environment):
     """Two processes, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    path = os.pathsep.join([str(ROOT), str(DEEPSPEED)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
     return subprocess.run(
         [*command, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
@@ -73,3 +87,13 @@ def named(modules):
 def test_two_processes(check, tmp_path_factory):
     directory = shared(tmp_path_factory, "two_processes")
     expect_passed(outcomes(directory, MODULES), check, directory)
+
+
+@pytest.mark.parametrize("check", CHECKS_OF_ZERO)
+def test_zero(check, tmp_path_factory):
+    if not ((DEEPSPEED / "deepspeed").exists() or importlib.util.find_spec("deepspeed")):
+        pytest.skip("DeepSpeed is not installed (make build/deepspeed)")
+    directory = shared(tmp_path_factory, "zero")
+    found = outcomes(directory, ["zero"], DS_ACCELERATOR="cpu")
+    assert {name.removeprefix("zero.") for name in found[0]} == set(CHECKS_OF_ZERO)
+    expect_passed(found, f"zero.{check}", directory)
