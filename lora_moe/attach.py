@@ -33,23 +33,34 @@ def attach(model: nn.Module, *, saves: bool = True) -> None:
     """
     detach(model)
     watch = _Watch()
-    callers = {model: _arguments(model)}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        for part in (_part(model, "get_encoder"), _part(model, "get_decoder")):
-            if part is not None and part is not model:
-                callers[part] = _arguments(part)
-    for caller, names in callers.items():
-        before = _BeforeCall(names, watch if caller is model else None)
+    for caller in _callers(model):
+        before = _BeforeCall(_arguments(caller), watch if caller is model else None)
         caller.register_forward_pre_hook(before, with_kwargs=True)
         caller.register_forward_hook(_AfterCall(before), always_call=True)
     model.register_forward_hook(watch)
-    for name, wrapper in _WRAPPERS.items():
-        if wrapper is _SavePretrained and not saves:
-            continue
-        if callable(getattr(type(model), name, None)) and not isinstance(
-            vars(model).get(name), _Wrapper
-        ):
-            setattr(model, name, wrapper(model))
+    for owner in (model, *_models_inside(model)):
+        for name, wrapper in _WRAPPERS.items():
+            if (saves or not wrapper.saves) and callable(getattr(type(owner), name, None)):
+                setattr(owner, name, wrapper(owner))
+
+
+def _callers(model) -> dict[nn.Module, None]:
+    """The model, and what inside of it is called with a mask of its own."""
+    callers = dict.fromkeys((model, *_models_inside(model)))
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        for name in ("get_encoder", "get_decoder"):
+            if (part := _part(model, name)) is not None:
+                callers[part] = None
+    return callers
+
+
+def _models_inside(model) -> list[nn.Module]:
+    """The models of transformers with experts in them: what a wrapper, LLaVA or a Trainer may call."""
+    return [
+        m
+        for m in model.modules()
+        if m is not model and hasattr(type(m), "main_input_name") and injected(m)
+    ]
 
 
 def detach(model: nn.Module) -> None:
@@ -85,7 +96,7 @@ def _arguments(module) -> tuple[str, ...]:
 class _BeforeCall:
     """A forward pre-hook that notes the masks of a call, and refuses a batch that task ids do not fit.
 
-    `watch` is the whole model's, None for an encoder or decoder inside.
+    `watch` is the whole model's, None for a model, an encoder or a decoder inside.
     """
 
     def __init__(self, names: tuple[str, ...], watch: _Watch | None):
@@ -95,16 +106,34 @@ class _BeforeCall:
         given = dict(zip(self.names, args)) | kwargs
         states = given.get("encoder_hidden_states")
         states_mask = given.get("encoder_attention_mask")
-        mask = given.get("attention_mask")
-        if (
-            "decoder_attention_mask" in self.names
-        ):  # attention_mask is the encoder's, which has its own hook
-            mask = given.get("decoder_attention_mask")
-        outermost = self.watch is not None and not thread.calls
-        thread.calls.append(Call(self, mask, states, states_mask))
+        if not torch.compiler.is_compiling():
+            self.forget()
+        outermost = not thread.calls
+        thread.calls.append(Call(self, self.mask_of(given), states, states_mask))
         if outermost and not torch.compiler.is_compiling():
             _expect_rows(model, args, given)
-            self.watch.begin(model)
+            if self.watch is not None:
+                self.watch.begin(model)
+
+    def mask_of(self, given):
+        """Of the tokens that this model reads: its own, not that of a model around it.
+
+        Around it stands the mask that a model has made into a dict, or expanded, for the one inside.
+        """
+        if (
+            "decoder_attention_mask" in self.names
+        ):  # attention_mask is the encoder's, with its own hook
+            return given.get("decoder_attention_mask")
+        mask = given.get("attention_mask")
+        plain = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() <= 2)
+        return mask if plain or not thread.calls else thread.calls[-1].mask
+
+    def forget(self):
+        """Take back this call and those inside, also ones that a KeyboardInterrupt left behind."""
+        for i, call in enumerate(thread.calls):
+            if call.hook is self:
+                del thread.calls[i:]
+                break
 
 
 class _AfterCall:
@@ -116,6 +145,8 @@ class _AfterCall:
     def __call__(self, model, args, output):
         if thread.calls and thread.calls[-1].hook is self.before:
             thread.calls.pop()
+        elif not torch.compiler.is_compiling():
+            self.before.forget()
 
 
 def _expect_rows(model, args, given):
@@ -135,7 +166,8 @@ def _expect_rows(model, args, given):
     if rows < samples or rows not in (samples, tokens):
         raise ValueError(
             f"task_ids: expected {samples}, one per sample of the batch {tuple(x.shape)}, got {rows}"
-            " (see lora_moe.use_routing)"
+            " (see lora_moe.use_routing; beams are told apart inside the generate of the model that inject"
+            " was called with)"
         )
 
 
@@ -255,6 +287,7 @@ class _Wrapper:
     """Stands for a method on the instance; a copy of the model takes a copy of this with it."""
 
     name: str
+    saves = False
 
     def __init__(self, model):
         self.model = model
@@ -269,6 +302,7 @@ class _Generate(_Wrapper):
     name = "generate"
 
     def __call__(self, *args, **kwargs):
+        _expect_rows(self.model, args, kwargs)  # before beams and return sequences
         thread.generating += 1
         try:
             return super().__call__(*args, **kwargs)
@@ -285,6 +319,7 @@ class _SavePretrained(_Wrapper):
     """
 
     name = "save_pretrained"
+    saves = True
 
     def __call__(self, save_directory, *args, **kwargs):
         from .io import save_adapter  # which imports this module

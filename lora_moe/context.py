@@ -293,13 +293,15 @@ def tokens_of(x: torch.Tensor, decision: Decision) -> Tokens:
 def fit_mask(mask, shape) -> torch.Tensor | None:
     """(T,) bool for an input of this shape, or None where the mask does not fit.
 
-    A mask (B, L) fits x (B, L, ...), x (B * L, D), and x (B, l, D) with l < L: the last l columns, as
-    when a cache holds the others.
+    A mask (B, L) fits x (B, L, ...), x (L, B, ...) as in XLNet, x (B * L, D), and x (B, l, D) with
+    l < L: the last l columns, as when a cache holds the others.
     """
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2):
         return None
     tokens = math.prod(shape[:-1])
     if mask.numel() == tokens:
+        if mask.dim() == 2 and mask.shape != shape[:2] and mask.T.shape == shape[:2]:
+            mask = mask.T
         return mask.reshape(-1) != 0
     if (
         mask.dim() == 2

@@ -28,7 +28,9 @@ def inject(model: nn.Module, config: LoraMoeConfig, *, freeze: bool = True) -> n
     stay tied.  May be called again with another configuration for other modules.
 
     Args:
-        model: any nn.Module.
+        model: any nn.Module, as a whole: the models of transformers in it, or it itself, are given a
+            save_pretrained that keeps the base's names and a generate that knows of beams; a model around
+            it is not.
         config: what to build, and where (see LoraMoeConfig).
         freeze: set requires_grad to False on every parameter that belongs to no adapter.
     Returns:

@@ -140,8 +140,9 @@ def aux_loss(model: nn.Module) -> torch.Tensor:
     Call it after the forward and before the backward, in this thread; in gradient accumulation once for
     each micro-batch, divided as the task's loss is.  A layer that ran several times since the last
     aux_loss or backward (two forwards of DPO, say) counts each of these forwards by its tokens.
-    Forwards without gradients, such as evaluation in between, change nothing, and reading twice gives
-    the same.  Padding counts nowhere: the mask is the model's attention_mask, or use_routing's.
+    Forwards without gradients change nothing, nor do those in evaluation mode while one in training mode
+    waits; reading twice gives the same, and reading under no_grad, to log it, settles nothing.  Padding
+    counts nowhere: the mask is the model's attention_mask, or use_routing's.
     Layers whose routing the caller supplied have no router and do not count.
 
     Under torch.compile the last forward counts.
@@ -158,7 +159,7 @@ def aux_loss(model: nn.Module) -> torch.Tensor:
     ran = _ran(model)
     losses = []
     for name, (layer, record) in ran.items():
-        record.read = True
+        record.read |= torch.is_grad_enabled()
         runs = _owing(name, layer, record)
         if runs:
             losses.append(_layer_loss(layer.config, runs))
@@ -173,7 +174,7 @@ def _owing(name, layer, record):
     """The forwards of a layer whose loss is due: all that wait, or the last one."""
     if record.pending:
         for run in record.pending:
-            run.read = True
+            run.read |= torch.is_grad_enabled()
         return record.pending
     run = record.last
     if run.routing.lse is None:

@@ -5,6 +5,7 @@
 
 A forward leaves `pending` when a later one with a graph arrives after its loss was read or its backward
 ran: a step may hold several forwards (DPO, accumulated micro-batches), and reading twice is harmless.
+Forwards in evaluation mode wait only where none in training mode does.
 Under torch.compile a layer remembers its last forward only.
 """
 
@@ -28,7 +29,7 @@ class Run:
 
     def __init__(self, routing: Routing, tokens: Tokens, training: bool):
         self.routing, self.tokens, self.training = routing, tokens, training
-        self.read = False  # aux_loss has seen it
+        self.read = False  # aux_loss has seen it, to train
         self.paid = False  # its backward ran
 
     @property
@@ -58,6 +59,10 @@ class Record:
             unread = [r for r in self.pending if r.paid and not r.read]
             self.unread = self.unread + 1 if unread else 0
             del self.pending[: settled[-1] + 1]
+        if run.training:
+            self.pending = [r for r in self.pending if r.training]
+        elif any(r.training for r in self.pending):
+            return  # an evaluation in the middle of a step, without no_grad
         if len(self.pending) == MAX_PENDING:
             tell_once(
                 "pending",

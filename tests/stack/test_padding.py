@@ -262,6 +262,43 @@ def test_a_backward_settles_a_forward_that_nobody_read():
     torch.testing.assert_close(got, aux_loss(fresh))
 
 
+@pytest.mark.parametrize("order", ["evaluation-first", "training-first"])
+def test_an_evaluation_that_forgot_no_grad_has_no_part_in_the_loss(order):
+    model, fresh = with_experts(), with_experts().train()
+
+    def evaluate():
+        model.eval()
+        for _ in range(3):
+            model(TOKENS.flip(1)[:, :3])
+        model.train()
+
+    if order == "evaluation-first":
+        evaluate()
+    model.train()(TOKENS)
+    if order == "training-first":
+        evaluate()
+    fresh(TOKENS)
+    assert torch.equal(aux_loss(model), aux_loss(fresh))
+
+
+def test_a_model_that_trains_in_evaluation_mode_has_a_loss():
+    model = with_experts().eval()
+    model(TOKENS)
+    aux_loss(model).backward()
+    assert first_layer(model).router_weight.grad.any()
+
+
+def test_reading_the_loss_to_log_it_settles_nothing():
+    model, fresh = with_experts().train(), with_experts().train()
+    model(TOKENS)
+    with torch.no_grad():
+        aux_loss(model)
+    model(TOKENS.flip(1)[:, :3])
+    fresh(TOKENS)
+    fresh(TOKENS.flip(1)[:, :3])
+    assert torch.equal(aux_loss(model), aux_loss(fresh))
+
+
 def test_nothing_is_kept_without_coefficients():
     config = LoraMoeConfig(
         num_experts=4, r=2, target_modules="all-linear", balance_coef=0, z_coef=0

@@ -153,6 +153,30 @@ def test_samples_that_stand_several_times_in_a_row():
     assert first_layer(model).routing.indices.flatten().tolist() == [0] * 3 + [3] * 3
 
 
+def test_generate_refuses_another_batch_too():
+    model = with_experts().eval()
+    with (
+        use_routing(model, task_ids=ids(0, 3)),
+        pytest.raises(ValueError, match=r"expected 4, one per sample .* got 2"),
+    ):
+        model.generate(TOKENS.repeat(2, 1), max_new_tokens=2, pad_token_id=0)
+
+
+def test_a_batch_is_checked_after_a_keyboard_interrupt_too():
+    model = with_experts().eval()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(TOKENS)
+    hook.remove()
+    with use_routing(model, task_ids=ids(0)), pytest.raises(ValueError, match="expected 2"):
+        model(TOKENS)
+    assert lora_moe.context.thread.calls == []
+
+
 def t5():
     torch.manual_seed(0)
     config = transformers.T5Config(
