@@ -211,7 +211,10 @@ class _Watch:
                 parent = parent.rpartition(".")[0]
             if parent not in hooks:
                 hooks[parent] = _ParentRan()
-                modules[parent].register_forward_hook(hooks[parent])
+                if parent:
+                    modules[parent].register_forward_hook(hooks[parent])
+                else:  # the model itself, whose later hooks run after this one
+                    hooks[parent].ran = True
             self.watched.append((path, layer, hooks[parent]))
 
     def __call__(self, model, args, output):
