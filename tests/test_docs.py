@@ -11,12 +11,14 @@ import torch
 from lora_moe import notices
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("layer.md", "routing.md", "losses.md", "saving.md", "torch.md")
+PAGES = ("layer.md", "routing.md", "losses.md", "saving.md", "torch.md", "peft.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_run(page, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
+    if page == "peft.md":
+        pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(notices, "told", set())
     text = (DOCS / page).read_text()

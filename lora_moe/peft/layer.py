@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..config import LoraMoeConfig
-from ..layers import LoraMoeLinear, linear_features
+from ..layers import LoraMoeLinear, device_of, linear_features
 
 NO_MERGE = (
     "merge: a mixture of LoRA experts picks its experts for each token, so no single weight stands for it"
@@ -101,6 +101,5 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         if adapter_name not in self.lora_moe_experts:
             return
         experts = self.lora_moe_experts[adapter_name]
-        device = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        if device is not None and not any(p.is_meta for p in experts.parameters()):
-            experts.to(device)
+        if not any(p.is_meta for p in experts.parameters()):
+            experts.to(device_of(self.base_layer) if device is None else device)

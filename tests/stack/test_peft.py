@@ -538,3 +538,31 @@ def test_what_is_no_expert_is_not_frozen(ids):
     with pytest.raises(ValueError, match=r"expected expert ids in \[0, 4\)"):
         lora_moe.freeze_experts(model, ids)
     assert {layer.frozen for layer in lora_moe.injected(model).values()} == {(2,)}
+
+
+def test_transformers_trainer_saves_and_resumes(tmp_path):
+    pytest.importorskip("accelerate")
+
+    class Balanced(hf.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            return outputs.loss + lora_moe.aux_loss(model)
+
+    def trainer(steps):
+        arguments = hf.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=2,
+            learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True, seed=0,
+        )  # fmt: skip
+        data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+        return Balanced(adapted(), arguments, train_dataset=data)
+
+    whole = trainer(4)
+    whole.train()
+    trained = logits(whole.model)
+    assert not torch.equal(trained, logits(adapted()))
+    saved = tmp_path / "checkpoint-4"
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), trained)
+    assert not (saved / "model.safetensors").exists()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logits(resumed.model), trained)
