@@ -411,7 +411,7 @@ def test_missing_files_say_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="pickles"):
         load_adapter(Model(), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="without adapter_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"without adapter_model\.safetensors"):
         load_adapter(Model(), tmp_path)
 
 
