@@ -73,6 +73,14 @@ def routed(v, scenario, aux=False, **options):
     backward([v["x"], v["W"], v["A"], v["B"], v["base"]], [y, *(more if aux else ())], v["dy"])
 
 
+def router_bias(v, scenario):
+    bias = v["W"].detach()[:, 0].contiguous().requires_grad_()
+    y, routing = F.routed_lora(
+        v["x"], v["W"], v["A"], v["B"], scenario.K, router_bias=bias, **experts(scenario)
+    )
+    backward([v["x"], v["W"], v["A"], v["B"], bias], [y, routing.lse], v["dy"])
+
+
 def inference(v, scenario):
     with torch.no_grad():
         y, routing = F.routed_lora(v["x"], v["W"], v["A"], v["B"], scenario.K, **experts(scenario))
@@ -138,6 +146,7 @@ SCENARIOS = {
     "unequal ranks, few tokens": Scenario(grouped, FEW, (4, 8, 16, 24)),
     "shared A": Scenario(partial(grouped, shared_a=True), MANY, (16,) * 8),
     "auxiliary losses": Scenario(partial(routed, aux=True), MANY, (16,) * 8),
+    "router bias": Scenario(router_bias, MANY, (16,) * 8),
     "sigmoid": Scenario(partial(routed, gate="sigmoid", aux=True), MANY, (8,) * 32, K=4),
     "dense": Scenario(routed, MANY, (16,) * 8, K=8),
     "fp32 parameters": Scenario(routed, MANY, (16,) * 8, parameters=torch.float32),

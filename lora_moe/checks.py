@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from itertools import groupby, pairwise
+from operator import index
 
 import torch
 from torch.autograd import forward_ad
 
-from .reference import ALL_KEPT, accumulator
+from .reference import accumulator
 
 GATES = ("softmax", "sigmoid")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -177,7 +178,9 @@ def scales_of(scaling, num_experts, x):
 
 
 def _is_finite(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """While tracing, a number may be a symbol, which math.isfinite does not take."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and -math.inf < value < math.inf
 
 
 def sparsity(top_p, threshold, gate):
@@ -188,7 +191,16 @@ def sparsity(top_p, threshold, gate):
         raise ValueError(f"top_p: expected gate='softmax', whose gates sum to 1, got {gate!r}")
     if threshold is not None and (not _is_finite(threshold) or not 0 <= threshold <= 1):
         raise ValueError(f"threshold: expected a number in [0, 1], got {threshold!r}")
-    return ALL_KEPT if top_p is None else float(top_p), float(threshold or 0)
+    # literals: a tracer makes symbols of numbers that have a name, and loses track of them between calls
+    kept = 1e30 if top_p is None else _constant(top_p)
+    return kept, 0.0 if threshold is None else _constant(threshold)
+
+
+def _constant(number):
+    """A number in [0, 1], also where a tracer has made a symbol of it: only integers can be made plain."""
+    if torch.compiler.is_compiling():
+        return index(int(number * 2**60)) / 2**60
+    return float(number)
 
 
 def selection(bias, x):

@@ -9,6 +9,8 @@ Letters: T tokens, E experts, K picked experts per token, R rank rows of all exp
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -66,6 +68,7 @@ def as_laid_out(layout, g, output):
 # --- what is called, and what it must give: inputs -> outputs that have gradients ----------------
 
 
+@functools.cache
 def ids_of(case):
     g = torch.Generator().manual_seed(3)
     return torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
@@ -175,8 +178,9 @@ def check(function, case, dtype, layout, which=None):
         if truth_of.norm() < 1e-12:  # no tokens, or weights that sum to 1
             assert out.shape == truth_of.shape and (out.abs() < 1e-5).all(), name
         else:
-            # 16-bit H and dS are rounded once each, the gradient itself a third time
-            assert_accurate(f"d{name}", out, truth_of, dtype=dtype, units=1.5 if low else 64)
+            # H and dS of 16 bits are rounded before sums in which terms cancel; a gradient read by
+            # another layout's strides is off by its own size
+            assert_accurate(f"d{name}", out, truth_of, dtype=dtype, units=4 if low else 64)
 
 
 @every_layout
