@@ -7,6 +7,7 @@ VENV ?= .venv
 CUDA_VENV ?= build/check-cuda
 JOBS ?= 2
 PYTEST_ARGS ?=
+TRITON ?=
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -24,12 +25,18 @@ BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py tes
 	tests/test_torch_features.py
 # of these, what depends on the plan; fp16 differs from bf16 in nothing that does
 FORCED := tests/test_functional.py -k 'not float16 and not router_topk and not shrink'
+# every kernel, forward and backward, in few minutes
+EACH_PASS := -k 'test_routed_lora and (odd or unequal or "shared A") and not float16'
+# another Triton than the one of .venv, in a folder of its own; 3.6's interpreter fails with numpy 2.4
+TRITON_AT = build/triton-$(TRITON)
+TRITON_READY = $(if $(TRITON),$(TRITON_AT)/.installed)
+WITH_TRITON = $(if $(TRITON),PYTHONPATH=$(TRITON_AT))
 step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv build demo bench test test-host test-triton test-cuda test-reference sanitize sanitize-cuda sanitize-ttsem \
-	gpu-static check-cuda check-gpu lint format clean
+	gpu-static check-triton check-cuda check-gpu lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
@@ -38,6 +45,7 @@ help: ## Show this help
 	@echo "  PYTHON=$(PYTHON)   makes .venv; a torch (>= 2.10) that it already has is used as it is"
 	@echo "  TORCH=           what pip installs as torch instead, for example TORCH='torch==2.12.0'"
 	@echo "  JOBS=$(JOBS)           test processes"
+	@echo "  TRITON=          for gpu-static and check-triton, a version instead of the one in .venv"
 	@echo "  BENCH_ARGS=      for lora-moe bench, for example BENCH_ARGS='--set all --json new.json'"
 	@echo "  PYTEST_ARGS=     more for pytest, for example PYTEST_ARGS='-k router'"
 
@@ -81,8 +89,13 @@ sanitize-ttsem: build $(VENV)/.ttsem ## A second opinion on the Triton kernels: 
 	@LORA_MOE_BACKEND=reference PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize \
 		tests/triton_kernels/second_opinion.py
 
-gpu-static: build $(VENV)/.test ## Compile the Triton kernels for every GPU and write docs/gpu_static.md
-	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --jobs $(JOBS) --markdown docs/gpu_static.md
+gpu-static: build $(VENV)/.test $(TRITON_READY) ## Compile the Triton kernels for every GPU and write docs/gpu_static.md
+	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --jobs $(JOBS) \
+		--markdown $(if $(TRITON),build/gpu_static_$(TRITON).md,docs/gpu_static.md)
+
+check-triton: build $(VENV)/.test $(TRITON_READY) ## Compile each kernel and interpret a few, with TRITON=3.6.0 for example
+	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --check
+	@$(WITH_TRITON) $(PYTEST) -q -p no:cacheprovider tests/test_triton_kernels.py $(EACH_PASS) $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.test ## Run the tests of the C++ operators under ASan and UBSan, for every instruction set
 	$(call step,compiling the C++ operators with sanitizers)
@@ -209,6 +222,12 @@ build/deepspeed: $(VENV)/.test requirements/deepspeed.txt
 	@rm -rf $@ && mkdir -p $@
 	@DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(PIP) --no-deps --no-build-isolation --target $@ \
 		-r requirements/deepspeed.txt || echo "DeepSpeed cannot be installed: the tests of ZeRO are skipped"
+
+build/triton-%/.installed: $(VENV)/.torch
+	$(call step,Triton $* with its own numpy in build/triton-$*)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target build/triton-$* \
+		triton==$* 'numpy<2.4'
+	@touch $@
 
 $(VENV)/.ttsem: $(VENV)/.test requirements/ttsem.txt
 	$(call step,installing ttsem)

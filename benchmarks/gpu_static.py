@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel, for GPUs that need not be there.
 
     python -m benchmarks.gpu_static [--targets sm_90,gfx942] [--dtypes bfloat16] [--scenarios "many tokens"]
-                                    [--json FILE] [--markdown FILE]
+                                    [--json FILE] [--markdown FILE] [--check]
 
 The public functions run up to their launches (benchmarks/launches.py), each launch is compiled for the
 target, and the machine code is read: registers, spills, shared memory, occupancy, and in the loops that hold
@@ -21,6 +21,10 @@ from pathlib import Path
 DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942")
 SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KB of shared memory a block
 ROOT = Path(__file__).parent.parent
+# few scenarios that launch every kernel between them: what --check compiles
+EACH_KERNEL = (
+    "many tokens", "few tokens", "1024 ranks, dense", "segmented", "frozen expert", "router", "logits given"
+)  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -92,6 +96,22 @@ def violations(row):
         yield "compiled anew for another number of tokens"
 
 
+def check(rows):
+    """Print what breaks a promise, and the size of the check; whether all is right."""
+    broken = [(row, list(violations(row))) for row in rows]
+    broken = [(row, words) for row, words in broken if words]
+    for row, words in broken:
+        print(
+            f"{row['target']} {row['dtype']} {row['kernel']}, {row['scenario']}: {'; '.join(words)}"
+        )
+    import triton
+
+    print(
+        f"Triton {triton.__version__}: {len(rows)} kernels compiled, {len(broken)} with something to mend"
+    )
+    return bool(rows) and not broken
+
+
 COLUMNS = {
     "kernel": "kernel", "scenario": "first launched by", "dtype": "dtype", "config": "configuration",
     "registers": "registers", "spills": "spills", "shared": "shared KB", "occupancy": "occupancy",
@@ -101,7 +121,7 @@ COLUMNS = {
 
 
 INTRO = """
-Read from the machine code that Triton compiles ahead of time, no GPU being there: `make gpu-static`.
+Read from the machine code that Triton {version} compiles ahead of time, without a GPU: `make gpu-static`.
 Configuration: tile sizes (tokens T, columns D and N, ranks R, experts E), warps and pipeline stages.
 Occupancy: of a multiprocessor's warps, and what limits it.  Tensor-core ops and fp32 FMAs: instructions in
 loops.  Load bits: of x, dy, A and B, the narrowest; of the widest load where a kernel reads none of them.
@@ -110,7 +130,9 @@ loops.  Load bits: of x, dy, A and B, the narrowest; of the widest load where a 
 
 def markdown(rows):
     """A table a target, and what breaks a promise at the end."""
-    yield f"# {__doc__.partition(chr(10))[0]}\n{INTRO.rstrip()}"
+    import triton
+
+    yield f"# {__doc__.partition(chr(10))[0]}\n{INTRO.rstrip().format(version=triton.__version__)}"
     for target in dict.fromkeys(row["target"] for row in rows):
         of_target = [row for row in rows if row["target"] == target]
         yield f"\n## {target}: {of_target[0]['shared_limit'] // 1024} KB of shared memory a block\n"
@@ -146,6 +168,11 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="each kernel once, bf16, sm_90; fails if a promise is broken",
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtypes = args.dtypes.split(",")
@@ -153,6 +180,8 @@ def main():
     if args.one:
         compile_for(args.one, dtypes, scenarios)
         return
+    if args.check:
+        sys.exit(0 if check(rows(["sm_90"], ["bfloat16"], EACH_KERNEL, args.jobs)) else 1)
     found = rows(args.targets.split(","), dtypes, scenarios, args.jobs)
     table = "\n".join(markdown(found)) + "\n"
     if args.json:

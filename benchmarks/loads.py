@@ -39,6 +39,8 @@ def _ptx(text):
             frames = match.groups()[:3], match.groups()[3:]
             if not inline:
                 where = tuple((files[f], int(n), int(c)) for f, n, c in frames if f)
+                if len(where) == 1:  # Triton before 3.7 tells the call in a comment alone
+                    where = _commented(line) or where
         elif match := ASYNC.search(line):
             yield 8 * int(match.group(1), 0), where
         elif match := LOAD.search(line):
@@ -51,9 +53,14 @@ def _amdgcn(text):
     where = ()
     for line in text.splitlines():
         if re.match(r"\s*\.loc\s", line):
-            frames = re.findall(r"(\S+\.py):(\d+):(\d+)", line.partition(";")[2])
-            where = tuple((f.split("/")[-1], int(n), int(c)) for f, n, c in frames[:2])
+            where = _commented(line)
         elif match := re.match(
             r"\s*(?:global|buffer|flat)_load_(?:lds_)?([a-z]+?(?:x\d)?)\b", line
         ):
             yield AMD.get(match.group(1), 16), where
+
+
+def _commented(line):
+    """The two innermost frames of a comment like  numerics.py:193:20 @[ shrink.py:51:70 ]."""
+    frames = re.findall(r"(\S+\.py):(\d+):(\d+)", re.split(r";|//", line, maxsplit=1)[-1])
+    return tuple((f.split("/")[-1], int(n), int(c)) for f, n, c in frames[:2])

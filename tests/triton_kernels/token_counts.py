@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from triton.runtime.jit import JITFunction
 
+from benchmarks.gpu_static import EACH_KERNEL
 from benchmarks.launches import Launch, launches
 from benchmarks.scenarios import SCENARIOS
 from lora_moe.plan import PLANS
@@ -63,8 +64,15 @@ def widest(scenario):
     return [max(axis) for axis in zip(*grids)]
 
 
+def names(scenarios):
+    with launches(TARGET, compiled=False) as seen:
+        for name in scenarios:
+            SCENARIOS[name].run(torch.bfloat16)
+    return sorted({event.name for event in seen if isinstance(event, Launch)})
+
+
 def main():
-    draw, found = random.Random(0), {"compiled": {}, "grids": {}}
+    draw, found = random.Random(0), {"compiled": {}, "grids": {}, "kernels": names(EACH_KERNEL)}
     for plan in (None, *PLANS):
         for name, scenario in SCENARIOS.items():
             if plan is None and scenario.plan:

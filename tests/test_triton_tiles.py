@@ -1,0 +1,91 @@
+"""The tiles of each kind of GPU and class of T, run as they are: what the other tests interpret is smaller.
+
+Interpreted, with the products split into bf16 terms as on a GPU, and under the sanitizer.  Bounds between
+the classes of T are lowered so that dozens of tokens reach the tiles of thousands; one test does not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from .cases import Case
+from .test_triton_kernels import check_routed_lora
+
+if torch.cuda.is_available():
+    pytest.skip("every test runs on the GPU's own tiles", allow_module_level=True)
+tiles = importlib.import_module("lora_moe.triton_kernels.tiles")
+numerics = importlib.import_module("lora_moe.triton_kernels.numerics")
+
+FEW, SOME = 8, 24
+CASES = {
+    "128 ranks": Case("", 0, 8, 2, 16, 136, 200),
+    "256 ranks": Case("", 0, 16, 2, 16, 72, 136, renormalize=False),
+    "many experts": Case("", 0, 20, 3, 4, 72, 72, gate="sigmoid"),
+    "unequal": Case("", 0, 4, 2, (4, 8, 16, 24), 72, 72, with_bias=True),
+    "shared A": Case("", 0, 8, 2, 16, 136, 72, shared_a=True),
+}
+
+
+@pytest.fixture(params=["hopper", "ampere", "cdna"])
+def part(request, monkeypatch):
+    monkeypatch.setattr(tiles, "family", lambda device: request.param)
+    monkeypatch.setattr(
+        numerics, "SPLIT", importlib.import_module("triton").language.constexpr(True)
+    )
+    return request.param
+
+
+@pytest.fixture
+def low_bounds(monkeypatch):
+    monkeypatch.setattr(tiles, "FEW", FEW)
+    monkeypatch.setattr(tiles, "SOME", SOME)
+
+
+def check(name, T, dtype, plan):
+    check_routed_lora(replace(CASES[name], T=T), dtype, plan)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_many_tokens(part, low_bounds, name, dtype):
+    check(name, 70, dtype, "rank_dense")
+
+
+def test_many_tokens_of_fp16(part, low_bounds):
+    check("128 ranks", 70, torch.float16, "rank_dense")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [7, 20])
+def test_fewer_tokens(part, low_bounds, tokens, dtype):
+    check("128 ranks", tokens, dtype, "rank_dense")
+
+
+@pytest.mark.parametrize("name", ["128 ranks", "many experts", "unequal"])
+def test_segmented(part, low_bounds, name):
+    check(name, 70, torch.bfloat16, "segmented")
+
+
+@pytest.mark.parametrize("name", ["128 ranks", "unequal"])
+def test_decode(part, low_bounds, name):
+    check(name, 7, torch.bfloat16, "decode")
+
+
+def test_the_tiles_are_those_of_the_gpu(part, low_bounds):
+    """What a test above runs is what a GPU of this kind gets for thousands of tokens."""
+    x = torch.empty(70, 16, dtype=torch.bfloat16)
+    lowered = tiles.choose("routed_lora", x, 128)
+    assert lowered["BLOCK_T"] * lowered["BLOCK_D"] >= 2048
+    tiles.FEW, tiles.SOME = 64, 4096
+    assert tiles.choose("routed_lora", x.new_empty(4097, 16), 128) == lowered
+    assert tiles.choose("routed_lora", x, 128) != lowered
+
+
+def test_one_token_past_the_largest_bound(part):
+    """As it is: 4,097 tokens."""
+    case = Case("", 4097, 8, 2, 16, 48, 80)
+    check_routed_lora(case, torch.bfloat16, "rank_dense")
