@@ -105,6 +105,7 @@ LOADERS = {
         lambda model, folder: mmolre.load(folder / "mmolre.safetensors"),
     ),
 }  # fmt: skip
+SAVERS = ("load_adapter", "c_lorae", "branch_lora", "mmolre")  # one for each kind of file
 
 
 def saved(loader: Loader, folder: Path, width: int = 8) -> Path:

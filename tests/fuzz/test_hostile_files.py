@@ -319,7 +319,9 @@ def test_a_large_file_is_read_within_the_bounds(name, dtype, tmp_path):
     del model
     fresh = loader.fresh(width)
     fresh = fresh if dtype == torch.float32 or fresh is None else fresh.to(dtype)
+    with measured() as plain:  # what this machine takes for that many bytes now
+        torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).clone()
     with measured() as cost:
         loader.load(fresh, tmp_path)
     assert cost.rise <= 2 * size + (64 << 20), f"{cost.rise >> 20} MB of a file of {size >> 20}"
-    assert cost.seconds < 1 + size / 500e6 * 2, f"{cost.seconds:.2f} s of CPU, {size >> 20} MB"
+    assert cost.seconds < 1 + 5 * plain.seconds, f"{cost.seconds:.2f} s, {plain.seconds:.2f} s"

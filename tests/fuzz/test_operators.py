@@ -1,0 +1,205 @@
+"""Operators called at random, each call against the formula in fp64: shapes, strides, dtypes, gradients.
+
+What is drawn: T, E, K, ranks, D; gate, shared A, biases; the memory of every operand (contiguous,
+transposed, sliced, expanded); which of them require gradients; and for every output a gradient that is
+contiguous, expanded, transposed, sliced, or missing.  LORA_MOE_NIGHTLY=n draws n times as many; a failure
+names its seed.  LORA_MOE_BACKEND and LORA_MOE_ISA choose who is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from itertools import accumulate
+
+import pytest
+import torch
+
+from lora_moe import Routing, reference
+from lora_moe import functional as F
+
+from ..compare import UNIT, relative_error
+from .loaders import NIGHTLY
+
+CALLS = 60 * NIGHTLY
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+if os.environ.get("LORA_MOE_BACKEND") == "triton":
+    DTYPES, CALLS = DTYPES[:3], 6 * NIGHTLY
+LIMIT = {
+    torch.float64: 1e-12,
+    torch.float32: 64 * UNIT[torch.float32],
+}  # of a norm, in small shapes
+MARGIN = 1e-3  # between the last picked gate and the next: nearer ones may go either way
+
+
+def memory(tensor, rng):
+    """The same values, laid out in one of the ways in which a caller may have them."""
+    how = rng.choice(["contiguous", "transposed", "sliced rows", "sliced columns", "offset"])
+    if how == "transposed":
+        return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+    if how in ("sliced rows", "sliced columns") and tensor.dim() == 2:
+        rows, columns = tensor.shape
+        step = (2, 1) if how == "sliced rows" else (1, 2)
+        wide = tensor.new_full((rows * step[0] + 1, columns * step[1] + 1), float("nan"))
+        view = wide[: rows * step[0] : step[0], : columns * step[1] : step[1]]
+        return view.copy_(tensor)
+    if how == "offset":
+        flat = tensor.new_full((tensor.numel() + 3,), float("nan"))
+        return flat[3:].view(tensor.shape).copy_(tensor)
+    return tensor.contiguous()
+
+
+def incoming(output, rng):
+    """A gradient for an output in some layout; None: the loss does not ask for it."""
+    how = rng.choice(["any", "any", "expanded", "missing"])
+    if how == "missing":
+        return None
+    if how == "expanded":
+        return output.new_full((1,) * output.dim(), rng.uniform(-2, 2)).expand(output.shape)
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    values = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    return memory(values, rng)
+
+
+def draw(seed):
+    """The arguments of a call of routed_lora, and of the formula, which takes the same values in fp64."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = rng.choice(DTYPES)
+    T, E = rng.choice([0, 1, 2, 7, 16, 17, 33, 70]), rng.choice([1, 2, 3, 7, 8, 17])
+    K, shared = rng.randint(1, min(E, 4)), rng.random() < 0.3
+    ranks = [rng.choice([1, 2, 4, 8, 17])] * E
+    if not shared and rng.random() < 0.4:
+        ranks = [rng.choice([1, 2, 3, 8, 24]) for _ in range(E)]
+    D_in, D_out = rng.choice([1, 5, 16, 33, 97, 130]), rng.choice([1, 3, 16, 40, 129])
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape, scale=1.0, to=dtype):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(to)
+
+    R = sum(ranks)
+    tensors = {
+        "x": normal(T, D_in),
+        "w": normal(E, D_in, scale=2 * D_in**-0.5, to=acc),
+        "a": normal(ranks[0] if shared else R, D_in, scale=D_in**-0.5),
+        "b": normal(R, D_out, scale=0.5),
+        "base": normal(T, D_out) if rng.random() < 0.7 else None,
+        "bias": normal(E, scale=0.2, to=acc) if rng.random() < 0.3 else None,
+        "scaling": (torch.rand(E, generator=generator) + 0.5).to(acc),
+    }
+    choice = {
+        "gate": rng.choice(["softmax", "sigmoid"]),
+        "renormalize": rng.random() < 0.5,
+    }
+    tensors = {k: t if t is None or t.dim() < 2 else memory(t, rng) for k, t in tensors.items()}
+    trained = [
+        k for k in ("x", "w", "a", "b", "base") if tensors[k] is not None and rng.random() < 0.7
+    ]
+    return rng, dtype, K, ranks, shared, tensors, choice, trained
+
+
+def leaves(tensors, trained, double=False):
+    """Leaves of the same memory layout: requires_grad_() keeps strides, double() makes new values."""
+    out = {}
+    for key, tensor in tensors.items():
+        if tensor is None:
+            out[key] = None
+            continue
+        leaf = tensor.detach().double() if double else tensor.detach()
+        out[key] = leaf.requires_grad_(key in trained)
+    return out
+
+
+def close_call(gates, K):
+    """Whether rounding may decide on a pick."""
+    if gates.shape[1] <= K or not len(gates):
+        return False
+    best = gates.sort(1, descending=True)[0]
+    return bool(((best[:, K - 1] - best[:, K]) < MARGIN).any())
+
+
+def compare(seed, name, got, want, dtype):
+    if want is None or got is None:
+        assert got is None or not got.any(), f"seed {seed}: {name}: a gradient where none is due"
+        assert want is None or not want.any(), f"seed {seed}: {name}: no gradient"
+        return
+    assert got.shape == want.shape, f"seed {seed}: {name}: {tuple(got.shape)}, {tuple(want.shape)}"
+    size = float(want.norm())
+    limit = LIMIT.get(dtype, 4 * UNIT.get(dtype, 0))
+    # gradients that cancel (k = 1, renormalized) are zero but for rounding
+    error = relative_error(got, want) if size > 1e-6 * want.numel() ** 0.5 else float(got.norm())
+    limit = limit if size > 1e-6 * want.numel() ** 0.5 else 1e-2
+    assert error <= limit, f"seed {seed}: {name}: {error / UNIT[dtype]:.1f} u in {dtype}"
+
+
+def backward(outputs, gradients, inputs):
+    pairs = [(o, g) for o, g in zip(outputs, gradients) if g is not None and o.requires_grad]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(wanted)
+    outputs, gradients = zip(*pairs)
+    return torch.autograd.grad(outputs, wanted, gradients, allow_unused=True)
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_routed_lora(part):
+    checked = 0
+    for seed in range(part, CALLS, 6):
+        rng, dtype, K, ranks, shared, tensors, choice, trained = draw(seed)
+        mine = leaves(tensors, trained)
+        y, routing = F.routed_lora(
+            mine["x"], mine["w"], mine["a"], mine["b"], K, rank_offsets=[0, *accumulate(ranks)],
+            scaling=mine["scaling"], shared_a=shared, base=mine["base"], bias=mine["bias"], **choice,
+        )  # fmt: skip
+        truth = leaves(tensors, trained, double=True)
+        logits = truth["x"] @ truth["w"].T
+        gates = logits.softmax(1) if choice["gate"] == "softmax" else logits.sigmoid()
+        if close_call((gates if truth["bias"] is None else gates + truth["bias"]).detach(), K):
+            continue
+        ids = Routing.from_ids(routing.indices, num_experts=len(ranks)).indices.long()
+        picked = gates.gather(1, ids)
+        weights = picked / picked.sum(1, keepdim=True) if choice["renormalize"] else picked
+        want = reference.grouped_lora(
+            truth["x"], truth["a"], truth["b"], truth["base"], ids.int(), weights, truth["scaling"],
+            [0, *accumulate(ranks)], shared,
+        )[0]  # fmt: skip
+        outputs, expected = [y, routing.weights], [want, weights]
+        for name, out, right in zip(("y", "weights"), outputs, expected):
+            compare(
+                seed, name, out.detach(), right.detach(), dtype if name == "y" else torch.float32
+            )
+        given = [incoming(out.detach(), rng) for out in outputs]
+        names = [k for k in ("x", "w", "a", "b", "base") if k in trained]
+        got = backward(outputs, given, [mine[k] for k in names])
+        right = backward(
+            expected, [None if g is None else g.double() for g in given], [truth[k] for k in names]
+        )
+        for name, g, r in zip(names, got, right):
+            compare(seed, f"d{name}", g, r, dtype)
+        checked += 1
+    assert checked >= CALLS // 6 // 3
+
+
+@pytest.mark.parametrize("product", ["shrink", "expand"])
+def test_bare_products(product):
+    """S = x A^T, in fp32 or fp64, and y = H B."""
+    for seed in range(CALLS // 2):
+        rng, dtype, _, ranks, _, tensors, _, _ = draw(10_000 + seed)
+        generator = torch.Generator().manual_seed(seed)
+        x, b = tensors["x"].detach(), tensors["b"].detach()
+        shape = (sum(ranks), x.shape[1]) if product == "shrink" else (len(x), sum(ranks))
+        other = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        first, second = (x, memory(other, rng)) if product == "shrink" else (memory(other, rng), b)
+        operands = [first.requires_grad_(), second.requires_grad_()]
+        if product == "shrink":
+            out, want = F.shrink(*operands)[0], first.double() @ second.double().T
+        else:
+            out, want = F.expand(*operands), first.double() @ second.double()
+        compare(seed, product, out.detach(), want.detach(), out.dtype)
+        gradient = incoming(out.detach(), rng)
+        if gradient is None:
+            continue
+        got = torch.autograd.grad(out, operands, gradient)
+        right = torch.autograd.grad(want, operands, gradient.double())
+        for name, g, r in zip(("first", "second"), got, right):
+            compare(seed, f"d{name} of {product}", g, r, dtype)

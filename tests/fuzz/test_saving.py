@@ -1,0 +1,88 @@
+"""Saves that are killed, interrupted or run out of disk: the old or the new file is whole, always."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from .loaders import LOADERS, NIGHTLY, SAVERS, saved
+
+STOPS = 8 * NIGHTLY
+INTERRUPTED = 42  # a child's status
+
+
+def save_over_and_over(loader, models, folder):
+    """In a process of its own, forked: a new interpreter for each would take most of the time."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        while True:
+            for model in models:
+                loader.save(model, folder)
+    except KeyboardInterrupt:
+        os._exit(INTERRUPTED)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("name", SAVERS)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_saves_that_are_stopped(name, how, tmp_path):
+    """At a random time; each leaves a file that loads, and the last save leaves nothing beside it."""
+    loader, rng, width = LOADERS[name], random.Random(name), 4000
+    path = saved(loader, tmp_path, width)
+    models = [loader.model(width) for _ in range(2)]
+    for _ in range(STOPS):
+        pid = save_over_and_over(loader, models, tmp_path)
+        time.sleep(0.05 + rng.random() * 0.1)
+        os.kill(pid, how)
+        _, status = os.waitpid(pid, 0)
+        if how == signal.SIGKILL:
+            assert os.WTERMSIG(status) == signal.SIGKILL
+        else:
+            assert os.WEXITSTATUS(status) == INTERRUPTED
+            assert os.listdir(tmp_path) == [path.name]
+        loader.load(loader.fresh(width), tmp_path)
+    saved(loader, tmp_path, width)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 256 KB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True) if os.geteuid() == 0 else None
+    if done is None or done.returncode:
+        pytest.skip(f"mounting is refused: {done.stderr.strip() if done else 'needs root'}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("name", SAVERS)
+def test_a_full_disk(name, small_disk):
+    """The new file does not fit beside the old one, which stays, and can be saved over again."""
+    loader = LOADERS[name]
+    path = saved(loader, small_disk)
+    old = path.read_bytes()
+    fill = small_disk / "fill"
+    with pytest.raises(OSError), open(fill, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    torch.manual_seed(1)
+    with pytest.raises(OSError) as error:
+        loader.save(loader.model(8), small_disk)
+    assert error.value.errno == errno.ENOSPC
+    assert path.read_bytes() == old and sorted(os.listdir(small_disk)) == ["fill", path.name]
+    fill.unlink()
+    loader.save(loader.model(8), small_disk)
+    loader.load(loader.fresh(8), small_disk)

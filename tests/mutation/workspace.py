@@ -1,0 +1,175 @@
+"""A copy of the checkout in which sources may be broken, and what it says of one mutant."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from . import cpp_source
+from .mutants import Mutant
+from .suites import LANGUAGES, ROOT, tests_of
+
+LEFT_OUT = (".*", "build", "dist", "__pycache__", "*.egg-info")
+
+
+class Verdict(NamedTuple):
+    killed: bool
+    by: str  # a test's id, or how the run ended
+    seconds: float
+
+
+class Workspace:
+    """Mutants of one language, one after the other.
+
+    Args:
+        folder: is emptied first, but for compiled objects.
+        language: a key of LANGUAGES.
+        isa: of the C++ build.
+    """
+
+    def __init__(self, folder: Path, language: str, isa: str, timeout: float):
+        self.folder, self.language, self.isa, self.timeout = folder, language, isa, timeout
+        self.memory = folder.parent / f"killers_{language}.json"
+        self.killers: dict[str, list[str]] = (
+            json.loads(self.memory.read_text()) if self.memory.exists() else {}
+        )
+        for name in os.listdir(folder) if folder.exists() else ():
+            if name != "build":
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        ignore = shutil.ignore_patterns(*LEFT_OUT, *(["*.so"] if language == "cpp" else []))
+        shutil.copytree(ROOT, folder, ignore=ignore, dirs_exist_ok=True)
+
+    # --- C++: all mutants in one build ---------------------------------------------------------------
+
+    def build(self, wanted: list[Mutant], spare: list[Mutant]) -> dict[int, Mutant]:
+        """Builds as many mutants as are wanted; one that does not compile, or is in no kernel of this
+        instruction set, gives way to a spare one.
+        """
+        chosen = dict(enumerate(wanted, 1))
+        spare, number = list(spare), len(wanted)
+        while True:
+            self._instrument(chosen)
+            errors = self._compile() or self._absent(chosen)
+            if not errors:
+                return chosen
+            bad = [n for n, m in chosen.items() if n in errors or (m.file, m.line) in errors]
+            if not bad:
+                raise RuntimeError(f"no mutant is to blame for {sorted(errors, key=str)[:5]}")
+            for n in bad:
+                del chosen[n]
+                if spare:
+                    number += 1
+                    chosen[number] = spare.pop(0)
+
+    def _instrument(self, chosen):
+        (self.folder / "csrc/mutant.h").write_text(cpp_source.SWITCH)
+        for file in (str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").iterdir()):
+            here = {n: m for n, m in chosen.items() if m.file == file}
+            new = cpp_source.instrumented((ROOT / file).read_bytes(), here)
+            if (self.folder / file).read_bytes() != new:
+                (self.folder / file).write_bytes(new)
+
+    def _compile(self):
+        """(file, line) of every error, line being that of the original: none is added."""
+        environment = {
+            "CXXFLAGS": f"-include {self.folder}/csrc/mutant.h -w",
+            "LORA_MOE_BUILD_ISA": self.isa,
+            "LORA_MOE_SKIP_EXT": "0",
+        }
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(
+            command, cwd=self.folder, env=os.environ | environment, capture_output=True, text=True
+        )
+        said = done.stdout + done.stderr
+        # also where a template was made or an inline function called, if the error is in a header
+        places = re.findall(r"(csrc/cpu/[\w.]+):(\d+):\d+:\s+(?:error|required from)", said)
+        errors = {(file, int(line)) for file, line in places}
+        if done.returncode and not errors:
+            raise RuntimeError(f"the C++ build failed:\n{said[-3000:]}")
+        return errors if done.returncode else set()
+
+    def _absent(self, chosen):
+        """Numbers that the preprocessor left out: code of another instruction set."""
+        command = [os.environ.get("CXX") or "g++", "-E", "-P", *self._flags()]
+        seen = set()
+        for source in sorted((self.folder / "csrc/cpu").glob("*.cpp")):
+            done = subprocess.run([*command, source], capture_output=True, text=True, check=True)
+            seen |= set(map(int, re.findall(r"lora_moe_mutant [!=]= (\d+)", done.stdout)))
+        return chosen.keys() - seen
+
+    def _flags(self):
+        code = (
+            f"import json, setup; e = setup.extension({self.isa!r});"
+            "print(json.dumps([e.extra_compile_args, e.include_dirs]))"
+        )
+        command = [sys.executable, "-c", code, "-q", "--version"]
+        done = subprocess.run(command, cwd=self.folder, capture_output=True, text=True, check=True)
+        arguments, folders = json.loads(done.stdout.splitlines()[-1])
+        python = Path(sys.base_prefix, "include", f"python3.{sys.version_info[1]}")
+        return [*arguments, *(f"-I{folder}" for folder in (*folders, python))]
+
+    # --- a mutant's life --------------------------------------------------------------------------
+
+    def judge(self, mutant: Mutant | None, number: int = 0, tests=()) -> Verdict:
+        """What the tests say of it; of the unchanged sources if it is None."""
+        if mutant is None or self.language == "cpp":
+            return self._run(mutant, tests or tests_of(mutant.file), number)
+        path = self.folder / mutant.file
+        whole = path.read_bytes()
+        path.write_bytes(mutant.apply(whole))
+        try:
+            return self._run(mutant, tests or tests_of(mutant.file))
+        finally:
+            path.write_bytes(whole)
+
+    def _run(self, mutant, tests, number=0):
+        report = self.folder / "first_failure"
+        report.unlink(missing_ok=True)
+        environment = os.environ | LANGUAGES[self.language].environment
+        environment |= {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment |= {"LORA_MOE_KILLERS": json.dumps(self._likely(mutant))}
+        environment |= {"LORA_MOE_REPORT": str(report), "LORA_MOE_MUTANT": str(number)}
+        if self.language == "cpp":
+            environment |= {"LORA_MOE_ISA": self.isa}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+        command += ["-p", "tests.mutation.order", "--deselect", "tests/mutation", *tests]
+        start = time.monotonic()
+        with subprocess.Popen(
+            command, cwd=self.folder, env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        ) as process:  # fmt: skip
+            try:
+                said, _ = process.communicate(timeout=self.timeout)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+                said, process.returncode = "", None
+        seconds = time.monotonic() - start
+        if process.returncode == 0:
+            return Verdict(False, "", seconds)
+        if process.returncode not in (None, 1, 2, 3) and process.returncode > 0:
+            raise RuntimeError(f"pytest ended with status {process.returncode}:\n{said[-2000:]}")
+        by = report.read_text() if report.exists() else f"status {process.returncode}"
+        by = "timeout" if process.returncode is None else by
+        if mutant is not None and "::" in by:
+            self._remember(mutant, by)
+        return Verdict(True, by if mutant else said[-3000:], seconds)
+
+    def _likely(self, mutant):
+        own = self.killers.get(mutant.file, []) if mutant else []
+        others = [name for file in self.killers for name in self.killers[file]]
+        return list(dict.fromkeys([*own, *others]))
+
+    def _remember(self, mutant, by):
+        before = self.killers.get(mutant.file, [])
+        self.killers[mutant.file] = [by, *(name for name in before if name != by)][:40]
+        self.memory.write_text(json.dumps(self.killers, indent=1))
