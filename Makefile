@@ -9,6 +9,9 @@ JOBS ?= 2
 PYTEST_ARGS ?=
 TRITON ?=
 BENCH_ARGS ?=
+NIGHTLY ?= 20
+MUTATE ?=
+TSAN_ARGS ?=
 
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
@@ -36,17 +39,20 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv build demo bench test test-host test-triton test-cuda test-reference sanitize sanitize-cuda sanitize-ttsem \
-	gpu-static check-triton check-cuda check-gpu lint format clean
+	sanitize-threads mutate nightly check-hashes check-vulnerabilities gpu-static check-triton check-cuda \
+	check-gpu lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-21s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo; echo "Names and their defaults:"
 	@echo "  PYTHON=$(PYTHON)   makes .venv; a torch (>= 2.10) that it already has is used as it is"
 	@echo "  TORCH=           what pip installs as torch instead, for example TORCH='torch==2.12.0'"
 	@echo "  JOBS=$(JOBS)           test processes"
 	@echo "  TRITON=          for gpu-static and check-triton, a version instead of the one in .venv"
 	@echo "  BENCH_ARGS=      for lora-moe bench, for example BENCH_ARGS='--set all --json new.json'"
+	@echo "  MUTATE=          for make mutate, for example MUTATE='--since main --sample 12' or MUTATE='--sample 300 cpp'"
+	@echo "  NIGHTLY=$(NIGHTLY)       how many times as long make nightly runs as the tests"
 	@echo "  PYTEST_ARGS=     more for pytest, for example PYTEST_ARGS='-k router'"
 
 venv: $(VENV)/.torch ## Make .venv with torch in it
@@ -116,6 +122,30 @@ sanitize-cuda: $(VENV)/.test ## Run the tests of the CUDA kernels, compiled for 
 
 check-gpu: ## Prove the kernels on this machine's GPU, or name what is wrong; call again to continue
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_day
+
+sanitize-threads: $(VENV)/.test ## Run threaded calls of the C++ operators under ThreadSanitizer
+	$(call step,a build whose joins ThreadSanitizer sees)
+	@OMP_NUM_THREADS=4 $(BIN)/python -m tests.fuzz.tsan --folder build/tsan $(TSAN_ARGS)
+
+mutate: $(VENV)/.mutation build ## Change the sources and see whether the tests notice (MUTATE: its arguments)
+	$(call step,mutation)
+	@$(BIN)/python -m tests.mutation $(MUTATE)
+
+nightly: build $(VENV)/.test ## Fuzz and stress NIGHTLY times as long, on every instruction set of this CPU
+	$(call step,fuzzing loaders and operators)
+	@isas=$$($(BIN)/python -c 'from lora_moe.backend import cpu_isas; print(*cpu_isas())') && \
+		for isa in $$isas; do echo "$$isa:"; LORA_MOE_NIGHTLY=$(NIGHTLY) LORA_MOE_BACKEND=cpp LORA_MOE_ISA=$$isa \
+		$(PYTEST) tests/fuzz $(PYTEST_ARGS) || exit 1; done
+
+check-hashes: $(VENV)/.python requirements/hashes.txt ## Download every pinned package and compare its hash
+	$(call step,hashes of all pinned packages)
+	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --require-hashes \
+		--ignore-requires-python -d build/hashes -r requirements/hashes.txt
+
+check-vulnerabilities: $(VENV)/.python requirements/hashes.txt ## Ask for known vulnerabilities of what is pinned
+	$(call step,known vulnerabilities)
+	@$(PYTHON) -m venv build/audit && build/audit/bin/pip install -qq --disable-pip-version-check pip-audit
+	@build/audit/bin/pip-audit --disable-pip --no-deps -r requirements/hashes.txt
 
 check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check the build, without a GPU (6 GB)
 	$(call step,building the CUDA kernels: about two minutes)
@@ -227,6 +257,11 @@ build/triton-%/.installed: $(VENV)/.torch
 	$(call step,Triton $* with its own numpy in build/triton-$*)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target build/triton-$* \
 		triton==$* 'numpy<2.4'
+	@touch $@
+
+$(VENV)/.mutation: $(VENV)/.test requirements/mutation.txt
+	$(call step,installing a parser of C++)
+	@$(PIP) --no-deps -r requirements/mutation.txt
 	@touch $@
 
 $(VENV)/.ttsem: $(VENV)/.test requirements/ttsem.txt

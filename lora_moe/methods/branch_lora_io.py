@@ -130,7 +130,7 @@ def _read_description(file, metadata, tensors):
     fits = found.keys() == _FIELDS.keys()
     if not fits or any(type(found[field]) is not kind for field, kind in _FIELDS.items()):
         raise ValueError(f"{name}: expected the fields {list(_FIELDS)}, got {brief(found)}")
-    found["config"] = _config(found["config"])
+    found["config"] = LoraMoeConfig.from_dict(found["config"])
     branches, routers, bank = found["branches"], found["routers"], found["bank"]
     fewest = found["config"].num_experts
     problems = [
@@ -147,18 +147,6 @@ def _read_description(file, metadata, tensors):
     if wrong or not found["frozen"]:
         raise ValueError(f"{name}: expected a consistent state, got {brief(wrong)}")
     return found
-
-
-def _config(fields):
-    """A saved configuration; its patterns have done their work and are kept without compiling them."""
-    patterns = {name: fields.pop(name, ()) for name in ("target_modules", "exclude_modules")}
-    config = LoraMoeConfig.from_dict(fields)
-    for name, value in patterns.items():
-        plain = value if isinstance(value, (list, tuple)) else [value]
-        if not all(isinstance(part, str) for part in plain):
-            raise ValueError(f"{name}: expected a string or module names, got {brief(value)}")
-        object.__setattr__(config, name, tuple(value) if isinstance(value, list) else value)
-    return config
 
 
 def _numbers(values, low, high):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -288,20 +289,40 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_patterns_of_a_file_are_not_compiled(pattern, tmp_path):
-    """They have done their work when the file was saved."""
-    loader = LOADERS["branch_lora"]
+@pytest.mark.parametrize(
+    "name", ["load_adapter", "load_adapter, into experts", "adapter_info", "branch_lora"]
+)
+def test_patterns_of_a_file_are_not_compiled(name, pattern, tmp_path, monkeypatch):
+    """They have done their work when the file was saved; a header of too many brackets is refused."""
+    loader = LOADERS[name]
     path = saved(loader, tmp_path)
 
     def change(d):
-        d["config"].update(target_modules=PATTERNS[pattern], exclude_modules=PATTERNS[pattern])
+        fields = d["config"] if name == "branch_lora" else d["adapters"][0]["training"]
+        fields.update(target_modules=PATTERNS[pattern], exclude_modules=PATTERNS[pattern])
 
     path.write_bytes(described(path.read_bytes(), loader.key, change))
     model = loader.fresh(8)
-    with measured() as cost:
-        loader.load(model, tmp_path)
-    assert cost.seconds < 0.5
-    assert model.q.config.target_modules == PATTERNS[pattern]
+
+    def never(found, flags=0, real=re._compile):
+        assert found != PATTERNS[pattern]
+        return real(found, flags)
+
+    monkeypatch.setattr(re, "_compile", never)
+    refused = read_or_refuse(loader, path, model)
+    if refused is not None:
+        assert "empty brackets" in str(refused)
+    elif name in ("load_adapter", "branch_lora"):
+        assert model.q.config.target_modules == PATTERNS[pattern]
+
+
+def test_compiling_a_pattern_is_noticed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        re, "_compile", lambda *args, real=re._compile: seen.append(args) or real(*args)
+    )
+    re.fullmatch("a pattern of a file", "")
+    assert seen[0][0] == "a pattern of a file"
 
 
 @every_loader

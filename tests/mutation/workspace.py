@@ -151,15 +151,13 @@ class Workspace:
                 said, _ = process.communicate(timeout=self.timeout)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-                said, process.returncode = "", None
-        seconds = time.monotonic() - start
-        if process.returncode == 0:
+                return Verdict(True, "timeout", time.monotonic() - start)
+        seconds, status = time.monotonic() - start, process.returncode
+        if status == 0:
             return Verdict(False, "", seconds)
-        if process.returncode not in (None, 1, 2, 3) and process.returncode > 0:
-            raise RuntimeError(f"pytest ended with status {process.returncode}:\n{said[-2000:]}")
-        by = report.read_text() if report.exists() else f"status {process.returncode}"
-        by = "timeout" if process.returncode is None else by
+        if status > 3:  # pytest itself had nothing to run
+            raise RuntimeError(f"pytest ended with status {status}:\n{said[-2000:]}")
+        by = report.read_text() if report.exists() else f"status {status}"
         if mutant is not None and "::" in by:
             self._remember(mutant, by)
         return Verdict(True, by if mutant else said[-3000:], seconds)

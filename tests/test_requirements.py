@@ -1,0 +1,49 @@
+"""Every package that a requirement file pins has its hashes; `make check-hashes` compares downloads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "requirements"
+OURS = {"torch"}  # each chooses a build of its own: CPU, CUDA or ROCm
+PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s\\;]+)", re.M)
+
+
+def pins(text) -> dict[str, str]:
+    return {re.sub("[-_.]+", "-", name).lower(): version for name, version in PIN.findall(text)}
+
+
+HASHES = (FOLDER / "hashes.txt").read_text()
+FILES = sorted(path for path in FOLDER.glob("*.txt") if path.name != "hashes.txt")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_pin_has_its_hash(path):
+    hashed = pins(HASHES)
+    for name, version in pins(path.read_text()).items():
+        assert name in OURS or hashed.get(name) == version, f"{path.name}: {name}=={version}"
+
+
+def test_every_name_is_pinned():
+    """In a requirement file itself, or in the constraints that it takes."""
+    for path in FILES:
+        text = path.read_text()
+        pinned = pins(text) | (
+            pins((FOLDER / "constraints.txt").read_text()) if "-c " in text else {}
+        )
+        for line in text.splitlines():
+            name = re.match(r"[A-Za-z0-9._-]+", line)
+            if name and not line.startswith(("-", "#")):
+                assert re.sub("[-_.]+", "-", name[0]).lower() in pinned, f"{path.name}: {line}"
+
+
+def test_no_hash_stands_alone_and_none_is_weak():
+    used = set().union(*(pins(path.read_text()) for path in FILES))
+    assert pins(HASHES).keys() <= used - OURS
+    for block in re.split(r"\n(?=\S)", HASHES.strip()):
+        if not block.startswith("#"):
+            assert re.findall(r"--hash=sha256:[0-9a-f]{64}\b", block), block
+            assert "md5" not in block and "sha1:" not in block
