@@ -39,8 +39,8 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help venv build demo bench test test-host test-triton test-cuda test-reference sanitize sanitize-cuda sanitize-ttsem \
-	sanitize-threads mutate nightly check-hashes check-vulnerabilities gpu-static check-triton check-cuda \
-	check-gpu lint format clean
+	sanitize-threads mutate nightly hashes check-hashes check-vulnerabilities gpu-static check-triton \
+	check-cuda check-gpu lint format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
@@ -136,6 +136,10 @@ nightly: build $(VENV)/.test ## Fuzz and stress NIGHTLY times as long, on every 
 	@isas=$$($(BIN)/python -c 'from lora_moe.backend import cpu_isas; print(*cpu_isas())') && \
 		for isa in $$isas; do echo "$$isa:"; LORA_MOE_NIGHTLY=$(NIGHTLY) LORA_MOE_BACKEND=cpp LORA_MOE_ISA=$$isa \
 		$(PYTEST) tests/fuzz $(PYTEST_ARGS) || exit 1; done
+
+hashes: $(VENV)/.python ## Ask for the hashes of packages that are newly pinned
+	$(call step,hashes of newly pinned packages)
+	@$(BIN)/python requirements/hashes.py
 
 check-hashes: $(VENV)/.python requirements/hashes.txt ## Download every pinned package and compare its hash
 	$(call step,hashes of all pinned packages)
