@@ -16,7 +16,10 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 TARGET = FOLDER / "hashes.txt"
-LEFT_OUT = {"torch"}  # its build is the user's to choose
+LEFT_OUT = {
+    "torch",
+    "deepspeed",
+}  # the user chooses its build; has sources only, for optional tests
 PYTHONS = ("3.11", "3.12", "3.13")
 MACHINES = ("x86_64", "aarch64")
 GLIBC = (
