@@ -300,6 +300,11 @@ class _Wrapper:
     def __call__(self, *args, **kwargs):
         return self.__wrapped__(self.model, *args, **kwargs)
 
+    def named(self, args, kwargs) -> dict:
+        """All arguments by their names."""
+        names = list(inspect.signature(self.__wrapped__).parameters)[1:]
+        return dict(zip(names, args)) | kwargs
+
 
 class _Generate(_Wrapper):
     name = "generate"
@@ -324,9 +329,11 @@ class _SavePretrained(_Wrapper):
     name = "save_pretrained"
     saves = True
 
-    def __call__(self, save_directory, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
         from .io import save_adapter  # which imports this module
 
+        kwargs = self.named(args, kwargs)
+        save_directory = kwargs.pop("save_directory")
         reshard(self.model)
         state_dict, shards = (
             kwargs.get("state_dict"),
@@ -340,7 +347,7 @@ class _SavePretrained(_Wrapper):
             kwargs["state_dict"] = base_names(self.model, kwargs["state_dict"])
         thread.saving += 1
         try:
-            saved = super().__call__(save_directory, *args, **kwargs)
+            saved = super().__call__(save_directory, **kwargs)
         finally:
             thread.saving -= 1
         if collective or kwargs.get("is_main_process", True):
@@ -348,7 +355,23 @@ class _SavePretrained(_Wrapper):
         return saved
 
 
-_WRAPPERS = {wrapper.name: wrapper for wrapper in (_Generate, _SavePretrained)}
+class _Upload(_Wrapper):
+    """What push_to_hub=True sends: the experts must be in the folder before save_pretrained returns.
+
+    PushToHubMixin has no public name for it.
+    """
+
+    name = "_upload_modified_files"
+    saves = True
+
+    def __call__(self, working_dir, *args, **kwargs):
+        from .io import save_adapter
+
+        save_adapter(self.model, working_dir)
+        return super().__call__(working_dir, *args, **kwargs)
+
+
+_WRAPPERS = {wrapper.name: wrapper for wrapper in (_Generate, _SavePretrained, _Upload)}
 
 
 def base_names(model: nn.Module, state_dict: dict) -> dict:

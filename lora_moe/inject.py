@@ -117,7 +117,8 @@ def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Mo
     """{path: module} of the modules that train as a whole: path is a name or ends in "." + name.
 
     Raises:
-        ValueError: a name matches nothing, or a module that holds or is a LoraMoeLinear.
+        ValueError: a name matches nothing, or a module that holds or is a LoraMoeLinear, or one with
+            extra state, which no adapter can hold.
     """
     found = {}
     for name in names:
@@ -130,5 +131,15 @@ def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Mo
         if not matches or with_experts:
             got = f"{with_experts[0]}, which has experts" if with_experts else f"{name!r}"
             raise ValueError(f"modules_to_save: expected modules of the model, got {got}")
+        for path, module in matches.items():
+            if stateful := [m for m in module.modules() if _has_extra_state(m)]:
+                raise ValueError(
+                    f"modules_to_save: expected modules whose state is tensors, got {path} with a"
+                    f" {type(stateful[0]).__name__}, which has extra state (get_extra_state)"
+                )
         found |= matches
     return found
+
+
+def _has_extra_state(module):
+    return type(module).get_extra_state is not nn.Module.get_extra_state

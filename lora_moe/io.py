@@ -196,6 +196,8 @@ def load_adapter(
             listed), or holds NaN or infinite values; or the model's weights are on the meta device.
             The model is unchanged.
         OSError: the file is missing or cannot be read.
+    Warns:
+        UserWarning: the file has no values for some of the model's modules_to_save.
     """
     whole, model = model, unwrapped(model)
     layers = _layers_by_path(model)
@@ -240,6 +242,17 @@ def _load(model, layers, source, adapter_dtype):
     modules = modules_by_path(model)
     for path in info["modules_to_save"]:
         modules[path].requires_grad_(True)
+    _tell_not_in_file(model, layers, info)
+
+
+def _tell_not_in_file(model, layers, info):
+    left = [path for path in _whole_modules(model, layers) if path not in info["modules_to_save"]]
+    if left:
+        warnings.warn(
+            f"load_adapter: {', '.join(left[:6])}{' ...' if left[6:] else ''} ({len(left)} in all) of"
+            " modules_to_save are not in the file, and keep the values that they have",
+            stacklevel=4,
+        )
 
 
 def adapter_info(directory: str | os.PathLike, *, revision: str | None = None) -> dict:
@@ -596,8 +609,8 @@ def _expect_tensors(wanted, slices):
         shape, (dtype, saved, *_) = whole_shape(wanted[key]), slices[key]
         if saved != shape:
             problems.append(f"{key}: expected {shape}, got {saved}")
-        if dtype not in safefile.DTYPES:
-            problems.append(f"{key}: expected one of {list(safefile.DTYPES)}, got {dtype}")
+        if dtype not in (fit := safefile.fitting(wanted[key].dtype)):
+            problems.append(f"{key}: expected one of {fit}, got {dtype}")
     _raise("adapter: expected the tensors of the model", problems)
 
 

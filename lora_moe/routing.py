@@ -64,8 +64,8 @@ class Routing(NamedTuple):
             )
         if indices.dim() == 1:
             indices, weights = indices[:, None], weights[:, None]
-        # ids that int32 cannot hold must not wrap around into valid ones
-        ids = indices.clamp(-2, num_experts).int()
+        # ids that int32 cannot hold must not wrap around into valid ones, nor -2 into a uint8
+        ids = indices.long().clamp(-2, num_experts).int()
         return Routing(ids, _at_least_fp32(weights), _count(ids, num_experts))
 
     @staticmethod

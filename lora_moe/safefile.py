@@ -31,6 +31,7 @@ __all__ = [
     "DTYPES",
     "Slice",
     "description",
+    "fitting",
     "open_in",
     "open_regular",
     "parse_json",
@@ -51,14 +52,24 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# of buffers, such as BatchNorm's count of batches: these are never converted
+WHOLE_NUMBERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_KNOWN = DTYPES | WHOLE_NUMBERS
+_NAMES = {dtype: name for name, dtype in _KNOWN.items()}
 _PICKLE_MAGIC = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
 
 
 class Slice(NamedTuple):
     """A tensor's place in a file."""
 
-    dtype: str  # a key of DTYPES, or another name that the format knows
+    dtype: str  # a key of DTYPES or WHOLE_NUMBERS, or another name that the format knows
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     nbytes: int
@@ -69,8 +80,8 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 
     Raises:
         ValueError: the header would be larger than what read_header accepts; a tensor has no values
-            (on meta), another dtype than DTYPES, or shares memory with another: they would be apart
-            when they are loaded.
+            (on meta), a dtype that is neither in DTYPES nor in WHOLE_NUMBERS, or shares memory with
+            another: they would be apart when they are loaded.
         OSError: the file cannot be written; an older one is as it was.
     """
     tensors = {key: t.detach() for key, t in tensors.items()}
@@ -96,7 +107,7 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
 def _expect_writable(tensors):
     for key, tensor in tensors.items():
         if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
-            kinds = [str(dtype) for dtype in DTYPES.values()]
+            kinds = [str(dtype) for dtype in _NAMES]
             got = f"{tensor.dtype}, {tensor.layout}"
             raise ValueError(f"{key}: expected a dense tensor of one of {kinds}, got {got}")
         if tensor.device.type == "meta":
@@ -184,10 +195,16 @@ def read_tensors(
         shape, (dtype, saved, *_) = tuple(wanted[key].shape), slices[key]
         if saved != shape:
             problems.append(f"{key}: expected {shape}, got {saved}")
-        if dtype not in DTYPES:
-            problems.append(f"{key}: expected one of {list(DTYPES)}, got {ascii(dtype)[:50]}")
+        if dtype not in (fit := fitting(wanted[key].dtype)):
+            problems.append(f"{key}: expected one of {fit}, got {ascii(dtype)[:50]}")
     raise_all("adapter: expected the tensors of the model", problems)
     return {key: _finite(file, key, slices[key], t.dtype) for key, t in wanted.items()}
+
+
+def fitting(dtype: torch.dtype) -> list[str]:
+    """Names of the dtypes in a file that may be read into a tensor of this one."""
+    whole = [name for name, known in WHOLE_NUMBERS.items() if known == dtype]
+    return whole or list(DTYPES)
 
 
 def raise_all(expected: str, problems: Iterable[str]) -> None:
@@ -199,7 +216,11 @@ def raise_all(expected: str, problems: Iterable[str]) -> None:
 def _finite(file, key, place, dtype):
     """Finite also after it was converted; aminmax needs no memory, as isfinite does."""
     tensor = read_tensor(file, place, dtype)
-    if tensor.numel() and not all(map(math.isfinite, (v.item() for v in tensor.aminmax()))):
+    if (
+        tensor.is_floating_point()
+        and tensor.numel()
+        and not all(map(math.isfinite, (v.item() for v in tensor.aminmax())))
+    ):
         raise ValueError(f"{key}: expected finite values in {dtype}, got NaN or infinity")
     return tensor
 
@@ -210,7 +231,9 @@ def read_tensor(file: BinaryIO, place: Slice, dtype: torch.dtype | None = None) 
     Raises:
         ValueError: the file has become shorter.
     """
-    saved = DTYPES[place.dtype]
+    saved = _KNOWN[place.dtype]
+    if saved == torch.bool:  # a byte of a file may be more than 0 or 1
+        return read_tensor(file, place._replace(dtype="U8")) != 0
     tensor = torch.empty(place.shape, dtype=dtype or saved)
     flat, step = tensor.view(-1), CHUNK // saved.itemsize
     file.seek(place.begin)
@@ -248,7 +271,7 @@ def _slice(name, key, entry, start, size):
     if len(shape) > MAX_DIMENSIONS or len(offsets) != 2:
         raise ValueError(f"{where}: expected at most {MAX_DIMENSIONS} dimensions and two offsets")
     nbytes = offsets[1] - offsets[0]
-    if nbytes < 0 or (dtype in DTYPES and math.prod(shape) * DTYPES[dtype].itemsize != nbytes):
+    if nbytes < 0 or (dtype in _KNOWN and math.prod(shape) * _KNOWN[dtype].itemsize != nbytes):
         raise ValueError(f"{where}: expected the bytes of {dtype} {shape}, got {nbytes}")
     return Slice(dtype, tuple(shape), start + offsets[0], nbytes)
 

@@ -322,7 +322,10 @@ BAD = {
     "overlapping": (lambda t: {"b": t[:6], "a": t[5:]}, "b: expected memory .* with a"),
     "all inside": (lambda t: {"b": t, "a": t[5:6]}, "b: expected memory .* with a"),
     "on meta": (lambda t: {"a": t.to("meta")}, "a: expected values to save"),
-    "integers": (lambda t: {"a": t.int()}, "a: expected a dense tensor .* got torch.int32"),
+    "float8": (
+        lambda t: {"a": t.to(torch.float8_e4m3fn)},
+        "a: expected a dense tensor .* got torch.float8_e4m3fn",
+    ),
     "complex": (lambda t: {"a": t.to(torch.complex64)}, "a: expected a dense tensor"),
     "sparse": (lambda t: {"a": t.to_sparse()}, "a: expected a dense tensor"),
 }

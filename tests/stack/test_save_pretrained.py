@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -54,6 +55,35 @@ def test_shards_and_a_state_dict_of_ones_own(tmp_path):
     for folder in ("shards", "own"):
         base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / folder)
         assert torch.equal(logits(base), logits(llama()))
+
+
+def test_arguments_by_position(tmp_path):
+    model = with_experts()
+    model.save_pretrained(tmp_path / "all", True, model.state_dict())
+    fresh = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "all")
+    assert torch.equal(logits(load_adapter(fresh, tmp_path / "all")), logits(model))
+    model.save_pretrained(tmp_path / "none", False)
+    assert not (tmp_path / "none" / "lora_moe.safetensors").exists()
+
+
+@pytest.mark.parametrize("how", ["save_pretrained", "push_to_hub"])
+def test_what_is_pushed_holds_the_experts(how, tmp_path, monkeypatch):
+    """The hub's client is replaced by one that does nothing, the upload by a look into the folder."""
+    pushed = []
+
+    def upload(self, working_dir, *args, **kwargs):
+        pushed.extend(os.listdir(working_dir))
+
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "hf_api", mock.MagicMock())
+        monkeypatch.setattr(module, "create_and_tag_model_card", mock.MagicMock())
+    monkeypatch.setattr(transformers.PreTrainedModel, "_upload_modified_files", upload)
+    model = with_experts()
+    if how == "push_to_hub":
+        model.push_to_hub("someone/model")
+    else:
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    assert {"model.safetensors", "lora_moe.safetensors"} <= set(pushed)
 
 
 def test_a_copy_saves_itself(tmp_path):
@@ -186,6 +216,89 @@ def test_what_trains_and_would_be_lost_is_told(tmp_path):
     model.lm_head.weight.requires_grad_(True)
     with pytest.warns(UserWarning, match=r"lm_head.weight .*modules_to_save"):
         save_adapter(model, tmp_path)
+
+
+class Regressor(nn.Module):
+    def __init__(self, head=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(8, 8)
+        self.head = head or nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def regressor(head=None, modules_to_save=("head",)):
+    config = LoraMoeConfig(
+        r=2, target_modules=("body",), balance_coef=0, z_coef=0, modules_to_save=modules_to_save
+    )
+    return inject(Regressor(head), config)
+
+
+def test_buffers_of_a_head_are_saved(tmp_path):
+    """BatchNorm counts its batches in an int64."""
+    model = regressor().train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(torch.randn(6, 8)).square().mean().backward()
+        optimizer.step()
+    save_adapter(model, tmp_path)
+    fresh = load_adapter(Regressor(), tmp_path)
+    assert fresh.head[1].num_batches_tracked == 3
+    assert all(
+        torch.equal(t, fresh.state_dict()[n]) for n, t in model.state_dict().items() if "head" in n
+    )
+
+
+class Buffers(nn.Module):
+    """One of each kind of whole numbers, a 0-dim one, an empty one, and a transposed weight."""
+
+    def __init__(self, sign=1):
+        super().__init__()
+        self.weight = nn.Parameter(sign * torch.randn(1, 8).t())
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+            self.register_buffer(
+                str(dtype).partition(".")[2], torch.arange(3).to(dtype) + (sign > 0)
+            )
+        self.register_buffer("bool", torch.tensor([True, False, sign > 0]))
+        self.register_buffer("step", torch.tensor(sign + 5))
+        self.register_buffer("empty", torch.zeros(0, 3))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+def test_whole_numbers_of_each_kind_are_saved(tmp_path):
+    model = regressor(Buffers())
+    save_adapter(model, tmp_path)
+    fresh = load_adapter(Regressor(Buffers(-1)), tmp_path)
+    want, got = model.head.state_dict(), fresh.head.state_dict()
+    assert all(got[n].dtype == t.dtype and torch.equal(got[n], t) for n, t in want.items())
+
+
+def test_whole_numbers_are_not_converted(tmp_path):
+    save_adapter(regressor(Buffers()), tmp_path)
+    other = Regressor(Buffers())
+    other.head.int64 = other.head.int64.float()
+    with pytest.raises(ValueError, match=r"head.int64: expected one of \['F64', .*got I64"):
+        load_adapter(other, tmp_path)
+
+
+class Stateful(nn.Linear):
+    def get_extra_state(self):
+        return {"scale": 1.0}
+
+
+def test_a_head_with_extra_state_is_refused():
+    with pytest.raises(ValueError, match="head with a Stateful, which has extra state"):
+        regressor(Stateful(8, 1))
+
+
+def test_a_head_that_the_file_does_not_hold_is_told(tmp_path):
+    save_adapter(regressor(modules_to_save=()), tmp_path)
+    with pytest.warns(UserWarning, match="head .*of modules_to_save are not in the file"):
+        load_adapter(regressor(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,13 @@ def test_a_list_of_ids_will_do():
         assert torch.equal(model(TOKENS).logits, answers(model)[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_ids_of_any_integer_dtype(dtype):
+    model = with_experts().eval()
+    with use_routing(model, task_ids=torch.tensor([2, 2], dtype=dtype)):
+        assert torch.equal(model(TOKENS).logits, answers(model)[2])
+
+
 # --- checkpoints -----------------------------------------------------------------------------------
 
 
