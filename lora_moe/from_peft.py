@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from reprlib import repr as brief
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from .attach import attach
 from .config import MAX_COEFFICIENT, MAX_RANK, LoraMoeConfig
 from .inject import freeze_base, place
 from .layers import LoraMoeLinear, linear_features
+from .peft_format import shared
 from .sharded import expect_no_wrapper, fill, unwrapped
 from .steering import injected
 from .unfit import unfit
@@ -48,7 +49,7 @@ _ROUTER = [f.name for f in dataclasses.fields(LoraMoeConfig) if f.name not in _G
 
 def from_peft(
     model: nn.Module,
-    adapters: Sequence,
+    adapters: Iterable,
     *,
     top_k: int | None = None,
     router: Mapping | LoraMoeConfig | None = None,
@@ -79,8 +80,10 @@ def from_peft(
     whole, model = model, unwrapped(model)
     if injected(model):
         raise ValueError("model: expected one without experts, got one that has them")
-    if isinstance(adapters, str | os.PathLike | Mapping) or not len(adapters):
-        raise ValueError(f"adapters: expected a list of one or more, got {brief(adapters)}")
+    single = isinstance(adapters, str | bytes | os.PathLike | Mapping)
+    adapters = [] if single or not isinstance(adapters, Iterable) else list(adapters)
+    if not adapters:
+        raise ValueError("adapters: expected a list of one or more, got none or no list")
     fields = _router_fields(router) | {"top_k": top_k, "adapter_dtype": adapter_dtype}
     with contextlib.ExitStack() as stack:
         loras = [_opened(stack, i, source) for i, source in enumerate(adapters)]
@@ -255,10 +258,7 @@ def _modules_of(model, loras) -> dict[str, nn.Module]:
     modules = dict(model.named_modules(remove_duplicate=False))
     paths = list(dict.fromkeys(path for lora in loras for path in lora.paths))
     reasons = unfit(model, [path for path in paths if path in modules])
-    names = {}
-    for path in paths:
-        if path in modules and names.setdefault(modules[path], path) != path:
-            reasons[path] = f"it is the same module as {names[modules[path]]}"
+    reasons |= {p: f"{text}, of which PEFT adapts one" for p, text in shared(model, paths).items()}
     problems = []
     for lora in loras:
         for path in lora.paths:

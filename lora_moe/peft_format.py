@@ -12,9 +12,11 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from reprlib import repr as brief
+
+from torch import nn
 
 from . import safefile
 
@@ -46,6 +48,20 @@ def read_config(path: Path) -> dict:
 def module_path(key: str) -> str:
     """Of a tensor's key, with or without PEFT's prefix, what follows the prefix."""
     return key.removeprefix(PREFIX)
+
+
+def shared(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """{path: clause} of those modules that the model holds under several names.
+
+    Experts serve all of them, PEFT's adapters only the first.
+    """
+    names = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    by_path = {name: same for same in names.values() if len(same) > 1 for name in same}
+    return {
+        path: f"it has the names {', '.join(by_path[path])}" for path in paths if path in by_path
+    }
 
 
 def expect_patterns(name: str, patterns) -> dict:

@@ -49,12 +49,14 @@ def to_peft(
     Returns:
         The folders, in the order of the ids.
     Raises:
-        ValueError: the model has no experts, its layers have different numbers of them, an id is not one
-            of them, or a tensor holds NaN or infinite values.  Nothing is written.
+        ValueError: the model has no experts, its layers have different numbers of them, one stands under
+            two names, an id is not one of them, or a tensor holds NaN or infinite values.  Nothing is
+            written.
         OSError: a file cannot be written.
     """
     whole, model = model, unwrapped(model)
     layers = {plain_path(path): layer for path, layer in layers_of(model).items()}
+    _expect_what_peft_adapts(model, layers)
     ids = _ids(layers, experts)
     folders = [Path(directory) / f"expert_{e}" for e in ids]
     with at_rest(whole):
@@ -82,6 +84,17 @@ def _write(model, layers, tensors, folders):
         folder.mkdir(parents=True, exist_ok=True)
         safefile.write(folder / peft_format.WEIGHTS, loras[e], {"format": "pt"})
         _write_json(folder / peft_format.CONFIG, config)
+
+
+def _expect_what_peft_adapts(model, layers):
+    if "" in layers:
+        raise ValueError("model: expected a module that holds LoraMoeLinear, got one")
+    several = peft_format.shared(model, layers)
+    if several:
+        listed = ", ".join(f"{path} ({text})" for path, text in several.items())
+        raise ValueError(
+            f"model: expected experts around modules of one name, as PEFT adapts one alone, got {listed}"
+        )
 
 
 def _ids(layers, experts):

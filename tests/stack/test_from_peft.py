@@ -397,7 +397,7 @@ def test_other_methods_and_missing_files(tmp_path):
         FileNotFoundError, match=r"expected adapter_model\.safetensors and adapter_config"
     ):
         from_peft(llama(), [tmp_path / "nowhere"])
-    for wrong in ([], {}, str(tmp_path)):
+    for wrong in ([], {}, str(tmp_path), tmp_path, None, 5):
         with pytest.raises(ValueError, match="adapters: expected a list of one or more"):
             from_peft(llama(), wrong)
     with pytest.raises(ValueError, match=r"adapters\[0\]: expected a directory or a pair"):
@@ -492,3 +492,40 @@ def test_unfit_models_and_routers(tmp_path):
         from_peft(llama(), paths, router="token")
     with pytest.raises(ValueError, match="top_k: expected an integer"):
         from_peft(llama(), paths, top_k=2)
+
+
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+def test_a_module_of_two_names_is_refused_both_ways(tmp_path):
+    """PEFT adapts the first name alone, experts serve both: the function would be another one."""
+    get_peft_model(Twice(), LoraConfig(target_modules=["first"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(
+        ValueError, match="first: it has the names first, second, of which PEFT adapts one"
+    ):
+        from_peft(Twice(), [tmp_path / "lora"])
+    model = lora_moe.inject(Twice(), LoraMoeConfig(target_modules=("first",)))
+    with pytest.raises(
+        ValueError, match=r"modules of one name.*first \(it has the names first, second\)"
+    ):
+        to_peft(model, tmp_path / "out")
+    layer = lora_moe.LoraMoeLinear(nn.Linear(4, 4), LoraMoeConfig())
+    with pytest.raises(ValueError, match="expected a module that holds LoraMoeLinear, got one"):
+        to_peft(layer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_iterable_of_adapters(tmp_path):
+    paths = [path for path, _ in saved(tmp_path, TASKS[:2])]
+    model = from_peft(llama(), (str(path) for path in paths))
+    assert {layer.config.num_experts for layer in injected(model).values()} == {2}

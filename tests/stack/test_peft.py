@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -114,6 +115,16 @@ def test_a_process_without_us_gets_pefts_error_and_the_readme_says_what_to_impor
 
 
 # --- configuration -----------------------------------------------------------------------------------
+
+
+def test_every_field_of_a_mixture_has_its_name_in_peft():
+    """A new field of LoraMoeConfig must come here, into MoeLoraConfig and into peft_moe."""
+    from lora_moe import peft_moe
+
+    ours = {field.name for field in dataclasses.fields(lora_moe.LoraMoeConfig)}
+    own = {field.name for field in dataclasses.fields(MoeLoraConfig)}
+    assert ours == {peft_moe.RENAMED.get(name, name) for name in own} & ours
+    assert own == {*peft_moe._FIELDS, *peft_moe._OTHER}
 
 
 def test_a_mixture_is_taken_over_whole():
@@ -566,3 +577,11 @@ def test_transformers_trainer_saves_and_resumes(tmp_path):
     resumed = trainer(4)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.equal(logits(resumed.model), trained)
+
+
+def test_a_layer_compiles_to_one_graph():
+    layer = adapted().get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    x = torch.randn(2, 5, 32)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    torch._dynamo.reset()
