@@ -12,38 +12,29 @@ import contextlib
 import dataclasses
 import math
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from reprlib import repr as brief
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from . import locate, peft_format, safefile
+from . import safefile
 from .attach import attach
 from .config import MAX_COEFFICIENT, MAX_RANK, LoraMoeConfig
-from .inject import freeze_base, place
+from .inject import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear, linear_features
 from .peft_format import shared
+from .peft_lora import opened
 from .sharded import expect_no_wrapper, fill, unwrapped
 from .steering import injected
 from .unfit import unfit
 
-_KEY = re.compile(r"([\w.]+)\.lora_([AB])\.weight", re.ASCII)
-# say what the LoRA's function is, and are carried over
-_CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-# say where it is, which its tensors say, too, or nothing about the trained function
-_SILENT = {
-    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
-    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "lora_dropout", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size",
-    "ensure_weight_tying",
-}  # fmt: skip
-# others change the base's weights, so that the saved LoRA belongs to a base that the model does not have
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_GIVEN = ("num_experts", "r", "alpha", "use_rslora", "shared_a", "top_k", "adapter_dtype")
+# what the adapters or other arguments say
+_GIVEN = {
+    *("num_experts", "r", "alpha", "use_rslora", "shared_a", "top_k", "adapter_dtype"),
+    *("target_modules", "exclude_modules"),
+}
 _ROUTER = [f.name for f in dataclasses.fields(LoraMoeConfig) if f.name not in _GIVEN]
 
 
@@ -66,8 +57,8 @@ def from_peft(
         adapters: each one a directory that PEFT saved, "owner/name" of a repository of the hub, or a pair
             (state dict, configuration) as of peft.get_peft_model_state_dict and a LoraConfig or its dict.
         top_k: experts per token; see LoraMoeConfig.
-        router: other fields of LoraMoeConfig (gate, temperature, router_bias, dropout, balance_coef, ...)
-            as a dict, or a LoraMoeConfig whose fields are taken.
+        router: other fields of LoraMoeConfig (gate, temperature, router_bias, dropout, balance_coef,
+            modules_to_save, ...) as a dict, or a LoraMoeConfig, of which these are taken.
         adapter_dtype: of lora_A and lora_B; see LoraMoeConfig.
     Returns:
         The same model.
@@ -86,10 +77,10 @@ def from_peft(
         raise ValueError("adapters: expected a list of one or more, got none or no list")
     fields = _router_fields(router) | {"top_k": top_k, "adapter_dtype": adapter_dtype}
     with contextlib.ExitStack() as stack:
-        loras = [_opened(stack, i, source) for i, source in enumerate(adapters)]
+        loras = [opened(stack, i, source) for i, source in enumerate(adapters)]
         modules = _modules_of(model, loras)
-        names = {path.rpartition(".")[2] for path in modules}
-        fields = {"target_modules": names} | fields
+        fields["target_modules"] = {path.rpartition(".")[2] for path in modules}
+        saved = _whole(model, fields.get("modules_to_save") or (), modules)
         layers = {
             path: LoraMoeLinear(module, _config_at(path, loras, fields))
             for path, module in modules.items()
@@ -103,6 +94,8 @@ def from_peft(
     place(model, {layer.base_layer: layer for layer in layers.values()})
     attach(model)
     freeze_base(model)
+    for module in saved:
+        module.requires_grad_(True)
     return whole
 
 
@@ -111,127 +104,6 @@ class Origin(NamedTuple):
 
     config: dict  # adapter_config.json
     dtypes: tuple[torch.dtype, torch.dtype] | None  # of lora_A and lora_B; None where it had none
-
-
-class Lora(NamedTuple):
-    """An adapter that has been checked by itself, and of which no tensor has been read."""
-
-    name: str  # for messages
-    config: dict
-    tensors: dict[tuple[str, str], str]  # (module path, "A" or "B"): key
-    places: dict[str, safefile.Slice]  # of each key; of a state dict, dtype and shape only
-    read: Callable[[str], torch.Tensor]
-
-    def value(self, path: str, field: str, patterns: str):
-        """r or lora_alpha at a module."""
-        default = self.config.get(field, 8)
-        return peft_format.matched(self.config.get(patterns) or {}, path, default)
-
-    def rank(self, path: str):
-        return self.value(path, "r", "rank_pattern")
-
-    def alpha(self, path: str):
-        return self.value(path, "lora_alpha", "alpha_pattern")
-
-    @property
-    def paths(self) -> list[str]:
-        return list(dict.fromkeys(path for path, _ in self.tensors))
-
-
-# --- one adapter ------------------------------------------------------------------------------------
-
-
-def _opened(stack, index, source) -> Lora:
-    if isinstance(source, str | os.PathLike):
-        found = locate.find(source, (peft_format.FILES,))
-        if found is None:
-            raise FileNotFoundError(_nothing(source))
-        file = stack.enter_context(safefile.open_regular(found[0]))
-        _, places = safefile.read_header(file)
-        config = peft_format.read_config(found[1])
-        return _checked(
-            str(source), config, places, lambda key: safefile.read_tensor(file, places[key])
-        )
-    pair = isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Mapping)
-    config = _as_dict(source[1]) if pair else None
-    if config is None:
-        raise ValueError(
-            f"adapters[{index}]: expected a directory or a pair (state dict, LoraConfig), without which"
-            f" ranks and alphas are not known, got {brief(source)[:80]}"
-        )
-    state = source[0]
-    names = {dtype: name for name, dtype in safefile.DTYPES.items()}
-    odd = [key for key, t in state.items() if not isinstance(t, torch.Tensor)]
-    if odd:
-        raise ValueError(f"adapters[{index}]: expected tensors, got {type(state[odd[0]]).__name__}")
-    places = {
-        key: safefile.Slice(names.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, 0)
-        for key, t in state.items()
-    }
-    return _checked(f"adapters[{index}]", config, places, state.__getitem__)
-
-
-def _nothing(source):
-    hint = ""
-    if os.path.isdir(source):
-        found = sorted(os.listdir(source))[:20]
-        if "adapter_model.bin" in found:
-            hint = (
-                "; a pickle runs code and is not opened: save it anew with safe_serialization=True"
-            )
-        hint = f", found {found}{hint}"
-    return f"{source}: expected {' and '.join(peft_format.FILES)} in it{hint}"
-
-
-def _as_dict(config):
-    config = config.to_dict() if hasattr(config, "to_dict") else config
-    if not isinstance(config, Mapping):
-        return None
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-
-
-def _checked(name, config, places, read) -> Lora:
-    """Nothing that a bank does not hold may stand in the configuration or the tensors."""
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{name}: expected peft_type 'LORA', got {brief(kind)}")
-    lost = _lost(config)
-    tensors, strange = {}, []
-    for key in places:
-        match = _KEY.fullmatch(peft_format.module_path(key))
-        if match and match.groups() not in tensors:
-            tensors[match.groups()] = key
-        else:
-            strange.append(key)
-    lost += [f"tensor {ascii(key)[:200]}" for key in strange[:8]]
-    if lost or strange:
-        raise ValueError(
-            f"{name}: expected a plain LoRA on linear modules, got {', '.join(lost)}"
-            f"{f' and {len(strange) - 8} more tensors' if strange[8:] else ''},"
-            " which a bank of experts cannot hold"
-        )
-    if not tensors:
-        raise ValueError(f"{name}: expected tensors, got none")
-    config = dict(config)
-    for field in ("rank_pattern", "alpha_pattern"):
-        peft_format.expect_patterns(f"{name}: {field}", config.get(field))
-    if not isinstance(config.get("use_rslora", False), bool):
-        raise ValueError(f"{name}: use_rslora: expected a bool, got {brief(config['use_rslora'])}")
-    return Lora(name, config, tensors, places, read)
-
-
-def _lost(config):
-    """What of a configuration would be lost, as field=value."""
-    found = []
-    for field, value in config.items():
-        if field == "init_lora_weights" and value not in _PLAIN_STARTS:
-            found.append(
-                f"{field}={brief(value)} (it changes the base; save it with"
-                " path_initial_model_for_weight_conversion=)"
-            )
-        elif field not in _CARRIED | _SILENT and value not in (None, False, "none", [], {}, ""):
-            found.append(f"{field}={brief(value)}")
-    return found
 
 
 # --- all adapters and the model ---------------------------------------------------------------------
@@ -251,6 +123,16 @@ def _router_fields(router) -> dict:
             " adapters'"
         )
     return {name: value for name, value in fields.items() if name in _ROUTER}
+
+
+def _whole(model, names, targets) -> list[nn.Module]:
+    """The modules that train as a whole."""
+    found = list(modules_to_save(model, names).values())
+    inside = {inner for module in found for inner in module.modules()}
+    both = [path for path, module in targets.items() if module in inside]
+    if both:
+        raise ValueError(f"modules_to_save: expected modules without a LoRA, got {both[0]}")
+    return found
 
 
 def _modules_of(model, loras) -> dict[str, nn.Module]:

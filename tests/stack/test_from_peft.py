@@ -529,3 +529,19 @@ def test_any_iterable_of_adapters(tmp_path):
     paths = [path for path, _ in saved(tmp_path, TASKS[:2])]
     model = from_peft(llama(), (str(path) for path in paths))
     assert {layer.config.num_experts for layer in injected(model).values()} == {2}
+
+
+def test_modules_to_save_of_the_new_bank(tmp_path):
+    paths = [path for path, _ in saved(tmp_path, TASKS[:2])]
+    for router in ({"modules_to_save": ["lm_head"]}, LoraMoeConfig(modules_to_save=("lm_head",))):
+        model = from_peft(llama(), paths, router=router)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad and "q_proj" not in n}
+        assert "lm_head.weight" in trained and "model.embed_tokens.weight" not in trained
+    nn.init.normal_(model.lm_head.weight)
+    lora_moe.save_adapter(model, tmp_path / "out")
+    assert torch.equal(logits(lora_moe.load_adapter(llama(), tmp_path / "out")), logits(model))
+    for names, message in ((["mlp"], r"without a LoRA, got .*up_proj"), (["nothing"], "'nothing'")):
+        model = llama()
+        with pytest.raises(ValueError, match=f"modules_to_save: expected modules .*{message}"):
+            from_peft(model, paths, router={"modules_to_save": names})
+        assert not injected(model)

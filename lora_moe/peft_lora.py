@@ -1,0 +1,153 @@
+"""One LoRA adapter of PEFT, checked by itself before any of its tensors is read.
+
+    <module path>.lora_A.weight (r, D_in),   <module path>.lora_B.weight (D_out, r)
+
+Each name stands behind PEFT's "base_model.model.", or without it in a state dict.  Whatever else stands
+in the configuration or beside the tensors would be lost in a bank of experts, and is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Mapping
+from reprlib import repr as brief
+from typing import NamedTuple
+
+import torch
+
+from . import locate, peft_format, safefile
+
+_KEY = re.compile(r"([\w.]+)\.lora_([AB])\.weight", re.ASCII)
+# say what the LoRA's function is, and are carried over
+_CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+# say where it is, which its tensors say, too, or nothing about the trained function
+_SILENT = {
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "lora_dropout", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
+# others change the base's weights, so that the saved LoRA belongs to a base that the model does not have
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class Lora(NamedTuple):
+    """An adapter that has been checked by itself, and of which no tensor has been read."""
+
+    name: str  # for messages
+    config: dict
+    tensors: dict[tuple[str, str], str]  # (module path, "A" or "B"): key
+    places: dict[str, safefile.Slice]  # of each key; of a state dict, dtype and shape only
+    read: Callable[[str], torch.Tensor]
+
+    def value(self, path: str, field: str, patterns: str):
+        """r or lora_alpha at a module."""
+        default = self.config.get(field, 8)
+        return peft_format.matched(self.config.get(patterns) or {}, path, default)
+
+    def rank(self, path: str):
+        return self.value(path, "r", "rank_pattern")
+
+    def alpha(self, path: str):
+        return self.value(path, "lora_alpha", "alpha_pattern")
+
+    @property
+    def paths(self) -> list[str]:
+        return list(dict.fromkeys(path for path, _ in self.tensors))
+
+
+def opened(stack: contextlib.ExitStack, index: int, source) -> Lora:
+    """adapters[index] of from_peft; its file stays open as long as the stack."""
+    if isinstance(source, str | os.PathLike):
+        found = locate.find(source, (peft_format.FILES,))
+        if found is None:
+            raise FileNotFoundError(_nothing(source))
+        file = stack.enter_context(safefile.open_regular(found[0]))
+        _, places = safefile.read_header(file)
+        config = peft_format.read_config(found[1])
+        return _checked(
+            str(source), config, places, lambda key: safefile.read_tensor(file, places[key])
+        )
+    pair = isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Mapping)
+    config = _as_dict(source[1]) if pair else None
+    if config is None:
+        raise ValueError(
+            f"adapters[{index}]: expected a directory or a pair (state dict, LoraConfig), without which"
+            f" ranks and alphas are not known, got {brief(source)[:80]}"
+        )
+    state = source[0]
+    names = {dtype: name for name, dtype in safefile.DTYPES.items()}
+    odd = [key for key, t in state.items() if not isinstance(t, torch.Tensor)]
+    if odd:
+        raise ValueError(f"adapters[{index}]: expected tensors, got {type(state[odd[0]]).__name__}")
+    places = {
+        key: safefile.Slice(names.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, 0)
+        for key, t in state.items()
+    }
+    return _checked(f"adapters[{index}]", config, places, state.__getitem__)
+
+
+def _nothing(source):
+    hint = ""
+    if os.path.isdir(source):
+        found = sorted(os.listdir(source))[:20]
+        if "adapter_model.bin" in found:
+            hint = (
+                "; a pickle runs code and is not opened: save it anew with safe_serialization=True"
+            )
+        hint = f", found {found}{hint}"
+    return f"{source}: expected {' and '.join(peft_format.FILES)} in it{hint}"
+
+
+def _as_dict(config):
+    config = config.to_dict() if hasattr(config, "to_dict") else config
+    if not isinstance(config, Mapping):
+        return None
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+
+
+def _checked(name, config, places, read) -> Lora:
+    """Nothing that a bank does not hold may stand in the configuration or the tensors."""
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{name}: expected peft_type 'LORA', got {brief(kind)}")
+    lost = _lost(config)
+    tensors, strange = {}, []
+    for key in places:
+        match = _KEY.fullmatch(peft_format.module_path(key))
+        if match and match.groups() not in tensors:
+            tensors[match.groups()] = key
+        else:
+            strange.append(key)
+    lost += [f"tensor {ascii(key)[:200]}" for key in strange[:8]]
+    if lost or strange:
+        raise ValueError(
+            f"{name}: expected a plain LoRA on linear modules, got {', '.join(lost)}"
+            f"{f' and {len(strange) - 8} more tensors' if strange[8:] else ''},"
+            " which a bank of experts cannot hold"
+        )
+    if not tensors:
+        raise ValueError(f"{name}: expected tensors, got none")
+    config = dict(config)
+    for field in ("rank_pattern", "alpha_pattern"):
+        peft_format.expect_patterns(f"{name}: {field}", config.get(field))
+    if not isinstance(config.get("use_rslora", False), bool):
+        raise ValueError(f"{name}: use_rslora: expected a bool, got {brief(config['use_rslora'])}")
+    return Lora(name, config, tensors, places, read)
+
+
+def _lost(config):
+    """What of a configuration would be lost, as field=value."""
+    found = []
+    for field, value in config.items():
+        if field == "init_lora_weights" and value not in _PLAIN_STARTS:
+            found.append(
+                f"{field}={brief(value)} (it changes the base; save it with"
+                " path_initial_model_for_weight_conversion=)"
+            )
+        elif field not in _CARRIED | _SILENT and value not in (None, False, "none", [], {}, ""):
+            found.append(f"{field}={brief(value)}")
+    return found
