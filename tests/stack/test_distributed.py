@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from lora_moe import adapter_info
+
 from .processes.run import checks_of
 
 ROOT = Path(__file__).parents[2]
-MODULES = ["training", "saving", "freezing", "precision"]
+MODULES = ["training", "saving", "accelerated", "freezing", "precision"]
 DEEPSPEED = (
     ROOT / "build" / "deepspeed"
 )  # where `make test` installs it, out of all other tests' sight
@@ -37,13 +40,13 @@ CHECKS_OF_ZERO = [
 pytestmark = pytest.mark.slow
 
 
-def torchrun(*args, **environment):
+def torchrun(*args, cwd=ROOT, **environment):
     """Two processes, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(ROOT), str(DEEPSPEED)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
     return subprocess.run(
-        [*command, *args], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [*command, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
     )
 
 
@@ -97,3 +100,20 @@ def test_zero(check, tmp_path_factory):
     found = outcomes(directory, ["zero"], DS_ACCELERATOR="cpu")
     assert {name.removeprefix("zero.") for name in found[0]} == set(CHECKS_OF_ZERO)
     expect_passed(found, f"zero.{check}", directory)
+
+
+@pytest.mark.parametrize("kind", ["FSDP2", "DDP"])
+def test_the_example_of_the_docs(kind, tmp_path):
+    """As it is printed, and with the change that the page names."""
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    example = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
+    if kind == "DDP":
+        sharding = r"for layer in model.*\n    fully_shard.*\nfully_shard.*\n"
+        (change,) = re.findall(r"by\s`(model = .*)`", text)
+        example, changes = re.subn(sharding, change + "\n", example)
+        assert changes == 1
+    (tmp_path / "train.py").write_text(example)
+    ran = torchrun(str(tmp_path / "train.py"), cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    layers = adapter_info(tmp_path / "adapter")["adapters"][0]["modules"]
+    assert len(layers) == 2 * 7

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from lora_moe import LoraMoeLinear, freeze_experts, injected, load_adapter, save_adapter
+from lora_moe import freeze_experts, injected, load_adapter, save_adapter
 
 from . import tiny
 from .training import expect_as_one_process, shard
+
+DOCS = Path(__file__).parents[3] / "docs" / "distributed.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def check_bf16_base_without_a_policy(place):
@@ -23,14 +30,11 @@ def check_bf16_base_without_a_policy(place):
 
 
 def shard_in_bf16(adapted, **options):
-    """A base in fp32, cast by the policy: of each block the bases are a unit, the experts another."""
-    bf16, fp32 = MixedPrecisionPolicy(param_dtype=torch.bfloat16), MixedPrecisionPolicy()
-    for block in adapted.model.layers:
-        experts = [m for m in block.modules() if isinstance(m, LoraMoeLinear)]
-        fully_shard([layer.base_layer for layer in experts], mp_policy=bf16, **options)
-        fully_shard(experts, mp_policy=fp32, **options)
-        fully_shard(block, mp_policy=bf16, **options)
-    return fully_shard(adapted, mp_policy=bf16, **options)
+    """The function that docs/distributed.md prints, run as it is there; options for each of its calls."""
+    scope = {"torch": torch}
+    exec(BLOCKS[1], scope)
+    scope["fully_shard"] = functools.partial(fully_shard, **options)
+    return scope["shard_in_bf16"](adapted)
 
 
 def check_bf16_policy_with_experts_in_fp32(place):
