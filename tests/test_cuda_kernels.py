@@ -572,14 +572,14 @@ def test_offsets_beyond_int32(kernels):
 def test_what_is_refused(monkeypatch):
     case = BY_NAME["tiles fit"]
     kernels = built()
-    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
         routed(kernels, sample(case, torch.float64), case, "rank_dense")
-    with pytest.raises(RuntimeError, match=r"plan.*'other'"):
+    with pytest.raises(ValueError, match=r"plan.*'other'"):
         routed(kernels, sample(case), case, "other")
     wrong = sample(case)
-    with pytest.raises(RuntimeError, match=r"lora_A: expected shape \(64, 128\), got \(64, 127\)"):
+    with pytest.raises(ValueError, match=r"lora_A: expected shape \(64, 128\), got \(64, 127\)"):
         routed(kernels, wrong | {"lora_A": wrong["lora_A"][:, 1:]}, case, "rank_dense")
     monkeypatch.setenv("CUDA_SHIM_CAPABILITY", "7")
     routed(kernels, sample(case, torch.float16), case, "rank_dense")
-    with pytest.raises(RuntimeError, match=r"bfloat16: expected .* 8.0 or newer, got 7"):
+    with pytest.raises(ValueError, match=r"bfloat16: expected .* 8.0 or newer, got 7"):
         routed(kernels, sample(case, torch.bfloat16), case, "rank_dense")
