@@ -109,7 +109,9 @@ class _BeforeCall:
         if not torch.compiler.is_compiling():
             self.forget()
         outermost = not thread.calls
-        thread.calls.append(Call(self, self.mask_of(given), states, states_mask))
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        thread.calls.append(Call(self, self.mask_of(given), states, states_mask, tokens))
         if outermost and not torch.compiler.is_compiling():
             _expect_rows(model, args, given)
             if self.watch is not None:

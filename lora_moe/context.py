@@ -39,6 +39,7 @@ class Call(NamedTuple):
     mask: torch.Tensor | None = None  # (B, L), its attention mask
     states: torch.Tensor | None = None  # the encoder's output, which cross-attention reads
     states_mask: torch.Tensor | None = None  # (B, L) of these
+    tokens: torch.Tensor | None = None  # (B, L), or (B, L, D) where they are embedded
 
 
 class _Thread(threading.local):
@@ -251,6 +252,8 @@ def fit_rows(routing: Routing, x: torch.Tensor) -> Routing:
     tokens, rows = math.prod(x.shape[:-1]), routing.indices.shape[0]
     if rows == tokens:
         return routing
+    if _is_sequence_first(x, rows):
+        return routing.tile(tokens // rows)
     samples = x.shape[0]
     inside = thread.calls or thread.generating or recomputing()
     if rows == 0 or samples % rows or (rows != samples and not inside):
@@ -259,6 +262,15 @@ def fit_rows(routing: Routing, x: torch.Tensor) -> Routing:
             f" for x {tuple(x.shape)}, got {rows}; see lora_moe.use_routing"
         )
     return routing.repeat(tokens // rows)
+
+
+def _is_sequence_first(x, rows):
+    """Whether x is (L, B, D) for one row per sample, as inside XLNet: its model was called with (B, L)."""
+    tokens = thread.calls[-1].tokens if thread.calls else None
+    if tokens is None or tokens.dim() < 2 or x.dim() != 3:
+        return False
+    B, L = tokens.shape[:2]
+    return rows == B != L and x.shape[:2] == (L, B)
 
 
 # --- which tokens count ----------------------------------------------------------------------------

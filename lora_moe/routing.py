@@ -115,17 +115,19 @@ class Routing(NamedTuple):
 
     def repeat(self, n: int) -> Routing:
         """One decision per sequence, for its n tokens: row t becomes rows t*n .. t*n + n - 1."""
+        return self._spread(n, lambda rows: rows.repeat_interleave(n, 0))
+
+    def tile(self, n: int) -> Routing:
+        """One decision per sequence, for tokens in the order of (L, B): row b becomes rows b, B + b, ..."""
+        return self._spread(n, lambda rows: rows.repeat(n, *[1] * (rows.dim() - 1)))
+
+    def _spread(self, n, spread):
         _expect_integer("n", n, least=0)
-        rows = (None if v is None else v.repeat_interleave(n, 0) for v in (self.logits, self.lse))
-        logits, lse = rows
-        return Routing(
-            self.indices.repeat_interleave(n, 0),
-            self.weights.repeat_interleave(n, 0),
-            self.counts * n,
-            logits,
-            self.mean_prob,
-            lse,
+        indices, weights, logits, lse = (
+            None if v is None else spread(v)
+            for v in (self.indices, self.weights, self.logits, self.lse)
         )
+        return Routing(indices, weights, self.counts * n, logits, self.mean_prob, lse)
 
 
 def _expect_integer(name, value, least=1):

@@ -125,14 +125,31 @@ def test_patches_of_an_image_are_not_masked_by_the_text():
             assert torch.equal(stats["load"], kept.flatten().bincount(minlength=4) / kept.numel())
 
 
-def test_a_model_that_puts_the_sequence_first():
+def xlnet():
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 24}
     model = transformers.XLNetModel(transformers.XLNetConfig(**sizes))
-    inject(model, LoraMoeConfig(num_experts=4, r=2, target_modules=("layer_1",))).eval()
+    return with_experts(
+        model, LoraMoeConfig(num_experts=4, r=2, target_modules=("layer_1",))
+    ).eval()
+
+
+def test_padding_in_a_model_that_puts_the_sequence_first():
+    model = xlnet()
     (layer,) = injected(model).values()
-    nn.init.normal_(layer.router_weight)
     model(TOKENS, attention_mask=MASK)
     (stats,) = router_stats(model).values()
     kept = layer.routing.indices[MASK.T.flatten() == 1]
     assert torch.equal(stats["load"], kept.flatten().bincount(minlength=4) / kept.numel())
+
+
+@pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
+def test_tasks_in_a_model_that_puts_the_sequence_first(embedded):
+    model = xlnet()
+    given = {"inputs_embeds": model.word_embedding(TOKENS)} if embedded else {"input_ids": TOKENS}
+    with use_routing(model, task_ids=IDS):
+        both = model(**given).last_hidden_state
+    for b, task in enumerate(IDS):
+        alone = {name: tensor[b : b + 1] for name, tensor in given.items()}
+        with use_routing(model, task_ids=task[None]):
+            torch.testing.assert_close(both[b], model(**alone).last_hidden_state[0])
