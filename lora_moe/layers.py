@@ -281,7 +281,7 @@ def expert_ids(ids, num_experts: int) -> tuple[int, ...]:
     try:
         ids = list(ids)
         valid = all(e == int(e) and 0 <= e < num_experts and not isinstance(e, bool) for e in ids)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise ValueError(f"frozen: expected expert ids in [0, {num_experts}), got {ids!r}")

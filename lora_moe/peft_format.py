@@ -9,6 +9,7 @@ repeated groups, or with many repetitions, are refused.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -24,7 +25,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)
 PREFIX = "base_model.model."
 MAX_CONFIG = 4 << 20  # bytes
-MAX_PATTERNS = 64  # with repetitions
+MAX_PATTERNS = 2048
+MAX_REPEATED = 16  # patterns with repetitions: a refused file costs under a second
 _TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|.", re.DOTALL)
 
 
@@ -70,6 +72,8 @@ def expect_patterns(name: str, patterns) -> dict:
         return {}
     if not isinstance(patterns, Mapping) or not all(isinstance(p, str) for p in patterns):
         raise ValueError(f"{name}: expected a dict by module names, got {brief(patterns)}")
+    if len(patterns) > MAX_PATTERNS:
+        raise ValueError(f"{name}: expected at most {MAX_PATTERNS} patterns, got {len(patterns)}")
     repeated = 0
     for pattern in patterns:
         repeated += _repetitions(name, pattern) > 0
@@ -79,9 +83,9 @@ def expect_patterns(name: str, patterns) -> dict:
             raise ValueError(
                 f"{name}: expected a regular expression, got {brief(pattern)}: {error}"
             ) from None
-    if repeated > MAX_PATTERNS:
+    if repeated > MAX_REPEATED:
         raise ValueError(
-            f"{name}: expected at most {MAX_PATTERNS} with repetitions, got {repeated}"
+            f"{name}: expected at most {MAX_REPEATED} with repetitions, got {repeated}"
         )
     return dict(patterns)
 
@@ -104,6 +108,11 @@ def _repetitions(name, pattern):
 def matched(patterns: Mapping[str, object], path: str, default):
     """The value of the first pattern that matches the path's end at a dot, as PEFT chooses."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if _ending(pattern).match(path):
             return value
     return default
+
+
+@functools.lru_cache(maxsize=2 * MAX_PATTERNS)
+def _ending(pattern):
+    return re.compile(rf"(.*\.)?({pattern})$")

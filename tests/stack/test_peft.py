@@ -542,7 +542,9 @@ def test_peft_and_inject_keep_off_each_other():
         )
 
 
-@pytest.mark.parametrize("ids", [[0.5], [0, 1.5], [True], [4], [-1], "all"], ids=str)
+@pytest.mark.parametrize(
+    "ids", [[0.5], [0, 1.5], [float("inf")], [True], [4], [-1], "all"], ids=str
+)
 def test_what_is_no_expert_is_not_frozen(ids):
     model = adapted()
     lora_moe.freeze_experts(model, [2])

@@ -153,13 +153,24 @@ def test_patterns_that_may_take_minutes_are_refused(pattern):
 
 
 def test_the_slowest_patterns_that_pass_are_quick():
-    patterns = {f".*a.*{'a' * i}b": i for i in range(peft_format.MAX_PATTERNS)}
+    patterns = {f".*a.*{'a' * i}b": i for i in range(peft_format.MAX_REPEATED)}
     patterns = peft_format.expect_patterns("rank_pattern", patterns)
     begin = time.perf_counter()
     assert peft_format.matched(patterns, "a" * 80, 3) == 3
     assert time.perf_counter() - begin < 3
-    with pytest.raises(ValueError, match="expected at most 64 with repetitions, got 65"):
-        peft_format.expect_patterns("rank_pattern", {f"a{i}.*": 1 for i in range(65)})
+    with pytest.raises(ValueError, match="expected at most 16 with repetitions, got 17"):
+        peft_format.expect_patterns("rank_pattern", {f"a{i}.*": 1 for i in range(17)})
+
+
+def test_many_plain_patterns_are_quick_and_bounded():
+    many = {f"layers.{i}.q_proj": i for i in range(peft_format.MAX_PATTERNS)}
+    begin = time.perf_counter()
+    patterns = peft_format.expect_patterns("rank_pattern", many)
+    for i in range(200):
+        assert peft_format.matched(patterns, f"model.layers.{i}.q_proj", -1) == i
+    assert time.perf_counter() - begin < 5
+    with pytest.raises(ValueError, match="expected at most 2048 patterns, got 2049"):
+        peft_format.expect_patterns("rank_pattern", many | {"one more": 1})
 
 
 # --- the hub -------------------------------------------------------------------------------------------
