@@ -315,6 +315,38 @@ def test_grpo(tmp_path, beta):
     assert all(layer.lora_B.any() for layer in injected(model).values())
 
 
+# --- the others that take a reference --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["KTO", "RLOO"])
+def test_other_trainers_with_a_reference(tmp_path, name):
+    import trl
+
+    trainer_class = getattr(trl, f"{name}Trainer")
+    moe = type(f"Moe{name}Trainer", (LoraMoeTrainerMixin, trainer_class), {})
+    if name == "KTO":
+        rows = preferences(4)
+        labels = [True, False] * 4
+        completions = [c for pair in zip(rows["chosen"], rows["rejected"]) for c in pair]
+        prompts = [p for p in rows["prompt"] for _ in range(2)]
+        data = {"prompt": prompts, "completion": completions, "label": labels}
+        fields, extra = {"max_length": 24}, {}
+    else:
+        data = {"prompt": tiny.texts(8)}
+        fields = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
+        extra = {"reward_funcs": lambda completions, **_: [float(len(c)) for c in completions]}
+    trainer = moe(
+        model=tiny.model(),
+        args=getattr(trl, f"{name}Config")(str(tmp_path), **PLAIN | fields),
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tiny.tokenizer(),
+        **extra,
+    )
+    assert isinstance(trainer.ref_model, Reference)
+    trainer.train()
+    assert len(numbers(trainer, "router/aux_loss")) == 2
+
+
 # --- what is private -------------------------------------------------------------------------------
 
 
