@@ -70,8 +70,9 @@ class LoraMoeTrainerMixin:
         layers = layers_of(self.model).values()
         self._expect_supported()
         self.router_learning_rate = router_learning_rate
-        self.router_monitor = RouterMonitor(self.model) if router_metrics else None
-        self.eval_router_monitor = RouterMonitor(self.model, None) if router_metrics else None
+        self.router_monitor = self.eval_router_monitor = None
+        if router_metrics:
+            self._watch(self.model)
         self.router_heatmap = router_heatmap
         self._balances = any(layer.config.has_aux_loss for layer in layers)
         self._shares, self._share = Shares(self.accelerator), 1.0
@@ -80,6 +81,19 @@ class LoraMoeTrainerMixin:
         name = private.checkpointing_kwargs(self.args)
         if private.checkpoints_activations(self.args):
             setattr(self.args, name, {"use_reentrant": False} | (getattr(self.args, name) or {}))
+
+    def _watch(self, model):
+        self.router_monitor, self.eval_router_monitor = (
+            RouterMonitor(model),
+            RouterMonitor(model, None),
+        )
+
+    def call_model_init(self, trial=None):
+        """Trainer's; each trial of a hyperparameter search has a model of its own to watch."""
+        model = super().call_model_init(trial)
+        if getattr(self, "router_monitor", None) is not None:
+            self._watch(model)
+        return model
 
     def _expect_supported(self):
         if self.args.n_gpu > 1:

@@ -444,6 +444,35 @@ def test_the_heat_map_lies_beside_the_adapter(tmp_path):
     assert (tmp_path / "router_history.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_model_of_model_init_is_watched(tmp_path):
+    trainer = LoraMoeTrainer(
+        None, arguments(tmp_path), train_dataset=tiny.sequences(8), model_init=lambda: tiny.model()
+    )
+    first = trainer.model
+    for _ in range(2):  # as hyperparameter_search does
+        trainer.model = trainer.model_wrapped = trainer.call_model_init()
+        trainer.optimizer = None
+        trainer.train()
+        steps = [e["step"] for e in trainer.state.log_history if "router/entropy" in e]
+        assert steps == [1, 2]
+    assert trainer.model is not first
+
+
+def test_metrics_of_a_compiled_model(tmp_path):
+    args = arguments(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    plain, compiled = tiny.model(trained=True), tiny.model(trained=True)
+    logs = []
+    for model, given in ((plain, arguments(tmp_path)), (compiled, args)):
+        trainer = LoraMoeTrainer(model, given, train_dataset=tiny.sequences(8))
+        trainer.train()
+        logs.append([e for e in trainer.state.log_history if "loss" in e])
+    for name in ("loss", "router/max_over_mean", "router/aux_loss", "router/entropy"):
+        assert [e[name] for e in logs[1]] == pytest.approx([e[name] for e in logs[0]], rel=1e-5)
+    saved = tmp_path / "compiled"
+    trainer.save_model(str(saved))
+    load_adapter(tiny.base(), saved)
+
+
 # --- the optimizer ---------------------------------------------------------------------------------
 
 
