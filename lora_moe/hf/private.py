@@ -76,33 +76,41 @@ def _is_dequantized(model):
     return all(plain) and all(p.is_floating_point() for p in model.parameters())
 
 
+# functions of TRL's modules that make a second model: from the policy's id, or as a copy of the policy
+REFERENCE_MAKERS = ("create_model_from_path", "create_reference_model")
+
+
 @contextlib.contextmanager
 def references_made_by(make, trainer_class):
-    """Inside, TRL's trainers get `make(model_id)` where they would load a second model as reference.
+    """Inside, TRL's trainers get `make(id or policy)` where they would make a second model as reference.
 
-    DPO, GRPO, KTO and RLOO call `create_model_from_path(id of the policy, ...)` of their own module.
+    DPO, GRPO, KTO and RLOO each call one of REFERENCE_MAKERS by the name in their own module.  Models that
+    they load for other ends have an architecture= or a second argument.
     """
     patched = []
     for kind in trainer_class.__mro__:
         module = sys.modules.get(kind.__module__)
-        load = vars(module).get("create_model_from_path") if module is not None else None
-        if kind.__module__.startswith("trl.") and load is not None:
-            patched.append((module, load))
-            module.create_model_from_path = _Loader(load, make)
+        if module is None or not kind.__module__.startswith("trl."):
+            continue
+        for name in REFERENCE_MAKERS:
+            load = vars(module).get(name)
+            if load is not None:
+                patched.append((module, name, load))
+                setattr(module, name, _Maker(load, make))
     try:
         yield
     finally:
-        for module, load in patched:
-            module.create_model_from_path = load
+        for module, name, load in patched:
+            setattr(module, name, load)
 
 
-class _Loader:
+class _Maker:
     def __init__(self, load, make):
         self.load, self.make = load, make
 
-    def __call__(self, model_id, *args, **kwargs):
-        made = None if args or "architecture" in kwargs else self.make(model_id)
-        return self.load(model_id, *args, **kwargs) if made is None else made
+    def __call__(self, source, *args, **kwargs):
+        made = None if args or "architecture" in kwargs else self.make(source)
+        return self.load(source, *args, **kwargs) if made is None else made
 
 
 @contextlib.contextmanager

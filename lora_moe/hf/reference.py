@@ -41,8 +41,17 @@ class Reference(nn.Module):
         if self.start is None:
             with disable_adapters(self.policy):
                 return self.policy(*args, **kwargs)
+        self._follow()
         with _nothing_noted(self.policy):
             return functional_call(self.policy, self.start, args, kwargs)
+
+    def _follow(self):
+        """Keep the copy beside the policy, which may have moved to a GPU since."""
+        name, value = next(iter(self.start.items()))
+        if value.device != self.policy.get_parameter(name).device:
+            tensors = {**dict(self.policy.named_parameters()), **dict(self.policy.named_buffers())}
+            for name, value in self.start.items():
+                self.start[name] = value.to(tensors[name].device)
 
     def __getattr__(self, name):
         try:

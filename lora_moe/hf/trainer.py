@@ -108,9 +108,9 @@ class LoraMoeTrainerMixin:
                 " no weights of its own; or pass a ref_model"
             )
 
-    def _reference(self, model_id):
-        """In place of a second model that TRL would load from model_id, None to let it."""
-        policy = getattr(self, "model", None)
+    def _reference(self, source):
+        """In place of a second model that TRL would make from an id or a policy, None to let it."""
+        policy = source if isinstance(source, nn.Module) else getattr(self, "model", None)
         if policy is None or is_peft_model(policy) or not injected(policy):
             return None
         return Reference(policy)
