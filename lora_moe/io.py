@@ -3,14 +3,7 @@
     lora_moe.safetensors
         tensors   <module path>.{lora_A, lora_B, router.weight, router.bias, router.selection_bias},
                   modules_to_save.<path> of what trains as a whole
-        metadata  {"format": "pt", "lora_moe": description}, where the description is the JSON of
-                  {"version": 2, "library": "0.2.0", "modules_to_save": [module path, ...],
-                   "adapters": [{"bank": {...}, "router": {"kind": "token", ...}, "context": {},
-                                 "training": {...}, "modules": [module path, ...]}, ...]}
-
-The bank is what the experts are, the router who decides, the context what a router reads of the batch
-(nothing here), and training what a model may choose for itself when it loads.  Files of version 1 are
-read; they are described in `_FIELDS_1`.
+        metadata  {"format": "pt", "lora_moe": description as in adapter_file.py}
 
 It is one file, so that no kill in the middle of a save leaves a pair that does not match.  A file
 is untrusted: its keys, shapes and dtypes must be those that the model decides, and the model
@@ -19,23 +12,28 @@ changes last or not at all.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from reprlib import repr as brief
 
 import torch
 from torch import nn
 
-from . import locate, peft_format, peft_moe, safefile
+from . import locate, peft_format, safefile
+from .adapter_file import (
+    TENSORS,
+    configs_of,
+    describe,
+    fixed_fields,
+    frozen_of,
+    read_info,
+    slices_of,
+)
 from .attach import attach
-from .config import LoraMoeConfig
 from .inject import freeze_base, modules_to_save, place
-from .layers import LoraMoeLinear, adapter_tensors, expert_ids
+from .layers import LoraMoeLinear, adapter_tensors
 from .sharded import (
     at_rest,
     conclude,
@@ -54,52 +52,7 @@ from .steering import injected, layers_of
 from .unfit import unfit
 
 FILE_NAME = "lora_moe.safetensors"
-FORMAT_VERSION = 2
-
-_PATH = re.compile(r"(\w+(\.\w+)*)?", re.ASCII)  # "" is the model itself
 _SAVED = "modules_to_save."
-# names in the file, of what a layer calls otherwise
-_TENSORS = {
-    "router_weight": "router.weight",
-    "router_bias": "router.bias",
-    "selection_bias": "router.selection_bias",
-}
-_BANK = ("num_experts", "r", "alpha", "use_rslora", "shared_a")
-_ROUTER = (
-    "top_k",
-    "gate",
-    "renormalize",
-    "temperature",
-    "top_p",
-    "threshold",
-    "router_bias",
-    "selection_bias",
-)
-_TRAINING = (
-    "dropout",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "adapter_dtype",
-    "balance_coef",
-    "z_coef",
-)
-# version 1 had these fields, flat, and renormalized unless it said otherwise
-_FIELDS_1 = (
-    "num_experts",
-    "r",
-    "top_k",
-    "alpha",
-    "dropout",
-    "gate",
-    "renormalize",
-    "shared_a",
-    "selection_bias",
-    "target_modules",
-    "exclude_modules",
-    "balance_coef",
-    "z_coef",
-)
 
 
 def save_adapter(
@@ -161,7 +114,10 @@ def save_adapter(
 def _write(path, model, layers, tensors):
     _tell_unsaved(model, layers)
     _expect_loadable(layers, tensors)
-    metadata = {"format": "pt", "lora_moe": json.dumps(_describe(model, layers))}
+    metadata = {
+        "format": "pt",
+        "lora_moe": json.dumps(describe(layers, tuple(_whole_modules(model, layers)))),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     safefile.write(path, tensors, metadata)
 
@@ -211,16 +167,16 @@ def load_adapter(
 def _load(model, layers, source, adapter_dtype):
     file, described = _open(*source)
     with file:
-        info = _read_info(file, described, adapter_dtype)
+        info = read_info(file, described, adapter_dtype)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
         whole_tensors = _wanted_modules(model, info)
         wanted |= whole_tensors
-        values = read_tensors(file, _slices(info), wanted)
+        values = safefile.read_tensors(file, slices_of(info), _whole(wanted))
     if layers:
         adapters = {}
     else:
         modules = {plain_path(path): m for path, m in model.named_modules()}
-        adapters = {p: LoraMoeLinear(modules[p], config) for p, config in _configs(info)}
+        adapters = {p: LoraMoeLinear(modules[p], config) for p, config in configs_of(info)}
         layers = adapters
     own = _keyed(layers)
     if any(t.device.type == "meta" for t in own.values()):
@@ -230,7 +186,7 @@ def _load(model, layers, source, adapter_dtype):
         )
     for key, tensor in own.items():
         fill(tensor, values.pop(key))  # freed one by one
-    for path, ids in _frozen(info).items():
+    for path, ids in frozen_of(info).items():
         layers[path].frozen = ids
     if adapters:
         bases = {layer.base_layer: layer for layer in adapters.values()}
@@ -269,7 +225,7 @@ def adapter_info(directory: str | os.PathLike, *, revision: str | None = None) -
     """
     file, described = _open(directory, revision)
     with file:
-        return _read_info(file, described)
+        return read_info(file, described)
 
 
 def _open(source, revision):
@@ -307,7 +263,7 @@ def _keyed(layers):
 
 def _key(path, name):
     """The name in the file of a layer's tensor."""
-    return f"{path}.{_TENSORS.get(name, name)}".removeprefix(".")
+    return f"{path}.{TENSORS.get(name, name)}".removeprefix(".")
 
 
 def _taken_from(state_dict, model, layers):
@@ -320,7 +276,9 @@ def _taken_from(state_dict, model, layers):
     }
     names |= {key: key.removeprefix(_SAVED) for key in _saved_tensors(model, layers)}
     missing = [name for name in names.values() if name not in given]
-    _raise("state_dict: expected the model's whole state", [f"{n}: missing" for n in missing])
+    safefile.raise_all(
+        "state_dict: expected the model's whole state", [f"{n}: missing" for n in missing]
+    )
     return {key: given[name] for key, name in names.items()}
 
 
@@ -379,154 +337,7 @@ def _expect_loadable(layers, tensors):
             problems.append(f"{key}: expected values, got a tensor on meta")
         elif not torch.isfinite(tensor).all():
             problems.append(f"{key}: expected finite values, got NaN or infinity")
-    _raise("model: expected an adapter that can be loaded again", problems)
-
-
-# --- the description in the header ---------------------------------------------------------------
-
-
-def _describe(model, layers):
-    from . import __version__  # the package imports this module
-
-    whole = tuple(_whole_modules(model, layers))
-    groups: dict[tuple, list[str]] = {}
-    for path, layer in layers.items():
-        config = layer.config
-        if layer.adapter_name is not None:  # PEFT keeps what trains as a whole by itself
-            config = dataclasses.replace(config, modules_to_save=whole)
-        groups.setdefault((config, layer.frozen), []).append(path)
-    adapters = [{**_sections(*kind), "modules": paths} for kind, paths in groups.items()]
-    return {
-        "version": FORMAT_VERSION,
-        "library": __version__,
-        "adapters": adapters,
-        "modules_to_save": list(whole),
-    }
-
-
-def _sections(config, frozen):
-    fields = config.to_dict()
-    return {
-        "bank": {name: fields[name] for name in _BANK} | {"frozen": list(frozen)},
-        "router": {"kind": "token"} | {name: fields[name] for name in _ROUTER},
-        "context": {},
-        "training": {name: fields[name] for name in _TRAINING},
-    }
-
-
-def _read_info(file, described=None, adapter_dtype=None):
-    metadata, tensors = safefile.read_header(file)
-    if described is not None:
-        info = peft_moe.read_info(described, tensors, _TENSORS)
-    else:
-        info = _read_own_info(file, metadata, tensors)
-    if adapter_dtype is not None:
-        for adapter in info["adapters"]:
-            adapter["config"] = dataclasses.replace(adapter["config"], adapter_dtype=adapter_dtype)
-    return info
-
-
-def _read_own_info(file, metadata, tensors):
-    text = metadata.get("lora_moe") if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{file.name}: expected lora_moe in its metadata; it is no lora-moe adapter"
-        )
-    info = safefile.parse_json(text, file.name)
-    info = info if isinstance(info, dict) else {"version": info}
-    version = info.get("version")
-    if type(version) is not int or version not in _READERS:
-        raise ValueError(
-            f"{file.name}: expected format version {' or '.join(map(str, _READERS))},"
-            f" got {brief(version)}"
-        )
-    adapters = _read_adapters(file.name, info.get("adapters"), _READERS[version])
-    library = info.get("library")
-    return {
-        "version": version,
-        "library": library if isinstance(library, str) else "unknown",
-        "adapters": adapters,
-        "modules_to_save": _read_paths(file.name, info.get("modules_to_save", [])),
-        "tensors": tensors,
-    }
-
-
-def _read_adapters(name, adapters, read):
-    if not isinstance(adapters, list) or not all(isinstance(a, dict) for a in adapters):
-        raise ValueError(f"{name}: expected adapters, each with its module paths")
-    out = []
-    for adapter in adapters:
-        fields = dict(adapter)
-        paths = _read_paths(name, fields.pop("modules", None))
-        config, frozen = read(name, fields)
-        out.append({"config": config, "modules": paths, "frozen": frozen})
-    paths = [path for adapter in out for path in adapter["modules"]]
-    if not paths or len(set(paths)) != len(paths):
-        raise ValueError(f"{name}: expected module paths, each once, got {len(paths)}")
-    return out
-
-
-def _read_paths(name, paths):
-    valid = isinstance(paths, list) and all(
-        isinstance(path, str) and _PATH.fullmatch(path) for path in paths
-    )
-    if not valid:
-        raise ValueError(f"{name}: expected a list of module paths, got {brief(paths)}")
-    return paths
-
-
-def _read_version_1(name, fields):
-    if fields.keys() != {"config"} or not isinstance(fields["config"], dict):
-        raise ValueError(f"{name}: expected adapters, each a config and its module paths")
-    unknown = [field for field in fields["config"] if field not in _FIELDS_1]
-    if unknown:
-        raise ValueError(f"{name}: expected fields of version 1, got {brief(unknown)}")
-    return LoraMoeConfig.from_dict({"renormalize": True} | fields["config"]), ()
-
-
-def _read_version_2(name, fields):
-    sections = {"bank": (*_BANK, "frozen"), "router": ("kind", *_ROUTER), "training": _TRAINING}
-    if fields.keys() != {*sections, "context"}:
-        raise ValueError(
-            f"{name}: expected bank, router, context and training, got {brief(fields)}"
-        )
-    flat = {}
-    for section, known in {**sections, "context": ()}.items():
-        found = fields[section]
-        if not isinstance(found, dict) or not found.keys() <= set(known):
-            raise ValueError(f"{name}: expected {section} of {known}, got {brief(found)}")
-        flat |= found
-    kind, frozen = flat.pop("kind", None), flat.pop("frozen", [])
-    if kind != "token":
-        raise ValueError(f"{name}: expected a router of kind 'token', got {brief(kind)}")
-    config = LoraMoeConfig.from_dict(flat)
-    if not isinstance(frozen, list):
-        raise ValueError(f"{name}: expected a list of frozen experts, got {brief(frozen)}")
-    return config, expert_ids(frozen, config.num_experts)
-
-
-_READERS = {1: _read_version_1, 2: _read_version_2}
-
-
-def _configs(info):
-    return [
-        (path, adapter["config"]) for adapter in info["adapters"] for path in adapter["modules"]
-    ]
-
-
-def _frozen(info):
-    return {path: adapter["frozen"] for adapter in info["adapters"] for path in adapter["modules"]}
-
-
-def _slices(info):
-    """The file's tensors under the names of version 2."""
-    if info["version"] == 2:
-        return info["tensors"]
-    renamed = {}
-    for key, place_of in info["tensors"].items():
-        path, dot, name = key.rpartition(".")
-        renamed[path + dot + _TENSORS.get(name, name)] = place_of
-    return renamed
+    safefile.raise_all("model: expected an adapter that can be loaded again", problems)
 
 
 # --- what the model wants, and whether the file has it -------------------------------------------
@@ -534,38 +345,30 @@ def _slices(info):
 
 def _wanted_by(layers, info):
     """The tensors of a model that has experts; raises if the file holds other experts."""
-    configs = dict(_configs(info))
+    configs = dict(configs_of(info))
     problems = [f"{path}: only in the model" for path in layers if path not in configs]
     problems += [f"{path}: only in the file" for path in configs if path not in layers]
     for path in layers.keys() & configs.keys():
-        saved, own = _fixed_fields(configs[path]), _fixed_fields(layers[path].config)
+        saved, own = fixed_fields(configs[path]), fixed_fields(layers[path].config)
         differ = {name: (own[name], saved[name]) for name in own if own[name] != saved[name]}
         if differ:
             problems.append(f"{path}: (model, file) differ in {differ}")
-    _raise("adapter: expected the experts of the model", problems)
+    safefile.raise_all("adapter: expected the experts of the model", problems)
     return _keyed(layers)
-
-
-def _fixed_fields(config):
-    """What decides the function, written in one way."""
-    fields = {name: getattr(config, name) for name in (*_BANK, *_ROUTER)}
-    if isinstance(config.alpha, tuple) and len(set(config.alpha)) == 1:
-        fields["alpha"] = config.alpha[0]
-    return fields | {"r": config.ranks, "renormalize": config.normalizes}
 
 
 def _wanted_at(model, info):
     """The tensors, on the meta device, that experts at the saved paths of this model would have."""
     modules = {plain_path(path): (path, m) for path, m in model.named_modules()}
-    reasons = unfit(model, [modules[path][0] for path, _ in _configs(info) if path in modules])
+    reasons = unfit(model, [modules[path][0] for path, _ in configs_of(info) if path in modules])
     problems, found = [], {}
-    for path, config in _configs(info):
+    for path, config in configs_of(info):
         reason = reasons.get(modules[path][0]) if path in modules else "no such module"
         if reason:
             problems.append(f"{path}: {reason}")
         else:
             found[path] = modules[path][1], config
-    _raise("adapter: expected linear modules at the saved paths", problems)
+    safefile.raise_all("adapter: expected linear modules at the saved paths", problems)
     return _wanted_tensors(found)
 
 
@@ -582,7 +385,7 @@ def _wanted_modules(model, info):
     """The tensors of the modules that the file says were trained as a whole."""
     modules = modules_by_path(model)
     missing = [path for path in info["modules_to_save"] if path not in modules]
-    _raise("adapter: expected modules_to_save of the model", missing)
+    safefile.raise_all("adapter: expected modules_to_save of the model", missing)
     wanted, seen = {}, set()
     for path in info["modules_to_save"]:
         for name, tensor in modules[path].state_dict(keep_vars=True).items():
@@ -592,36 +395,8 @@ def _wanted_modules(model, info):
     return wanted
 
 
-def read_tensors(file, slices: dict[str, safefile.Slice], wanted: dict[str, torch.Tensor]) -> dict:
-    """The tensors of a file, which must be those of `wanted`, in shape too, and finite in its dtypes.
-
-    Raises:
-        ValueError: they are not; every misfit is listed, and nothing has been read then.
-    """
-    _expect_tensors(wanted, slices)
-    return {key: _read(file, key, slices[key], t) for key, t in wanted.items()}
-
-
-def _expect_tensors(wanted, slices):
-    problems = [f"{key}: missing" for key in wanted if key not in slices]
-    problems += [f"{ascii(key)[:200]}: not the model's" for key in slices if key not in wanted]
-    for key in wanted.keys() & slices.keys():
-        shape, (dtype, saved, *_) = whole_shape(wanted[key]), slices[key]
-        if saved != shape:
-            problems.append(f"{key}: expected {shape}, got {saved}")
-        if dtype not in (fit := safefile.fitting(wanted[key].dtype)):
-            problems.append(f"{key}: expected one of {fit}, got {dtype}")
-    _raise("adapter: expected the tensors of the model", problems)
-
-
-def _raise(expected: str, problems: Iterable[str]):
-    if problems:
-        raise ValueError(f"{expected}, got\n  " + "\n  ".join(sorted(problems)))
-
-
-def _read(file, key, place, like):
-    """A saved tensor in the dtype of the model's, finite also after that conversion."""
-    tensor = safefile.read_tensor(file, place).to(like.dtype)
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{key}: expected finite values in {like.dtype}, got NaN or infinity")
-    return tensor
+def _whole(wanted):
+    """The same without memory, and whole where this process holds a part."""
+    return {
+        key: torch.empty(whole_shape(t), dtype=t.dtype, device="meta") for key, t in wanted.items()
+    }

@@ -281,7 +281,7 @@ def test_whole_numbers_are_not_converted(tmp_path):
     save_adapter(regressor(Buffers()), tmp_path)
     other = Regressor(Buffers())
     other.head.int64 = other.head.int64.float()
-    with pytest.raises(ValueError, match=r"head.int64: expected one of \['F64', .*got I64"):
+    with pytest.raises(ValueError, match=r"head.int64: expected one of \['F64', .*got 'I64'"):
         load_adapter(other, tmp_path)
 
 

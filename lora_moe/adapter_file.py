@@ -1,0 +1,222 @@
+"""What an adapter's file says of itself: the description in its header, of versions 1 and 2.
+
+    {"version": 2, "library": "0.2.0", "modules_to_save": [module path, ...],
+     "adapters": [{"bank": {...}, "router": {"kind": "token", ...}, "context": {}, "training": {...},
+                   "modules": [module path, ...]}, ...]}
+
+The bank is what the experts are, the router who decides, the context what a router reads of the batch
+(nothing here), and training what a model may choose for itself when it loads.  It is untrusted: every
+field is checked before anything is built from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from reprlib import repr as brief
+from typing import BinaryIO
+
+from . import peft_moe, safefile
+from .config import LoraMoeConfig
+from .layers import LoraMoeLinear, expert_ids
+
+FORMAT_VERSION = 2
+
+_PATH = re.compile(r"(\w+(\.\w+)*)?", re.ASCII)  # "" is the model itself
+# names in the file, of what a layer calls otherwise
+TENSORS = {
+    "router_weight": "router.weight",
+    "router_bias": "router.bias",
+    "selection_bias": "router.selection_bias",
+}
+BANK = ("num_experts", "r", "alpha", "use_rslora", "shared_a")
+ROUTER = (
+    "top_k",
+    "gate",
+    "renormalize",
+    "temperature",
+    "top_p",
+    "threshold",
+    "router_bias",
+    "selection_bias",
+)
+_TRAINING = (
+    "dropout",
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "adapter_dtype",
+    "balance_coef",
+    "z_coef",
+)
+# version 1 had these fields, flat, and renormalized unless it said otherwise
+_FIELDS_1 = (
+    "num_experts",
+    "r",
+    "top_k",
+    "alpha",
+    "dropout",
+    "gate",
+    "renormalize",
+    "shared_a",
+    "selection_bias",
+    "target_modules",
+    "exclude_modules",
+    "balance_coef",
+    "z_coef",
+)
+
+
+def describe(layers: dict[str, LoraMoeLinear], whole: tuple[str, ...]) -> dict:
+    """The description of layers by path, and of the modules that train as a whole."""
+    from . import __version__  # the package imports this module
+
+    groups: dict[tuple, list[str]] = {}
+    for path, layer in layers.items():
+        config = layer.config
+        if layer.adapter_name is not None:  # PEFT keeps what trains as a whole by itself
+            config = dataclasses.replace(config, modules_to_save=whole)
+        groups.setdefault((config, layer.frozen), []).append(path)
+    adapters = [{**_sections(*kind), "modules": paths} for kind, paths in groups.items()]
+    return {
+        "version": FORMAT_VERSION,
+        "library": __version__,
+        "adapters": adapters,
+        "modules_to_save": list(whole),
+    }
+
+
+def _sections(config, frozen):
+    fields = config.to_dict()
+    return {
+        "bank": {name: fields[name] for name in BANK} | {"frozen": list(frozen)},
+        "router": {"kind": "token"} | {name: fields[name] for name in ROUTER},
+        "context": {},
+        "training": {name: fields[name] for name in _TRAINING},
+    }
+
+
+def read_info(file: BinaryIO, described=None, adapter_dtype=None) -> dict:
+    """What a file of ours, or PEFT's folder that is `described`, says of itself; see io.adapter_info."""
+    metadata, tensors = safefile.read_header(file)
+    if described is not None:
+        info = peft_moe.read_info(described, tensors, TENSORS)
+    else:
+        info = _read_own_info(file, metadata, tensors)
+    if adapter_dtype is not None:
+        for adapter in info["adapters"]:
+            adapter["config"] = dataclasses.replace(adapter["config"], adapter_dtype=adapter_dtype)
+    return info
+
+
+def _read_own_info(file, metadata, tensors):
+    text = metadata.get("lora_moe") if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{file.name}: expected lora_moe in its metadata; it is no lora-moe adapter"
+        )
+    info = safefile.parse_json(text, file.name)
+    info = info if isinstance(info, dict) else {"version": info}
+    version = info.get("version")
+    if type(version) is not int or version not in _READERS:
+        raise ValueError(
+            f"{file.name}: expected format version {' or '.join(map(str, _READERS))},"
+            f" got {brief(version)}"
+        )
+    adapters = _read_adapters(file.name, info.get("adapters"), _READERS[version])
+    library = info.get("library")
+    return {
+        "version": version,
+        "library": library if isinstance(library, str) else "unknown",
+        "adapters": adapters,
+        "modules_to_save": _read_paths(file.name, info.get("modules_to_save", [])),
+        "tensors": tensors,
+    }
+
+
+def _read_adapters(name, adapters, read):
+    if not isinstance(adapters, list) or not all(isinstance(a, dict) for a in adapters):
+        raise ValueError(f"{name}: expected adapters, each with its module paths")
+    out = []
+    for adapter in adapters:
+        fields = dict(adapter)
+        paths = _read_paths(name, fields.pop("modules", None))
+        config, frozen = read(name, fields)
+        out.append({"config": config, "modules": paths, "frozen": frozen})
+    paths = [path for adapter in out for path in adapter["modules"]]
+    if not paths or len(set(paths)) != len(paths):
+        raise ValueError(f"{name}: expected module paths, each once, got {len(paths)}")
+    return out
+
+
+def _read_paths(name, paths):
+    valid = isinstance(paths, list) and all(
+        isinstance(path, str) and _PATH.fullmatch(path) for path in paths
+    )
+    if not valid:
+        raise ValueError(f"{name}: expected a list of module paths, got {brief(paths)}")
+    return paths
+
+
+def _read_version_1(name, fields):
+    if fields.keys() != {"config"} or not isinstance(fields["config"], dict):
+        raise ValueError(f"{name}: expected adapters, each a config and its module paths")
+    unknown = [field for field in fields["config"] if field not in _FIELDS_1]
+    if unknown:
+        raise ValueError(f"{name}: expected fields of version 1, got {brief(unknown)}")
+    return LoraMoeConfig.from_dict({"renormalize": True} | fields["config"]), ()
+
+
+def _read_version_2(name, fields):
+    sections = {"bank": (*BANK, "frozen"), "router": ("kind", *ROUTER), "training": _TRAINING}
+    if fields.keys() != {*sections, "context"}:
+        raise ValueError(
+            f"{name}: expected bank, router, context and training, got {brief(fields)}"
+        )
+    flat = {}
+    for section, known in {**sections, "context": ()}.items():
+        found = fields[section]
+        if not isinstance(found, dict) or not found.keys() <= set(known):
+            raise ValueError(f"{name}: expected {section} of {known}, got {brief(found)}")
+        flat |= found
+    kind, frozen = flat.pop("kind", None), flat.pop("frozen", [])
+    if kind != "token":
+        raise ValueError(f"{name}: expected a router of kind 'token', got {brief(kind)}")
+    config = LoraMoeConfig.from_dict(flat)
+    if not isinstance(frozen, list):
+        raise ValueError(f"{name}: expected a list of frozen experts, got {brief(frozen)}")
+    return config, expert_ids(frozen, config.num_experts)
+
+
+_READERS = {1: _read_version_1, 2: _read_version_2}
+
+
+def configs_of(info: dict) -> list[tuple[str, LoraMoeConfig]]:
+    """[(module path, configuration)]"""
+    return [
+        (path, adapter["config"]) for adapter in info["adapters"] for path in adapter["modules"]
+    ]
+
+
+def frozen_of(info: dict) -> dict[str, tuple[int, ...]]:
+    """{module path: ids of its frozen experts}"""
+    return {path: adapter["frozen"] for adapter in info["adapters"] for path in adapter["modules"]}
+
+
+def slices_of(info: dict) -> dict:
+    """The file's tensors under the names of version 2."""
+    if info["version"] == 2:
+        return info["tensors"]
+    renamed = {}
+    for key, place_of in info["tensors"].items():
+        path, dot, name = key.rpartition(".")
+        renamed[path + dot + TENSORS.get(name, name)] = place_of
+    return renamed
+
+
+def fixed_fields(config: LoraMoeConfig) -> dict:
+    """What decides the function, written in one way."""
+    fields = {name: getattr(config, name) for name in (*BANK, *ROUTER)}
+    if isinstance(config.alpha, tuple) and len(set(config.alpha)) == 1:
+        fields["alpha"] = config.alpha[0]
+    return fields | {"r": config.ranks, "renormalize": config.normalizes}
