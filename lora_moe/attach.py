@@ -34,7 +34,7 @@ def attach(model: nn.Module, *, saves: bool = True) -> None:
     detach(model)
     watch = _Watch()
     for caller in _callers(model):
-        before = _BeforeCall(_arguments(caller), watch if caller is model else None)
+        before = _BeforeCall(caller, watch if caller is model else None)
         caller.register_forward_pre_hook(before, with_kwargs=True)
         caller.register_forward_hook(_AfterCall(before), always_call=True)
     model.register_forward_hook(watch)
@@ -96,11 +96,13 @@ def _arguments(module) -> tuple[str, ...]:
 class _BeforeCall:
     """A forward pre-hook that notes the masks of a call, and refuses a batch that task ids do not fit.
 
-    `watch` is the whole model's, None for a model, an encoder or a decoder inside.
+    `watch` is the whole model's, None for a model, an encoder or a decoder inside.  `layers` are kept: a
+    forward must not look through all modules for them.
     """
 
-    def __init__(self, names: tuple[str, ...], watch: _Watch | None):
-        self.names, self.watch = names, watch
+    def __init__(self, caller: nn.Module, watch: _Watch | None):
+        self.names, self.watch = _arguments(caller), watch
+        self.layers = [m for m in caller.modules() if isinstance(m, LoraMoeLinear)]
 
     def __call__(self, model, args, kwargs):
         given = dict(zip(self.names, args)) | kwargs
@@ -113,7 +115,7 @@ class _BeforeCall:
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         thread.calls.append(Call(self, self.mask_of(given), states, states_mask, tokens))
         if outermost and not torch.compiler.is_compiling():
-            _expect_rows(model, args, given)
+            _expect_rows(model, args, given, self.layers)
             if self.watch is not None:
                 self.watch.begin(model)
 
@@ -151,13 +153,15 @@ class _AfterCall:
             self.before.forget()
 
 
-def _expect_rows(model, args, given):
+def _expect_rows(model, args, given, layers):
     """Inside generate rows expand; elsewhere another number of samples is a mistake."""
     if thread.generating:
         return
-    layers = injected(model).values()
-    decisions = (thread.decisions.get(m, NOTHING).routing or m.given for m in layers)
+    told = thread.decisions
+    decisions = (told.get(m, NOTHING).routing or m.given for m in layers if m.active)
     rows = {routing.indices.shape[0] for routing in decisions if routing is not None}
+    if not rows:
+        return
     main = given.get(getattr(model, "main_input_name", ""))
     tensors = [main, *args, *given.values()]
     x = next((t for t in tensors if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
@@ -312,7 +316,9 @@ class _Generate(_Wrapper):
     name = "generate"
 
     def __call__(self, *args, **kwargs):
-        _expect_rows(self.model, args, kwargs)  # before beams and return sequences
+        _expect_rows(
+            self.model, args, kwargs, injected(self.model).values()
+        )  # before beams and return sequences
         thread.generating += 1
         try:
             return super().__call__(*args, **kwargs)

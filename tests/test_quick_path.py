@@ -154,7 +154,12 @@ WRONG = {
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize(
-    "name, value", [(n, v) for n, values in WRONG.items() for v in values], ids=repr
+    "name, value",
+    [
+        pytest.param(name, value, id=f"{name}-{i}")
+        for name, values in WRONG.items()
+        for i, value in enumerate(values)
+    ],
 )
 def test_it_checks_what_the_public_function_checks(name, value, grad):
     case, v = BY_NAME["odd"], sample(BY_NAME["odd"])
