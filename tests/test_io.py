@@ -192,6 +192,46 @@ def test_the_base_is_not_in_the_file(saved):
     assert safetensors.torch.load_file(saved / FILE).keys() == KEYS
 
 
+VERSION_1 = {  # as 0.1 wrote it, all fields there were
+    "num_experts": 4, "r": [1, 2, 3, 2], "top_k": 2, "alpha": 5.0, "dropout": 0.0, "gate": "softmax",
+    "renormalize": True, "shared_a": False, "selection_bias": True, "target_modules": ["q", "v"],
+    "exclude_modules": [], "balance_coef": 0.01, "z_coef": 0.001,
+}  # fmt: skip
+
+
+def as_version_1(directory, fields=VERSION_1):
+    """The saved file as version 1 had it: a flat configuration and the layer's own names."""
+    names = {"router.weight": "router_weight", "router.selection_bias": "selection_bias"}
+
+    def rename(tensors):
+        for new, old in names.items():
+            tensors = {k.replace(f".{new}", f".{old}"): t for k, t in tensors.items()}
+        return tensors
+
+    modules = adapter_info(directory)["adapters"][0]["modules"]
+    adapters = [{"config": fields, "modules": modules}]
+    info = {"version": 1, "library": "0.1.0", "adapters": adapters}
+    rewrite(directory, rename, {"format": "pt", "lora_moe": json.dumps(info)})
+
+
+@pytest.mark.parametrize("injected_before", [False, True])
+def test_files_of_version_1_load_with_the_same_results(saved, injected_before):
+    as_version_1(saved)
+    model = load_adapter(trained(seed=2) if injected_before else Model(), saved)
+    assert torch.equal(model(X), trained()(X))
+    assert adapter_info(saved)["version"] == 1
+
+
+def test_version_1_renormalized_unless_it_said_otherwise(saved):
+    fields = {k: v for k, v in VERSION_1.items() if k != "renormalize"} | {"top_k": 1}
+    as_version_1(saved, fields)
+    (adapter,) = adapter_info(saved)["adapters"]
+    assert adapter["config"].normalizes and adapter["config"].top_k == 1
+    as_version_1(saved, VERSION_1 | {"temperature": 2.0})
+    with pytest.raises(ValueError, match=r"fields of version 1, got .*temperature"):
+        adapter_info(saved)
+
+
 def test_nothing_to_save(tmp_path):
     with pytest.raises(ValueError, match="got none"):
         save_adapter(Model(), tmp_path / "new")

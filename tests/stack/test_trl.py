@@ -205,6 +205,41 @@ def test_sft_with_an_adapter_of_ours_by_peft(tmp_path):
         assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_peft_config_with_trls_own_trainer(tmp_path, kind):
+    """TRL makes the PeftModel; DPO's reference is that model with its adapter off."""
+    peft = pytest.importorskip("peft")
+    methods = pytest.importorskip("lora_moe.peft")
+    config = methods.MoeLoraConfig(
+        num_experts=4, r=2, top_k=2, target_modules=["q_proj", "down_proj"],
+        balance_coef=0.0, z_coef=0.0,
+    )  # fmt: skip
+    trainer_of, args_of, data, length = {
+        "sft": (SFTTrainer, SFTConfig, Dataset.from_dict({"text": tiny.texts(16)}), 16),
+        "dpo": (DPOTrainer, DPOConfig, preferences(), 24),
+    }[kind]
+    trainer = trainer_of(
+        model=tiny.base(),
+        args=args_of(str(tmp_path / "run"), **PLAIN | {"max_length": length}),
+        train_dataset=data,
+        processing_class=tiny.tokenizer(),
+        peft_config=config,
+    )
+    trainer.train()
+    if kind == "dpo":
+        assert numbers(trainer, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
+    trainer.save_model(str(tmp_path / "saved"))
+    model, ids = trainer.model.eval(), torch.arange(3, 11)[None]
+    loaded = peft.PeftModel.from_pretrained(tiny.base(), tmp_path / "saved").eval()
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        assert torch.equal(loaded(input_ids=ids).logits, trained)
+        with model.disable_adapter():
+            off = model(input_ids=ids).logits
+        assert torch.equal(off, tiny.base().eval()(input_ids=ids).logits)
+    assert not torch.equal(off, trained)
+
+
 # --- DPO -------------------------------------------------------------------------------------------
 
 
