@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,12 @@ def copy_checkout(folder) -> Path:
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
         else:
             shutil.copy(ROOT / name, folder)
-    (folder / "csrc").mkdir()
-    shutil.copy(ROOT / "csrc/module.cpp", folder / "csrc")
+    (folder / "csrc/cpu").mkdir(parents=True)
+    for name in ("module.cpp", "register.h", "tensors.h", "cpu/register.h"):
+        shutil.copy(ROOT / "csrc" / name, folder / "csrc" / name)
+    declared = (ROOT / "csrc/cpu/register.h").read_text()
+    empty = re.sub(r"^(void register_\w+\(Library&\));", r"\1 {}", declared, flags=re.MULTILINE)
+    (folder / "csrc/cpu/no_operators.cpp").write_text(empty)
     return folder
 
 
