@@ -15,7 +15,7 @@ import triton.language as tl
 from .add_parts import add_parts
 from .launching import column_rows, launch, padded, precision, require_supported
 from .numerics import project, rows_of
-from .tiles import choose
+from .tiles import FEW, choose
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -86,8 +86,9 @@ def shrink_parts(x, a, w):
     logits = x.new_empty(parts, T, E, dtype=torch.float32)
     if T == 0:
         return s, logits
-    alone = x.dtype == torch.bfloat16 and R == 0  # beside ranks, 64 experts spill with some Tritons
-    block_r, block_e = padded(R, 128), padded(E, 64 if alone else 32)
+    # beside ranks of many tokens, 64 experts spill with some Tritons; of few tokens, 32 do with others
+    wide = x.dtype == torch.bfloat16 and (R == 0 or T <= FEW)
+    block_r, block_e = padded(R, 128), padded(E, 64 if wide else 32)
     columns = max(triton.cdiv(R, block_r), triton.cdiv(E, block_e))
     launch(
         x,
