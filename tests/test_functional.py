@@ -312,6 +312,7 @@ def test_routing_from_logits_of_any_dtype_stride_and_shape(dtype):
 
 
 @pytest.mark.skipif(BACKEND == "triton", reason="K rounds over E in registers: of few experts")
+@pytest.mark.skipif(BACKEND == "reference", reason="PyTorch's own sums, which compensate nothing")
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("E, K", [(1024, 1024), (4096, 4096), (4096, 100), (1024, 32), (1024, 33)])
 def test_many_experts_are_as_accurate_as_few(E, K, gate):
