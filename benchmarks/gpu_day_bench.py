@@ -2,7 +2,7 @@
 
 Facts, not checks: the base product, ours, stacked matmuls eager and compiled, and PEFT's plain LoRA.
 
-Letters: T tokens, E experts, r one expert's rank, K picked experts a token, D columns of x and of y.
+Letters: T tokens, E experts, r one expert's rank, K picked experts per token, D columns of x and of y.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage `graphs` of gpu_day.py: captured once, replayed on new data, the same bits as without a graph.
 
-Letters: T tokens, E experts, K picked experts a token, D columns of x and of y.
+Letters: T tokens, E experts, K picked experts per token, D columns of x and of y.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stage `tiles` of gpu_day.py: thousands of tokens by every plan against fp64, and the same bits again.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's rank.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's rank.
 """
 
 from __future__ import annotations

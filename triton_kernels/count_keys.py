@@ -4,7 +4,7 @@ Items are slots, by their expert, or tokens, by the lower or the higher expert o
 Ids that are no expert's count as E, so such items come last.
 Reads 4*N*K bytes, writes 4*blocks*(E+1).
 
-Letters: E experts, K slots a token, N items: T tokens or T*K slots.
+Letters: E experts, K slots per token, N items: T tokens or T*K slots.
 """
 
 import triton

@@ -10,7 +10,7 @@ each expert's slots start, or tokens by the two experts of their first two slots
 holds few different experts: by the higher one first, then by the lower, as a radix sort does.
 Reads 4*N*K bytes and the window's counts a block, writes 4*N or 4*(N + E + 1).
 
-Letters: E experts, K slots a token, N items: T tokens or T*K slots.
+Letters: E experts, K slots per token, N items: T tokens or T*K slots.
 """
 
 import torch
