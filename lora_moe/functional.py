@@ -319,7 +319,9 @@ def routed_lora_at_once(
         x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, rank_offsets,
         bool(shared_a), top_k, gate, bool(renormalize), *drop, chosen,
     )  # fmt: skip
-    if len(shape) != 2:
+    if len(shape) == 3:
+        y = y.view(shape[0], shape[1], y.shape[1])
+    elif len(shape) != 2:
         y = y.view(*shape[:-1], y.shape[1])
     return y, Routing(indices, weights, counts, logits, mean_prob, lse)
 

@@ -24,6 +24,7 @@ from .routing import Routing
 from .sharded import whole_shape
 
 ROUTER_STD = 0.02
+TENSORS = ("lora_A", "lora_B", "router_weight", "router_bias", "selection_bias")
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -93,7 +94,7 @@ class LoraMoeLinear(nn.Module):
         self.lora_B = nn.Parameter(adapter["lora_B"])
         self.router_weight = nn.Parameter(adapter["router_weight"])
         bias = adapter.get("router_bias")
-        self.router_bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("router_bias", None if bias is None else nn.Parameter(bias))
         self.register_buffer("selection_bias", adapter.get("selection_bias"))
         self.register_state_dict_post_hook(_as_the_base_names_it)
         self.reset_parameters()
@@ -142,7 +143,10 @@ class LoraMoeLinear(nn.Module):
 
         No buffer: neither .half() nor .to_empty() nor loading into a module on meta can spoil it.
         """
-        scaling, B = self._scaling, self.lora_B
+        return self._scaling_beside(self.lora_B)
+
+    def _scaling_beside(self, B):
+        scaling = self._scaling
         dtype = accumulator(B.dtype)
         if scaling is None or scaling.device != B.device or scaling.dtype != dtype:
             scaling = self._scaling = torch.tensor(self.scales, dtype=dtype, device=B.device)
@@ -170,8 +174,9 @@ class LoraMoeLinear(nn.Module):
         if decision.disabled:
             return y
         tokens = tokens_of(x, decision)
-        if F.autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):  # the base has decided on y's dtype
+        device = "cpu" if x.is_cpu else x.device.type
+        if F.autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # the base has decided on y's dtype
                 y, routing = self.add_experts(x.to(y.dtype), y, decision.routing)
         else:
             x = x if x.dtype == y.dtype else x.to(y.dtype)
@@ -189,49 +194,56 @@ class LoraMoeLinear(nn.Module):
         same dtype.
         """
         config = self.config
-        adapter = self.lora_A, self.lora_B
+        A, B, router_weight, router_bias, selection_bias = self._tensors()
         dropout = config.dropout if self.training else 0.0
-        router = {
-            "gate": config.gate,
-            "renormalize": config.normalizes,
-            "bias": self.selection_bias,
-            "top_p": config.top_p,
-            "threshold": config.threshold,
-        }
-        experts = {
-            "rank_offsets": self.offsets,
-            "scaling": self.scaling,
-            "shared_a": config.shared_a,
-            "base": base,
-            "frozen": self._frozen,
-        }
-        if given is None:
-            weight, bias = self.router()
-            if bias is not None:
-                router["router_bias"] = bias
-            if not dropout:
-                return F.routed_lora(x, weight, *adapter, config.top_k, **router, **experts)
-            routing = F.router_topk(x, weight, config.top_k, **router)
-        else:
+        scaling = self._scaling_beside(B)
+        if given is not None:
             routing = fit_rows(given, x)
+        else:
+            weight, bias = self._tempered(router_weight, router_bias)
+            if not dropout:
+                return F.routed_lora(
+                    x, weight, A, B, config.top_k, rank_offsets=self.offsets, scaling=scaling,
+                    shared_a=config.shared_a, base=base, gate=config.gate, renormalize=config.normalizes,
+                    bias=selection_bias, top_p=config.top_p, threshold=config.threshold,
+                    frozen=self._frozen, router_bias=bias,
+                )  # fmt: skip
+            routing = F.router_topk(
+                x, weight, config.top_k, gate=config.gate, renormalize=config.normalizes,
+                bias=selection_bias, top_p=config.top_p, threshold=config.threshold, router_bias=bias,
+            )  # fmt: skip
         if dropout:
             x = nn.functional.dropout(x, dropout)
-        y = F.grouped_lora(x, *adapter, routing, **experts)
+        y = F.grouped_lora(
+            x, A, B, routing, rank_offsets=self.offsets, scaling=scaling, shared_a=config.shared_a,
+            base=base, frozen=self._frozen,
+        )  # fmt: skip
         if given is not None:
-            y = take_part(y, self.router_weight, self.router_bias)
+            y = take_part(y, router_weight, router_bias)
         return y, routing
+
+    def _tensors(self):
+        """By the dictionaries that hold them: an attribute of a module takes ten times as long to look up."""
+        try:
+            p = self._parameters
+            adapter = p["lora_A"], p["lora_B"], p["router_weight"], p["router_bias"]
+            return *adapter, self._buffers["selection_bias"]
+        except KeyError:  # pruned or parametrized
+            return tuple(getattr(self, name) for name in TENSORS)
 
     def router(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Weight and bias of the logits, both divided by the temperature."""
-        weight, bias, temperature = self.router_weight, self.router_bias, self.config.temperature
+        return self._tempered(self.router_weight, self.router_bias)
+
+    def _tempered(self, weight, bias):
+        temperature = self.config.temperature
         if temperature == 1:
             return weight, bias
         return weight / temperature, None if bias is None else bias / temperature
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The adapter without its base, by name; what is pruned or parametrized is as it acts."""
-        names = "lora_A", "lora_B", "router_weight", "router_bias", "selection_bias"
-        return {name: t for name in names if (t := getattr(self, name)) is not None}
+        return {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
 
     def extra_repr(self) -> str:
         c = self.config

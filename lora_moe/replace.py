@@ -27,16 +27,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         remove_abandoned(path)
-        temporary, file = _create(path)
-        try:
-            with file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
+        with _temporary(path) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
         os.fsync(directory)
     finally:
         os.close(directory)
@@ -63,17 +58,27 @@ def _remove_unheld(temporary):
         os.close(descriptor)
 
 
-def _create(path):
+@contextmanager
+def _temporary(path):
+    """A locked file beside `path`, gone in the end unless it was renamed."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        file = open(temporary, "xb")  # noqa: SIM115 -- replacing() closes it
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.fstat(file.fileno()).st_nlink > 0
-        except BlockingIOError:  # a cleaner was faster, and removes it
-            held = False
-        except OSError:  # no locks on this file system: then no cleaner removes anything
-            held = True
-        if held:
-            return temporary, file
-        file.close()
+            with open(temporary, "xb") as file:
+                if _hold(file):
+                    yield file
+                    return
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def _hold(file):
+    """Whether the file is ours to write: a cleaner may have been faster, and removes it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(file.fileno()).st_nlink > 0
+    except BlockingIOError:
+        return False
+    except OSError:  # no locks on this file system: then no cleaner removes anything
+        return True
