@@ -35,6 +35,7 @@ UNSEEN = {
     "product.h: k + BK < end": "loads zeros",
     "router.cu: i > 0": "every thread writes the same",
     "router.cu: i < n": "the host launches for nothing",
+    "routing.h: barrier: other lanes read them": "lanes meet in shuffles before one reads another's",
     "routing.h: lane == 0": "every lane writes the same",
     "segmented.cu: tile.count <= 0": "a tile without tokens loads and stores nothing",
     "segmented.cu: rank >= ranks": "nor does one without ranks",
@@ -223,7 +224,8 @@ def main() -> None:
     kernels.shim.cuda_shim_plant(0)
     for file, line in barriers(csrc):
         kernels.skip_barrier(file, line)
-        barrier = f"{file}:{line}: barrier"
+        comment = (csrc / "cuda" / file).read_text().splitlines()[line - 1].partition("// ")[2]
+        barrier = f"{file}:{line}: barrier: {comment}" if comment else f"{file}:{line}: barrier"
         if re.search(pattern, barrier):
             print(json.dumps([barrier, is_seen(kernels, clean, ORDERS)]), flush=True)
 
