@@ -4,6 +4,7 @@
                     watch the first forwards for what would be lost in silence
     generate        marks that samples may stand several times in a row (beams, return sequences)
     save_pretrained writes the base's weights under the base's own names, and the experts beside them
+    hf_quantizer    of a quantised model tells Trainer that there is something to train
 
 Everything is an object that holds its model, so that a copied or pickled model has its own.
 """
@@ -17,7 +18,7 @@ import warnings
 import torch
 from torch import nn
 
-from . import records
+from . import quantized, records
 from .context import NOTHING, Call, recomputing, thread
 from .layers import LoraMoeLinear
 from .sharded import is_sharded, is_writer, reshard, whole_state
@@ -39,6 +40,7 @@ def attach(model: nn.Module, *, saves: bool = True) -> None:
         caller.register_forward_hook(_AfterCall(before), always_call=True)
     model.register_forward_hook(watch)
     for owner in (model, *_models_inside(model)):
+        quantized.mark(owner)
         for name, wrapper in _WRAPPERS.items():
             if (saves or not wrapper.saves) and callable(getattr(type(owner), name, None)):
                 setattr(owner, name, wrapper(owner))
@@ -66,6 +68,7 @@ def _models_inside(model) -> list[nn.Module]:
 def detach(model: nn.Module) -> None:
     ours = (_BeforeCall, _AfterCall, _Watch, _ParentRan)
     for module in model.modules():
+        quantized.unmark(module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [k for k, h in hooks.items() if isinstance(h, ours)]:
                 del hooks[key]

@@ -11,6 +11,8 @@ import sys
 
 from torch import nn
 
+from .. import quantized
+
 # methods of Trainer that the mixin overrides although their names start with an underscore
 OVERRIDDEN = ("_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint")
 
@@ -41,39 +43,18 @@ def checkpoints_activations(args) -> bool:
     )
 
 
-@contextlib.contextmanager
-def trains_on_quantized(model):
-    """Inside, Trainer takes a quantised model with experts as it takes one with an adapter of PEFT's.
-
-    Trainer.__init__ asks model._hf_peft_config_loaded whether there is something to train.
-    """
+def expect_gradients(model) -> None:
+    """ValueError for a quantised model of which transformers says that no gradient passes through it."""
     quantizer = getattr(model, "hf_quantizer", None)
     if not getattr(model, "is_quantized", False) or quantizer is None:
-        yield
         return
-    if not getattr(quantizer, "is_trainable", False) and not _is_dequantized(model):
+    if not quantized.passes_gradients(model):
         method = getattr(quantizer.quantization_config, "quant_method", "its method")
         raise ValueError(
             f"model: expected a quantisation that gradients pass through, got {method}, of which"
             " transformers says that it does not; load the base another way, for example 4-bit with"
             " bitsandbytes, or dequantised"
         )
-    before = vars(model).get("_hf_peft_config_loaded")
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        if before is None:
-            del model._hf_peft_config_loaded
-        else:
-            model._hf_peft_config_loaded = before
-
-
-def _is_dequantized(model):
-    """Plain floating-point weights throughout, as a GGUF file gives."""
-    tensors = [*model.parameters(), *model.buffers()]
-    plain = (type(t) in (nn.Parameter, nn.Buffer) or type(t).__name__ == "Tensor" for t in tensors)
-    return all(plain) and all(p.is_floating_point() for p in model.parameters())
 
 
 # functions of TRL's modules that make a second model: from the policy's id, or as a copy of the policy

@@ -61,8 +61,8 @@ class LoraMoeTrainerMixin:
         **kwargs,
     ):
         model = args[0] if args else kwargs.get("model")
+        private.expect_gradients(model)
         with (
-            private.trains_on_quantized(model),
             private.keeps_dtypes(model),
             private.references_made_by(self._reference, type(self)),
         ):

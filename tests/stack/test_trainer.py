@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -520,21 +521,37 @@ def test_a_router_rate_beside_an_optimizer_of_ones_own_is_refused(tmp_path):
 # --- quantised bases -------------------------------------------------------------------------------
 
 
-def test_a_4_bit_base_trains(tmp_path):
+@pytest.mark.parametrize("kind", [Trainer, LoraMoeTrainer])
+def test_a_4_bit_base_trains(tmp_path, kind):
     pytest.importorskip("bitsandbytes")
     from lora_moe import LoraMoeConfig, inject
 
     model = four_bit(tmp_path)
     args = arguments(tmp_path, max_steps=8)
     inject(model, LoraMoeConfig(**tiny.EXPERTS))
-    with pytest.raises(ValueError, match="purely quantized"):  # what a plain Trainer says
-        Trainer(model, args, train_dataset=tiny.sequences(8))
-    trainer = LoraMoeTrainer(model, args, train_dataset=tiny.sequences(8))
-    assert "_hf_peft_config_loaded" not in vars(model)
+    trainer = kind(model, args, train_dataset=tiny.sequences(8))
     trainer.train()
     logged = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert logged[-1] < logged[0]
     assert all(layer.lora_A.dtype == torch.float32 for layer in injected(model).values())
+
+
+def test_a_quantised_base_is_its_own_again(tmp_path):
+    """Trainer refuses it before inject and after remove, and takes its copies in between."""
+    pytest.importorskip("bitsandbytes")
+    from lora_moe import LoraMoeConfig, inject, remove
+
+    model, args = four_bit(tmp_path), arguments(tmp_path)
+    own = model.hf_quantizer
+    for _ in range(2):
+        with pytest.raises(ValueError, match="purely quantized"):
+            Trainer(model, args, train_dataset=tiny.sequences(8))
+        inject(model, LoraMoeConfig(**tiny.EXPERTS))
+        Trainer(copy.deepcopy(model), args, train_dataset=tiny.sequences(8))
+        model.save_pretrained(tmp_path / "saved")
+        assert model.hf_quantizer.quantization_config is own.quantization_config
+        remove(model)
+        assert model.hf_quantizer is own
 
 
 def four_bit(folder):
@@ -547,7 +564,8 @@ def four_bit(folder):
     )
 
 
-def test_a_gguf_file_loads_and_trains(tmp_path):
+@pytest.mark.parametrize("kind", [Trainer, LoraMoeTrainer])
+def test_a_gguf_file_loads_and_trains(tmp_path, kind):
     pytest.importorskip("gguf")
     from lora_moe import LoraMoeConfig, inject
 
@@ -556,9 +574,9 @@ def test_a_gguf_file_loads_and_trains(tmp_path):
     write_llama(tmp_path / "tiny.gguf", tiny.base(hidden_size=64, intermediate_size=64))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     if importlib.util.find_spec("transformers.quantizers.quantizer_gguf"):
-        assert model.is_quantized  # what makes a plain Trainer refuse it
+        assert model.is_quantized  # what makes a Trainer refuse it without experts
     inject(model, LoraMoeConfig(**tiny.EXPERTS))
-    trainer = LoraMoeTrainer(model, arguments(tmp_path), train_dataset=tiny.sequences(8))
+    trainer = kind(model, arguments(tmp_path), train_dataset=tiny.sequences(8))
     trainer.train()
     assert all(layer.lora_B.any() for layer in injected(model).values())
 
@@ -581,11 +599,13 @@ def test_what_we_take_from_transformers_is_there():
     """Fails with the version of transformers that moves one of these: lora_moe/hf/private.py says what."""
     import inspect
 
+    from transformers.trainer_utils import validate_quantization_for_training
+
     for name in private.OVERRIDDEN:
         assert callable(getattr(Trainer, name)), name
     step = inspect.getsource(Trainer.training_step)
     assert "model_accepts_loss_kwargs" in step and "compute_loss_func" in step
     assert "current_gradient_accumulation_steps" in step
     assert ("loss_is_scaled_for_ga" in step) == hasattr(Trainer, "loss_is_scaled_for_ga")
-    assert hasattr(transformers.PreTrainedModel, "_hf_peft_config_loaded")
+    assert "is_qat_trainable" in inspect.getsource(validate_quantization_for_training)
     assert "get_batch_samples" in inspect.getsource(Trainer)
