@@ -57,6 +57,25 @@ def test_doctor_reports_a_process_that_breaks(capsys):
     assert "FAIL: ValueError: LORA_MOE_BACKEND" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("states", [(True, False), (False, True), (None, True), (True, None)])
+@pytest.mark.parametrize("named", [True, False])
+def test_doctor_ends_with_1_if_one_of_several_fails(monkeypatch, states, named):
+    """One that is not here fails where it was named; None is what _examine says of it."""
+    found = dict(zip(cli.BACKENDS, [*states, *[True] * len(cli.BACKENDS)]))
+    monkeypatch.setattr(cli, "_examine", found.get)
+    failed = False in states or (named and None in states)
+    assert cli.main(["doctor", *cli.BACKENDS] if named else ["doctor"]) == failed
+
+
+def test_doctor_examines_this_package_from_any_folder(tmp_path, monkeypatch, capsys):
+    """Not one that happens to lie in the current folder."""
+    (tmp_path / "lora_moe").mkdir()
+    (tmp_path / "lora_moe/__init__.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["doctor", "reference"]) == 0
+    assert "FAIL" not in capsys.readouterr().out
+
+
 def test_doctor_reports_a_row_beyond_its_limit(capsys):
     assert cli._print_check("cpp", "shared A", "float32", 0.5, 17.0, 16.0) is False
     assert cli._print_check("cpp", "shared A", "float32", float("inf"), 1.0, 16.0) is False
