@@ -93,9 +93,19 @@ class Workspace:
         # also where a template was made or an inline function called, if the error is in a header
         places = re.findall(r"(csrc/cpu/[\w.]+):(\d+):\d+:\s+(?:error|required from)", said)
         errors = {(file, int(line)) for file, line in places}
+        crashes = re.findall(r"(csrc/cpu/[\w.]+):(\d+):\d+: internal compiler error", said)
+        for file, line in crashes:
+            errors |= {(file, n) for n in self._function_at(file, int(line))}
         if done.returncode and not errors:
             raise RuntimeError(f"the C++ build failed:\n{said[-3000:]}")
         return errors if done.returncode else set()
+
+    def _function_at(self, file, line):
+        """Lines of the function that starts here: a crash of the compiler says no more."""
+        lines = (ROOT / file).read_text().splitlines()[line - 1 :]
+        indent = len(lines[0]) - len(lines[0].lstrip())
+        last = next((n for n, text in enumerate(lines) if text == " " * indent + "}"), 0)
+        return range(line, line + last + 1)
 
     def _absent(self, chosen):
         """Numbers that the preprocessor left out: code of another instruction set."""
