@@ -1,137 +1,46 @@
-"""Router losses and statistics: functions of a Routing's tensors, with no one-hot of the choice.
+"""Router losses and statistics of a model's last forward, and how a step balances its routers.
 
-Each takes `mask` (T,), nonzero for the tokens that count: padding has no part in a mean, a load or a
-gradient, whatever its rows hold.
+The losses of one Routing are in router_losses.py; they are public here.  Padding counts nowhere: the mask is
+the model's attention_mask, or use_routing's.
 
 Letters: T tokens, E experts, K slots per token, B sequences.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from . import records
 from .notices import tell_once
-from .reference import gate_values
-from .routing import Routing
+from .router_losses import (
+    counts_of,
+    cv_squared,
+    label_loss,
+    load_balance_loss,
+    load_of,
+    localized_cv_squared,
+    router_entropy,
+    z_loss,
+)
 from .steering import layers_of
 
-
-def load_balance_loss(
-    routing: Routing, mask: torch.Tensor | None = None, gate: str = "softmax"
-) -> torch.Tensor:
-    """E * sum_e f_e P_e, f_e the share of slots that went to e, P_e the mean gate: 1 when balanced.
-
-    The gradient flows through P.  Sigmoid gates do not sum to one: balanced is then E * mean(P).
-
-    Args:
-        routing: from a router.
-        mask: (T,), nonzero for the tokens that count; None counts all.
-        gate: of that router, "softmax" or "sigmoid"; only a mask asks for it.
-    Returns:
-        0-dim, fp32 (fp64).
-    Raises:
-        ValueError: the caller supplied the routing, so there is no router to balance; or the mask is
-            not (T,).
-    Source: Fedus et al. 2021 (Switch Transformers), arXiv 2101.03961, eq. 4-6, over K slots.
-    """
-    return routing.num_experts * (_load(routing, mask) * _mean_prob(routing, mask, gate)).sum()
-
-
-def cv_squared(
-    routing: Routing, mask: torch.Tensor | None = None, gate: str = "softmax"
-) -> torch.Tensor:
-    """Var(P) / Mean(P)^2, P_e the mean gate of e: 0 when balanced, E - 1 when collapsed.
-
-    P is taken before the top-k, so that it is smooth; with K = E it is the source's importance.
-
-    Args, Returns, Raises: as load_balance_loss.
-    Source: Shazeer et al. 2017 (Sparsely-Gated MoE), arXiv 1701.06538, eq. 6-7.
-    """
-    return _cv_squared(_mean_prob(routing, mask, gate))
-
-
-def localized_cv_squared(
-    routing: Routing,
-    expert_types: torch.Tensor,
-    sample_types: torch.Tensor,
-    delta: float = 0.1,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """CV^2 of  Z_be = (1 + delta if the types of b and e agree else 1 - delta) * sum_{t in b} p_te.
-
-    p is the softmax of the logits.  Experts of a sequence's type are led to take more of it than
-    the others, balanced among themselves.
-
-    Args:
-        routing: from a router, for B sequences of equal length.
-        expert_types: (E,) integers.
-        sample_types: (B,) integers.
-        delta: in [0, 1).
-        mask: (T,), nonzero for the tokens that count; None counts all.
-    Returns:
-        0-dim, fp32 (fp64).
-    Raises:
-        ValueError: the caller supplied the routing, or T is no multiple of B.
-    Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, eq. 6-8.
-    """
-    _require(routing, "logits")
-    T, B = routing.logits.shape[0], sample_types.shape[0]
-    if B == 0 or T % B:
-        raise ValueError(f"sample_types: expected one per sequence of {T} tokens, got {B}")
-    logits, kept = _masked(routing, mask)
-    gates = torch.where(kept, torch.softmax(logits, 1), 0).unflatten(0, (B, -1)).sum(1)  # (B, E)
-    agree = sample_types[:, None] == expert_types[None]
-    return _cv_squared(gates * torch.where(agree, 1 + delta, 1 - delta))
-
-
-def z_loss(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """mean_t logsumexp(logits_t)^2: keeps the router's logits small.
-
-    Args:
-        routing: from a router.
-        mask: (T,), nonzero for the tokens that count; None counts all.
-    Raises:
-        ValueError: the caller supplied the routing, or the mask is not (T,).
-    Source: Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, eq. 5.
-    """
-    _require(routing, "lse")
-    if mask is None:
-        return routing.lse.square().sum() / max(routing.lse.shape[0], 1)
-    logits, kept = _masked(routing, mask)
-    lse = torch.where(kept[:, 0], torch.logsumexp(logits, 1), 0)
-    return lse.square().sum() / kept.sum().clamp(min=1)
-
-
-def router_entropy(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """mean_t of -sum_e p_te log p_te in nats, p the softmax: log E when undecided, 0 when sure.
-
-    Args, Raises: as z_loss.
-    """
-    logits, kept = _masked(routing, mask)
-    logp = torch.log_softmax(logits, 1)
-    entropy = torch.where(kept[:, 0], -(logp.exp() * logp).sum(1), 0)
-    return entropy.sum() / kept.sum().clamp(min=1)
-
-
-def label_loss(
-    routing: Routing, labels: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """mean_t of lse_t - logits_t[label_t]: cross-entropy that teaches the router the right expert.
-
-    Args:
-        routing: from a router.
-        labels: (T,) integers, an expert each; -100 leaves the token out.
-        mask: (T,), nonzero for the tokens that count; None counts all.
-    Raises:
-        ValueError: the caller supplied the routing, or the mask is not (T,).
-    Source: Xu et al. 2024 (MeteoRA), arXiv 2405.13053.
-    """
-    logits, kept = _masked(routing, mask)
-    labels = torch.where(kept[:, 0], labels.long(), -100)
-    counted = (labels != -100).sum().clamp(min=1)
-    return nn.functional.cross_entropy(logits, labels, reduction="sum") / counted
+__all__ = [
+    "aux_loss",
+    "counts_of",
+    "cv_squared",
+    "label_loss",
+    "load_balance_loss",
+    "localized_cv_squared",
+    "router_entropy",
+    "router_loss",
+    "router_stats",
+    "update_selection_bias",
+    "z_loss",
+]
 
 
 def aux_loss(model: nn.Module) -> torch.Tensor:
@@ -214,6 +123,54 @@ def _tell_nothing_to_balance(ran):
         )
 
 
+def router_loss(
+    model: nn.Module, loss: Callable[..., torch.Tensor], *args, **options
+) -> torch.Tensor:
+    """Mean over layers of  loss(routing, *args, mask=mask, **options)  of their last forward.
+
+        router_loss(model, losses.localized_cv_squared, expert_types, sample_types)     LoRAMoE
+        router_loss(model, losses.label_loss, labels)                                   MeteoRA, MoA
+        router_loss(model, losses.router_entropy)
+
+    Call it after each forward whose loss it is to join.  Padding counts nowhere, as in aux_loss; layers
+    whose routing the caller supplied do not count.
+
+    Args:
+        model: with experts in it (see inject).
+        loss: a function of a Routing with `mask`, of this module or your own.  One that takes `gate` is
+            given the layer's.
+        args, options: what else it takes, the same for every layer.
+    Returns:
+        0-dim tensor, differentiable with respect to routers and activations.
+    Raises:
+        ValueError: the model has no experts, or no layer's router decided; or what `loss` raises.
+        RuntimeError: no forward has run yet, or it ran without a graph although the model trains.
+    """
+    ran = _ran(model)
+    takes_gate = "gate" in inspect.signature(loss).parameters
+    values, trains = [], False
+    for layer, record in ran.values():
+        run = record.last
+        if run.routing.logits is None:
+            continue
+        gate = {"gate": layer.config.gate} if takes_gate else {}
+        mask = run.tokens.counted()
+        values.append(loss(run.routing, *args, mask=mask, **gate | options))
+        trains |= run.training and torch.is_grad_enabled()
+    if not values:
+        raise ValueError(
+            "model: expected a layer whose router decided, got routings by the caller alone"
+            " (task_ids or routing)"
+        )
+    total = torch.stack([value.to(values[0].device) for value in values]).mean()
+    if trains and not total.requires_grad:
+        raise RuntimeError(
+            "router_loss: expected a forward with a graph, but it ran without one (under no_grad, in a"
+            " reentrant checkpoint: pass use_reentrant=False, or with every router frozen)"
+        )
+    return total
+
+
 def router_stats(model: nn.Module, training: bool | None = None) -> dict[str, dict]:
     """What each layer's last forward did with its experts, on the CPU; waits for the device.
 
@@ -251,7 +208,8 @@ def update_selection_bias(model: nn.Module, rate: float = 0.001) -> None:
     Raises:
         ValueError: the model has no experts, or none of them has a selection_bias.
         RuntimeError: no forward has run yet.
-    Source: Wang et al. 2024 (Auxiliary-loss-free load balancing), arXiv 2408.15664, algorithm 1.
+    Source: Wang et al. 2024 (Auxiliary-loss-free load balancing), arXiv 2408.15664, algorithm 1; SMoRA
+    (arXiv 2501.15103) updates its bias in the same way.
     """
     ran = [pair for pair in _ran(model).values() if pair[0].selection_bias is not None]
     if not ran:
@@ -261,63 +219,6 @@ def update_selection_bias(model: nn.Module, rate: float = 0.001) -> None:
         if run.routing.logits is not None:
             counts = counts_of(run.routing, run.tokens.counted()).to(layer.selection_bias.dtype)
             layer.selection_bias += rate * torch.sign(counts.mean() - counts)
-
-
-def _require(routing, field):
-    if getattr(routing, field) is None:
-        raise ValueError(f"routing: expected {field} from a router, got a routing by the caller")
-
-
-def _masked(routing, mask):
-    """The logits, zero where a token does not count, and (T, 1) bool whether it does.
-
-    Rows that do not count may hold NaN: they are replaced, not multiplied by zero.
-    """
-    _require(routing, "logits")
-    logits = routing.logits
-    if mask is None:
-        return logits, torch.ones_like(logits[:, :1], dtype=torch.bool)
-    kept = _fitted(mask, logits)[:, None] != 0
-    return torch.where(kept, logits, 0), kept
-
-
-def _fitted(mask, rows):
-    if not isinstance(mask, torch.Tensor) or mask.shape != rows.shape[:1]:
-        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"mask: expected ({rows.shape[0]},), one per token, got {got}")
-    return mask.to(rows.device)
-
-
-def _mean_prob(routing, mask, gate):
-    """Mean gate of each expert over the tokens that count, (E,)."""
-    _require(routing, "mean_prob")
-    if mask is None:
-        return routing.mean_prob
-    logits, kept = _masked(routing, mask)
-    gates = torch.where(kept, gate_values(logits, gate), 0)
-    return gates.sum(0) / kept.sum().clamp(min=1)
-
-
-def counts_of(routing, mask):
-    """Slots per expert among the tokens that count, (E,) int64."""
-    if mask is None:
-        return routing.counts
-    ids, E = routing.indices, routing.num_experts
-    kept = (_fitted(mask, ids)[:, None] != 0) & (ids >= 0) & (ids < E)
-    bins = torch.where(kept, ids, E).long().flatten()
-    counts = torch.zeros(E + 1, dtype=torch.int64, device=ids.device)
-    return counts.index_add(0, bins, torch.ones_like(bins))[:E]
-
-
-def _load(routing, mask=None):
-    """Share of the slots that each expert received, (E,); zeros without tokens."""
-    counts = counts_of(routing, mask).to(routing.weights.dtype)
-    return counts / counts.sum().clamp(min=1)
-
-
-def _cv_squared(values):
-    mean = values.mean()
-    return (values - mean).square().mean() / torch.where(mean == 0, 1, mean).square()
 
 
 def _ran(model):
@@ -334,7 +235,7 @@ def _ran(model):
 @torch.no_grad()
 def _statistics(run):
     routing, mask = run.routing, run.tokens.counted()
-    load = _load(routing, mask).cpu()
+    load = load_of(routing, mask).cpu()
     utilisation = load * routing.num_experts
     return {
         "load": load,
