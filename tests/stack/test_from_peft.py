@@ -22,7 +22,7 @@ import transformers as hf
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 from ..compare import relative_error
-from .test_peft import IDS, llama, logits
+from .test_peft import IDS, Twice, llama, logits
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -492,19 +492,6 @@ def test_unfit_models_and_routers(tmp_path):
         from_peft(llama(), paths, router="token")
     with pytest.raises(ValueError, match="top_k: expected an integer"):
         from_peft(llama(), paths, top_k=2)
-
-
-class Twice(nn.Module):
-    """One module under two names."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(8, 8)
-        self.second = self.first
-
-    def forward(self, x):
-        return self.second(self.first(x))
 
 
 def test_a_module_of_two_names_is_refused_both_ways(tmp_path):

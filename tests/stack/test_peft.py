@@ -275,17 +275,20 @@ def test_dtypes_are_as_peft_and_the_configuration_say():
     assert dtypes(False, adapter_dtype="float32") == (fp32, fp32, fp32)
 
 
+class Twice(nn.Module):
+    """One module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
 def test_a_module_under_two_names_gets_experts_under_both():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first = nn.Linear(8, 8)
-            self.second = self.first
-
-        def forward(self, x):
-            return self.second(self.first(x))
-
     model = drawn(get_peft_model(Twice(), config(target_modules=["first"], task_type=None)))
     assert isinstance(model.base_model.model.second, MoeLoraLinear)
     x = torch.ones(1, 8)
