@@ -36,17 +36,16 @@ from .inject import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear, adapter_tensors
 from .sharded import (
     at_rest,
-    conclude,
     expect_no_wrapper,
     fill,
     gathered,
-    is_collective,
     is_writer,
     modules_by_path,
     plain_path,
     unwrapped,
     whole_modules,
     whole_shape,
+    write_whole,
 )
 from .steering import injected, layers_of
 from .unfit import unfit
@@ -81,7 +80,7 @@ def save_adapter(
     Raises:
         ValueError: the model has no experts, a tensor holds NaN or infinite values or is not of the
             layer's shape, state_dict lacks one, or there are more modules than a header holds.
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or `directory` is the path of the file itself.
         RuntimeError: on the other ranks of a collective, if the one that writes raised.
     Warns:
         UserWarning: a parameter trains but is neither an adapter's nor in modules_to_save.
@@ -97,17 +96,7 @@ def save_adapter(
         return path
     with at_rest(whole):
         own = _keyed(layers) | _saved_tensors(model, layers)
-        writes, collective = is_writer(own.values()), is_collective(whole, own.values())
-        tensors, error = gathered(own, keep=writes), None
-        try:
-            if writes:
-                _write(path, model, layers, tensors)
-        except Exception as raised:
-            if not collective:
-                raise
-            error = raised
-        if collective:
-            conclude(own.values(), error)
+        write_whole(whole, own, lambda tensors: _write(path, model, layers, tensors))
     return path
 
 
@@ -118,8 +107,7 @@ def _write(path, model, layers, tensors):
         "format": "pt",
         "lora_moe": json.dumps(describe(layers, tuple(_whole_modules(model, layers)))),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    safefile.write(path, tensors, metadata)
+    safefile.write(safefile.path_in(path.parent, path.name), tensors, metadata)
 
 
 def load_adapter(

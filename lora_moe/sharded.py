@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,31 @@ def conclude(tensors: Iterable[torch.Tensor], error: Exception | None) -> None:
         raise error
     if told[0] is not None:
         raise RuntimeError(f"the process that writes raised {told[0]}")
+
+
+def write_whole(
+    model: nn.Module,
+    tensors: dict[Hashable, torch.Tensor],
+    write: Callable[[dict[Hashable, torch.Tensor]], None],
+) -> None:
+    """Call write(the tensors, whole) on the process that writes, which the others of a collective await.
+
+    Raises:
+        Exception: what `write` raises, on the process that writes.
+        RuntimeError: the same, on the others of a collective.
+    """
+    own = tensors.values()
+    writes, collective, error = is_writer(own), is_collective(model, own), None
+    whole = gathered(tensors, keep=writes)
+    try:
+        if writes:
+            write(whole)
+    except Exception as raised:
+        if not collective:
+            raise
+        error = raised
+    if collective:
+        conclude(own, error)
 
 
 def _mesh(tensors):

@@ -21,15 +21,7 @@ from torch import nn
 from . import peft_format, safefile
 from .io import modules_state
 from .layers import LoraMoeLinear, expert_ids
-from .sharded import (
-    at_rest,
-    conclude,
-    gathered,
-    is_collective,
-    is_writer,
-    plain_path,
-    unwrapped,
-)
+from .sharded import at_rest, plain_path, unwrapped, write_whole
 from .steering import layers_of
 
 
@@ -60,18 +52,8 @@ def to_peft(
     ids = _ids(layers, experts)
     folders = [Path(directory) / f"expert_{e}" for e in ids]
     with at_rest(whole):
-        own = _sources(model, layers)
-        writes, collective = is_writer(own.values()), is_collective(whole, own.values())
-        tensors, error = gathered(own, keep=writes), None
-        try:
-            if writes:
-                _write(model, layers, tensors, dict(zip(ids, folders)))
-        except Exception as raised:
-            if not collective:
-                raise
-            error = raised
-        if collective:
-            conclude(own.values(), error)
+        by_id = dict(zip(ids, folders))
+        write_whole(whole, _sources(model, layers), lambda t: _write(model, layers, t, by_id))
     return folders
 
 

@@ -442,6 +442,17 @@ def test_links_and_devices_are_refused(saved, tmp_path):
             load_adapter(Model(), folder)
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_path_of_the_file_in_place_of_the_directory(tmp_path, exists):
+    path, model = tmp_path / FILE, trained()
+    if exists:
+        save_adapter(model, tmp_path)
+    before = path.read_bytes() if exists else None
+    with pytest.raises(NotADirectoryError, match=f"pass the directory: {tmp_path}"):
+        save_adapter(model, path)
+    assert (path.read_bytes() if exists else None) == before and not path.is_dir()
+
+
 def test_missing_files_say_what_is_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=FILE):
         load_adapter(Model(), tmp_path / "nowhere")
