@@ -135,7 +135,10 @@ mutate: $(VENV)/.mutation build ## Change the sources and see whether the tests 
 	$(call step,mutation)
 	@$(BIN)/python -m tests.mutation $(MUTATE)
 
-nightly: build $(VENV)/.test ## Fuzz and stress NIGHTLY times as long, on every instruction set of this CPU
+nightly: build $(VENV)/.test ## Run what takes minutes, then fuzz and stress NIGHTLY times as long on every instruction set
+	$(call step,tests that take minutes)
+	@LORA_MOE_NIGHTLY=1 $(PYTEST) -m nightly $(PYTEST_ARGS)
+	@LORA_MOE_NIGHTLY=1 $(PYTEST) tests/test_cuda_build.py -k masks_and_barriers
 	$(call step,fuzzing loaders and operators)
 	@isas=$$($(BIN)/python -c 'from lora_moe.backend import cpu_isas; print(*cpu_isas())') && \
 		for isa in $$isas; do echo "$$isa:"; LORA_MOE_NIGHTLY=$(NIGHTLY) LORA_MOE_BACKEND=cpp LORA_MOE_ISA=$$isa \

@@ -40,3 +40,13 @@ def pytest_sessionstart(session):
 
     if reason := on_device.wrong_backend(lora_moe.backend_info()["serving"]["cpu"]):
         raise pytest.UsageError(reason)
+
+
+def pytest_collection_modifyitems(config, items):
+    """What takes minutes waits for the night."""
+    if os.environ.get("LORA_MOE_NIGHTLY"):
+        return
+    left = [item for item in items if item.get_closest_marker("nightly")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]

@@ -59,7 +59,11 @@ def test_violations_are_found():
 
 @needs_compiler
 def test_missing_masks_and_barriers_are_seen():
-    """Each mask and each barrier of the kernels, removed; and with all in place, sanitizers are silent."""
+    """Masks and barriers of the kernels, removed; and with all in place, sanitizers are silent.
+
+    Every sixteenth of them; all by `make nightly`.
+    """
+    step = 1 if os.environ.get("LORA_MOE_NIGHTLY") else 16
     found = [
         subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True)
         for name in ("libasan.so", "libubsan.so")
@@ -73,16 +77,18 @@ def test_missing_masks_and_barriers_are_seen():
         "LORA_MOE_BACKEND": "reference",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda_shim.planted_bugs"],
+        [sys.executable, "-m", "tests.cuda_shim.planted_bugs", "--step", str(step)],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (nothing, silent), *bugs = map(json.loads, done.stdout.splitlines())
     assert nothing == "nothing"
     assert silent
-    assert len(bugs) == len(masks(ROOT / "csrc")) + len(barriers(ROOT / "csrc"))
+    every = len(masks(ROOT / "csrc")) + len(barriers(ROOT / "csrc"))
+    assert len(bugs) == -(-every // step)
     unseen = {re.sub(r":\d+:", ":", name) for name, seen in bugs if not seen}
-    assert unseen == set(UNSEEN)
+    assert unseen <= set(UNSEEN)
+    assert step > 1 or unseen == set(UNSEEN)
 
 
 def build_cuda(**environment):

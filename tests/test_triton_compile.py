@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton kernel for GPUs that need not be there.
 
 Spills, shared memory, tensor cores, width of the loads, atomics, with the tiles that the launchers choose;
-docs/gpu_static.md has the table.
+docs/gpu_static.md has the table.  Here one GPU; the others by `make nightly`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ WANTED = {
 SMALL = ("many tokens", "few tokens", "segmented")  # for parts with 99 KB of shared memory
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", WANTED)
 @pytest.mark.parametrize("target", gpu_static.DEFAULT)
 def test_triton_compile(target, dtype):
@@ -41,12 +42,12 @@ def test_triton_compile(target, dtype):
     assert broken(rows) == []
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_90", pytest.param("gfx942", marks=pytest.mark.nightly)])
 def test_every_scenario(target):
-    """The others' machine code is read by `make gpu-static` alone."""
     assert broken(gpu_static.rows([target], ["bfloat16"])) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", WANTED)
 def test_small_shared_memory(dtype):
     """sm_86 and sm_89 are alike, and get what sm_120 gets."""

@@ -1,7 +1,8 @@
 """The tiles of each kind of GPU and class of T, run as they are: what the other tests interpret is smaller.
 
-Interpreted, with the products split into bf16 terms as on a GPU, and under the sanitizer.  Bounds between
-the classes of T are lowered so that dozens of tokens reach the tiles of thousands; one test does not.
+Here those of one kind; the others by `make nightly`.  Interpreted, with the products split into bf16 terms
+as on a GPU, and under the sanitizer.  Bounds between the classes of T are lowered so that dozens of tokens
+reach the tiles of thousands; one test does not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["hopper", "ampere", "cdna"])
+NIGHTLY = pytest.mark.nightly
+
+
+@pytest.fixture(params=["hopper", *(pytest.param(p, marks=NIGHTLY) for p in ("ampere", "cdna"))])
 def part(request, monkeypatch):
     monkeypatch.setattr(tiles, "family", lambda device: request.param)
     monkeypatch.setattr(

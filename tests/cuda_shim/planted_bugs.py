@@ -1,6 +1,6 @@
 """Would the tests see a missing bounds mask or barrier?  Each is removed, and some output must change.
 
-    LD_PRELOAD=libasan.so python -m tests.cuda_shim.planted_bugs [PATTERN]
+    LD_PRELOAD=libasan.so python -m tests.cuda_shim.planted_bugs [PATTERN] [--step N]
 
 Both are found in the sources.  A mask is any comparison that is decided at run time: without it, what
 it guards happens always, or a loop goes one step further.  The bugs all go into one build, with
@@ -11,12 +11,12 @@ whether it was seen.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -207,6 +207,10 @@ def is_seen(kernels, clean, orders=("forward",)) -> bool:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.cuda_shim.planted_bugs")
+    parser.add_argument("pattern", nargs="?", default="", help="of the names of what is removed")
+    parser.add_argument("--step", type=int, default=1, help="every so-many-th only")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
     csrc = FOLDER / "planted"
@@ -216,18 +220,23 @@ def main() -> None:
     clean = list(outputs(kernels))
     assert all(t.isfinite().all() for some in clean for t in some)
     print(json.dumps(["nothing", not is_seen(kernels, clean, ORDERS)]), flush=True)
-    pattern = sys.argv[1] if sys.argv[1:] else ""
-    for number, mask in enumerate(planted, 1):
-        kernels.shim.cuda_shim_plant(number)
-        if re.search(pattern, str(mask)):
-            print(json.dumps([str(mask), is_seen(kernels, clean)]), flush=True)
-    kernels.shim.cuda_shim_plant(0)
-    for file, line in barriers(csrc):
-        kernels.skip_barrier(file, line)
-        comment = (csrc / "cuda" / file).read_text().splitlines()[line - 1].partition("// ")[2]
-        barrier = f"{file}:{line}: barrier: {comment}" if comment else f"{file}:{line}: barrier"
-        if re.search(pattern, barrier):
-            print(json.dumps([barrier, is_seen(kernels, clean, ORDERS)]), flush=True)
+    experiments = [*enumerate(planted, 1), *barriers(csrc)]
+    for first, second in experiments[:: args.step]:
+        if isinstance(second, Mask):
+            kernels.shim.cuda_shim_plant(first)
+            name, orders = str(second), ORDERS[:1]
+        else:
+            kernels.shim.cuda_shim_plant(0)
+            kernels.skip_barrier(first, second)
+            name, orders = f"{first}:{second}: barrier{comment_at(csrc, first, second)}", ORDERS
+        if re.search(args.pattern, name):
+            print(json.dumps([name, is_seen(kernels, clean, orders)]), flush=True)
+
+
+def comment_at(csrc, file, line):
+    """Tells one barrier of a file from another."""
+    comment = (csrc / "cuda" / file).read_text().splitlines()[line - 1].partition("// ")[2]
+    return f": {comment}" if comment else ""
 
 
 if __name__ == "__main__":
