@@ -4,9 +4,10 @@
      "adapters": [{"bank": {...}, "router": {"kind": "token", ...}, "context": {}, "training": {...},
                    "modules": [module path, ...]}, ...]}
 
-The bank is what the experts are, the router who decides, the context what a router reads of the batch
-(nothing here), and training what a model may choose for itself when it loads.  It is untrusted: every
-field is checked before anything is built from it.
+The bank is what the experts are, the router who decides, the context what is told from outside (nothing
+here), and training what a model may choose for itself when it loads.  A router of another kind has its
+own fields, and the token router's under "token"; a middle is a section of its own, where there is one.
+It is untrusted: every field is checked before anything is built from it.
 """
 
 from __future__ import annotations
@@ -19,16 +20,11 @@ from typing import BinaryIO
 from . import peft_moe, safefile
 from .config import LoraMoeConfig
 from .layers import LoraMoeLinear, expert_ids
+from .tensors import file_names
 
 FORMAT_VERSION = 2
 
 _PATH = re.compile(r"(\w+(\.\w+)*)?", re.ASCII)  # "" is the model itself
-# names in the file, of what a layer calls otherwise
-TENSORS = {
-    "router_weight": "router.weight",
-    "router_bias": "router.bias",
-    "selection_bias": "router.selection_bias",
-}
 BANK = ("num_experts", "r", "alpha", "use_rslora", "shared_a")
 ROUTER = (
     "top_k",
@@ -88,19 +84,22 @@ def describe(layers: dict[str, LoraMoeLinear], whole: tuple[str, ...]) -> dict:
 
 def _sections(config, frozen):
     fields = config.to_dict()
-    return {
+    token = {name: fields[name] for name in ROUTER}
+    router = fields["router"]
+    sections = {
         "bank": {name: fields[name] for name in BANK} | {"frozen": list(frozen)},
-        "router": {"kind": "token"} | {name: fields[name] for name in ROUTER},
+        "router": {"kind": "token"} | token if router is None else router | {"token": token},
         "context": {},
         "training": {name: fields[name] for name in _TRAINING},
     }
+    return sections if config.middle is None else sections | {"middle": fields["middle"]}
 
 
 def read_info(file: BinaryIO, described=None, adapter_dtype=None) -> dict:
     """What a file of ours, or PEFT's folder that is `described`, says of itself; see io.adapter_info."""
     metadata, tensors = safefile.read_header(file)
     if described is not None:
-        info = peft_moe.read_info(described, tensors, TENSORS)
+        info = peft_moe.read_info(described, tensors)
     else:
         info = _read_own_info(file, metadata, tensors)
     if adapter_dtype is not None:
@@ -168,24 +167,38 @@ def _read_version_1(name, fields):
 
 
 def _read_version_2(name, fields):
-    sections = {"bank": (*BANK, "frozen"), "router": ("kind", *ROUTER), "training": _TRAINING}
-    if fields.keys() != {*sections, "context"}:
+    sections = {"bank": (*BANK, "frozen"), "router": ROUTER, "training": _TRAINING, "context": ()}
+    if fields.keys() - {"middle"} != sections.keys():
         raise ValueError(
             f"{name}: expected bank, router, context and training, got {brief(fields)}"
         )
+    router, fields["router"] = _split_router(name, fields["router"])
     flat = {}
-    for section, known in {**sections, "context": ()}.items():
+    for section, known in sections.items():
         found = fields[section]
         if not isinstance(found, dict) or not found.keys() <= set(known):
             raise ValueError(f"{name}: expected {section} of {known}, got {brief(found)}")
         flat |= found
-    kind, frozen = flat.pop("kind", None), flat.pop("frozen", [])
-    if kind != "token":
-        raise ValueError(f"{name}: expected a router of kind 'token', got {brief(kind)}")
-    config = LoraMoeConfig.from_dict(flat)
+    frozen = flat.pop("frozen", [])
+    try:
+        config = LoraMoeConfig.from_dict(flat | {"router": router, "middle": fields.get("middle")})
+        file_names(config)  # tensors may refuse what does not go together
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
     if not isinstance(frozen, list):
         raise ValueError(f"{name}: expected a list of frozen experts, got {brief(frozen)}")
     return config, expert_ids(frozen, config.num_experts)
+
+
+def _split_router(name, section):
+    """(router or None, the token router's fields) of a router's section."""
+    if not isinstance(section, dict):
+        raise ValueError(f"{name}: expected a router with a kind, got {brief(section)}")
+    own = dict(section)
+    if own.get("kind") == "token":
+        del own["kind"]
+        return None, own
+    return own, own.pop("token", {})
 
 
 _READERS = {1: _read_version_1, 2: _read_version_2}
@@ -207,16 +220,16 @@ def slices_of(info: dict) -> dict:
     """The file's tensors under the names of version 2."""
     if info["version"] == 2:
         return info["tensors"]
-    renamed = {}
+    names, renamed = file_names(LoraMoeConfig(selection_bias=True)), {}
     for key, place_of in info["tensors"].items():
         path, dot, name = key.rpartition(".")
-        renamed[path + dot + TENSORS.get(name, name)] = place_of
+        renamed[path + dot + names.get(name, name)] = place_of
     return renamed
 
 
 def fixed_fields(config: LoraMoeConfig) -> dict:
     """What decides the function, written in one way."""
-    fields = {name: getattr(config, name) for name in (*BANK, *ROUTER)}
+    fields = {name: getattr(config, name) for name in (*BANK, *ROUTER, "router", "middle")}
     if isinstance(config.alpha, tuple) and len(set(config.alpha)) == 1:
         fields["alpha"] = config.alpha[0]
     return fields | {"r": config.ranks, "renormalize": config.normalizes}

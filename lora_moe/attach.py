@@ -105,7 +105,11 @@ class _BeforeCall:
 
     def __init__(self, caller: nn.Module, watch: _Watch | None):
         self.names, self.watch = _arguments(caller), watch
+        self.names_labels = "labels" in self.names
+        generates = getattr(caller, "can_generate", bool)()
+        self.causal = generates and not getattr(caller.config, "is_encoder_decoder", False)
         self.layers = [m for m in caller.modules() if isinstance(m, LoraMoeLinear)]
+        self.parts = any(m.parts is not None for m in self.layers)
 
     def __call__(self, model, args, kwargs):
         given = dict(zip(self.names, args)) | kwargs
@@ -116,7 +120,18 @@ class _BeforeCall:
         outermost = not thread.calls
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        thread.calls.append(Call(self, self.mask_of(given), states, states_mask, tokens))
+        past = given.get("past_key_values")  # asked now: layers of this call will fill it
+        cached = self.parts and hasattr(past, "get_seq_length") and int(past.get_seq_length()) > 0
+        of_call = (
+            self.mask_of(given),
+            states,
+            states_mask,
+            tokens,
+            self.labels_of(given),
+            past,
+            cached,
+        )
+        thread.calls.append(Call(self, *of_call))
         if outermost and not torch.compiler.is_compiling():
             _expect_rows(model, args, given, self.layers)
             if self.watch is not None:
@@ -134,6 +149,12 @@ class _BeforeCall:
         mask = given.get("attention_mask")
         plain = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() <= 2)
         return mask if plain or not thread.calls else thread.calls[-1].mask
+
+    def labels_of(self, given):
+        """Of a causal model, whose labels are its own tokens: what its loss asks for."""
+        if self.causal:
+            return given.get("labels")
+        return thread.calls[-1].labels if thread.calls and not self.names_labels else None
 
     def forget(self):
         """Take back this call and those inside, also ones that a KeyboardInterrupt left behind."""
@@ -161,7 +182,7 @@ def _expect_rows(model, args, given, layers):
     if thread.generating:
         return
     told = thread.decisions
-    decisions = (told.get(m, NOTHING).routing or m.given for m in layers if m.active)
+    decisions = (_decided(m, told.get(m, NOTHING)) for m in layers if m.active)
     rows = {routing.indices.shape[0] for routing in decisions if routing is not None}
     if not rows:
         return
@@ -178,6 +199,11 @@ def _expect_rows(model, args, given, layers):
             " (see lora_moe.use_routing; beams are told apart inside the generate of the model that inject"
             " was called with)"
         )
+
+
+def _decided(layer, told):
+    """What the caller said of the layer's samples: experts, or tasks."""
+    return told.routing or layer.given or told.tasks or layer.tasks
 
 
 # --- what would be lost in silence -----------------------------------------------------------------

@@ -92,7 +92,8 @@ def inspect(directory: str, png: str | None = None) -> int:
     print(f"saved by lora-moe {adapter['library']!a}, format {adapter['version']!a}")
     for part in adapter["adapters"]:
         print()
-        for name, value in dataclasses.asdict(part["config"]).items():
+        for name in (field.name for field in dataclasses.fields(part["config"])):
+            value = getattr(part["config"], name)
             print(f"{name:<20} {value!r}")
         print(f"{'modules':<20} {', '.join(map(_plain, part['modules']))}")
     _print_tensors(adapter["tensors"])

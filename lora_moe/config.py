@@ -16,6 +16,10 @@ from reprlib import repr as brief
 import torch
 
 from .functional import GATES
+from .middle import Middle
+from .parts import Part
+from .routers import Router, TokenRouter
+from .routers.base import TOKEN_FIELDS
 
 MAX_EXPERTS = 4096
 MAX_RANK = 1024  # of one expert
@@ -70,6 +74,9 @@ class LoraMoeConfig:
             as a classification head.
         balance_coef: weight of the load-balancing loss in aux_loss(); in [0, 1e6].
         z_coef: weight of the router's z-loss in aux_loss(); in [0, 1e6].
+        router: who decides in place of the token router that the fields above describe, such as
+            TaskRouter(num_tasks=3); see docs/routers.md.
+        middle: what stands between lora_A and lora_B in place of the gate; None is the gate.
     Raises:
         ValueError: a field does not fit; the message names it, what was expected and what was
             received.
@@ -96,6 +103,8 @@ class LoraMoeConfig:
     router_bias: bool = False
     adapter_dtype: str | torch.dtype | None = None
     modules_to_save: tuple[str, ...] = ()
+    router: Router | None = None
+    middle: Middle | None = None
 
     def __new__(cls, *args, **fields):
         known = {field.name for field in dataclasses.fields(cls)}
@@ -131,6 +140,32 @@ class LoraMoeConfig:
         for name in ("target_modules", "exclude_modules"):
             self._set(name, _pattern(name, getattr(self, name)))
         self._set("modules_to_save", _names("modules_to_save", self.modules_to_save or ()))
+        self._set("router", _part("router", self.router, Router))
+        self._set("middle", _part("middle", self.middle, Middle))
+        if self.router == TokenRouter():
+            self._set("router", None)
+        self._expect_parts_that_fit()
+
+    def _expect_parts_that_fit(self):
+        if self.router is not None:
+            for name in TOKEN_FIELDS.keys() - set(self.router.fields_read()):
+                expected = (
+                    f"{TOKEN_FIELDS[name]!r}, as {type(self.router).__name__} does not read it"
+                )
+                _expect(
+                    getattr(self, name) == TOKEN_FIELDS[name], name, expected, getattr(self, name)
+                )
+        counts = [p.task_count for p in (self.router, self.middle) if p is not None]
+        counts = {n for n in counts if n is not None}
+        _expect(len(counts) < 2, "num_tasks", "one number in router and middle", counts)
+
+    @property
+    def num_tasks(self) -> int | None:
+        """How many tasks the router or the middle tells apart, None if they read none."""
+        for part in (self.router, self.middle):
+            if part is not None and part.task_count is not None:
+                return part.task_count
+        return None
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)
@@ -163,8 +198,8 @@ class LoraMoeConfig:
 
     def to_dict(self) -> dict:
         """Plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
-        fields = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: _plain(value) for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict) -> LoraMoeConfig:
@@ -178,6 +213,21 @@ class LoraMoeConfig:
         unknown = [name for name in fields if name not in known]
         _expect(not unknown, "config", f"only the fields {sorted(known)}", unknown)
         return cls(**fields)
+
+
+def _plain(value):
+    if isinstance(value, Part):
+        return value.to_dict()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _part(name, value, family):
+    """A router or middle; a dict of one is read."""
+    if isinstance(value, dict):
+        value = family.from_dict(value)
+    fits = value is None or (isinstance(value, family) and type(value) in family.known.values())
+    _expect(fits, name, f"None or a registered {family.__name__}", value)
+    return value
 
 
 def _expect(condition, name, expected, received):

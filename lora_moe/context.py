@@ -1,7 +1,8 @@
-"""What a forward is told from outside, kept per thread: routing, padding mask, whether experts are on.
+"""What a forward is told from outside, kept per thread: routing, tasks, padding mask, whether experts are on.
 
     thread.decisions   what `use_routing` and `disable_adapters` say, for each layer (innermost block wins)
     thread.calls       the models that are running, outermost first, and the masks they were called with
+    thread.kept        what sequences decided by their prompts, for the tokens that a cache decodes
 
 Nothing here hangs on a module, so modules copy and pickle as usual and one request never sees another's.
 An activation checkpoint runs a layer's forward again during backward, in whatever thread and whether or not
@@ -24,12 +25,23 @@ from .notices import tell_once
 from .routing import Routing
 
 
+class Reading(NamedTuple):
+    """What a router of its own reads of the model's call."""
+
+    mask: torch.Tensor | None = (
+        None  # (B, L), the attention mask of the tokens that the layer reads
+    )
+    labels: torch.Tensor | None = None  # (B, L) of a causal model
+
+
 class Decision(NamedTuple):
     """What the caller says of a layer's next forwards; the default leaves everything to its router."""
 
     routing: Routing | None = None  # in place of the router's, on the layer's device
     mask: torch.Tensor | None = None  # (B, L) or (T,): the tokens that losses and statistics count
     disabled: bool = False  # the base's output alone
+    tasks: Routing | None = None  # its indices (B, 1) or (T, 1) are tasks, on the layer's device
+    reading: Reading = Reading()
 
 
 class Call(NamedTuple):
@@ -40,6 +52,9 @@ class Call(NamedTuple):
     states: torch.Tensor | None = None  # the encoder's output, which cross-attention reads
     states_mask: torch.Tensor | None = None  # (B, L) of these
     tokens: torch.Tensor | None = None  # (B, L), or (B, L, D) where they are embedded
+    labels: torch.Tensor | None = None  # (B, L) of a causal model
+    past: object = None  # its cache
+    cached: bool = False  # which holds tokens before these
 
 
 class _Thread(threading.local):
@@ -49,6 +64,7 @@ class _Thread(threading.local):
         self.generating = 0  # calls of generate()
         self.saving = 0  # calls of save_pretrained()
         self.records = weakref.WeakKeyDictionary()  # layer -> records.Record
+        self.kept = weakref.WeakKeyDictionary()  # layer -> _Kept
 
 
 thread = _Thread()
@@ -75,13 +91,15 @@ def deciding(decisions: dict[nn.Module, Decision]):
         thread.decisions = before
 
 
-def told(layer: nn.Module) -> Decision:
+def told(layer: nn.Module, x: torch.Tensor | None = None) -> Decision:
     """What the caller says of this forward of the layer."""
     decision = thread.decisions.get(layer)
     if decision is None:
         decision = NOTHING
     if decision.routing is None and layer.given is not None:
         decision = decision._replace(routing=layer.given)
+    if layer.parts is not None:
+        decision = _with_batch(layer, x, decision)
     if torch.compiler.is_compiling():
         return decision
     if recomputing():
@@ -91,6 +109,16 @@ def told(layer: nn.Module) -> Decision:
     elif layer.training or decision is not NOTHING:
         _without_graph[layer] = decision
         _remember(layer, decision, [*_checkpoints_around(), *_reentrant_around()])
+    return decision
+
+
+def _with_batch(layer, x, decision):
+    """The same with what a router or middle of the layer's own may read."""
+    if decision.tasks is None and decision.routing is None and layer.tasks is not None:
+        decision = decision._replace(tasks=layer.tasks)
+    if thread.calls:
+        reading = Reading(_mask_in_call(x), thread.calls[-1].labels)
+        decision = decision._replace(reading=reading)
     return decision
 
 
@@ -138,8 +166,9 @@ def _the_open_one(layer, decision):
             "use_routing: several blocks with different routings are open and this activation checkpoint"
             f" does not say which one its forward ran in; {_WHAT_TO_DO}"
         )
-    decision = next(iter(found.values()), decision)
-    if not _agree(decision, _without_graph.get(layer, decision)):
+    before = _without_graph.get(layer, decision)
+    decision = next(iter(found.values()), decision)._replace(reading=before.reading)
+    if not _agree(decision, before):
         raise RuntimeError(
             "use_routing: the layer's forward was told otherwise than what holds during its backward,"
             f" and this activation checkpoint does not say what it ran with; {_WHAT_TO_DO}"
@@ -154,13 +183,14 @@ _WHAT_TO_DO = (
 
 
 def _agree(a: Decision, b: Decision) -> bool:
-    if a.disabled != b.disabled:
-        return False
-    if a.routing is b.routing or a.routing is None or b.routing is None:
-        return a.routing is b.routing
-    return torch.equal(a.routing.indices, b.routing.indices) and torch.equal(
-        a.routing.weights, b.routing.weights
-    )
+    same = _same_routing(a.routing, b.routing) and _same_routing(a.tasks, b.tasks)
+    return same and a.disabled == b.disabled
+
+
+def _same_routing(a, b):
+    if a is b or a is None or b is None:
+        return a is b
+    return torch.equal(a.indices, b.indices) and torch.equal(a.weights, b.weights)
 
 
 def checkpoint_context():
@@ -243,7 +273,7 @@ def _reentrant_around():
 # --- one decision per sample, for all of the sample's tokens ---------------------------------------
 
 
-def fit_rows(routing: Routing, x: torch.Tensor) -> Routing:
+def fit_rows(routing: Routing, x: torch.Tensor, name: str = "routing") -> Routing:
     """The caller's routing for x's tokens: as it is, or each row for equally many tokens in a row.
 
     Inside a model a layer may see each sample several times in a row: beams, return sequences,
@@ -258,7 +288,7 @@ def fit_rows(routing: Routing, x: torch.Tensor) -> Routing:
     inside = thread.calls or thread.generating or recomputing()
     if rows == 0 or samples % rows or (rows != samples and not inside):
         raise ValueError(
-            f"routing: expected {tokens} rows, one per token, or {samples}, one per sample,"
+            f"{name}: expected {tokens} rows, one per token, or {samples}, one per sample,"
             f" for x {tuple(x.shape)}, got {rows}; see lora_moe.use_routing"
         )
     return routing.repeat(tokens // rows)
@@ -297,9 +327,13 @@ class Tokens(NamedTuple):
 def tokens_of(x: torch.Tensor, decision: Decision) -> Tokens:
     if decision.mask is not None or not thread.calls:
         return Tokens(x.shape, decision.mask)
+    return Tokens(x.shape, _mask_in_call(x))
+
+
+def _mask_in_call(x):
     call = thread.calls[-1]
     of_states = call.states is not None and call.states is x
-    return Tokens(x.shape, call.states_mask if of_states else call.mask)
+    return call.states_mask if of_states else call.mask
 
 
 def fit_mask(mask, shape) -> torch.Tensor | None:
@@ -333,3 +367,53 @@ def _tell_unfit(mask, shape):
         " all of them count in losses and statistics; say it with lora_moe.use_routing(model, mask=),"
         " one number per token",
     )
+
+
+# --- what a sequence decided by its prompt, while a cache decodes ------------------------------------
+
+
+def cache_in_use():
+    """The cache of the model's call that holds tokens before these, or None."""
+    call = thread.calls[-1] if thread.calls and not recomputing() else None
+    return call.past if call is not None and call.cached else None
+
+
+def kept_decision(layer, rows: int) -> Routing | None:
+    """What the layer's prompts decided, if a cache decodes them now; raises where that is unknown.
+
+    It is that of the cache, or of the last forward where the model made its cache by itself.
+    """
+    past = cache_in_use()
+    if past is None:
+        return None
+    routing = layer.compiled_kept
+    if routing is None and layer in thread.kept:
+        kept = thread.kept[layer]
+        routing = kept.of.get(past, kept.last)
+    if routing is None or routing.indices.shape[0] != rows:
+        have = 0 if routing is None else routing.indices.shape[0]
+        raise ValueError(
+            f"past_key_values: expected those of the last prompts, {have} sequences, got {rows}"
+        )
+    return routing
+
+
+def keep(layer, routing: Routing) -> None:
+    """Note what the layer's sequences decided, for when a cache holds them."""
+    if recomputing():
+        return
+    routing = Routing(routing.indices, routing.weights.detach(), routing.counts)
+    if torch.compiler.is_compiling():
+        layer.compiled_kept = routing
+        return
+    layer.compiled_kept = None
+    kept = thread.kept.setdefault(layer, _Kept())
+    kept.last, past = routing, thread.calls[-1].past if thread.calls else None
+    if hasattr(past, "get_seq_length"):
+        kept.of[past] = routing
+
+
+class _Kept:
+    def __init__(self):
+        self.last: Routing | None = None
+        self.of = weakref.WeakKeyDictionary()  # cache -> Routing

@@ -6,7 +6,7 @@ Modules are replaced by object, not by name: what a model shares under two names
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -20,7 +20,9 @@ from .targets import is_all_linear, targets_of
 _log = logging.getLogger(__name__)
 
 
-def inject(model: nn.Module, config: LoraMoeConfig, *, freeze: bool = True) -> nn.Module:
+def inject(
+    model: nn.Module, config: LoraMoeConfig | Sequence[LoraMoeConfig], *, freeze: bool = True
+) -> nn.Module:
     """Replace the modules that config.target_modules names by LoraMoeLinear, in place.
 
     A module that is known under several names becomes one adapter under all of them; it is left
@@ -31,22 +33,30 @@ def inject(model: nn.Module, config: LoraMoeConfig, *, freeze: bool = True) -> n
         model: any nn.Module, as a whole: the models of transformers in it, or it itself, are given a
             save_pretrained that keeps the base's names and a generate that knows of beams; a model around
             it is not.
-        config: what to build, and where (see LoraMoeConfig).
+        config: what to build, and where (see LoraMoeConfig); or several, each with modules of its own.
         freeze: set requires_grad to False on every parameter that belongs to no adapter.
     Returns:
         The same model; `injected(model)` tells what was replaced.
     Raises:
         ValueError: nothing matches (the message lists linear modules), a match cannot take experts
-            (the message says why; see docs/targets.md), or the model is wrapped or sharded already
-            (DDP, FSDP, DeepSpeed).  The model is unchanged.
+            (the message says why; see docs/targets.md), two configurations name one module, or the model
+            is wrapped or sharded already (DDP, FSDP, DeepSpeed).  The model is unchanged.
     Warns:
         UserWarning: a name matches no module, or a parent calls a match in some branches only.
     """
     expect_no_wrapper(model)
-    found = targets_of(model, config)
-    saved = modules_to_save(model, config.modules_to_save)
-    found = _without(found, saved, config)
-    adapters = {base: LoraMoeLinear(base, config) for base in dict.fromkeys(found.values())}
+    configs = [config] if isinstance(config, LoraMoeConfig) else list(config)
+    saved, found, adapters = {}, {}, {}
+    for each in configs:
+        saved |= modules_to_save(model, each.modules_to_save)
+    for each in configs:
+        targets = _without(targets_of(model, each), saved, each)
+        if twice := [path for path, base in targets.items() if base in adapters]:
+            raise ValueError(
+                f"config: expected each module in one configuration, got {twice[0]} in two"
+            )
+        found |= targets
+        adapters |= {base: LoraMoeLinear(base, each) for base in dict.fromkeys(targets.values())}
     place(model, adapters)
     attach(model)
     if freeze:

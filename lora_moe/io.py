@@ -1,8 +1,8 @@
 """Adapters on disk: one safetensors file that holds configuration and weights.
 
     lora_moe.safetensors
-        tensors   <module path>.{lora_A, lora_B, router.weight, router.bias, router.selection_bias},
-                  modules_to_save.<path> of what trains as a whole
+        tensors   <module path>.{lora_A, lora_B, router.weight, router.bias, router.selection_bias}, and what
+                  else a router or middle has, modules_to_save.<path> of what trains as a whole
         metadata  {"format": "pt", "lora_moe": description as in adapter_file.py}
 
 It is one file, so that no kill in the middle of a save leaves a pair that does not match.  A file
@@ -23,7 +23,6 @@ from torch import nn
 
 from . import locate, peft_format, safefile
 from .adapter_file import (
-    TENSORS,
     configs_of,
     describe,
     fixed_fields,
@@ -33,7 +32,7 @@ from .adapter_file import (
 )
 from .attach import attach
 from .inject import freeze_base, modules_to_save, place
-from .layers import LoraMoeLinear, adapter_tensors
+from .layers import LoraMoeLinear
 from .sharded import (
     at_rest,
     expect_no_wrapper,
@@ -48,6 +47,7 @@ from .sharded import (
     write_whole,
 )
 from .steering import injected, layers_of
+from .tensors import adapter_tensors, file_names
 from .unfit import unfit
 
 FILE_NAME = "lora_moe.safetensors"
@@ -243,25 +243,25 @@ def _layers_by_path(model):
 def _keyed(layers):
     """{name in the file: tensor} of all layers."""
     return {
-        _key(path, name): tensor
+        key: tensor
         for path, layer in layers.items()
-        for name, tensor in layer.adapter_state().items()
+        for key, tensor in _under_keys(path, layer.config, layer.adapter_state()).items()
     }
 
 
-def _key(path, name):
-    """The name in the file of a layer's tensor."""
-    return f"{path}.{TENSORS.get(name, name)}".removeprefix(".")
+def _under_keys(path, config, tensors):
+    """A layer's {name: value} under the names in the file."""
+    names = file_names(config)
+    return {f"{path}.{names[name]}".removeprefix("."): t for name, t in tensors.items()}
 
 
 def _taken_from(state_dict, model, layers):
     """{name in the file: tensor of the model's state}; raises where one is missing."""
     given = {plain_path(key).removeprefix("module."): t for key, t in state_dict.items()}
-    names = {
-        _key(path, name): f"{path}.{name}".removeprefix(".")
-        for path, layer in layers.items()
-        for name in layer.adapter_state()
-    }
+    names = {}
+    for path, layer in layers.items():
+        own = {name: f"{path}.{name}".removeprefix(".") for name in layer.adapter_state()}
+        names |= _under_keys(path, layer.config, own)
     names |= {key: key.removeprefix(_SAVED) for key in _saved_tensors(model, layers)}
     missing = [name for name in names.values() if name not in given]
     safefile.raise_all(
@@ -363,9 +363,9 @@ def _wanted_at(model, info):
 def _wanted_tensors(found):
     """Of {path: (base, config)}."""
     return {
-        _key(path, name): tensor
+        key: tensor
         for path, (base, config) in found.items()
-        for name, tensor in adapter_tensors(base, config).items()
+        for key, tensor in _under_keys(path, config, adapter_tensors(base, config)).items()
     }
 
 

@@ -8,7 +8,6 @@ together, r one expert's rank, D_in and D_out the linear's sizes.
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -19,13 +18,14 @@ from . import records
 from .config import LoraMoeConfig
 from .context import fit_rows, recomputing, thread, tokens_of, told
 from .frozen import keep_rows
+from .parts import Batch, TensorSpec
 from .reference import accumulator
+from .routers import TokenRouter
+from .routers.token import tempered
 from .routing import Routing
-from .sharded import whole_shape
+from .tensors import adapter_tensors, device_of, linear_features, part_specs
 
-ROUTER_STD = 0.02
 TENSORS = ("lora_A", "lora_B", "router_weight", "router_bias", "selection_bias")
-_ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class LoraMoeLinear(nn.Module):
@@ -35,7 +35,8 @@ class LoraMoeLinear(nn.Module):
 
     Parameters are lora_A (R, D_in), or (r, D_in) with shared_a; lora_B (R, D_out), whose row r
     pairs with row r of lora_A; router_weight (E, D_in); and router_bias (E,) if the configuration
-    asks for it, as it may for a buffer selection_bias (E,).  The router is fp32, and so are lora_A and
+    asks for it, as it may for a buffer selection_bias (E,).  A router or middle of the configuration
+    brings its own in place of the router's.  The router is fp32, and so are lora_A and
     lora_B unless adapter_dtype says otherwise (all fp64 for an fp64 base).  Any later .to(dtype) works
     too: the router's products are full fp32 in each case.
 
@@ -51,6 +52,7 @@ class LoraMoeLinear(nn.Module):
             forward's graph, and keeps it alive until the next forward or set_routing replaces it.
             An activation checkpoint's recompute leaves it alone; copies and pickles are without it.
         given: what lora_moe.set_routing put in place of the router's decision, or None.
+        tasks: the tasks that lora_moe.set_routing said, for a router or middle that reads them, or None.
         frozen: ids of experts whose rows get an exactly zero gradient and that no optimizer moves; see
             lora_moe.freeze_experts.
 
@@ -66,6 +68,9 @@ class LoraMoeLinear(nn.Module):
     # the active ones, by the path of the module that they adapt
     adapter_name: str | None = None
     origins = None  # where each expert came from; see from_peft
+    tasks: Routing | None = None
+    parts = None  # (router, names of its tensors, middle, names of its tensors), if the configuration has any
+    compiled_kept = None  # see context.keep
     active = True
     enabled = True
 
@@ -85,21 +90,45 @@ class LoraMoeLinear(nn.Module):
         self._scaling: torch.Tensor | None = None
         self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
 
-        device = device_of(base)
-        adapter = {
-            name: torch.empty_like(t, device=device)
-            for name, t in adapter_tensors(base, config).items()
-        }
-        self.lora_A = nn.Parameter(adapter["lora_A"])
-        self.lora_B = nn.Parameter(adapter["lora_B"])
-        self.router_weight = nn.Parameter(adapter["router_weight"])
-        bias = adapter.get("router_bias")
-        self.register_parameter("router_bias", None if bias is None else nn.Parameter(bias))
-        self.register_buffer("selection_bias", adapter.get("selection_bias"))
+        self._note_parts()
+        for name in TENSORS[:-1]:  # in this order
+            self.register_parameter(name, None)
+        self.register_buffer("selection_bias", None)
+        self._register(adapter_tensors(base, config))
         self.register_state_dict_post_hook(_as_the_base_names_it)
         self.reset_parameters()
         self.train(base.training)
         _ = self.scaling  # made here, and not in a CUDA graph's capture
+
+    def _note_parts(self):
+        """What of the configuration is neither the token router nor the gate, and its tensors' names."""
+        config, sizes = self.config, (self.in_features, self.out_features)
+        router, middle = config.router or TokenRouter(), config.middle
+        own = tuple(router.tensors(config, *sizes))
+        between = () if middle is None else tuple(middle.tensors(config, *sizes))
+        plain = config.router is None and middle is None
+        self.parts = None if plain else (router, own, middle, between)
+        self.names = ("lora_A", "lora_B", *own, *between)
+
+    def _register(self, tensors):
+        """Memory for tensors that are on meta, beside the base."""
+        device, specs = device_of(self.base_layer), self.specs()
+        for name, like in tensors.items():
+            if hasattr(type(self), name) or name in self.__dict__ or name in self._modules:
+                raise ValueError(
+                    f"{name}: expected a name that LoraMoeLinear does not use for its tensor"
+                )
+            tensor = torch.empty_like(like, device=device)
+            if name in specs and not specs[name].trains:
+                self._parameters.pop(name, None)
+                self.register_buffer(name, tensor)
+            else:
+                self._buffers.pop(name, None)
+                self.register_parameter(name, nn.Parameter(tensor))
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """What router and middle ask for, by name."""
+        return part_specs(self.config, self.in_features, self.out_features)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -156,11 +185,9 @@ class LoraMoeLinear(nn.Module):
         """Draw the initial values again (see the class)."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
-        if self.router_weight is not None:  # a method's layer may do without
-            nn.init.normal_(self.router_weight, std=ROUTER_STD)
-        for bias in (self.router_bias, self.selection_bias):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        with torch.no_grad():
+            for name, spec in self.specs().items():
+                spec.init(getattr(self, name))
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
@@ -170,28 +197,51 @@ class LoraMoeLinear(nn.Module):
         """y, the base's output for x, plus the experts; what the caller decided and records included."""
         if not isinstance(y, torch.Tensor):
             raise TypeError(f"base_layer: expected a tensor from it, got {type(y).__name__}")
-        decision = told(self)
+        decision = told(self, x)
         if decision.disabled:
             return y
         tokens = tokens_of(x, decision)
         device = "cpu" if x.is_cpu else x.device.type
         if F.autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # the base has decided on y's dtype
-                y, routing = self.add_experts(x.to(y.dtype), y, decision.routing)
+                y, routing = self._add(x.to(y.dtype), y, decision)
         else:
             x = x if x.dtype == y.dtype else x.to(y.dtype)
-            y, routing = self.add_experts(x, y, decision.routing)
+            y, routing = self._add(x, y, decision)
         if not recomputing():
             records.remember(self, routing, tokens)
         return y
 
+    def _add(self, x, y, decision):
+        if self.parts is None:
+            return self.add_experts(x, y, decision.routing)
+        return self._add_by_parts(x, y, decision)
+
+    def _add_by_parts(self, x, base, decision):
+        router, own, middle, between = self.parts
+        config, batch = self.config, Batch(self, decision)
+        if decision.routing is not None:
+            routing = fit_rows(decision.routing, x)
+        else:
+            routing = router.route(x, {name: getattr(self, name) for name in own}, batch)
+        if config.dropout and self.training:
+            x = nn.functional.dropout(x, config.dropout)
+        if middle is not None:
+            y = middle.mix(x, base, routing, {name: getattr(self, name) for name in between}, batch)
+        else:
+            y = F.grouped_lora(
+                x, self.lora_A, self.lora_B, routing, rank_offsets=self.offsets, scaling=self.scaling,
+                shared_a=config.shared_a, base=base, frozen=self._frozen,
+            )  # fmt: skip
+        # each parameter gets a gradient, also of a task that the batch has not
+        return take_part(y, *(getattr(self, name) for name in (*own, *between))), routing
+
     def add_experts(
         self, x: torch.Tensor, base: torch.Tensor, given: Routing | None = None
     ) -> tuple[torch.Tensor, Routing]:
-        """base + the experts' sum, and the routing taken; `given` stands in for the router's.
+        """base + the experts' sum by the token router, and the routing taken; `given` stands in for it.
 
-        A subclass with another router overrides this.  x (..., D_in) and base (..., D_out) have the
-        same dtype.
+        x (..., D_in) and base (..., D_out) have the same dtype.
         """
         config = self.config
         A, B, router_weight, router_bias, selection_bias = self._tensors()
@@ -200,7 +250,7 @@ class LoraMoeLinear(nn.Module):
         if given is not None:
             routing = fit_rows(given, x)
         else:
-            weight, bias = self._tempered(router_weight, router_bias)
+            weight, bias = tempered(config, router_weight, router_bias)
             if not dropout:
                 return F.routed_lora(
                     x, weight, A, B, config.top_k, rank_offsets=self.offsets, scaling=scaling,
@@ -231,23 +281,24 @@ class LoraMoeLinear(nn.Module):
         except KeyError:  # pruned or parametrized
             return tuple(getattr(self, name) for name in TENSORS)
 
-    def router(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of the logits, both divided by the temperature."""
-        return self._tempered(self.router_weight, self.router_bias)
-
-    def _tempered(self, weight, bias):
-        temperature = self.config.temperature
-        if temperature == 1:
-            return weight, bias
-        return weight / temperature, None if bias is None else bias / temperature
-
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The adapter without its base, by name; what is pruned or parametrized is as it acts."""
-        return {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
+        return {name: t for name in self.names if (t := getattr(self, name)) is not None}
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """What trains of the router, by whatever names."""
+        own = self.parts[1] if self.parts else ("router_weight", "router_bias")
+        return [p for name in own if isinstance(p := getattr(self, name), nn.Parameter)]
 
     def extra_repr(self) -> str:
         c = self.config
         adapter = sum(t.numel() for t in self.adapter_state().values())
+        if self.parts is not None:
+            parts = "".join(f", {p}" for p in (c.router, c.middle) if p is not None)
+            return (
+                f"in_features={self.in_features}, out_features={self.out_features},"
+                f" num_experts={c.num_experts}, r={c.r}{parts}, parameters={adapter:,}"
+            )
         idle = sum(sorted(c.ranks)[: c.num_experts - c.top_k])  # rows that no token can be using
         widths = self.out_features + (0 if c.shared_a else self.in_features)
         alpha = f"{c.alpha:g}" if isinstance(c.alpha, float) else c.alpha
@@ -270,8 +321,13 @@ class LoraMoeLinear(nn.Module):
     def __getstate__(self):
         """For copies and pickles: the last forward's graph stays behind."""
         given = self.given and Routing(*(t if t is None else t.detach() for t in self.given))
-        own = {"compiled_run": None, "compiled_graph": None, "_scaling": None, "given": given}
-        return self.__dict__ | own
+        own = {
+            "compiled_run": None,
+            "compiled_graph": None,
+            "compiled_kept": None,
+            "_scaling": None,
+        }
+        return self.__dict__ | own | {"given": given}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -317,58 +373,3 @@ def take_part(y: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor
     """y; in its backward each of the parameters that trains gets a zero gradient."""
     trained = [p for p in parameters if p is not None and p.requires_grad]
     return _TakePart.apply(y, *trained) if trained and torch.is_grad_enabled() else y
-
-
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(D_in, D_out) of a module that behaves like nn.Linear, None for any other."""
-    D_in, D_out = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    if isinstance(D_in, int) and isinstance(D_out, int):
-        return (D_in, D_out) if D_in > 0 and D_out > 0 else None  # a lazy one does not know yet
-    weight = getattr(module, "weight", None)
-    shape = whole_shape(weight) if hasattr(weight, "ndim") else ()
-    if isinstance(module, nn.Embedding) or len(shape) != 2:
-        return None
-    D_out, D_in = shape
-    transposed = getattr(module, "nf", None) == D_in  # transformers' Conv1D
-    return (D_out, D_in) if transposed else (D_in, D_out)
-
-
-def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
-    """Of lora_A and lora_B around this base; see LoraMoeConfig.adapter_dtype."""
-    own = getattr(getattr(base, "weight", None), "dtype", None)
-    own = own if own in _ADAPTER_DTYPES else torch.float32  # quantised
-    if config.adapter_dtype is None:
-        return accumulator(own)
-    return own if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
-
-
-def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.Tensor]:
-    """Shapes and dtypes, as tensors without memory, of what a LoraMoeLinear adds to `base`."""
-    D_in, D_out = linear_features(base)
-    E, R = config.num_experts, sum(config.ranks)
-    dtype = adapter_dtype(base, config)
-    router = accumulator(dtype)  # moves in steps that bf16 cannot hold
-    tensors = {
-        "lora_A": ((config.ranks[0] if config.shared_a else R, D_in), dtype),
-        "lora_B": ((R, D_out), dtype),
-        "router_weight": ((E, D_in), router),
-    }
-    if config.router_bias:
-        tensors["router_bias"] = (E,), router
-    if config.selection_bias:
-        tensors["selection_bias"] = (E,), router
-    return {
-        name: torch.empty(shape, dtype=kind, device="meta")
-        for name, (shape, kind) in tensors.items()
-    }
-
-
-def device_of(base):
-    """Where the experts go: beside the base, or where accelerate runs a base that it offloads."""
-    outer = getattr(base, "_hf_hook", None)
-    for hook in getattr(outer, "hooks", (outer,)):
-        device = getattr(hook, "execution_device", None)
-        if device is not None and getattr(hook, "offload", False):
-            return torch.device(device)
-    tensors = itertools.chain(base.parameters(), base.buffers())
-    return next((t.device for t in tensors), torch.get_default_device())

@@ -88,7 +88,8 @@ def _owing(name, layer, record):
     run = record.last
     if run.routing.lse is None:
         return []
-    trains = layer.training and layer.router_weight.requires_grad and torch.is_grad_enabled()
+    trains = layer.training and torch.is_grad_enabled()
+    trains = trains and any(p.requires_grad for p in layer.router_parameters())
     if trains and layer.config.has_aux_loss and run.training and not run.has_graph:
         raise RuntimeError(
             f"aux_loss: expected a forward with a graph, but {name} ran without one"

@@ -15,6 +15,7 @@ from reprlib import repr as brief
 from . import peft_format
 from .config import LoraMoeConfig
 from .layers import expert_ids
+from .tensors import file_names
 
 PEFT_TYPE = "LORA_MOE"
 EXPERTS = "lora_moe_experts"
@@ -22,7 +23,7 @@ RENAMED = {"lora_alpha": "alpha", "lora_dropout": "dropout"}  # PEFT's names of 
 _FIELDS = (
     "num_experts", "r", "top_k", "lora_alpha", "lora_dropout", "gate", "renormalize", "shared_a",
     "selection_bias", "target_modules", "exclude_modules", "balance_coef", "z_coef", "use_rslora",
-    "temperature", "top_p", "threshold", "router_bias", "adapter_dtype",
+    "temperature", "top_p", "threshold", "router_bias", "adapter_dtype", "router", "middle",
 )  # fmt: skip
 # these say where the experts are, which the tensors say, too, or nothing about the function
 _OTHER = {
@@ -33,13 +34,12 @@ _OTHER = {
 _KEY = re.compile(rf"(?:(.*)\.)?{EXPERTS}\.(\w+)", re.ASCII)
 
 
-def read_info(config_file: Path, tensors: dict, names: dict[str, str]) -> dict:
+def read_info(config_file: Path, tensors: dict) -> dict:
     """What lora_moe.adapter_info says, with the tensors under the names of our own file.
 
     Args:
         config_file: adapter_config.json.
         tensors: {key: place} of the file beside it.
-        names: {attribute of a layer: its name in our file}, where they differ.
     Raises:
         ValueError: it is another method's, has unknown fields, or a value does not fit.
     """
@@ -53,8 +53,9 @@ def read_info(config_file: Path, tensors: dict, names: dict[str, str]) -> dict:
     unknown = [field for field in fields if field not in {*_FIELDS, *_OTHER} and fields[field]]
     if unknown:
         raise ValueError(f"{name}: expected the fields of a MoeLoraConfig, got {brief(unknown)}")
-    renamed, saved = _renamed(name, fields, tensors, names)
     flat = {RENAMED.get(f, f): fields[f] for f in _FIELDS if f in fields}
+    names = file_names(LoraMoeConfig.from_dict(flat))
+    renamed, saved = _renamed(name, fields, tensors, names)
     flat["modules_to_save"] = tuple(saved)
     patterns = {
         field: peft_format.expect_patterns(f"{name}: {pattern}", fields.get(pattern))

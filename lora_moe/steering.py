@@ -68,8 +68,9 @@ def use_routing(
 
     Args:
         model: with experts in it.
-        task_ids: integers, -1 for no expert: (B,) one per sample or (T,) one per token; (B, K) or
-            (T, K) for several experts each.  The weights are 1.
+        task_ids: integers, (B,) one per sample or (T,) one per token.  A layer whose router or middle reads
+            tasks takes them as tasks in [-1, num_tasks), -1 for none; any other layer as experts in
+            [-1, E) with weight 1, in place of its router's, (B, K) or (T, K) for several experts each.
         mask: (B, L) or (T,), nonzero for the tokens that losses and statistics count, in place of the
             model's attention_mask.
         routing: a Routing for all layers, with a row for each token or for each sample (first
@@ -78,7 +79,7 @@ def use_routing(
             that require a gradient get one.
     Raises:
         ValueError: both task_ids and routing are given, or nothing is; the model has no experts, a path
-            is unknown, an id is not in [-1, E) (on a CPU), or a number of experts is not the layer's.
+            is unknown, an id is out of range (on a CPU), or a number of experts is not the layer's.
         TypeError: task_ids are no integers.
     """
     if task_ids is None and mask is None and routing is None:
@@ -87,9 +88,12 @@ def use_routing(
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2)):
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"mask: expected (B, L) or (T,), got {got}")
-    given = _given(layers, task_ids, routing)
+    tasks, given = _tasks(layers, task_ids), _given(layers, task_ids, routing)
     with deciding(
-        {layer: _told(layer, routing=given.get(name), mask=mask) for name, layer in layers.items()}
+        {
+            layer: _told(layer, routing=given.get(name), mask=mask, tasks=tasks.get(name))
+            for name, layer in layers.items()
+        }
     ):
         yield
 
@@ -123,6 +127,8 @@ def disable_adapters(model: nn.Module):
 def _told(layer, **fields) -> Decision:
     """What the blocks around say of the layer, with these fields on top."""
     before = thread.decisions.get(layer, Decision())
+    if fields.get("tasks") is not None:  # its router decides again
+        before = before._replace(routing=None)
     return before._replace(**{k: v for k, v in fields.items() if v is not None})
 
 
@@ -140,10 +146,26 @@ def set_routing(
         Nothing changes where it raises.
     """
     layers = layers_of(model)
-    given = _given(layers, task_ids, routing)
+    tasks, given = _tasks(layers, task_ids), _given(layers, task_ids, routing)
     for name, layer in layers.items():
-        layer.given = given.get(name)
+        layer.given, layer.tasks = given.get(name), tasks.get(name)
         records.forget(layer)
+
+
+def _tasks(layers, task_ids) -> dict[str, Routing]:
+    """{path: tasks on the layer's device, as a Routing over tasks} of the layers that read them."""
+    counts = {
+        name: n for name, layer in layers.items() if (n := layer.config.num_tasks) is not None
+    }
+    if task_ids is None or not counts:
+        return {}
+    task_ids, moved = _checked_ids(task_ids, min(counts.values()), "task"), {}
+    if task_ids.dim() != 1:
+        raise ValueError(
+            f"task_ids: expected (B,) or (T,), one task each, got {tuple(task_ids.shape)}"
+        )
+    told = {n: Routing.from_ids(task_ids, num_experts=n) for n in set(counts.values())}
+    return {name: _on_device(layers[name], told[n], moved) for name, n in counts.items()}
 
 
 def _given(layers, task_ids, routing) -> dict[str, Routing]:
@@ -157,8 +179,9 @@ def _sources(layers, task_ids, routing):
     if task_ids is not None and routing is not None:
         raise ValueError("routing: expected task_ids or routing, got both")
     if task_ids is not None:
+        layers = {name: m for name, m in layers.items() if m.config.num_tasks is None}
         counts = {name: layer.config.num_experts for name, layer in layers.items()}
-        task_ids = _checked_ids(task_ids, min(counts.values()))
+        task_ids = _checked_ids(task_ids, min(counts.values(), default=0), "expert")
         by_count = {E: Routing.from_ids(task_ids, num_experts=E) for E in set(counts.values())}
         return {name: by_count[E] for name, E in counts.items()}
     if not isinstance(routing, Mapping):
@@ -169,8 +192,8 @@ def _sources(layers, task_ids, routing):
     return routing
 
 
-def _checked_ids(task_ids, E):
-    """A tensor of expert ids; on a CPU, where reading them costs nothing, in [-1, E)."""
+def _checked_ids(task_ids, E, what):
+    """A tensor of ids; on a CPU, where reading them costs nothing, in [-1, E), if E is not 0."""
     if not isinstance(task_ids, torch.Tensor):
         try:
             task_ids = torch.as_tensor(task_ids)
@@ -180,11 +203,16 @@ def _checked_ids(task_ids, E):
             ) from None
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise TypeError(f"task_ids: expected integers, got {task_ids.dtype}")
-    if task_ids.device.type == "cpu" and task_ids.numel() and not torch.compiler.is_compiling():
+    if (
+        E
+        and task_ids.device.type == "cpu"
+        and task_ids.numel()
+        and not torch.compiler.is_compiling()
+    ):
         low, high = (int(bound) for bound in task_ids.aminmax())
         if low < -1 or high >= E:
             wrong = low if low < -1 else high
-            raise ValueError(f"task_ids: expected expert ids in [-1, {E}), got {wrong}")
+            raise ValueError(f"task_ids: expected {what} ids in [-1, {E}), got {wrong}")
     return task_ids
 
 
@@ -197,6 +225,10 @@ def _moved(name, layer, routing, moved):
             f"routing: expected {layer.config.num_experts} experts for {name},"
             f" got {routing.num_experts}"
         )
+    return _on_device(layer, routing, moved)
+
+
+def _on_device(layer, routing, moved):
     device = layer.lora_A.device
     key = id(routing), device
     if key not in moved:

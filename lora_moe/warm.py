@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .layers import LoraMoeLinear
+from .routing import Routing
 
 TOKENS = (1, 1024, 8192)  # one of every size class that plans and tiles know
 
@@ -30,8 +31,8 @@ def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool 
     """
     kinds = {}
     for layer in model.modules():
-        if isinstance(layer, LoraMoeLinear):
-            parameters = layer.lora_A, layer.lora_B, layer.router_weight
+        if isinstance(layer, LoraMoeLinear) and layer.config.middle is None:
+            parameters = layer.adapter_state().values()
             shapes = *((p.shape, p.dtype, p.device) for p in parameters), layer.config.top_k
             kinds.setdefault((shapes, str(layer.config), layer.frozen), layer)
     if not kinds:
@@ -47,8 +48,12 @@ def _run(layer, T, backward):
     empty = {"dtype": dtype, "device": layer.lora_A.device}
     x = torch.zeros(T, layer.in_features, **empty, requires_grad=backward)
     base = torch.zeros(T, layer.out_features, **empty)
+    E, given = layer.config.num_experts, None
+    if layer.parts is not None:  # whoever decides, the experts' kernels are the same
+        ids = torch.arange(layer.config.top_k, device=x.device).expand(T, -1)
+        given = Routing.from_ids(ids, num_experts=E)
     with torch.set_grad_enabled(backward):
-        y, _ = layer.add_experts(x, base)
+        y, _ = layer.add_experts(x, base, given)
     if backward:
         parameters = [p for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
         torch.autograd.grad(y, [x, *parameters], torch.zeros_like(y))

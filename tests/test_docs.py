@@ -11,7 +11,7 @@ import torch
 from lora_moe import notices
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("layer.md", "routing.md", "losses.md", "saving.md", "torch.md", "peft.md")
+PAGES = ("layer.md", "routing.md", "routers.md", "losses.md", "saving.md", "torch.md", "peft.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -24,9 +24,9 @@ def test_the_examples_run(page, tmp_path, monkeypatch):
     text = (DOCS / page).read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     assert blocks
-    scope = {}
+    scope = {"__name__": "__main__"}
     for block in blocks:
-        exec(compile(block, page, "exec"), scope)
+        exec(compile(block, page, "exec", dont_inherit=True), scope)
     torch._dynamo.reset()
 
 

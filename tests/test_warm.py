@@ -22,7 +22,7 @@ def test_each_kind_of_layer_runs_once(monkeypatch):
     monkeypatch.setattr(
         lora_moe.LoraMoeLinear,
         "add_experts",
-        lambda self, x, base: calls.append((*x.shape, x.requires_grad)) or forward(self, x, base),
+        lambda self, x, *rest: calls.append((*x.shape, x.requires_grad)) or forward(self, x, *rest),
     )
     assert lora_moe.warm_up(model(), tokens=(1, 5)) == 2
     assert calls == [(1, 24, True), (5, 24, True), (1, 16, True), (5, 16, True)]

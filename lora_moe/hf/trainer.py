@@ -264,7 +264,7 @@ class _MoveSelectionBias(TrainerCallback):
 def _routers(model: nn.Module) -> set[nn.Parameter]:
     found = set()
     for layer in injected(model).values():
-        found |= {p for p in (layer.router_weight, layer.router_bias) if p is not None}
+        found |= set(layer.router_parameters())
     return found
 
 

@@ -16,7 +16,8 @@ from torch import nn
 from .. import functional as F
 from ..config import LoraMoeConfig
 from ..context import recomputing
-from ..layers import ROUTER_STD, adapter_tensors, device_of, linear_features
+from ..layers import adapter_tensors, device_of, linear_features
+from ..parts import ROUTER_STD
 from ..routing import Routing
 
 READS = ("first", "mean", "token")

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..config import LoraMoeConfig
+from ..parts import Part
 from ..peft_moe import RENAMED
 from .registration import member
 
@@ -53,7 +54,8 @@ class MoeLoraConfig(PeftConfig):
         rank_pattern, alpha_pattern: {name or regular expression: value in place of r or lora_alpha}, as in
             LoraConfig.
         num_experts, top_k, gate, renormalize, temperature, top_p, threshold, router_bias, selection_bias,
-        shared_a, adapter_dtype, balance_coef, z_coef: see lora_moe.LoraMoeConfig.
+        shared_a, adapter_dtype, balance_coef, z_coef, router, middle: see lora_moe.LoraMoeConfig; a router
+            or a middle as the dict that its to_dict() makes.
         frozen_experts: experts that do not train (lora_moe.freeze_experts); filled in on saving.
         mixture: a LoraMoeConfig, or a dict of its fields, in place of the fields above.
         task_type, base_model_name_or_path, revision, inference_mode: as in PEFT.
@@ -85,6 +87,8 @@ class MoeLoraConfig(PeftConfig):
     adapter_dtype: str | None = None
     balance_coef: float = 0.01
     z_coef: float = 0.001
+    router: dict | None = None
+    middle: dict | None = None
     frozen_experts: list[int] = dataclasses.field(default_factory=list)
     mixture: InitVar[LoraMoeConfig | dict | None] = None
 
@@ -97,7 +101,7 @@ class MoeLoraConfig(PeftConfig):
         self._expect_patterns()
         for name in self._layer_fields():
             value = getattr(own, RENAMED.get(name, name))
-            setattr(self, name, list(value) if isinstance(value, tuple) else value)
+            setattr(self, name, _listed(value))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -115,6 +119,7 @@ class MoeLoraConfig(PeftConfig):
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in (*self._layer_fields(), *_MODULES):
             value = getattr(mixture, RENAMED.get(name, name))
+            value = value.to_dict() if isinstance(value, Part) else value
             own = getattr(self, name)
             if name in _MODULES and not value:
                 continue
@@ -185,6 +190,8 @@ def _mixture_of(mixture) -> LoraMoeConfig:
 
 
 def _listed(value):
+    if isinstance(value, Part):
+        return value.to_dict()
     return list(value) if isinstance(value, tuple) else value
 
 

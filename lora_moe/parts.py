@@ -1,0 +1,204 @@
+"""What a configuration plugs into a layer: a router, a middle; their names in files, tensors and inputs.
+
+Both are frozen dataclasses without tensors of their own.  They say which tensors they need, the layer
+registers these, and a forward hands them back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from reprlib import repr as brief
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from .context import Decision, Tokens, cache_in_use, fit_rows
+
+if TYPE_CHECKING:
+    from .config import LoraMoeConfig
+    from .layers import LoraMoeLinear
+
+ROUTER_STD = 0.02
+MAX_DEPTH = 4  # of parts inside parts
+MAX_TASKS = 65_536
+IGNORED = -100  # the label of a token that no loss asks for
+normal = functools.partial(nn.init.normal_, std=ROUTER_STD)
+
+
+class TensorSpec(NamedTuple):
+    """One tensor that a part asks the layer for.
+
+    shape   of any number of dimensions
+    init    fills it in place
+    trains  a parameter; False makes it a buffer
+    """
+
+    shape: tuple[int, ...]
+    init: Callable[[torch.Tensor], object] = normal
+    trains: bool = True
+
+
+class Batch(NamedTuple):
+    """What a forward of a layer knows besides its input."""
+
+    layer: LoraMoeLinear
+    decision: Decision
+
+    @property
+    def config(self) -> LoraMoeConfig:
+        return self.layer.config
+
+    @property
+    def training(self) -> bool:
+        return self.layer.training
+
+    @property
+    def cached(self) -> bool:
+        """Tokens before these stand in a cache."""
+        return cache_in_use() is not None
+
+    def tasks(self, x: torch.Tensor) -> torch.Tensor:
+        """(T,) int64: the task of each token of x (..., D), -1 for none.
+
+        Raises:
+            RuntimeError: nobody said them.
+            ValueError: they are not one per sample or token of x.
+        """
+        told = self.decision.tasks
+        if told is None:
+            raise RuntimeError(
+                "task_ids: expected the batch's tasks before a forward; say them with"
+                " lora_moe.use_routing(model, task_ids=) or lora_moe.set_routing"
+            )
+        return fit_rows(told, x, "task_ids").indices[:, 0].long()
+
+    def mask(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(T,) bool: which tokens of x (..., D) are none of padding; None where all are."""
+        told, reading = self.decision.mask, self.decision.reading
+        return Tokens(x.shape, reading.mask if told is None else told).counted()
+
+    def prompt(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(B, L) bool of x (B, L, D): tokens that may decide for their sequence; None where all may.
+
+        Padding may not, nor may what a causal model's loss asks for: tokens from the first label on.
+        """
+        mask, labels = self.mask(x), self.decision.reading.labels
+        mask = None if mask is None else mask.view(x.shape[:2])
+        if labels is None or labels.shape != x.shape[:2]:
+            return mask
+        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.to(labels.device)
+        prompt = real & ((labels != IGNORED).cumsum(1) == 0)
+        return prompt.scatter(1, first_of(real)[:, None], True).to(
+            x.device
+        )  # one token in any case
+
+
+class Part:
+    """The base of routers and middles.
+
+    Attributes:
+        kind: the tag in files, {"kind": "task", "num_tasks": 3}; one class has it.
+        known: {kind: class}, of routers and of middles each.
+    """
+
+    kind: ClassVar[str]
+    known: ClassVar[dict[str, type[Part]]]
+
+    @property
+    def task_count(self) -> int | None:
+        """How many tasks it tells apart, None if it reads none: `num_tasks`, where there is such a field."""
+        return getattr(self, "num_tasks", None)
+
+    def tensors(self, config: LoraMoeConfig, D_in: int, D_out: int) -> dict[str, TensorSpec]:
+        """What the layer is to register, by name; fp32, or fp64 beside fp64."""
+        return {}
+
+    def to_dict(self) -> dict:
+        """{"kind": kind, **fields} in plain lists, strings and numbers."""
+        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"kind": self.kind} | fields
+
+    @classmethod
+    def from_dict(cls, fields: dict, depth: int = 0) -> Part:
+        """The inverse of to_dict.
+
+        Raises:
+            ValueError: an unknown kind or field, or a value does not fit.
+        """
+        name = cls.__name__.lower()
+        if not isinstance(fields, dict) or depth > MAX_DEPTH:
+            raise ValueError(f"{name}: expected a dict with a kind, got {brief(fields)}")
+        kind = fields.get("kind")
+        part = cls.known.get(kind) if isinstance(kind, str) else None
+        if part is None:
+            raise ValueError(
+                f"{name}: expected a kind of {sorted(cls.known)}, got {brief(kind)}; a class of your"
+                " own must be imported first"
+            )
+        own = {field.name for field in dataclasses.fields(part)}
+        unknown = [field for field in fields if field != "kind" and field not in own]
+        if unknown:
+            raise ValueError(
+                f"{name} {kind!r}: expected the fields {sorted(own)}, got {brief(unknown)}"
+            )
+        values = {f: _read(cls, v, depth) for f, v in fields.items() if f != "kind"}
+        try:
+            return part(**values)
+        except TypeError as error:  # a field without a default is missing
+            raise ValueError(f"{name} {kind!r}: {error}") from None
+
+
+def _plain(value):
+    if isinstance(value, Part):
+        return value.to_dict()
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _read(family, value, depth):
+    if isinstance(value, dict):
+        return family.from_dict(value, depth + 1)
+    if isinstance(value, list):
+        if any(isinstance(v, (list, dict)) for v in value):
+            value = [tuple(v) if isinstance(v, list) else v for v in value]
+        return tuple(value)
+    return value
+
+
+def first_of(mask: torch.Tensor) -> torch.Tensor:
+    """(B, L) -> (B,), where each row's first true element stands; 0 without any."""
+    return (mask != 0).int().argmax(1)
+
+
+def register(cls):
+    """A class decorator: files and configurations know the router or middle by its `kind` from now on.
+
+    Raises:
+        TypeError: it is no frozen dataclass.
+        ValueError: another class has its kind.
+    """
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if not issubclass(cls, Part) or parameters is None or not parameters.frozen:
+        raise TypeError(f"{cls.__name__}: expected a frozen dataclass of Router or Middle")
+    other = cls.known.get(cls.kind)
+    if other is not None and (other.__module__, other.__qualname__) != (
+        cls.__module__,
+        cls.__qualname__,
+    ):
+        raise ValueError(f"{cls.__name__}: expected a kind of its own, got {cls.kind!r}, {other}'s")
+    cls.known[cls.kind] = cls
+    return cls
+
+
+def count(name: str, value, high: int) -> int:
+    """A field's integer in [1, high]; raises ValueError."""
+    if type(value) is not int or not 1 <= value <= high:
+        raise ValueError(f"{name}: expected an integer in [1, {high}], got {brief(value)}")
+    return value
+
+
+def one_of(name: str, value, known) -> None:
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name}: expected one of {tuple(known)}, got {brief(value)}")

@@ -1,0 +1,60 @@
+"""The base class of routers; how to write one is in docs/routers.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from ..parts import Batch, Part
+from ..routing import Routing
+
+if TYPE_CHECKING:
+    from ..config import LoraMoeConfig
+
+# fields of LoraMoeConfig that describe how the token router decides, with their defaults
+TOKEN_FIELDS = {
+    "gate": "softmax",
+    "renormalize": None,
+    "temperature": 1.0,
+    "top_p": None,
+    "threshold": None,
+    "router_bias": False,
+    "selection_bias": False,
+}
+
+
+class Router(Part):
+    """x -> Routing: a frozen dataclass in the place of LoraMoeConfig(router=).
+
+    Attributes:
+        reads: the fields of TOKEN_FIELDS that it takes from the configuration; a configuration that
+            sets another one is refused.
+    """
+
+    known: ClassVar[dict] = {}
+    reads: ClassVar[tuple[str, ...]] = ()
+
+    def fields_read(self) -> tuple[str, ...]:
+        return self.reads
+
+    def route(self, x: torch.Tensor, tensors: dict[str, torch.Tensor], batch: Batch) -> Routing:
+        """A decision for each token of x.
+
+        Args:
+            x: (..., D_in), before dropout.
+            tensors: those of `tensors`, by name.
+            batch: the layer, tasks, padding.
+        Returns:
+            Routing of T rows; aux_loss and statistics need its logits, lse and mean_prob.
+        """
+        raise NotImplementedError
+
+
+def decide(logits: torch.Tensor, config: LoraMoeConfig, bias=None) -> Routing:
+    """Routing.from_logits as the configuration's fields say, temperature included.  logits (..., E)"""
+    logits = logits if config.temperature == 1 else logits / config.temperature
+    return Routing.from_logits(
+        logits, config.top_k, gate=config.gate, renormalize=config.normalizes, bias=bias,
+        top_p=config.top_p, threshold=config.threshold,
+    )  # fmt: skip

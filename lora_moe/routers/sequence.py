@@ -1,0 +1,76 @@
+"""One decision for a whole sequence: by its first token, or by the mean of its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from ..context import keep, kept_decision
+from ..parts import first_of, one_of, register
+from .base import Router
+from .token import TokenRouter
+
+READS = ("first", "mean")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class SequenceRouter(Router):
+    """All tokens of a sequence take what `then` decides for one row: its first token, or their mean.
+
+    Padding does not count, and where the model's call has labels neither do tokens from the first one
+    with a label on: there are none when the model answers.  While a cache decodes, in this thread, the
+    prompt's decision stays; so logits of `generate` are not those of one forward over prompt and answer.
+    In a causal model the first token sees no other: where all sequences open alike, read the mean.
+
+    Args:
+        by: "first" or "mean".
+        then: the router that decides; None is the token router.
+    """
+
+    kind: ClassVar[str] = "sequence"
+    by: str = "first"
+    then: Router | None = None
+
+    def __post_init__(self):
+        one_of("by", self.by, READS)
+        if self.then is not None and not isinstance(self.then, Router):
+            raise ValueError(f"then: expected a router or None, got {type(self.then).__name__}")
+
+    @property
+    def inner(self) -> Router:
+        return TokenRouter() if self.then is None else self.then
+
+    @property
+    def task_count(self):
+        return self.inner.task_count
+
+    def fields_read(self):
+        return self.inner.fields_read()
+
+    def tensors(self, config, D_in, D_out):
+        return self.inner.tensors(config, D_in, D_out)
+
+    def route(self, x, tensors, batch):
+        if x.dim() != 3:
+            raise ValueError(
+                f"x: expected (B, L, D_in) to decide by sequence, got {tuple(x.shape)}"
+            )
+        B, L = x.shape[:2]
+        kept = kept_decision(batch.layer, B)
+        if kept is None:
+            kept = self.inner.route(self.row(x, batch), tensors, batch)
+            keep(batch.layer, kept)
+        return kept.repeat(L)
+
+    def row(self, x: torch.Tensor, batch) -> torch.Tensor:
+        """What each sequence decides by.  (B, L, D_in) -> (B, D_in)"""
+        mask = batch.prompt(x)
+        if mask is None:
+            return x[:, 0] if self.by == "first" else x.mean(1)
+        if self.by == "first":
+            return x[torch.arange(x.shape[0], device=x.device), first_of(mask)]
+        total = (mask[:, None].to(x.dtype) @ x).squeeze(1)  # (B, D_in)
+        return total / mask.sum(1, keepdim=True).clamp(min=1)

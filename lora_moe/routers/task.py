@@ -1,0 +1,75 @@
+"""The task decides: a row of a table, or one expert for each task."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..parts import MAX_TASKS, TensorSpec, count, normal, one_of, register
+from ..routing import Routing
+from .base import Router, decide
+
+TABLES = ("logits", "weights", "expert")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class TaskRouter(Router):
+    """Tokens of task t take the experts that row t of a table says, whatever they are.
+
+    logits    top-k of gate(G_t / temperature), G (num_tasks, E) trained
+    weights   all experts with the weights G_t as they stand, 1 / E at first, trained
+    expert    expert t alone, with weight 1; nothing to train
+
+    A token of task -1 takes no expert.
+
+    Args:
+        num_tasks: N, in [1, 65536]; at most E for "expert".
+        table: "logits", "weights" or "expert".
+    """
+
+    kind: ClassVar[str] = "task"
+    num_tasks: int
+    table: str = "logits"
+
+    def __post_init__(self):
+        count("num_tasks", self.num_tasks, MAX_TASKS)
+        one_of("table", self.table, TABLES)
+
+    def fields_read(self):
+        fields = ("gate", "renormalize", "temperature", "top_p", "threshold")
+        return fields if self.table == "logits" else ()
+
+    def tensors(self, config, D_in, D_out):
+        E = config.num_experts
+        if self.table == "expert":
+            if self.num_tasks > E:
+                raise ValueError(
+                    f"num_tasks: expected at most {E}, one expert each, got {self.num_tasks}"
+                )
+            return {}
+        even = functools.partial(nn.init.constant_, val=1 / E)
+        init = even if self.table == "weights" else normal
+        return {"router_table": TensorSpec((self.num_tasks, E), init)}
+
+    def route(self, x, tensors, batch):
+        tasks, E = batch.tasks(x), batch.config.num_experts
+        if self.table == "expert":
+            return Routing.from_ids(tasks, num_experts=E)
+        rows = tensors["router_table"][tasks.clamp(min=0)]  # (T, E)
+        decided = (
+            Routing.from_gates(rows) if self.table == "weights" else decide(rows, batch.config)
+        )
+        return without(decided, tasks < 0)
+
+
+def without(routing: Routing, none: torch.Tensor) -> Routing:
+    """The same with empty slots for the tokens of none (T,) bool, in its statistics too."""
+    ids = routing.indices.masked_fill(none[:, None], -1)
+    weights = routing.weights.masked_fill(none[:, None], 0)
+    counts = Routing.from_ids(ids, num_experts=routing.num_experts).counts
+    return routing._replace(indices=ids, weights=weights, counts=counts)

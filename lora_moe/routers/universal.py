@@ -1,0 +1,55 @@
+"""Two slots a token: an expert for all tasks, and the task's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from .. import functional as F
+from ..parts import MAX_TASKS, TensorSpec, count, one_of, register
+from ..routing import Routing
+from .base import Router
+
+GATES = ("softmax", "sigmoid", "sum")
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class UniversalRouter(Router):
+    """y += g1(x) s_0 B_0 A_0 x + g2(x) s_t B_t A_t x;  expert 0 is universal, expert 1 + t task t's.
+
+    A token of task -1 keeps g1(x) and has no second expert.
+
+    Args:
+        num_tasks: N = E - 1.
+        gate: [g1, g2] is "softmax" or "sigmoid" of the two logits W x, W (2, D_in); "sum" is 1 and 1.
+    Source: C-LoRAE (IJCAI 2025), arXiv 2505.06303; that there are two logits from x is inferred.
+    """
+
+    kind: ClassVar[str] = "universal"
+    num_tasks: int
+    gate: str = "softmax"
+
+    def __post_init__(self):
+        count("num_tasks", self.num_tasks, MAX_TASKS)
+        one_of("gate", self.gate, GATES)
+
+    def tensors(self, config, D_in, D_out):
+        if config.num_experts != self.num_tasks + 1:
+            raise ValueError(
+                f"num_experts: expected {self.num_tasks + 1}, one more than tasks, got {config.num_experts}"
+            )
+        return {} if self.gate == "sum" else {"router_weight": TensorSpec((2, D_in))}
+
+    def route(self, x, tensors, batch):
+        E, tasks = batch.config.num_experts, batch.tasks(x)
+        second = torch.where(tasks < 0, tasks, tasks + 1)  # (T,)
+        if self.gate == "sum":
+            return Routing.from_ids(
+                torch.stack([torch.zeros_like(second), second], 1), num_experts=E
+            )
+        gate = F.router_topk(x, tensors["router_weight"], 2, gate=self.gate, renormalize=False)
+        ids = torch.where(gate.indices == 0, 0, second[:, None])  # (T, 2), the heavier one first
+        return Routing.from_ids(ids, gate.weights, num_experts=E)

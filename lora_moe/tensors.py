@@ -1,0 +1,91 @@
+"""Which tensors a layer adds to its base: names, shapes, dtypes, the device, and their names in a file.
+
+Letters: E experts, R rank rows of all experts together, D_in and D_out the linear's sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+
+from .config import LoraMoeConfig
+from .parts import TensorSpec
+from .reference import accumulator
+from .routers import TokenRouter
+from .sharded import whole_shape
+
+_ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def file_names(config: LoraMoeConfig) -> dict[str, str]:
+    """{name of a layer's tensor: its name in the file}; the sizes of the layer do not matter."""
+    names = {"lora_A": "lora_A", "lora_B": "lora_B"}
+    for section, part in (("router", config.router or TokenRouter()), ("middle", config.middle)):
+        for name in () if part is None else part.tensors(config, 1, 1):
+            names[name] = f"{section}.{name.removeprefix(section + '_')}"
+    return names
+
+
+def linear_features(module: nn.Module) -> tuple[int, int] | None:
+    """(D_in, D_out) of a module that behaves like nn.Linear, None for any other."""
+    D_in, D_out = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    if isinstance(D_in, int) and isinstance(D_out, int):
+        return (D_in, D_out) if D_in > 0 and D_out > 0 else None  # a lazy one does not know yet
+    weight = getattr(module, "weight", None)
+    shape = whole_shape(weight) if hasattr(weight, "ndim") else ()
+    if isinstance(module, nn.Embedding) or len(shape) != 2:
+        return None
+    D_out, D_in = shape
+    transposed = getattr(module, "nf", None) == D_in  # transformers' Conv1D
+    return (D_out, D_in) if transposed else (D_in, D_out)
+
+
+def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
+    """Of lora_A and lora_B around this base; see LoraMoeConfig.adapter_dtype."""
+    own = getattr(getattr(base, "weight", None), "dtype", None)
+    own = own if own in _ADAPTER_DTYPES else torch.float32  # quantised
+    if config.adapter_dtype is None:
+        return accumulator(own)
+    return own if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
+
+
+def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.Tensor]:
+    """Shapes and dtypes, as tensors without memory, of what a LoraMoeLinear adds to `base`."""
+    D_in, D_out = linear_features(base)
+    R, dtype = sum(config.ranks), adapter_dtype(base, config)
+    router = accumulator(dtype)  # moves in steps that bf16 cannot hold
+    tensors = {
+        "lora_A": ((config.ranks[0] if config.shared_a else R, D_in), dtype),
+        "lora_B": ((R, D_out), dtype),
+    }
+    tensors |= {n: (spec.shape, router) for n, spec in part_specs(config, D_in, D_out).items()}
+    return {
+        name: torch.empty(shape, dtype=kind, device="meta")
+        for name, (shape, kind) in tensors.items()
+    }
+
+
+def part_specs(config: LoraMoeConfig, D_in: int, D_out: int) -> dict[str, TensorSpec]:
+    """What the configuration's router and middle ask a layer of these sizes for, by name."""
+    specs = dict((config.router or TokenRouter()).tensors(config, D_in, D_out))
+    if config.middle is not None:
+        between = config.middle.tensors(config, D_in, D_out)
+        if both := specs.keys() & between.keys():
+            raise ValueError(
+                f"middle: expected names that the router does not use, got {sorted(both)}"
+            )
+        specs |= between
+    return specs
+
+
+def device_of(base):
+    """Where the experts go: beside the base, or where accelerate runs a base that it offloads."""
+    outer = getattr(base, "_hf_hook", None)
+    for hook in getattr(outer, "hooks", (outer,)):
+        device = getattr(hook, "execution_device", None)
+        if device is not None and getattr(hook, "offload", False):
+            return torch.device(device)
+    tensors = itertools.chain(base.parameters(), base.buffers())
+    return next((t.device for t in tensors), torch.get_default_device())
