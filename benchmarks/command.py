@@ -4,6 +4,7 @@
     lora-moe bench compare OLD.json NEW.json
     lora-moe bench end-to-end [...]
 
+Rows are told as they are measured, with the time that is left; Ctrl-C ends the run and reports them.
 On a GPU all plans are timed there, by CUDA events and in CUDA graphs; without one the CPU is, and
 --set all ends with what the compiler makes of the GPU kernels.
 """
@@ -93,12 +94,17 @@ def options_of(args):
 
 def measure(args, options):
     def progress(text):
-        print(text, file=sys.stderr)
+        print(text, file=sys.stderr, flush=True)
+
+    def keep(result):  # a run that is killed leaves what it had
+        if args.json:
+            args.json.write_text(json.dumps(result))
 
     shapes = QUICK if args.quick else SETS.get(args.set, [])
-    result = suite.run([s for s in shapes if args.only in str(s)], options, progress)
-    if args.quick or args.set in ("scaling", "all"):
-        result["scaling"] = scaling.run(options, progress)
+    shapes = [s for s in shapes if args.only in str(s)]
+    result = suite.run(shapes, options, progress, keep)
+    if (args.quick or args.set in ("scaling", "all")) and "stopped" not in result:
+        scaling.run(options, result, progress, keep)
     return result
 
 

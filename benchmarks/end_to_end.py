@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import machine, timing
-from benchmarks.report import duration
+from benchmarks.timing import duration
 from examples import measure, peers, smollm2, training
 
 SENTENCES, LENGTH = 32, 15

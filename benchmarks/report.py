@@ -8,7 +8,7 @@ import statistics
 from dataclasses import dataclass
 
 from benchmarks import scaling
-from benchmarks.timing import Ratio, ratio
+from benchmarks.timing import Ratio, duration, ratio
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def markdown(result):
     parts = [
         f"{result['machine']}; best GEMM {rates}; copy {limits['bandwidth'] / 1e9:.1f} GB/s; "
         f"medians of {result['repeats']} interleaved turns, quartiles in brackets; "
-        f"load {result['load']:.1f} before the run."
+        f"load {result['load']:.1f} before the run{'; ' * ('stopped' in result)}{result.get('stopped', '')}."
     ]
     for key in dict.fromkeys(map(heading, result["rows"])):
         rows = [row for row in result["rows"] if heading(row) == key]
@@ -133,10 +133,3 @@ def left_out(rows):
         f"- {name}: {why} ({where[0]}{f' and {len(where) - 1} more' if where[1:] else ''})"
         for (name, why), where in reasons.items()
     )
-
-
-def duration(seconds):
-    for factor, unit in ((1, "s"), (1e3, "ms")):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"

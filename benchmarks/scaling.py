@@ -13,7 +13,7 @@ import torch
 from benchmarks import contenders as entry
 from benchmarks import machine, timing
 from benchmarks.shapes import Shape, sample
-from benchmarks.suite import PASSES
+from benchmarks.suite import PASSES, brief, each
 from lora_moe import functional
 
 BASE = Shape(2048, 1024, 1024, 8, 16)
@@ -21,22 +21,32 @@ AXES = {"T": (1024, 2048, 4096, 8192), "K": (1, 2, 4, 8), "E": (8, 16, 32, 64, 1
 QUICK = Shape(32, 64, 48, 4, 4), {"T": (16, 32), "K": (1, 2), "E": (4, 8)}
 
 
-def run(options, progress=lambda text: None):
-    """A row per axis, value, dtype and pass, with the seconds of the parts, turn by turn."""
+def run(options, result, progress=lambda text: None, keep=lambda result: None):
+    """result["scaling"]: a row per axis, value, dtype and pass, with the parts' seconds, turn by turn.
+
+    keep and an interrupt as in suite.run.
+    """
     base, axes = QUICK if options.quick else (BASE, AXES)
     if not options.quick:
         machine.keep_memory()
-    rows = []
-    for axis, values in axes.items():
-        for shape in (replace(base, **{axis: value}) for value in values):
-            for dtype in options.dtypes:
-                for name in options.passes:
-                    progress(f"scaling {shape} {dtype} {name}")
-                    seconds = measure(shape, dtype, name == PASSES[1], options)
-                    where = {"axis": axis, "value": getattr(shape, axis), "base": str(base)}
-                    dtype_name = str(dtype).removeprefix("torch.")
-                    rows.append(where | {"dtype": dtype_name, "pass": name, "seconds": seconds})
-    return rows
+    rows = result["scaling"] = []
+
+    def add(axis, shape, dtype, name):
+        seconds = measure(shape, dtype, name == PASSES[1], options)
+        where = {"axis": axis, "value": getattr(shape, axis), "base": str(base)}
+        dtype_name = str(dtype).removeprefix("torch.")
+        rows.append(where | {"dtype": dtype_name, "pass": name, "seconds": seconds})
+        progress(f"    {brief(seconds)}")
+        keep(result)
+
+    steps = [
+        (axis, replace(base, **{axis: value}), dtype, name)
+        for axis, values in axes.items()
+        for value in values
+        for dtype in options.dtypes
+        for name in options.passes
+    ]
+    each(steps, add, result, progress)
 
 
 def measure(shape, dtype, backward, options):

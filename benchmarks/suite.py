@@ -1,6 +1,9 @@
 """Times every contender on every shape, after holding its numbers to fp64, and keeps all samples."""
 
+import math
 import os
+import statistics
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +11,7 @@ import torch
 from benchmarks import contenders as entry
 from benchmarks import machine, timing
 from benchmarks.shapes import sample
+from benchmarks.timing import duration
 
 FORMAT = 1  # of the JSON
 PASSES = ("forward", "forward+backward")
@@ -34,25 +38,62 @@ class Options:
         return next(iter(self.clocks.values()))
 
 
-def run(shapes, options, progress=lambda text: None):
-    """The report as plain data: the machine, its limits, a row per shape, dtype, pass and clock."""
+def run(shapes, options, progress=lambda text: None, keep=lambda result: None):
+    """The report as plain data: the machine, its limits, a row per shape, dtype, pass and clock.
+
+    keep(result) is called after each row with all that there is.  An interrupt ends the run: what was
+    measured is the result, and `stopped` says how much is missing.
+    """
     load = os.getloadavg()[0]
     limits = machine.limits(options.device, options.clock, options.quick)
-    rows = []
-    for shape in shapes:
-        for dtype in options.dtypes:
-            for name in options.passes:
-                progress(f"{shape} {dtype} {name}")
-                rows += measure(shape, dtype, name, options)
-    after = machine.limits(options.device, options.clock, options.quick)
-    return {
+    result = {
         "format": FORMAT,
         "machine": machine.describe(options.device),
         "load": load,  # processes that wanted a core when the run began; 0 on a quiet machine
-        "limits": machine.best(limits, after),
+        "limits": limits,
         "repeats": options.repeats,
-        "rows": rows,
+        "rows": [],
     }
+
+    def add(shape, dtype, name):
+        rows = measure(shape, dtype, name, options)
+        result["rows"] += rows
+        for row in rows:
+            progress(f"    {row['clock']}: {brief(row['seconds'])}")
+        keep(result)
+
+    steps = [(s, d, name) for s in shapes for d in options.dtypes for name in options.passes]
+    if not each(steps, add, result, progress):
+        after = machine.limits(options.device, options.clock, options.quick)
+        result["limits"] = machine.best(limits, after)
+    return result
+
+
+def each(steps, act, result, progress) -> str:
+    """act(*step) for each, after a line that says how long the rest takes; until an interrupt.
+
+    Returns, and leaves in result["stopped"], how far it came; "" where it came to the end.
+    """
+    begin = time.monotonic()
+    for done, step in enumerate(steps):
+        left = (time.monotonic() - begin) / done * (len(steps) - done) if done else 0
+        about = f", about {math.ceil(left / 60)} min left" if done else ""
+        progress(f"[{done + 1}/{len(steps)}{about}] {' '.join(map(str, step))}")
+        try:
+            act(*step)
+        except KeyboardInterrupt:
+            result["stopped"] = f"stopped after {done} of {len(steps)} measurements"
+            progress(result["stopped"])
+            return result["stopped"]
+    return ""
+
+
+def brief(seconds):
+    """Medians, the fastest first."""
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    return ", ".join(
+        f"{name} {duration(s)}" for name, s in sorted(medians.items(), key=lambda m: m[1])
+    )
 
 
 def measure(shape, dtype, name, options):

@@ -67,3 +67,10 @@ def ratio(numerator, denominator):
         return Ratio(*values * 3)
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return Ratio(middle, low, high)
+
+
+def duration(seconds):
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"

@@ -356,6 +356,32 @@ def test_compare_says_when_machines_differ():
 # --- the command
 
 
+def test_a_stopped_run_leaves_what_it_had(tmp_path, monkeypatch, capsys):
+    """By Ctrl-C in the second row, and at the end of the first the file is there already."""
+    file, measured = tmp_path / "some.json", suite.measure
+    shapes = []
+
+    def measure(shape, *rest):
+        shapes.append(shape)
+        if len(shapes) == 2:
+            assert len(json.loads(file.read_text())["rows"]) == 1
+            raise KeyboardInterrupt
+        return measured(shape, *rest)
+
+    monkeypatch.setattr(suite, "measure", measure)
+    flags = ["--quick", "--repeats=1", "--device=cpu", "--dtype=fp32", "--pass=forward"]
+    assert command.main([*flags, "--json", str(file)]) == 0
+    result, said = json.loads(file.read_text()), capsys.readouterr()
+    assert len(result["rows"]) == 1
+    assert "scaling" not in result
+    assert "stopped after 1 of " in said.out
+    first, row, second, *_ = (line for line in said.err.splitlines() if line.startswith((" ", "[")))
+    assert first.startswith("[1/")
+    assert "wall clock: " in row
+    assert "ours " in row
+    assert "about 1 min left]" in second
+
+
 def test_quick_run_writes_everything(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = [f"--{kind}={tmp_path / f'run.{kind}'}" for kind in ("json", "markdown")]
