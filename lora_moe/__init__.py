@@ -17,10 +17,12 @@ from .backend import backend_info  # noqa: E402
 from .config import LoraMoeConfig  # noqa: E402
 from .context import checkpoint_context  # noqa: E402
 from .from_peft import from_peft  # noqa: E402
+from .graft import graft_weights  # noqa: E402
 from .inject import inject, remove  # noqa: E402
 from .io import adapter_info, load_adapter, save_adapter  # noqa: E402
 from .layers import LoraMoeLinear  # noqa: E402
 from .losses import aux_loss, router_stats  # noqa: E402
+from .merging import merge  # noqa: E402
 from .routing import Routing  # noqa: E402
 from .steering import (  # noqa: E402
     disable_adapters,
@@ -70,10 +72,12 @@ __all__ = [
     "freeze_experts",
     "from_peft",
     "functional",
+    "graft_weights",
     "inject",
     "injected",
     "load_adapter",
     "losses",
+    "merge",
     "remove",
     "router_stats",
     "save_adapter",
