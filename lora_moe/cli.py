@@ -1,4 +1,4 @@
-"""lora-moe info | inspect DIR | doctor | bench: what serves, what an adapter holds, is it right and fast."""
+"""lora-moe info | inspect DIR | convert SOURCE DIR | doctor | bench: the commands."""
 
 from __future__ import annotations
 
@@ -37,6 +37,20 @@ def main(argv: list[str] | None = None) -> int:
     about = "draw where tokens went over training, from DIR/router_history.json; needs matplotlib"
     command.add_argument("--png", metavar="FILE", help=about)
     command.set_defaults(run=lambda args: inspect(args.directory, args.png))
+
+    about = "make an adapter of another package's checkpoint, or PEFT folders of an adapter"
+    command = commands.add_parser("convert", help=about, description=about)
+    command.add_argument("source", metavar="SOURCE", help="a folder, or a file of tensors")
+    command.add_argument(
+        "directory", metavar="DIR", help="where to write; made if it does not exist"
+    )
+    about = "of SOURCE, else recognised: loramoe, mola, hydralora, meteora, coin, peft or lora_moe"
+    command.add_argument("--format", help=about)
+    about = "of meteora, the folders of its LoRAs in the order in which they were loaded"
+    command.add_argument("--adapters", metavar="DIR", nargs="+", default=(), help=about)
+    about = "experts per token, of meteora (2 by default) and peft"
+    command.add_argument("--top-k", metavar="K", type=int, help=about)
+    command.set_defaults(run=convert)
 
     about = "check forward and gradients of every backend on this machine against fp64"
     command = commands.add_parser("doctor", help=about, description=about)
@@ -98,6 +112,22 @@ def inspect(directory: str, png: str | None = None) -> int:
         print(f"{'modules':<20} {', '.join(map(_plain, part['modules']))}")
     _print_tensors(adapter["tensors"])
     return 0 if png is None else _draw(directory, png)
+
+
+def convert(args) -> int:
+    from .convert import convert
+
+    options = {"format": args.format, "adapters": args.adapters, "top_k": args.top_k}
+    try:
+        converted = convert(args.source, args.directory, **options)
+    except (OSError, ValueError) as error:
+        print(f"lora-moe convert: {error}", file=sys.stderr)
+        return 1
+    for path in converted.paths:
+        print(f"{converted.format}: wrote {path}")
+    for note in converted.notes:
+        print(f"note: {note}")
+    return 0
 
 
 def _draw(directory, png):

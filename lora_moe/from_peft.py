@@ -82,7 +82,7 @@ def from_peft(
         fields["target_modules"] = {path.rpartition(".")[2] for path in modules}
         saved = _whole(model, fields.get("modules_to_save") or (), modules)
         layers = {
-            path: LoraMoeLinear(module, _config_at(path, loras, fields))
+            path: LoraMoeLinear(module, config_at(path, loras, fields))
             for path, module in modules.items()
         }
         if any(layer.lora_A.is_meta for layer in layers.values()):
@@ -173,7 +173,7 @@ def _misfits(lora, path, module):
     return problems
 
 
-def _config_at(path, loras, fields) -> LoraMoeConfig:
+def config_at(path, loras, fields) -> LoraMoeConfig:
     """Ranks and alphas of all experts at a module; rank 1 where an adapter has none."""
     present = [(path, "A") in lora.tensors for lora in loras]
     ranks = [lora.rank(path) if here else 1 for lora, here in zip(loras, present)]

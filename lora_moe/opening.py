@@ -14,14 +14,16 @@ from typing import BinaryIO
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, pickles: bool = False) -> BinaryIO:
     """Open a regular file for reading; a link, a device or a pipe is refused before it is opened.
 
+    Args:
+        pickles: whether its name may be a pickle's; opening runs nothing.
     Raises:
         ValueError: it is not a regular file, or its name is a pickle's.
         OSError: it is missing or cannot be read.
     """
-    if path.suffix in _PICKLES:
+    if path.suffix in _PICKLES and not pickles:
         raise ValueError(
             f"{path}: expected a safetensors file; pickles run code and are not opened"
         )

@@ -23,7 +23,7 @@ _KEY = re.compile(r"([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 # say what the LoRA's function is, and are carried over
 _CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 # say where it is, which its tensors say, too, or nothing about the trained function
-_SILENT = {
+SILENT = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "lora_dropout", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config",
@@ -68,7 +68,7 @@ def opened(stack: contextlib.ExitStack, index: int, source) -> Lora:
         file = stack.enter_context(safefile.open_regular(found[0]))
         _, places = safefile.read_header(file)
         config = peft_format.read_config(found[1])
-        return _checked(
+        return checked(
             str(source), config, places, lambda key: safefile.read_tensor(file, places[key])
         )
     pair = isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Mapping)
@@ -87,7 +87,7 @@ def opened(stack: contextlib.ExitStack, index: int, source) -> Lora:
         key: safefile.Slice(names.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, 0)
         for key, t in state.items()
     }
-    return _checked(f"adapters[{index}]", config, places, state.__getitem__)
+    return checked(f"adapters[{index}]", config, places, state.__getitem__)
 
 
 def _nothing(source):
@@ -109,7 +109,7 @@ def _as_dict(config):
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
 
-def _checked(name, config, places, read) -> Lora:
+def checked(name, config, places, read) -> Lora:
     """Nothing that a bank does not hold may stand in the configuration or the tensors."""
     kind = config.get("peft_type")
     if kind != "LORA":
@@ -148,6 +148,6 @@ def _lost(config):
                 f"{field}={brief(value)} (it changes the base; save it with"
                 " path_initial_model_for_weight_conversion=)"
             )
-        elif field not in _CARRIED | _SILENT and value not in (None, False, "none", [], {}, ""):
+        elif field not in _CARRIED | SILENT and value not in (None, False, "none", [], {}, ""):
             found.append(f"{field}={brief(value)}")
     return found

@@ -11,7 +11,16 @@ import torch
 from lora_moe import notices
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = ("layer.md", "routing.md", "routers.md", "losses.md", "saving.md", "torch.md", "peft.md")
+PAGES = (
+    "layer.md",
+    "routing.md",
+    "routers.md",
+    "losses.md",
+    "saving.md",
+    "torch.md",
+    "convert.md",
+    "peft.md",
+)
 
 
 @pytest.mark.parametrize("page", PAGES)

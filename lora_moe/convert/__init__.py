@@ -1,0 +1,125 @@
+"""Published checkpoints of other packages as adapters of this one; see docs/convert.md.
+
+Each format has a file here, with its layout and its mathematics.  It is recognised by its configuration and
+keys; what an importer does not understand it refuses by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from reprlib import repr as brief
+from typing import NamedTuple
+
+from ..io import FILE_NAME
+from . import bank, coin, hydralora, meteora, moe_peft, peft
+from .source import Source, opened
+
+FORMATS = ("loramoe", "mola", "hydralora", "meteora", "coin", "peft", "lora_moe")
+
+
+class Converted(NamedTuple):
+    """format: what the source was.  paths: what has been written.  notes: what else a user should know."""
+
+    format: str
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+def convert(
+    source: str | os.PathLike,
+    directory: str | os.PathLike,
+    *,
+    format: str | None = None,
+    adapters: Iterable[str | os.PathLike] = (),
+    top_k: int | None = None,
+) -> Converted:
+    """Write directory/lora_moe.safetensors of another package's checkpoint, for load_adapter.
+
+    No base model is needed, and none is written.  An adapter of this package (format lora_moe) goes the other
+    way: each of its experts becomes a folder of PEFT.
+
+    Args:
+        source: a folder with adapter_model or model as .safetensors or .bin, or such a file; for peft, also a
+            folder of such folders, one for each expert.
+        directory: made if it does not exist.
+        format: one of FORMATS; None recognises it.
+        adapters: of meteora, the folders of the imported LoRAs in the order in which they were loaded.
+        top_k: experts per token where no file says it: meteora (None is 2) and peft (see LoraMoeConfig).
+    Returns:
+        Converted(format, paths, notes).
+    Raises:
+        ValueError: the format is not recognised; a tensor or a field is not understood (all are named) or
+            does not fit; a file is damaged, or a pickle that does anything but build tensors, which is not
+            run.  Nothing is written.
+        OSError: a file is missing, cannot be read or cannot be written.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format: expected one of {FORMATS}, got {brief(format)}")
+    adapters = tuple(adapters)
+    format = format or _by_name(Path(source))
+    if format == "lora_moe":
+        _expect_unused(format, adapters=adapters, top_k=top_k)
+        return Converted(format, tuple(peft.write_back(source, directory)), ())
+    notes: list[str] = []
+    with contextlib.ExitStack() as stack:
+        folders = peft.folders(source) if format in (None, "peft") else [Path(source)]
+        sources = [opened(stack, folder) for folder in folders or [Path(source)]]
+        format = format or _recognised(sources)
+        found = _read(format, sources, notes, adapters, top_k)
+        if not found:
+            raise ValueError(f"{source}: expected tensors of {format}, got none")
+        path = bank.write(directory, found)
+    notes += [
+        f"{s.name}: {', '.join(s.beside)} beside it was not read" for s in sources if s.beside
+    ]
+    return Converted(format, (path,), tuple(notes))
+
+
+def _by_name(source):
+    return "lora_moe" if (source / FILE_NAME).exists() or source.name == FILE_NAME else None
+
+
+def _recognised(sources: list[Source]) -> str:
+    source = sources[0]
+    kind = moe_peft.kind_of(source)
+    if kind:
+        return kind
+    for name, module in (("hydralora", hydralora), ("coin", coin), ("meteora", meteora)):
+        if module.fits(source):
+            return name
+    if source.config.get("peft_type") == "LORA":
+        return "peft"
+    found = source.config.get("peft_type")
+    raise ValueError(
+        f"{source.name}: expected one of the formats {FORMATS}, got peft_type {brief(found)} and tensors"
+        f" {brief(sorted(source.places))}"
+    )
+
+
+def _read(format, sources, notes, adapters, top_k):
+    if format == "peft":
+        _expect_unused(format, adapters=adapters)
+        return peft.read(sources, notes, top_k)
+    (source,) = sources
+    if format == "meteora":
+        return meteora.read(source, notes, adapters, top_k)
+    _expect_unused(format, adapters=adapters, top_k=top_k)
+    if format in ("loramoe", "mola"):
+        return moe_peft.read(source, notes, format)
+    if format == "mixlora":
+        raise ValueError(
+            f"{source.name}: expected experts around linear maps, got MixLoRA's around whole FFNs, which no"
+            " importer reads yet"
+        )
+    return {"hydralora": hydralora, "coin": coin}[format].read(source, notes)
+
+
+def _expect_unused(format, **options):
+    for name, value in options.items():
+        if value is not None and value != ():
+            raise ValueError(
+                f"{name}: expected none for {format}, whose files say it, got {brief(value)}"
+            )

@@ -1,0 +1,165 @@
+"""Experts by module path, as an importer reads them, and how they become an adapter's file.
+
+Letters: E experts, R rank rows of all experts together, r one expert's rank, D_in and D_out a linear's
+sizes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from reprlib import repr as brief
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import safefile
+from ..config import LoraMoeConfig
+from ..io import save_adapter
+from ..layers import LoraMoeLinear
+from .source import Source
+
+NO_LOSSES = {"balance_coef": 0.0, "z_coef": 0.0}
+
+
+class Experts(NamedTuple):
+    """The experts around one linear map, with a token router."""
+
+    config: LoraMoeConfig
+    lora_A: torch.Tensor  # (R, D_in), (r, D_in) if shared
+    lora_B: torch.Tensor  # (R, D_out)
+    router_weight: torch.Tensor  # (E, D_in)
+
+
+class Place(nn.Module):
+    """Stands for a linear map that nobody has loaded."""
+
+    def __init__(self, D_in: int, D_out: int):
+        super().__init__()
+        self.in_features, self.out_features = D_in, D_out
+
+
+def places(sizes: dict[str, tuple[int, int]]) -> nn.Module:
+    """A model of nothing but a Place at each path.
+
+    Raises:
+        ValueError: a path cannot be a module's, or lies inside another one.
+    """
+    model = nn.Module()
+    for path, size in sizes.items():
+        *above, last = path.split(".")
+        parent = model
+        try:
+            for name in above:
+                if name not in parent._modules:
+                    parent.add_module(name, nn.Module())
+                parent = parent._modules[name]
+            if isinstance(parent, Place) or last in parent._modules:
+                raise KeyError("it is inside another one")
+            parent.add_module(last, Place(*size))
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{ascii(path)[1:-1][:200]}: expected a module's path, got {error}"
+            ) from None
+    return model
+
+
+def write(directory: str | os.PathLike, bank: dict[str, Experts]) -> Path:
+    """The adapter's file that load_adapter reads, with the tensors in the dtypes that they came in.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinite values, or a path cannot be a module's.
+        OSError: the file cannot be written.
+    """
+    model = places({p: (e.lora_A.shape[1], e.lora_B.shape[1]) for p, e in bank.items()})
+    for path, experts in bank.items():
+        parent, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent)
+        with torch.device("meta"):
+            layer = LoraMoeLinear(parent._modules[name], experts.config)
+        for field in ("lora_A", "lora_B", "router_weight"):
+            value = getattr(experts, field)
+            setattr(layer, field, nn.Parameter(value, requires_grad=False))
+        parent._modules[name] = layer
+    return save_adapter(model, directory)
+
+
+# --- for the importers -------------------------------------------------------------------------------
+
+
+def gather(source: Source, keys_A: Sequence[str], keys_B: Sequence[str]):
+    """lora_A (R, D_in) and lora_B (R, D_out) of experts' A (r, D_in) and B (D_out, r)."""
+    A = torch.cat([source.read(key) for key in keys_A])
+    B = torch.cat([source.read(key).T for key in keys_B])
+    return A.contiguous(), B.contiguous()
+
+
+def expect_pairs(source: Source, pairs: Iterable[tuple[str, str, int]], gate: str | None, E: int):
+    """Problems of experts (key of A, key of B, r) and of their router's key, each in a line."""
+    problems, widths = [], set()
+    for a, b, r in pairs:
+        shape_a, shape_b = source.shape(a), source.shape(b)
+        if len(shape_a) != 2 or shape_a[0] != r:
+            problems.append(f"{a}: expected ({r}, D_in), got {shape_a}")
+        elif len(shape_b) != 2 or shape_b[1] != r:
+            problems.append(f"{b}: expected (D_out, {r}), got {shape_b}")
+        else:
+            widths.add((shape_a[1], shape_b[0]))
+    if len(widths) > 1:
+        problems.append(f"{a}: expected experts of one size, got (D_in, D_out) of {sorted(widths)}")
+    elif widths and gate is not None:
+        expected = (E, next(iter(widths))[0])
+        if source.shape(gate) != expected:
+            problems.append(f"{gate}: expected {expected}, got {source.shape(gate)}")
+    return problems
+
+
+def expect_floats(source: Source, keys: Iterable[str]) -> list[str]:
+    """Problems of tensors that are not floating-point."""
+    kinds = list(safefile.DTYPES)
+    found = ((key, source.places[key].dtype) for key in keys)
+    return [
+        f"{key}: expected one of {kinds}, got {ascii(d)[:50]}" for key, d in found if d not in kinds
+    ]
+
+
+def refuse_unknown(source: Source, keys: Iterable[str], fields: Iterable[str], kind: str) -> None:
+    """Raises ValueError that names tensors and fields of the configuration which would be lost."""
+    lost = [f"tensor {ascii(key)[:200]}" for key in keys]
+    lost = [*fields, *lost]
+    if lost:
+        more = f" and {len(lost) - 12} more" if lost[12:] else ""
+        raise ValueError(
+            f"{source.name}: expected what {kind} has, got {', '.join(lost[:12])}{more}, which this importer"
+            " does not understand and would lose"
+        )
+
+
+def unknown_fields(config: dict, known: Iterable[str]) -> list[str]:
+    """field=value of those that are set and not known."""
+    known = set(known)
+    return [
+        f"{field}={brief(value)}"
+        for field, value in config.items()
+        if field not in known and value not in (None, False, "none", [], {}, "")
+    ]
+
+
+def number(source: Source, field: str, default=None):
+    """A field that must be a number; LoraMoeConfig bounds it."""
+    return number_in(source.name, source.config, field, default)
+
+
+def number_in(name: str, config: dict, field: str, default=None):
+    value = config.get(field, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}: {field}: expected a number, got {brief(value)}")
+    return value
+
+
+def common(source: Source, paths: Iterable[str]) -> dict:
+    """Fields that all formats have alike: the dropout, and the last names of the modules."""
+    dropout = number(source, "lora_dropout") if source.config.get("lora_dropout") else 0.0
+    return {"dropout": dropout, "target_modules": {path.rpartition(".")[2] for path in paths}}
