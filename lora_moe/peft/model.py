@@ -11,7 +11,7 @@ from torch import nn
 
 from ..attach import attach, detach
 from ..inject import place
-from ..layers import adapter_dtype
+from ..tensors import adapter_dtype
 from ..targets import is_all_linear, targets_of
 from ..unfit import unfit
 from .layer import NO_MERGE, MoeLoraLinear
