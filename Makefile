@@ -76,6 +76,7 @@ test-host: build $(VENV)/.test $(VENV)/.demo build/deepspeed ## Run the whole su
 test-triton: build $(VENV)/.test ## Run the public functions on the Triton kernels, interpreted without a GPU
 	$(call step,tests of the public functions on the Triton kernels)
 	@LORA_MOE_BACKEND=triton $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+	@LORA_MOE_BACKEND=triton $(PYTEST) tests/presets/test_formulas.py -k 'equals_its_formula and train'
 	@for plan in rank_dense segmented decode; do \
 		printf '\033[1m==> the same with plan %s for every call\033[0m\n' $$plan; \
 		LORA_MOE_PLAN=$$plan LORA_MOE_BACKEND=triton $(PYTEST) $(FORCED) $(PYTEST_ARGS) || exit 1; \

@@ -12,7 +12,7 @@ from . import backend  # noqa: E402
 
 backend.load()
 
-from . import autograd, functional, losses  # noqa: E402
+from . import autograd, functional, losses, middles  # noqa: E402, F401  files name a middle by its kind
 from .backend import backend_info  # noqa: E402
 from .config import LoraMoeConfig  # noqa: E402
 from .context import checkpoint_context  # noqa: E402

@@ -33,7 +33,8 @@ def inject(
         model: any nn.Module, as a whole: the models of transformers in it, or it itself, are given a
             save_pretrained that keeps the base's names and a generate that knows of beams; a model around
             it is not.
-        config: what to build, and where (see LoraMoeConfig); or several, each with modules of its own.
+        config: what to build, and where (see LoraMoeConfig); or several, each with modules of its own;
+            or what a preset makes of adapters= (see presets.Adapters).
         freeze: set requires_grad to False on every parameter that belongs to no adapter.
     Returns:
         The same model; `injected(model)` tells what was replaced.
@@ -45,6 +46,8 @@ def inject(
         UserWarning: a name matches no module, or a parent calls a match in some branches only.
     """
     expect_no_wrapper(model)
+    if hasattr(config, "into"):
+        return config.into(model)
     configs = [config] if isinstance(config, LoraMoeConfig) else list(config)
     saved, found, adapters = {}, {}, {}
     for each in configs:

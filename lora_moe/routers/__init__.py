@@ -1,17 +1,29 @@
 """Routers, one file each: who decides which experts a token takes, and with which weights."""
 
 from .base import Router
+from .factors import FactorRouter
+from .generic import GenericRouter
+from .hidden import HiddenRouter
+from .noisy import NoisyRouter
 from .per_task import PerTaskRouter
+from .prefix import PrefixRouter
 from .sequence import SequenceRouter
 from .task import TaskRouter
+from .threshold import ThresholdRouter
 from .token import TokenRouter
 from .universal import UniversalRouter
 
 __all__ = [
+    "FactorRouter",
+    "GenericRouter",
+    "HiddenRouter",
+    "NoisyRouter",
     "PerTaskRouter",
+    "PrefixRouter",
     "Router",
     "SequenceRouter",
     "TaskRouter",
+    "ThresholdRouter",
     "TokenRouter",
     "UniversalRouter",
 ]

@@ -1,0 +1,35 @@
+"""One function a paper; each returns what `inject` takes.
+
+    inject(model, presets.hydralora(num_experts=3, r=8, target_modules=("q_proj", "v_proj")))
+
+Keywords are those of LoraMoeConfig, and **fields is any other of its fields.  Experts are frozen only where
+they are given, by adapters=.  Which method when: docs/methods.md.
+"""
+
+from .adapters import Adapters, meteora, moa, xlora
+from .experts import adamole, hydralora, loramoe, moelora, mola, smora
+from .sequences import conditional_mixlora, smola
+from .tasks import branch_lora, c_lorae, contrastive_loss, mlore, more, mtl_lora
+from .two_passes import two_passes
+
+__all__ = [
+    "Adapters",
+    "adamole",
+    "branch_lora",
+    "c_lorae",
+    "conditional_mixlora",
+    "contrastive_loss",
+    "hydralora",
+    "loramoe",
+    "meteora",
+    "mlore",
+    "moa",
+    "moelora",
+    "mola",
+    "more",
+    "mtl_lora",
+    "smola",
+    "smora",
+    "two_passes",
+    "xlora",
+]

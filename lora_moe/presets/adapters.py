@@ -1,0 +1,134 @@
+"""Presets over experts that exist already: MeteoRA, Mixture-of-LoRAs (MoA), X-LoRA.
+
+With adapters=, LoRA adapters of PEFT as from_peft takes them, the experts are those, frozen, and only the
+routers train.  Without it they are new and train too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from ..config import LoraMoeConfig
+from ..from_peft import from_peft
+from ..routers import HiddenRouter, SequenceRouter
+from ..steering import freeze_experts, injected
+from .experts import NO_LOSS
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapters:
+    """Frozen experts from LoRA adapters of PEFT, and the router over them; `inject` takes it.
+
+    Attributes:
+        adapters: as in from_peft.
+        top_k: as in LoraMoeConfig; None is all of them.
+        fields: of LoraMoeConfig, for the router.
+    """
+
+    adapters: tuple
+    top_k: int | None
+    fields: Mapping
+
+    def into(self, model: nn.Module) -> nn.Module:
+        """The same model with the experts in it, all of them frozen."""
+        top_k = len(self.adapters) if self.top_k is None else self.top_k
+        from_peft(model, self.adapters, top_k=top_k, router=self.fields)
+        freeze_experts(model, range(len(self.adapters)))
+        for layer in injected(model).values():
+            layer.lora_A.requires_grad_(False)
+            layer.lora_B.requires_grad_(False)
+        return model
+
+
+def meteora(
+    num_experts=8,
+    r=8,
+    top_k=2,
+    alpha=16.0,
+    *,
+    temperature=1.0,
+    adapters: Iterable | None = None,
+    target_modules=(),
+    **fields,
+) -> LoraMoeConfig | Adapters:
+    """y = W0 x + sum over e in top-K of  g_e s_e B_e A_e x,   g = softmax of the picked logits / temperature.
+
+    To teach the routers which adapter a sample is of:
+
+        losses.router_loss(model, losses.label_loss, labels)
+
+    Args:
+        adapters: LoRA adapters of PEFT, which are then the frozen experts and say their number, ranks,
+            scales and modules.
+    Source: Xu et al. 2024 (MeteoRA), arXiv 2405.13053, and its code.
+    """
+    router = NO_LOSS | {"temperature": temperature, "renormalize": True} | fields
+    return _bank(num_experts, r, top_k, alpha, adapters, target_modules, router)
+
+
+def moa(
+    num_experts=8,
+    r=8,
+    alpha=16.0,
+    *,
+    by="mean",
+    adapters: Iterable | None = None,
+    target_modules=(),
+    **fields,
+) -> LoraMoeConfig | Adapters:
+    """y = W0 x + s_e B_e A_e x,  e = argmax W x*:  one expert for a sequence, by its mean or first token x*.
+
+    The weight is 1, so that the domain's label alone trains the router:
+
+        losses.router_loss(model, losses.label_loss, labels)          labels (B,), an expert for each sequence
+
+    While a cache decodes, the prompt's decision stays.
+
+    Args:
+        by: "mean" or "first".
+        adapters: as in meteora.
+    Source: Feng et al. 2024 (Mixture-of-LoRAs), arXiv 2403.03432; that it is a linear router on the mean
+    is inferred.
+    """
+    router = NO_LOSS | {"router": SequenceRouter(by), "renormalize": True} | fields
+    return _bank(num_experts, r, 1, alpha, adapters, target_modules, router)
+
+
+def xlora(
+    hidden_size: int,
+    num_experts=8,
+    r=8,
+    top_k=None,
+    alpha=16.0,
+    *,
+    temperature=1.0,
+    adapters: Iterable | None = None,
+    target_modules=(),
+    **fields,
+) -> LoraMoeConfig | Adapters:
+    """y = W0 x + sum_e g_e s_e B_e A_e x,  g = softmax((W h + b) / temperature),  h the base's last state.
+
+    The two-pass classifier is included: after inject call presets.two_passes(model), which runs the base
+    before each forward.  It is PEFT's of depth 1 with scalings by layers, W and b of each layer's own;
+    deeper ones and one for all layers are not.  There is no cache: generate(use_cache=False).
+
+    Args:
+        hidden_size: of h, the model's.
+        top_k: None is all; otherwise the others' gates are zero and the picked ones' stay as they are.
+        adapters: as in meteora.
+    Source: Buehler and Buehler 2024 (X-LoRA), arXiv 2402.07148, and PEFT.
+    """
+    router = {"router": HiddenRouter(hidden_size), "temperature": temperature, "renormalize": False}
+    router = NO_LOSS | router | fields
+    return _bank(num_experts, r, top_k, alpha, adapters, target_modules, router)
+
+
+def _bank(num_experts, r, top_k, alpha, adapters, target_modules, fields):
+    if adapters is not None:
+        return Adapters(tuple(adapters), top_k, fields)
+    top_k = num_experts if top_k is None else top_k
+    sizes = {"num_experts": num_experts, "r": r, "top_k": top_k, "alpha": alpha}
+    return LoraMoeConfig(**sizes, target_modules=target_modules, **fields)

@@ -1,0 +1,147 @@
+"""Presets whose tokens decide by themselves: MoELoRA, HydraLoRA, LoRAMoE, MoLA, AdaMoLE, SMoRA.
+
+Letters: E experts, r one expert's rank, K picked experts per token; s is an expert's scale.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ..config import LoraMoeConfig
+from ..routers import ThresholdRouter
+
+NO_LOSS = {"balance_coef": 0.0, "z_coef": 0.0}
+
+
+def moelora(num_experts=8, r=128, alpha=256.0, *, target_modules=(), **fields) -> LoraMoeConfig:
+    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x,  E experts of rank r / E.
+
+    Every token takes all of them.
+
+    Args:
+        num_experts: E.
+        r: the rank of all experts together, a multiple of E.
+        alpha: belongs to r, so that s = alpha / r.
+    Raises:
+        ValueError: r is no multiple of E, or a field does not fit.
+    Source: Chen et al. 2024 (CoIN), arXiv 2403.08350, and its code.
+    """
+    piece = share("r", r, num_experts)
+    sizes = {"num_experts": num_experts, "r": piece, "top_k": num_experts}
+    named = {"alpha": alpha / num_experts, "target_modules": target_modules}
+    return LoraMoeConfig(**sizes, **NO_LOSS | named | fields)
+
+
+def hydralora(num_experts=3, r=8, alpha=16.0, *, target_modules=(), **fields) -> LoraMoeConfig:
+    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A x:   one A for all E heads B.
+
+    Source: Tian et al. 2024 (HydraLoRA), arXiv 2404.19245, and its code.
+    """
+    sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts, "shared_a": True}
+    return LoraMoeConfig(**sizes, **NO_LOSS | _named(alpha, target_modules) | fields)
+
+
+def loramoe(num_experts=8, r=4, alpha=32.0, *, target_modules=(), **fields) -> LoraMoeConfig:
+    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x, and a loss that keeps kinds of experts apart.
+
+    Add the loss yourself, as it needs the kinds of experts and of samples:
+
+        losses.router_loss(model, losses.localized_cv_squared, expert_types, sample_types, delta)
+
+    Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, and its code; in the paper the FFN's linears.
+    """
+    sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts}
+    return LoraMoeConfig(**sizes, **NO_LOSS | _named(alpha, target_modules) | fields)
+
+
+def mola(
+    num_experts: int | Sequence[int] = (2, 4, 6, 8),
+    r: int | Sequence[int] = 8,
+    top_k=2,
+    alpha=16.0,
+    *,
+    target_modules=(),
+    layers="layers",
+    **fields,
+) -> tuple[LoraMoeConfig, ...]:
+    """y = W0 x + sum over e in top-K of  g_e (alpha / r) B_e A_e x,  g = softmax(W x) renormalized.
+
+    Each transformer layer has as many experts as the list says.  A layer beyond the list has none.
+
+    Args:
+        num_experts: E of each layer, in order; an int is every layer's.
+        r: the experts' rank, of each layer or of all.
+        top_k: K; a layer with fewer experts takes them all.
+        target_modules: names, as in LoraMoeConfig; with a list no regular expression.
+        layers: the name of the module list that holds the layers.
+    Returns:
+        A configuration for each layer, or one where E and r are ints.
+    Raises:
+        ValueError: lists of different lengths, or a field does not fit.
+    Source: Gao et al. 2024 (MoLA), arXiv 2402.08562; the balance loss's coefficient is LoraMoeConfig's.
+    """
+    lengths = {len(v) for v in (num_experts, r) if not isinstance(v, int)}
+    if len(lengths) > 1 or lengths == {0}:
+        raise ValueError(f"num_experts, r: expected lists of one length, got {sorted(lengths)}")
+    named = {"z_coef": 0.0, "alpha": alpha}
+    if not lengths:
+        sizes = {"num_experts": num_experts, "r": r, "top_k": min(top_k, num_experts)}
+        return (LoraMoeConfig(**sizes, **named | {"target_modules": target_modules} | fields),)
+    if isinstance(target_modules, str) or not target_modules:
+        raise ValueError(
+            f"target_modules: expected names with a list per layer, got {target_modules!r:.99}"
+        )
+    names = "|".join(map(re.escape, target_modules))
+    n = lengths.pop()
+    E, ranks = ((v,) * n if isinstance(v, int) else tuple(v) for v in (num_experts, r))
+    made = []
+    for i in range(n):
+        where = rf"(.*\.)?{re.escape(layers)}\.{i}\.(.*\.)?({names})"
+        sizes = {"num_experts": E[i], "r": ranks[i], "top_k": min(top_k, E[i])}
+        made.append(LoraMoeConfig(**sizes, **named | {"target_modules": where} | fields))
+    return tuple(made)
+
+
+def adamole(
+    num_experts=8, r=4, alpha=8.0, *, max_threshold=None, target_modules=(), **fields
+) -> LoraMoeConfig:
+    """y = W0 x + sum_e g_e (alpha / r) B_e A_e x,   g = relu(p - tau) / sum of these.
+
+    p = softmax(W x) and tau = max_threshold * sigmoid(v x + c): each token takes as many experts as lie above
+    its threshold.
+
+    Args:
+        max_threshold: in (0, 1]; None is 1 / E, where every token takes at least one.
+    Source: Liu and Luo 2024 (AdaMoLE), arXiv 2405.00361, and its code.
+    """
+    sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts}
+    named = {"z_coef": 0.0, "router": ThresholdRouter(max_threshold)}
+    return LoraMoeConfig(**sizes, **named | _named(alpha, target_modules) | fields)
+
+
+def smora(num_experts=64, top_k=8, alpha=64.0, *, target_modules=(), **fields) -> LoraMoeConfig:
+    """y = W0 x + (alpha / E) sum over e in top-K of K g_e b_e a_e x,  g = sigmoid(W x) renormalized.
+
+    Every rank of one LoRA is an expert.  top-K is of sigmoid(W x) + bias; after each step
+    losses.update_selection_bias(model) moves the bias towards balance, without a loss.
+
+    Args:
+        num_experts: E, the rank of the LoRA.
+    Source: Zhao et al. 2025 (SMoRA), arXiv 2501.15103; that s is alpha / E is inferred.
+    """
+    sizes = {"num_experts": num_experts, "r": 1, "top_k": top_k}
+    router = {"gate": "sigmoid", "renormalize": True, "selection_bias": True}
+    named = _named(alpha * top_k / num_experts, target_modules)
+    return LoraMoeConfig(**sizes, **router, **NO_LOSS | named | fields)
+
+
+def share(name: str, total, pieces: int) -> int:
+    """total / pieces, or ValueError where that is no integer of at least 1."""
+    if not isinstance(total, int) or not isinstance(pieces, int) or pieces < 1 or total % pieces:
+        raise ValueError(f"{name}: expected a multiple of {pieces}, got {total!r:.99}")
+    return total // pieces
+
+
+def _named(alpha, target_modules):
+    return {"alpha": alpha, "target_modules": target_modules}

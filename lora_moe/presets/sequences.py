@@ -1,0 +1,68 @@
+"""Presets that decide over several tokens at once: conditional MixLoRA, Omni-SMoLA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..config import LoraMoeConfig
+from ..middles import ModalSlotMiddle, SlotMiddle, UnpairedMiddle
+from ..routers import FactorRouter, SequenceRouter
+from .experts import NO_LOSS
+
+
+def conditional_mixlora(
+    num_experts=16, top_k=4, alpha=8.0, *, scored=True, target_modules=(), **fields
+) -> LoraMoeConfig:
+    """y = W0 x + (alpha / K) sum_{j < K} g_j h_j b_{l_j} a_{i_j} x:  a sequence's K rows of A and K of B.
+
+        p = softmax(W m)                                                  i = top-K of p
+        q = softmax(softmax(V m) + softmax(sum_k softmax(U_k a_{i_k})))   l = top-K of q
+
+    g and h are p and q, each divided by the picked ones' sum;  m is the sequence's mean token, padding
+    apart.  While a cache decodes, the prompt's decision stays.
+
+    Args:
+        num_experts: E, the factors of rank 1.
+        top_k: K, the rank of what they make up.
+        scored: False leaves g and h out, as the public code does, whose routers then get no gradient.
+    Source: Shen et al. 2024 (conditional MixLoRA), arXiv 2402.15896, and its code; that g and h weigh the
+    factors is an option there.
+    """
+    sizes = {"num_experts": num_experts, "r": 1, "top_k": top_k, "alpha": alpha / top_k}
+    parts = {
+        "router": SequenceRouter("mean", then=FactorRouter(scored)),
+        "middle": UnpairedMiddle(),
+    }
+    named = {"target_modules": target_modules}
+    return LoraMoeConfig(**sizes, **NO_LOSS | parts | named | fields)
+
+
+def smola(
+    num_experts=16,
+    r=4,
+    alpha=4.0,
+    *,
+    segments=1,
+    modalities: Sequence[int] | None = None,
+    target_modules=(),
+    **fields,
+) -> LoraMoeConfig:
+    """y_t = W0 x_t + sum_e C_te (alpha / r) B_e A_e z_e,  z_e = sum_t D_te x_t,  t in a segment.
+
+        D = softmax over t of W x,   C = softmax over e of W x
+
+    Not causal: each token sees all of its segment, padding apart.  A cache is refused.
+
+    Args:
+        segments: a sequence is cut into so many of equal length.
+        modalities: of each expert, -1 for all tokens; task_ids say each token's.
+    Source: Wu et al. 2023 (Omni-SMoLA), arXiv 2312.00968; one slot per expert and what a segment is are
+    inferred from the abstract.
+    """
+    middle = SlotMiddle(segments)
+    if modalities is not None:
+        count = max([0, *modalities]) + 1
+        middle = ModalSlotMiddle(segments, count, tuple(modalities))
+    sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts, "alpha": alpha}
+    named = {"middle": middle, "target_modules": target_modules}
+    return LoraMoeConfig(**sizes, **NO_LOSS | named | fields)

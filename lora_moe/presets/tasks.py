@@ -1,0 +1,209 @@
+"""Presets whose batch says its tasks (use_routing): MTL-LoRA, MoRE, MLoRE, C-LoRAE, BranchLoRA."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ..config import LoraMoeConfig
+from ..context import recomputing
+from ..middles import CoreMiddle
+from ..parts import first_of
+from ..routers import GenericRouter, PerTaskRouter, PrefixRouter, SequenceRouter, TaskRouter
+from ..routers import UniversalRouter as Universal
+from ..steering import layers_of
+from .experts import NO_LOSS, share
+
+
+def mtl_lora(
+    num_tasks: int, num_experts=3, r=8, alpha=16.0, *, temperature=0.1, target_modules=(), **fields
+) -> LoraMoeConfig:
+    """y = W0 x + (alpha / r) sum_e softmax(w_t / temperature)_e B_e C_t A x,   t the task.
+
+    One A, E heads B, and of each task a core matrix C_t (r, r), the identity at first, and weights w_t (E,).
+
+    Source: Yang et al. 2024 (MTL-LoRA), arXiv 2410.09437, and its code, whose Lambda is C; the default
+    temperature is inferred.
+    """
+    sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts, "shared_a": True}
+    parts = {"router": TaskRouter(num_tasks), "middle": CoreMiddle(num_tasks)}
+    named = {"alpha": alpha, "temperature": temperature, "target_modules": target_modules}
+    return LoraMoeConfig(**sizes, **NO_LOSS | parts | named | fields)
+
+
+def more(
+    num_tasks: int, num_experts=8, r=8, alpha=16.0, *, target_modules=(), **fields
+) -> LoraMoeConfig:
+    """y = W0 x + (alpha / r) (1 + p_e - stop(p_e)) B[:, :n] A[:n] x,   n = (e + 1) r / E.
+
+    p = softmax(W z_t + c) and e = argmax p:  the task t picks one of E ranks of one LoRA, by its
+    embedding z_t.
+
+    The paper's contrastive loss on the embeddings is presets.contrastive_loss.
+
+    Args:
+        num_experts: E, how many ranks there are to pick from.
+        r: the largest of them, a multiple of E.
+    Source: Zhang et al. 2025 (MoRE), arXiv 2505.22694, and its code.
+    """
+    sizes = {"num_experts": num_experts, "r": share("r", r, num_experts), "top_k": num_experts}
+    named = {
+        "alpha": alpha / num_experts,
+        "router": PrefixRouter(num_tasks),
+        "target_modules": target_modules,
+    }
+    return LoraMoeConfig(**sizes, **NO_LOSS | named | fields)
+
+
+@contextlib.contextmanager
+def contrastive_loss(
+    model: nn.Module,
+    task_ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    temperature: float = 0.05,
+):
+    """MoRE's loss on the task embeddings, of the forwards inside the block:
+
+        with presets.contrastive_loss(model, task_ids, mask) as contrast:
+            loss = model(...).loss
+        (loss + contrast()).backward()
+
+    It is the mean over layers and samples of -log softmax_t(cos(x_b, z_t) / temperature) at the sample's
+    task, x_b the first token of the layer's input that is not padding.
+
+    Args:
+        task_ids: (B,), a task for each sample.
+        mask: (B, L), nonzero for real tokens; None is all.
+    Raises:
+        ValueError: no layer is of `more`.
+    Source: Zhang et al. 2025 (MoRE), arXiv 2505.22694, and its code.
+    """
+    layers = [y for y in layers_of(model).values() if isinstance(y.config.router, PrefixRouter)]
+    if not layers:
+        raise ValueError("model: expected layers of presets.more, got none")
+    found = []
+
+    def note(layer, args):
+        if recomputing():
+            return
+        x, z = args[0], layer.task_embedding  # (B, L, D_in), (N, D_in)
+        at = 0 if mask is None else first_of(mask).to(x.device)
+        first = x[torch.arange(x.shape[0], device=x.device), at]  # (B, D_in)
+        cosine = nn.functional.cosine_similarity(first.to(z.dtype)[:, None], z, dim=-1)
+        labels = task_ids.to(z.device).long()
+        found.append(nn.functional.cross_entropy(cosine / temperature, labels))
+
+    def mean():
+        if not found:
+            raise RuntimeError("contrastive_loss: expected a forward inside the block, got none")
+        return torch.stack([loss.to(found[0].device) for loss in found]).mean()
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        yield mean
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def mlore(
+    num_tasks: int,
+    r: Sequence[int] = (16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120, 128),
+    top_k=9,
+    alpha=16.0,
+    *,
+    generic_r=64,
+    task_r=64,
+    noise=True,
+    target_modules=(),
+    **fields,
+) -> LoraMoeConfig:
+    """y = W0 x + s B_0 A_0 x + s B_t A_t x + sum over m in top-K of  p_m s_m B_m A_m x.
+
+    p = softmax(W_t m), m the sequence's mean token: a generic expert, one of the task t, and the best of M
+    shared ones.  Expert 0 is generic, 1 + t task t's, the shared ones follow.  In training the router's
+    logits have learned noise.  Balance: losses.router_loss(model, losses.cv_squared).  While a cache decodes,
+    the prompt's decision stays.  This is the router and the experts, not the vision decoder.
+
+    Args:
+        r: the rank of each shared expert, (M,).
+        top_k: K.
+        alpha: s = alpha / r of each expert; a number, or one per expert (1 + num_tasks + M,).
+        generic_r, task_r: ranks of the generic and of the tasks' experts.
+    Source: Yang et al. 2024 (MLoRE), arXiv 2403.17749; 15 ranks from 16 to 128 as there, their steps, the
+    ranks of the other experts and the scale are inferred.
+    """
+    ranks = (generic_r, *[task_r] * num_tasks, *r)
+    sizes = {"num_experts": len(ranks), "r": ranks, "top_k": top_k, "alpha": alpha}
+    router = SequenceRouter("mean", then=GenericRouter(num_tasks, noise))
+    named = {"router": router, "target_modules": target_modules}
+    return LoraMoeConfig(**sizes, **NO_LOSS | named | fields)
+
+
+def c_lorae(
+    num_tasks: int,
+    r=24,
+    alpha=24.0,
+    *,
+    task_alpha=None,
+    gate="softmax",
+    target_modules=(),
+    **fields,
+) -> LoraMoeConfig:
+    """y = W0 x + g1(x) s_U B_U A_U x + g2(x) s_t B_t A_t x,   [g1, g2] = softmax(W x),   t the task.
+
+    Expert 0, U, is for all tasks and has rank r; expert 1 + t is task t's and has rank r / N.  Scales
+    are alpha / r of each.  The achievement loss is in methods.achievement.
+
+    Args:
+        num_tasks: N, at most r.
+        task_alpha: of the tasks' experts; None is alpha.
+        gate: "softmax", "sigmoid" or "sum", both weights 1.
+    Source: C-LoRAE (IJCAI 2025), arXiv 2505.06303; that there are two logits of x is inferred.
+    """
+    if not isinstance(r, int) or not isinstance(num_tasks, int) or not 1 <= num_tasks <= r:
+        raise ValueError(f"num_tasks: expected an integer in [1, r = {r}], got {num_tasks!r:.99}")
+    task_alpha = alpha if task_alpha is None else task_alpha
+    sizes = {
+        "num_experts": 1 + num_tasks,
+        "r": (r, *[r // num_tasks] * num_tasks),
+        "alpha": (alpha, *[task_alpha] * num_tasks),
+        "top_k": 2,
+    }
+    named = {"router": Universal(num_tasks, gate), "target_modules": target_modules}
+    return LoraMoeConfig(**sizes, **NO_LOSS | named | fields)
+
+
+def branch_lora(
+    num_tasks: int,
+    num_branches=8,
+    r=16,
+    top_k=2,
+    alpha=256.0,
+    *,
+    by="first",
+    target_modules=(),
+    **fields,
+) -> LoraMoeConfig:
+    """y = W0 x + (alpha / (E r)) sum over j in top-K of  g_j B_j A x,  g = softmax(W_t x*) renormalized.
+
+    One trunk A, E branches B_j, and a router W_t for each task t, made at inject; x* is the first token of
+    the sequence (or the mean of its tokens).  All tasks train together; learning them one after the other,
+    with branches that freeze, is methods.branch_lora.  While a cache decodes, the prompt's decision stays.
+
+    Args:
+        num_branches: E.
+        alpha: belongs to the total rank E r.
+        by: "first" or "mean"; in a causal model the first token sees no other, so that the mean tells more.
+    Source: Zhang et al. 2025 (BranchLoRA), arXiv 2506.02041.
+    """
+    sizes = {"num_experts": num_branches, "r": r, "top_k": top_k, "shared_a": True}
+    named = {
+        "alpha": alpha / num_branches,
+        "router": SequenceRouter(by, then=PerTaskRouter(num_tasks)),
+        "target_modules": target_modules,
+    }
+    return LoraMoeConfig(**sizes, **NO_LOSS | named | fields)

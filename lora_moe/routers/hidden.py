@@ -1,0 +1,80 @@
+"""A router that reads a first pass of the base model, not the layer's own input (X-LoRA)."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ..context import recomputing
+from ..parts import TensorSpec, count, register
+from ..reference import accumulator
+from .base import Router, decide
+
+MAX_WIDTH = 1_048_576
+
+
+class _Thread(threading.local):
+    def __init__(self):
+        self.states = weakref.WeakKeyDictionary()  # layer -> (B, L, hidden) of the first pass
+
+
+_thread = _Thread()
+_last: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # for a recompute in another thread
+
+
+def show(layers, states: torch.Tensor) -> None:
+    """What these layers' routers read in the forwards to come, in this thread.  states (B, L, hidden)"""
+    for layer in layers:
+        _thread.states[layer] = _last[layer] = states
+
+
+@register
+@dataclasses.dataclass(frozen=True)
+class HiddenRouter(Router):
+    """top-k of gate((W h + b) / temperature),  h the base model's last hidden state of the same token.
+
+    h comes from a first pass without experts and without gradients, which presets.two_passes(model)
+    puts before each forward of the model.
+
+    Args:
+        hidden_size: of h; the model's.
+    Source: Buehler and Buehler 2024 (X-LoRA), arXiv 2402.07148, its classifier of depth 1 by layers.
+    """
+
+    kind: ClassVar[str] = "hidden"
+    reads: ClassVar[tuple[str, ...]] = ("gate", "renormalize", "temperature")
+    hidden_size: int
+
+    def __post_init__(self):
+        count("hidden_size", self.hidden_size, MAX_WIDTH)
+
+    def tensors(self, config, D_in, D_out):
+        E = config.num_experts
+        return {
+            "router_weight": TensorSpec((E, self.hidden_size)),
+            "router_bias": TensorSpec((E,), nn.init.zeros_),
+        }
+
+    def route(self, x, tensors, batch):
+        h = _thread.states.get(batch.layer)
+        if h is None and recomputing():
+            h = _last.get(batch.layer)
+        if h is None:
+            raise RuntimeError(
+                "HiddenRouter: expected a first pass before the forward; call"
+                " lora_moe.presets.two_passes(model) once, and call the model as a whole"
+            )
+        if h.shape[:-1] != x.shape[:-1]:
+            raise ValueError(
+                f"x: expected the tokens of the first pass {tuple(h.shape[:-1])}, got"
+                f" {tuple(x.shape[:-1])}"
+            )
+        weight = tensors["router_weight"]
+        wide = torch.promote_types(weight.dtype, accumulator(h.dtype))
+        logits = h.flatten(0, -2).to(wide) @ weight.to(wide).T + tensors["router_bias"].to(wide)
+        return decide(logits, batch.config)

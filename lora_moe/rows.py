@@ -1,0 +1,27 @@
+"""What routers and middles share: the adapter's rows, the frozen ones held still; gates as a matrix."""
+
+from __future__ import annotations
+
+import torch
+
+from .routing import Routing
+
+
+def adapter_rows(layer) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A and lora_B; rows of frozen experts take no gradient (with shared_a only those of lora_B)."""
+    A, B = layer.lora_A, layer.lora_B
+    if not layer.frozen:
+        return A, B
+    moves = torch.ones(B.shape[0], 1, dtype=torch.bool, device=B.device)
+    for e in layer.frozen:
+        moves[layer.offsets[e] : layer.offsets[e + 1]] = False
+    B = torch.where(moves, B, B.detach())
+    return A if layer.config.shared_a else torch.where(moves, A, A.detach()), B
+
+
+def dense_gates(routing: Routing, E: int) -> torch.Tensor:
+    """(T, E), each expert's weight summed over the slots that hold it."""
+    ids = routing.indices.long()
+    weights = torch.where(ids < 0, 0, routing.weights)
+    zero = weights.new_zeros(ids.shape[0], E)
+    return zero.scatter_add(1, ids.clamp(min=0), weights)

@@ -1,0 +1,176 @@
+"""Forward and all gradients of every preset equal its formula, in fp64.
+
+LORA_MOE_BACKEND=triton runs the same in fp32 on the Triton kernels, interpreted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+from lora_moe import LoraMoeConfig, backend_info, inject, presets, use_routing
+from lora_moe.middles import UnpairedMiddle
+
+from .formulas import CASES, D_IN, D_OUT, MASK, TASKS, B, L
+
+TRITON = backend_info()["serving"]["cpu"] == "triton"  # which has no fp64
+DTYPE = torch.float32 if TRITON else torch.float64
+NEAR = {"rtol": 1e-4, "atol": 2e-5} if TRITON else {"rtol": 1e-12, "atol": 1e-12}
+
+
+class One(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(D_IN, D_OUT, dtype=DTYPE)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def prepared(name, seed=0):
+    """A linear with experts, everything random, and its input."""
+    torch.manual_seed(seed)
+    model = inject(One(), CASES[name].make(target_modules=("linear",)))
+    layer = model.linear
+    with torch.no_grad():
+        for tensor in layer.adapter_state().values():
+            nn.init.normal_(tensor, std=0.7)
+    return model, layer, torch.randn(B, L, D_IN, dtype=DTYPE, requires_grad=True)
+
+
+def told(model, case, mask=MASK):
+    return use_routing(model, task_ids=TASKS if case.tasks else None, mask=mask)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_its_formula(name, train):
+    model, layer, x = prepared(name)
+    case = CASES[name]
+    model.train(train)
+    given = {"tasks": TASKS, "mask": MASK, "train": train}
+    p = {k: t.detach().clone().requires_grad_() for k, t in layer.adapter_state().items()}
+    wide = x.detach().clone().requires_grad_()
+    want = layer.base_layer(wide) + case.formula(p, wide, **given)
+    with told(model, case):
+        torch.manual_seed(1)
+        got = model(x)
+    torch.testing.assert_close(got, want, **NEAR)
+    assert (want - layer.base_layer(x)).abs().max() > 0.1
+    dy = torch.randn_like(want)
+    got.backward(dy)
+    want.backward(dy)
+    torch.testing.assert_close(x.grad, wide.grad, **NEAR)
+    for key, tensor in layer.adapter_state().items():
+        if not tensor.requires_grad:
+            continue  # a buffer
+        truth = torch.zeros_like(tensor) if p[key].grad is None else p[key].grad
+        torch.testing.assert_close(tensor.grad, truth, **NEAR, msg=lambda m, k=key: f"{k}: {m}")
+        still = key == "noise_weight" and not train
+        still |= (name, key) == ("moa", "router_weight")  # weight 1: the label loss trains it
+        still |= key == "router_weight_1"  # of a task that the batch has not
+        assert (truth.abs().max() > 1e-6) != still, key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_frozen_experts_take_no_gradient(name):
+    model, layer, x = prepared(name)
+    layer.frozen = (1, 2)
+    with told(model, CASES[name]):
+        model(x).square().sum().backward()
+    o = layer.offsets
+    for e in (1, 2):
+        assert not layer.lora_B.grad[o[e] : o[e + 1]].any()
+        assert layer.config.shared_a or not layer.lora_A.grad[o[e] : o[e + 1]].any()
+    assert layer.lora_B.grad.any()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tasks])
+def test_a_sample_of_no_task_and_tasks_that_were_not_said(name):
+    model, layer, x = prepared(name)
+    model.eval()
+    with pytest.raises(RuntimeError, match="task_ids"):
+        model(x)
+    with told(model, CASES[name], mask=torch.ones(B, L)):
+        want = model(x)
+    with use_routing(model, task_ids=torch.tensor([2, -1])):
+        got = model(x)
+    torch.testing.assert_close(got[0], want[0])
+    assert not torch.equal(got[1], want[1])
+    shares_experts = name in ("mlore", "c_lorae", "smola_modal")  # with what is for all tasks
+    assert torch.equal(got[1], layer.base_layer(x)[1]) != shares_experts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_configuration_survives_its_dict(name):
+    config = CASES[name].make(target_modules=("linear",))
+    for each in config if isinstance(config, tuple) else (config,):
+        assert type(each).from_dict(each.to_dict()) == each
+
+
+def test_contrastive_loss_of_more():
+    model, layer, x = prepared("more")
+    with told(model, CASES["more"]), presets.contrastive_loss(model, TASKS, MASK) as contrast:
+        with contextlib.suppress(RuntimeError):
+            contrast()
+            pytest.fail("no forward has run")
+        model(x)
+    z, want = layer.task_embedding, 0
+    for b, first in ((0, 1), (1, 0)):
+        cosine = torch.stack([x[b, first] @ t / x[b, first].norm() / t.norm() for t in z])
+        want = want - torch.log_softmax(cosine / 0.05, 0)[TASKS[b]] / B
+    torch.testing.assert_close(contrast(), want, **NEAR)
+    grads = torch.autograd.grad(contrast(), z)[0], torch.autograd.grad(want, z)[0]
+    torch.testing.assert_close(*grads, **NEAR)
+
+
+def test_more_of_mola_a_list_for_each_layer():
+    made = presets.mola((2, 4), (8, 3), target_modules=("q_proj", "v_proj"))
+    assert [(c.num_experts, c.r, c.top_k) for c in made] == [(2, 8, 2), (4, 3, 2)]
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(6, 6)}) for _ in range(2))
+    model.layers.append(nn.ModuleDict({"k_proj": nn.Linear(6, 6)}))
+    inject(model, made)
+    assert [y["q_proj"].config.num_experts for y in model.layers[:2]] == [2, 4]
+    with pytest.raises(ValueError, match="one length"):
+        presets.mola((2, 4), (8,), target_modules=("q_proj",))
+    with pytest.raises(ValueError, match="names with a list"):
+        presets.mola((2, 4), target_modules="all-linear")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: presets.moelora(3, 8), "r: expected a multiple of 3"),
+        (lambda: presets.more(2, 3, 8), "r: expected a multiple of 3"),
+        (lambda: presets.c_lorae(30, 24), "num_tasks"),
+        (lambda: presets.mtl_lora(0), "num_tasks"),
+        (lambda: presets.adamole(max_threshold=0), "max_threshold"),
+        (lambda: presets.smola(segments=0), "segments"),
+        (lambda: presets.hydralora(gate="tanh"), "gate"),
+        (lambda: presets.adamole(gate="sigmoid"), "gate"),
+        (lambda: inject(One(), presets.mlore(3, (1, 1), target_modules=("linear",))), "top_k"),
+        (
+            lambda: inject(
+                One(), presets.mlore(1, (1,), 1, target_modules=("linear",), balance_coef=0.1)
+            ),
+            "cv_squared",
+        ),
+        (
+            lambda: inject(
+                One(), LoraMoeConfig(middle=UnpairedMiddle(), target_modules=("linear",))
+            ),
+            "rank 1",
+        ),
+        (
+            lambda: inject(One(), presets.mtl_lora(2, shared_a=False, target_modules=("linear",))),
+            "shared_a",
+        ),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make()
