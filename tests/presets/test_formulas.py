@@ -174,3 +174,11 @@ def test_more_of_mola_a_list_for_each_layer():
 def test_what_is_refused(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
+
+
+def test_moelora_is_branch_loras_baseline():
+    from lora_moe.methods import branch_lora
+
+    given = {"num_experts": 4, "r": 8, "alpha": 6.0, "target_modules": ("linear",)}
+    assert presets.moelora(**given) == branch_lora.moelora(**given)
+    assert presets.moelora() == branch_lora.moelora()
