@@ -11,8 +11,8 @@ from torch import nn
 
 from ..attach import attach, detach
 from ..inject import place
-from ..tensors import adapter_dtype
 from ..targets import is_all_linear, targets_of
+from ..tensors import adapter_dtype
 from ..unfit import unfit
 from .layer import NO_MERGE, MoeLoraLinear
 
