@@ -17,7 +17,9 @@ from .backend import backend_info  # noqa: E402
 from .config import LoraMoeConfig  # noqa: E402
 from .context import checkpoint_context  # noqa: E402
 from .from_peft import from_peft  # noqa: E402
+from .generated import fill_expert  # noqa: E402
 from .graft import graft_weights  # noqa: E402
+from .growing import grow  # noqa: E402
 from .inject import inject, remove  # noqa: E402
 from .io import adapter_info, load_adapter, save_adapter  # noqa: E402
 from .layers import LoraMoeLinear  # noqa: E402
@@ -69,10 +71,12 @@ __all__ = [
     "backend_info",
     "checkpoint_context",
     "disable_adapters",
+    "fill_expert",
     "freeze_experts",
     "from_peft",
     "functional",
     "graft_weights",
+    "grow",
     "inject",
     "injected",
     "load_adapter",

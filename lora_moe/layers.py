@@ -189,6 +189,21 @@ class LoraMoeLinear(nn.Module):
             for name, spec in self.specs().items():
                 spec.init(getattr(self, name))
 
+    def become(self, config: LoraMoeConfig, tensors: dict[str, torch.Tensor]) -> None:
+        """Take another configuration, and the tensors that it asks for (see tensors.adapter_tensors).
+
+        A parameter stays the same object where it is in `tensors`.  Frozen experts stay frozen.
+        """
+        self.config = config
+        self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
+        self._scaling = None
+        self._note_parts()
+        for name, tensor in tensors.items():
+            known = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
+            known[name] = tensor
+        self.frozen = self._frozen
+        records.forget(self)
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
         return self.adapt(x, self.base_layer(x, *args, **kwargs))

@@ -24,7 +24,7 @@ from .mergeable import Weight
 from .reference import accumulator
 from .routing import Routing
 from .safefile import raise_all
-from .sharded import unwrapped
+from .sharded import is_sharded, is_stepped_by_zero, unwrapped
 from .steering import layers_of
 
 Coefficients = Sequence[float] | torch.Tensor | Routing
@@ -99,7 +99,9 @@ def mergeable_layers(model: nn.Module) -> dict[str, LoraMoeLinear]:
             problems.append("the model itself is the layer; take a module that holds it")
         elif layer.adapter_name is not None:
             problems.append(f"{path}: PEFT's adapter; save_adapter and load_adapter make it ours")
-        elif getattr(layer.config, "middle", None) is not None:
+        elif any(is_sharded(t) or is_stepped_by_zero(t) for t in layer.adapter_state().values()):
+            problems.append(f"{path}: its experts are sharded; merge on one process")
+        elif layer.config.middle is not None:
             kind = type(layer.config.middle).__name__
             problems.append(f"{path}: its middle, {kind}, makes it more than a sum of B_e A_e")
     raise_all("model: expected experts that are matrices", problems)

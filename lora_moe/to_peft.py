@@ -157,7 +157,8 @@ def _config(model, layers, e, tensors) -> dict:
     """As it was read, if it still says what the tensors are; else anew."""
     own = {path: layer for path, layer in layers.items() if _key(path) in tensors}
     saved_paths = list(modules_state(model, layers))
-    origin = next((layer.origins[e].config for layer in own.values() if layer.origins), None)
+    origins = [layer.origins[e] for layer in own.values() if layer.origins]
+    origin = origins[0].config if origins and None not in origins else None
     if origin is not None and not saved_paths and _says(origin, own, e):
         return origin
     return _new_config(model, own, e, saved_paths)
@@ -176,7 +177,7 @@ def _says(config, layers, e):
     for path, layer in layers.items():
         r, alpha = at(path, "r", "rank_pattern"), at(path, "lora_alpha", "alpha_pattern")
         scale = alpha / r**0.5 if config.get("use_rslora") else alpha / r
-        known = layer.origins and layer.origins[e].dtypes is not None
+        known = layer.origins and layer.origins[e] and layer.origins[e].dtypes is not None
         if not known or r != layer.config.ranks[e] or abs(scale - layer.scales[e]) > 1e-12 * scale:
             return False
     return True

@@ -19,6 +19,7 @@ PAGES = (
     "saving.md",
     "torch.md",
     "convert.md",
+    "merging.md",
     "peft.md",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -263,6 +264,33 @@ def test_an_overflow_changes_nothing():
     with pytest.raises(ValueError, match=r"down: expected a sum that torch.float16 holds"):
         merge(model, C)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_sharded_weights():
+    model = with_experts()
+    model.up.weight.ds_id = 1  # as ZeRO-3 marks its parameters
+    with pytest.raises(ValueError, match="up: its weight is sharded"):
+        merge(model, C)
+    model.down.lora_B.ds_id = 2
+    for into in ("base", "lora"):
+        with pytest.raises(ValueError, match="down: its experts are sharded"):
+            merge(model, C, into=into)
+
+
+def test_a_middle_is_no_matrix():
+    from lora_moe.middle import Middle
+    from lora_moe.parts import register
+
+    @register
+    @dataclasses.dataclass(frozen=True)
+    class Odd(Middle):
+        kind = "test odd"
+
+    try:
+        with pytest.raises(ValueError, match="up: its middle, Odd, makes it more than a sum"):
+            merge(with_experts(middle=Odd()), C)
+    finally:
+        Middle.known.pop("test odd")
 
 
 def test_meta_and_wrappers():

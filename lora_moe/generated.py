@@ -1,0 +1,104 @@
+"""Weights of one expert that come from elsewhere: a generator, another training, a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from reprlib import repr as brief
+
+import torch
+from torch import nn
+
+from . import peft_format
+from .layers import expert_ids
+from .safefile import raise_all
+from .sharded import at_rest, fill, gathered, plain_path, unwrapped
+from .steering import layers_of
+
+
+@torch.no_grad()
+def fill_expert(
+    model: nn.Module,
+    expert: int,
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    scale: float | None = None,
+) -> None:
+    """Write A (r, D_in) and B (D_out, r) of one LoRA into an expert's rows of every layer.
+
+        lora_A[rows of e] = A,   lora_B[rows of e] = (scale / s_e) B^T,   so that  s_e B_e A_e = scale B A
+
+    The state dict has PEFT's keys, <module path>.lora_A.weight and <module path>.lora_B.weight, with or
+    without "base_model.model." before them.  What ICM-LoRA's conditional variational autoencoder
+    generates for a task, once it is cut into its matrices, is such a dict.
+
+    Args:
+        model: with experts in it; sharded ones are filled on every rank, which all call this.
+        expert: its id.
+        state_dict: both tensors of every layer; with shared_a only those of lora_B, as the others need A.
+        scale: what the weights were trained with, alpha / r; None takes the layer's own s_e.
+    Raises:
+        ValueError: a tensor is missing, unknown, of another shape or not finite (all are listed), or the
+            expert or the scale does not fit.  Nothing is changed.
+    Source:
+        ICM-LoRA, arXiv 2501.17635, generates the parameters; that they come as PEFT's keys is this package's.
+    """
+    whole, model = model, unwrapped(model)
+    layers = {plain_path(path): layer for path, layer in layers_of(model).items()}
+    wanted = {}  # key: (layer, name, shape, factor)
+    for path, layer in layers.items():
+        e = _one(expert, layer)
+        r, s = layer.config.ranks[e], layer.scales[e]
+        if scale is not None and not (0 <= scale < float("inf") and s > 0):
+            raise ValueError(
+                f"scale: expected a finite number for {path} of scale {s}, got {scale}"
+            )
+        factor = 1.0 if scale is None else scale / s
+        wanted[f"{path}.lora_B.weight".lstrip(".")] = (
+            layer,
+            "lora_B",
+            (layer.out_features, r),
+            factor,
+        )
+        if not layer.config.shared_a:
+            wanted[f"{path}.lora_A.weight".lstrip(".")] = (
+                layer,
+                "lora_A",
+                (r, layer.in_features),
+                1.0,
+            )
+    given = {peft_format.module_path(key): tensor for key, tensor in state_dict.items()}
+    problems = [f"{key}: missing" for key in wanted if key not in given]
+    problems += [f"{ascii(key)[:200]}: not the model's" for key in given if key not in wanted]
+    for key in wanted.keys() & given.keys():
+        problems += _misfit(key, given[key], *wanted[key])
+    raise_all("state_dict: expected A and B of each layer's expert", problems)
+    with at_rest(whole, modified=True):
+        for key, (layer, name, _, factor) in wanted.items():
+            parameter = getattr(layer, name)
+            rows = slice(*layer.offsets[(e := _one(expert, layer)) : e + 2])
+            value = gathered({name: parameter})[name].clone()
+            new = given[key].to(value.device, torch.float64)
+            value[rows] = (new if name == "lora_A" else factor * new.T).to(value.dtype)
+            fill(parameter, value)
+
+
+def _one(expert, layer):
+    E = layer.config.num_experts
+    try:
+        (e,) = expert_ids(expert, E)
+    except ValueError:
+        raise ValueError(f"expert: expected one id in [0, {E}), got {brief(expert)}") from None
+    return e
+
+
+def _misfit(key, tensor, layer, name, shape, factor):
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        kind = getattr(tensor, "dtype", type(tensor).__name__)
+        return [f"{key}: expected a floating-point tensor, got {kind}"]
+    if tuple(tensor.shape) != shape:
+        return [f"{key}: expected {shape}, got {tuple(tensor.shape)}"]
+    if not torch.isfinite((factor * tensor.double()).to(getattr(layer, name).dtype)).all():
+        return [
+            f"{key}: expected finite values in {getattr(layer, name).dtype}, got NaN or infinity"
+        ]
+    return []

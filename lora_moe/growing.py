@@ -1,0 +1,247 @@
+"""More experts in a model that has some: the old ones and what decides about them keep their bits.
+
+Letters: E experts, R rank rows of all experts together, D_in and D_out the linear's sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from reprlib import repr as brief
+
+import torch
+from torch import nn
+
+from . import stale
+from .context import thread
+from .layers import LoraMoeLinear
+from .routers import PerTaskRouter, Router, SequenceRouter, TaskRouter, TokenRouter, UniversalRouter
+from .safefile import raise_all
+from .sharded import is_sharded, is_stepped_by_zero, unwrapped
+from .steering import layers_of
+from .tensors import adapter_tensors, part_specs
+
+# the logit of an expert that no router picks: its softmax is 0 exactly, and fp16 holds it
+NEVER = -6e4
+
+
+@torch.no_grad()
+def grow(
+    model: nn.Module,
+    n: int,
+    *,
+    router: str = "fresh",
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Add n experts E, ..., E + n - 1 to every layer; they start with a zero lora_B and so add nothing.
+
+    Rows of the old experts and of their routers keep their bits, as do outputs where the caller decides
+    for old experts (`use_routing`).  Ranks and alphas of the new ones are those of the last old one.  top_k
+    stays, but a dense mixture of a token router (top_k = E > 1) stays dense.  Frozen experts stay frozen.
+
+    Who sees the new experts:
+
+        token and sequence routers   with router="fresh" rows drawn as inject does, so that decisions for old
+                                     tokens may change; with "keep" none are ever picked, and old
+                                     decisions stay: the new experts are reached by use_routing only
+        a router for each task       none of those made so far (PerTaskRouter, TaskRouter)
+        UniversalRouter              n new tasks
+        TaskRouter(table="expert")   n new tasks, where there was one for each expert
+        a router of your own         with "fresh", tensors with E rows or columns get n more
+
+    "keep" gives the routers a bias (router_bias) of -60,000, times the temperature if that is above 1, at the
+    new experts and zero at the old ones.  It is a parameter like any other, saved with the adapter; set its
+    rows to 0 to let the router at the new experts.  The balance loss counts them from then on as idle.
+
+    Parameters that grow are new objects.  An optimizer that was made before holds the old ones: pass it, and
+    it gets the new ones in their place, with its state of the old rows and zeros for the new.  One that is
+    not passed raises RuntimeError at its next step instead of training what is gone.
+
+    Args:
+        model: with experts of inject in it, not wrapped and not sharded; wrap it afterwards.
+        n: at least 1.
+        router: "fresh" or "keep".
+        optimizer: of torch.optim, or one whose state per parameter has the parameter's shape.
+    Returns:
+        The same model.
+    Raises:
+        ValueError: the model is wrapped, sharded, PEFT's or has no experts; n does not fit (see
+            LoraMoeConfig); a router of your own cannot keep its decisions; the optimizer's state cannot
+            grow; inside a use_routing block.  Nothing is changed.
+    """
+    if router not in ("fresh", "keep"):
+        raise ValueError(f"router: expected 'fresh' or 'keep', got {brief(router)}")
+    if type(n) is not int or n < 1:
+        raise ValueError(f"n: expected an integer of at least 1, got {brief(n)}")
+    layers = _layers(model)
+    plans = {layer: _Growth(path, layer, n, router == "keep") for path, layer in layers.items()}
+    replaced = {}
+    for plan in plans.values():
+        replaced |= plan.replaced()
+    if optimizer is not None:
+        stale.expect_growable(optimizer, replaced)
+    for plan in plans.values():
+        plan.apply()
+    if optimizer is not None:
+        beside = {
+            layer.router_bias: layer.router_weight
+            for layer, plan in plans.items()
+            if "router_bias" in plan.made
+        }
+        stale.replace(optimizer, replaced, beside)
+    stale.forget(replaced)
+    return model
+
+
+def _layers(model) -> dict[str, LoraMoeLinear]:
+    if unwrapped(model) is not model:
+        raise ValueError(
+            f"model: expected the plain model, got {type(model).__name__} around it, which knows only the"
+            " parameters that were there: grow what is inside, then wrap it anew"
+        )
+    layers, problems = layers_of(model), []
+    for path, layer in layers.items():
+        held = layer.adapter_state().values()
+        if layer.adapter_name is not None:
+            problems.append(
+                f"{path}: PEFT's adapter, whose number of experts PEFT's configuration says"
+            )
+        elif any(is_sharded(t) or is_stepped_by_zero(t) for t in held):
+            problems.append(f"{path}: sharded parameters: save the adapter, grow it on one process")
+        elif any(name not in layer._parameters | layer._buffers for name in layer.names):
+            problems.append(f"{path}: pruned or parametrized tensors: make them plain first")
+        elif layer in thread.decisions:
+            problems.append(f"{path}: a use_routing block around the call: grow outside of it")
+    raise_all("model: expected layers that can grow", problems)
+    return layers
+
+
+class _Growth:
+    """What becomes of one layer; nothing changes before apply().
+
+    Attributes:
+        tensors: {name: tensor} of the layer afterwards; those that stay are the same objects.
+        made: names of tensors that it did not have.
+    """
+
+    def __init__(self, path, layer, n, keep):
+        self.layer, self.n, self.keep = layer, n, keep
+        self.E = layer.config.num_experts
+        try:
+            self.config = self._grown(layer.config)
+            like = adapter_tensors(layer.base_layer, self.config)
+            self.specs = part_specs(self.config, layer.in_features, layer.out_features)
+        except ValueError as error:
+            raise ValueError(f"{path}: n={n}: {error}") from None
+        lost = set(layer.names) - set(like)
+        if lost:
+            raise ValueError(
+                f"{path}: expected tensors that grow, got {sorted(lost)} that would go"
+            )
+        self.made = {name for name in like if name not in layer.names}
+        self.tensors = {name: self._tensor(path, name, t) for name, t in like.items()}
+
+    def replaced(self) -> dict[nn.Parameter, nn.Parameter]:
+        """{old parameter: the one in its place}"""
+        pairs = ((getattr(self.layer, name, None), new) for name, new in self.tensors.items())
+        return {old: new for old, new in pairs if isinstance(old, nn.Parameter) and new is not old}
+
+    def apply(self):
+        layer, before = self.layer, self.layer.config.num_tasks
+        layer.become(self.config, self.tensors)
+        layer.given = _padded(layer.given, self.n)
+        tasks = self.config.num_tasks
+        if tasks != before:
+            layer.tasks = _padded(layer.tasks, tasks - before)
+        if layer.origins:
+            layer.origins = (*layer.origins, *(None,) * self.n)
+
+    def _grown(self, config):
+        E, n = self.E, self.n
+        fields = {"num_experts": E + n, "router": self._router(config.router)}
+        for name in ("r", "alpha"):
+            value = getattr(config, name)
+            fields[name] = (*value, *value[-1:] * n) if isinstance(value, tuple) else value
+        if self.keep and _decides_by_token(config.router):
+            fields["router_bias"] = True
+        elif config.router is None and config.top_k == E > 1:
+            fields["top_k"] = E + n
+        return dataclasses.replace(config, **fields)
+
+    def _router(self, router: Router | None) -> Router | None:
+        match router:
+            case None | TokenRouter():
+                return router
+            case SequenceRouter():
+                return dataclasses.replace(router, then=self._router(router.then))
+            case PerTaskRouter():
+                known = router.experts_of(self.layer.config)
+                return dataclasses.replace(router, known_experts=known)
+            case UniversalRouter():
+                return dataclasses.replace(router, num_tasks=router.num_tasks + self.n)
+            case TaskRouter(table="expert") if router.num_tasks == self.E:
+                return dataclasses.replace(router, num_tasks=router.num_tasks + self.n)
+            case TaskRouter():
+                return router
+        if self.keep:
+            raise ValueError(
+                f"router: expected 'fresh' for a {type(router).__name__}, whose logits are not known here,"
+                " got 'keep'"
+            )
+        return router
+
+    def _tensor(self, path, name, like):
+        old = getattr(self.layer, name, None)
+        if old is not None and old.shape == like.shape:
+            return old
+        beside = self.layer.router_weight if old is None else old
+        new = torch.empty(like.shape, dtype=beside.dtype, device=beside.device)
+        self._start(name, new)
+        if old is not None:
+            if any(a != b and (a, b) not in self._sizes() for a, b in zip(old.shape, new.shape)):
+                raise ValueError(
+                    f"{path}: {name}: expected a tensor with one row or column for each expert, got"
+                    f" {tuple(old.shape)} that becomes {tuple(new.shape)}"
+                )
+            new[tuple(slice(size) for size in old.shape)] = old
+        if name in self.specs and not self.specs[name].trains:
+            return new
+        return nn.Parameter(new, requires_grad=beside.requires_grad)
+
+    def _sizes(self):
+        """(before, after) of dimensions that grow with the experts."""
+        return (self.E, self.E + self.n), (sum(self.layer.config.ranks), sum(self.config.ranks))
+
+    def _start(self, name, new):
+        """Values of all rows, of which the old ones are then put back."""
+        if name == "lora_A":
+            nn.init.kaiming_uniform_(new, a=math.sqrt(5))
+        elif name == "lora_B":
+            nn.init.zeros_(new)
+        else:
+            self.specs[name].init(new)
+            if (value := self._unseen(name)) is not None:
+                new[..., self.E :] = value
+
+    def _unseen(self, name):
+        """What a tensor with a column for each expert says of one that is not to be picked, if it does."""
+        never = NEVER * max(1.0, self.config.temperature)
+        if name in ("router_bias", "selection_bias"):
+            return never if self.keep else None
+        router = self.config.router
+        router = router.inner if isinstance(router, SequenceRouter) else router
+        if name == "router_table" and isinstance(router, TaskRouter):
+            return never if router.table == "logits" else 0.0
+        return None
+
+
+def _decides_by_token(router):
+    inner = router.inner if isinstance(router, SequenceRouter) else router
+    return inner is None or isinstance(inner, TokenRouter)
+
+
+def _padded(decision, n):
+    """A caller's decision among more experts, or tasks: none of the new ones."""
+    if decision is None:
+        return None
+    return decision._replace(counts=torch.cat([decision.counts, decision.counts.new_zeros(n)]))
