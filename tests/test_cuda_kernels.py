@@ -365,6 +365,18 @@ def test_what_is_not_finite_stays_so(kernels, value, dtype):
     assert torch.equal(got[torch.arange(70) != 60], want[torch.arange(70) != 60])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_an_infinite_weight_reaches_the_logits_as_in_fp32(kernels, value, dtype):
+    """Not as inf - inf of the terms that it is split into."""
+    x, w = noise(16, 64, dtype=dtype), noise(8, 64)
+    w[5, 40] = value
+    got = kernels.shrink(x, noise(8, 64, dtype=dtype), w)[1]
+    torch.testing.assert_close(
+        got, (x.double() @ w.double().T).float(), rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+
+
 @every_dtype
 @some("long", "wide", "unequal ranks")
 def test_no_worse_than_eager(kernels, case, dtype):

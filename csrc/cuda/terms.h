@@ -3,7 +3,8 @@
 //
 // fp16 spans 40 powers of two, fp32 277.  So the sixteen fp32 numbers of a row that are summed over
 // in one step become multiples of a power of two, their largest 2^14 to 2^15 of it: none overflows,
-// and all within 2^-15 of the largest keep their 24 bits, whatever a loss is scaled by.
+// and all within 2^-15 of the largest keep their 24 bits, whatever a loss is scaled by.  Beside an
+// infinite one the others are zero.
 #pragma once
 
 #include <mma.h>
@@ -33,7 +34,8 @@ struct Terms {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           term[i].v[v] = narrow<Term>(rest);
-          rest -= widen(term[i].v[v]);
+          const float part = widen(term[i].v[v]);
+          rest = isinf(part) ? 0.f : rest - part;
         }
       }
     }
