@@ -96,7 +96,9 @@ class Workspace:
         # also where a template was made or an inline function called, if the error is in a header
         places = re.findall(r"(csrc/cpu/[\w.]+):(\d+):\d+:\s+(?:error|required from)", said)
         errors = {(file, int(line)) for file, line in places}
-        self.crashed = crashes = re.findall(r"(csrc/cpu/[\w.]+):(\d+):\d+: internal compiler error", said)
+        self.crashed = crashes = re.findall(
+            r"(csrc/cpu/[\w.]+):(\d+):\d+: internal compiler error", said
+        )
         for file, line in crashes:
             errors |= {(file, n) for n in self._function_at(file, int(line))}
         if done.returncode and not errors:
