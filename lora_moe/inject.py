@@ -47,6 +47,8 @@ def inject(
     """
     expect_no_wrapper(model)
     if hasattr(config, "into"):
+        if not freeze:
+            raise ValueError("freeze: expected True with adapters=, which trains routers alone")
         return config.into(model)
     configs = [config] if isinstance(config, LoraMoeConfig) else list(config)
     saved, found, adapters = {}, {}, {}

@@ -105,8 +105,11 @@ def _layer_loss(config, runs):
     total, counted = 0, 0
     for run in runs:
         mask = run.tokens.counted()
-        balance = config.balance_coef * load_balance_loss(run.routing, mask, config.gate)
-        loss = balance + config.z_coef * z_loss(run.routing, mask)
+        loss = 0
+        if config.balance_coef:
+            loss = loss + config.balance_coef * load_balance_loss(run.routing, mask, config.gate)
+        if config.z_coef:
+            loss = loss + config.z_coef * z_loss(run.routing, mask)
         if len(runs) == 1:
             return loss
         tokens = run.routing.lse.shape[0] if mask is None else mask.sum()

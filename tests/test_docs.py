@@ -16,6 +16,7 @@ PAGES = (
     "routing.md",
     "routers.md",
     "losses.md",
+    "methods.md",
     "saving.md",
     "torch.md",
     "convert.md",
@@ -27,7 +28,7 @@ PAGES = (
 @pytest.mark.parametrize("page", PAGES)
 def test_the_examples_run(page, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
-    if page == "peft.md":
+    if page in ("peft.md", "methods.md"):
         pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(notices, "told", set())

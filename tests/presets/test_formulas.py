@@ -6,12 +6,22 @@ LORA_MOE_BACKEND=triton runs the same in fp32 on the Triton kernels, interpreted
 from __future__ import annotations
 
 import contextlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lora_moe import LoraMoeConfig, backend_info, inject, presets, use_routing
+from lora_moe import (
+    LoraMoeConfig,
+    aux_loss,
+    backend_info,
+    inject,
+    presets,
+    router_stats,
+    use_routing,
+)
 from lora_moe.middles import UnpairedMiddle
 
 from .formulas import CASES, D_IN, D_OUT, MASK, TASKS, B, L
@@ -182,3 +192,33 @@ def test_moelora_is_branch_loras_baseline():
     given = {"num_experts": 4, "r": 8, "alpha": 6.0, "target_modules": ("linear",)}
     assert presets.moelora(**given) == branch_lora.moelora(**given)
     assert presets.moelora() == branch_lora.moelora()
+
+
+def test_the_table_of_methods_has_every_preset():
+    rows = (Path(__file__).parents[2] / "docs/methods.md").read_text().splitlines()
+    rows = {row.split("`")[1]: row for row in rows if row.startswith("| `")}
+    papers = [n for n in presets.__all__ if n not in ("Adapters", "contrastive_loss", "two_passes")]
+    assert sorted(n for n in rows if "](https://arxiv.org/abs/" in rows[n]) == sorted(papers)
+    for name in papers:
+        number = re.search(r"arxiv.org/abs/([0-9.]+)", rows[name])[1]
+        assert f"arXiv {number}" in getattr(presets, name).__doc__, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_balance_and_statistics_do_not_ask_which_preset(name):
+    coefficients = {"z_coef": 0.1, "balance_coef": 0.0 if name == "mlore" else 0.1}
+    torch.manual_seed(0)
+    config = CASES[name].make(target_modules=("linear",), **coefficients)
+    model = inject(One(), config).train()
+    with told(model, CASES[name]):
+        model(torch.randn(B, L, D_IN, dtype=DTYPE))
+    loss = aux_loss(model)
+    if name == "c_lorae":  # both experts are given, so that there is nothing to balance
+        assert loss == 0
+    else:
+        loss.backward()
+        assert loss.isfinite() and loss > 0
+    assert all(
+        p.grad.isfinite().all() for p in model.linear.router_parameters() if p.grad is not None
+    )
+    assert router_stats(model)["linear"]["load"].sum() == pytest.approx(1)
