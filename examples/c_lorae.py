@@ -20,8 +20,9 @@ import torch.nn.functional as F
 import lora_moe
 from examples import c_lorae_report, evidence, kaomoji_sets, smollm2
 from examples import upper as parts
-from lora_moe.methods import c_lorae, extraction, visual
-from lora_moe.methods.achievement import AchievementLoss
+from lora_moe.methods import c_lorae
+from lora_moe.methods.c_lorae import extraction, visual
+from lora_moe.methods.c_lorae.achievement import AchievementLoss
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TASKS = tuple(kaomoji_sets.LABELS)

@@ -28,7 +28,7 @@ import torch
 from fontTools.ttLib import TTCollection
 from PIL import Image, ImageDraw, ImageFont
 
-from lora_moe.methods.extraction import Schema, write
+from lora_moe.methods.c_lorae.extraction import Schema, write
 
 CELL, CELLS = 16, 20  # pixels of a cell's side; characters of a drawing at most
 LABELS = {

@@ -23,11 +23,12 @@ from . import safefile
 from .attach import attach
 from .config import MAX_COEFFICIENT, MAX_RANK, LoraMoeConfig
 from .inject import freeze_base, modules_to_save, place
-from .layers import LoraMoeLinear, linear_features
+from .layers import LoraMoeLinear
 from .peft_format import shared
 from .peft_lora import opened
 from .sharded import expect_no_wrapper, fill, unwrapped
 from .steering import injected
+from .tensors import linear_features
 from .unfit import unfit
 
 # what the adapters or other arguments say

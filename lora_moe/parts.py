@@ -192,10 +192,10 @@ def register(cls):
     return cls
 
 
-def count(name: str, value, high: int) -> int:
-    """A field's integer in [1, high]; raises ValueError."""
-    if type(value) is not int or not 1 <= value <= high:
-        raise ValueError(f"{name}: expected an integer in [1, {high}], got {brief(value)}")
+def count(name: str, value, high: int, low: int = 1) -> int:
+    """A field's integer in [low, high]; raises ValueError."""
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {brief(value)}")
     return value
 
 

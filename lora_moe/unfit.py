@@ -13,8 +13,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .layers import LoraMoeLinear, linear_features
+from .layers import LoraMoeLinear
 from .places import Place, Survey
+from .tensors import linear_features
 
 # their kernels read their children's weights in some modes only; they stay unfit without source
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

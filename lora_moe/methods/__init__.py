@@ -1,6 +1,6 @@
-"""Whole published systems on the kernels of this package, one file a paper.
+"""Whole published systems on the kernels of this package.
 
-Nothing here is imported by `import lora_moe`; import the file you want:
+Nothing here is imported by `import lora_moe`; import what you want:
 
     c_lorae      collaborative multi-LoRA experts (arXiv 2505.06303), with achievement (the losses that
                  balance tasks), visual (image features into a model) and extraction (answers as text)

@@ -20,8 +20,8 @@ from torch import nn
 
 from .. import safefile
 from ..config import LoraMoeConfig
-from ..layers import adapter_tensors, linear_features
 from ..targets import why_not
+from ..tensors import adapter_tensors, linear_features
 from .branch_lora import install, parts
 from .branch_lora_layer import READS, BranchLoraLinear, Sequences
 from .continual import TaskSelector

@@ -16,9 +16,9 @@ from torch import nn
 from .. import functional as F
 from ..config import LoraMoeConfig
 from ..context import recomputing
-from ..layers import adapter_tensors, device_of, linear_features
 from ..parts import ROUTER_STD
 from ..routing import Routing
+from ..tensors import adapter_tensors, device_of, linear_features
 
 READS = ("first", "mean", "token")
 IGNORED = -100  # the label of a token that no loss asks for

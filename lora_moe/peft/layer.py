@@ -13,7 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..config import LoraMoeConfig
-from ..layers import LoraMoeLinear, device_of, linear_features
+from ..layers import LoraMoeLinear
+from ..tensors import device_of, linear_features
 
 NO_MERGE = (
     "merge: a mixture of LoRA experts picks its experts for each token, so no single weight stands for it"

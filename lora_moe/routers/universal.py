@@ -23,7 +23,7 @@ class UniversalRouter(Router):
     A token of task -1 keeps g1(x) and has no second expert.
 
     Args:
-        num_tasks: N = E - 1.
+        num_tasks: N = E - 1; 0 leaves the universal expert alone, with weight 1.
         gate: [g1, g2] is "softmax" or "sigmoid" of the two logits W x, W (2, D_in); "sum" is 1 and 1.
     Source: C-LoRAE (IJCAI 2025), arXiv 2505.06303; that there are two logits from x is inferred.
     """
@@ -33,20 +33,32 @@ class UniversalRouter(Router):
     gate: str = "softmax"
 
     def __post_init__(self):
-        count("num_tasks", self.num_tasks, MAX_TASKS)
+        count("num_tasks", self.num_tasks, MAX_TASKS, low=0)
         one_of("gate", self.gate, GATES)
+
+    @property
+    def task_count(self):
+        return self.num_tasks or None
+
+    @property
+    def gated(self) -> bool:
+        return self.num_tasks > 0 and self.gate != "sum"
 
     def tensors(self, config, D_in, D_out):
         if config.num_experts != self.num_tasks + 1:
             raise ValueError(
                 f"num_experts: expected {self.num_tasks + 1}, one more than tasks, got {config.num_experts}"
             )
-        return {} if self.gate == "sum" else {"router_weight": TensorSpec((2, D_in))}
+        return {"router_weight": TensorSpec((2, D_in))} if self.gated else {}
 
     def route(self, x, tensors, batch):
-        E, tasks = batch.config.num_experts, batch.tasks(x)
+        E = batch.config.num_experts
+        if E == 1:
+            zeros = torch.zeros(x[..., 0].numel(), dtype=torch.int32, device=x.device)
+            return Routing.from_ids(zeros, num_experts=1)
+        tasks = batch.tasks(x)
         second = torch.where(tasks < 0, tasks, tasks + 1)  # (T,)
-        if self.gate == "sum":
+        if not self.gated:
             return Routing.from_ids(
                 torch.stack([torch.zeros_like(second), second], 1), num_experts=E
             )

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from lora_moe.methods.achievement import AchievementLoss
+from lora_moe.methods.c_lorae.achievement import AchievementLoss
 
 POTENTIALS = {"a": 0.8, "b": 0.5}  # aimed at: 0.84 and 0.525
 LOSSES = {"a": torch.tensor(2.0), "b": torch.tensor(0.5)}

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_moe.methods import extraction
-from lora_moe.methods.extraction import Entity, Event, Reading, Relation, Schema
+from lora_moe.methods.c_lorae import extraction
+from lora_moe.methods.c_lorae.extraction import Entity, Event, Reading, Relation, Schema
 
 LABELS = Schema("labels", "emotions", ("happy", "sad", "in love"))
 ENTITIES = Schema("entities", "entities", ("person", "place"))

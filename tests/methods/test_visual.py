@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_moe.methods import visual
-from lora_moe.methods.visual import GatedVisual
+from lora_moe.methods.c_lorae import visual
+from lora_moe.methods.c_lorae.visual import GatedVisual
 
 from ..compare import relative_error
 

@@ -1,0 +1,71 @@
+"""C-LoRAE's experts in a model, and the tasks of a batch.
+
+Letters: B samples, N tasks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...inject import inject as inject_experts
+from ...layers import LoraMoeLinear
+from ...routers import UniversalRouter
+from ...steering import injected, set_routing
+from .config import CLoraeConfig
+from .information import Pooling
+from .visual import GatedVisual
+
+
+def CollaborativeLinear(base: nn.Module, config: CLoraeConfig) -> LoraMoeLinear:
+    """A drop-in for `base`: its own forward, the universal expert and the sample's task expert.
+
+        y = base(x) + g1(x) s_U B_U A_U x + g2(x) s_t B_t A_t x
+
+    It is a LoraMoeLinear with a UniversalRouter: router_weight, the gate, is (2, D_in), or None where
+    there is nothing to gate, and tasks (set_tasks, use_routing) say which expert the second slot holds.
+    """
+    layer = LoraMoeLinear(base, config.mixture)
+    if config.mutual_information:
+        Pooling.attach(layer)
+    return layer
+
+
+def inject(model: nn.Module, config: CLoraeConfig, *, freeze: bool = True) -> nn.Module:
+    """lora_moe.inject of config.mixture, with what mutual_information_loss needs.
+
+    Args, Returns, Raises: as lora_moe.inject.  Parameters of the model's GatedVisual adapters stay
+    trainable.
+    """
+    inject_experts(model, config.mixture, freeze=freeze)
+    for layer in layers_of(model).values():
+        if config.mutual_information and layer.config == config.mixture:
+            Pooling.attach(layer)
+    for adapter in (m for m in model.modules() if isinstance(m, GatedVisual)):
+        adapter.requires_grad_(True)
+    return model
+
+
+def layers_of(model: nn.Module) -> dict[str, LoraMoeLinear]:
+    """The model's layers with a universal and task experts, by path."""
+    layers = injected(model)
+    return {n: m for n, m in layers.items() if isinstance(m.config.router, UniversalRouter)}
+
+
+def set_tasks(model: nn.Module, task_ids: torch.Tensor | None) -> None:
+    """Say which task each sample of the following forwards has: lora_moe.set_routing(model, task_ids).
+
+    An activation checkpoint's recompute and every step of generate() see it, whatever the lengths of
+    encoder and decoder.  With beams, one id serves its sample's beams.
+
+    Args:
+        model: with experts of ours.
+        task_ids: (B,) integers in [-1, N), -1 for the universal expert alone; None forgets.
+    Raises:
+        ValueError, TypeError: no such experts, or no such ids.  Nothing changes then.
+    """
+    layers = layers_of(model)
+    if not layers:
+        raise ValueError("model: expected one with C-LoRAE's experts (see c_lorae.inject)")
+    if any(layer.config.num_tasks for layer in layers.values()):  # else the universal one is alone
+        set_routing(model, task_ids=task_ids)

@@ -1,0 +1,101 @@
+"""CLoraeConfig: every choice of a C-LoRAE model, and the mixture of experts that it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ...config import LoraMoeConfig
+from ...parts import one_of
+from ...routers import UniversalRouter
+from ...routers.universal import GATES
+
+
+@dataclasses.dataclass(frozen=True)
+class CLoraeConfig:
+    """Every choice of a C-LoRAE model; a universal expert of rank r, N task experts of rank r // N.
+
+    Args:
+        num_tasks: N.  0 leaves the universal expert alone, an ordinary LoRA: the ablation.
+        r: rank of the universal expert, at least N.
+        alpha: an expert of rank r_e is scaled by s = alpha / r_e.
+        task_alpha: the same of the task experts; None is alpha, so that s_t = N s_U.
+        gate: "softmax" of two logits of the token; "sigmoid" of each; "sum", both weights 1: the
+            ablation.  That there are two logits from x is inferred, the paper's text has not been
+            compared.
+        dropout: on the experts' input while training, never on the gate's; in [0, 1).
+        mutual_information: keep what mutual_information_loss needs.
+        target_modules, exclude_modules: as in LoraMoeConfig.
+    Raises:
+        ValueError: a field does not fit.
+    """
+
+    num_tasks: int
+    r: int = 24
+    alpha: float = 24.0
+    task_alpha: float | None = None
+    gate: str = "softmax"
+    dropout: float = 0.0
+    mutual_information: bool = False
+    target_modules: str | tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if type(self.num_tasks) is not int or self.num_tasks < 0:
+            raise ValueError(
+                f"num_tasks: expected an integer of at least 0, got {self.num_tasks!r}"
+            )
+        if type(self.r) is not int or self.r < max(self.num_tasks, 1):
+            raise ValueError(f"r: expected at least {max(self.num_tasks, 1)}, got {self.r!r}")
+        one_of("gate", self.gate, GATES)
+        if not isinstance(self.mutual_information, bool) or (
+            self.mutual_information and self.num_tasks == 0
+        ):
+            raise ValueError(
+                "mutual_information: expected a bool, and task experts where it is True,"
+                f" got {self.mutual_information!r} with {self.num_tasks} tasks"
+            )
+        _ = self.mixture  # its constructor checks the rest
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of the universal expert and of each task's, (1 + N,)."""
+        return (
+            (self.r, *[self.r // self.num_tasks] * self.num_tasks) if self.num_tasks else (self.r,)
+        )
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """s of each expert, (1 + N,)."""
+        return self.mixture.scales
+
+    @property
+    def gated(self) -> bool:
+        return self.num_tasks > 0 and self.gate != "sum"
+
+    @property
+    def mixture(self) -> LoraMoeConfig:
+        """The same for lora_moe.inject."""
+        task = self.alpha if self.task_alpha is None else self.task_alpha
+        return LoraMoeConfig(
+            num_experts=1 + self.num_tasks,
+            r=self.ranks,
+            top_k=min(2, 1 + self.num_tasks),
+            alpha=(self.alpha, *[task] * self.num_tasks),
+            dropout=self.dropout,
+            router=UniversalRouter(self.num_tasks, self.gate),
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            balance_coef=0.0,
+            z_coef=0.0,
+        )
+
+    def one_lora(self) -> CLoraeConfig:
+        """The baseline: one LoRA with as many rank rows, and one more for the gate's parameters."""
+        return dataclasses.replace(
+            self,
+            num_tasks=0,
+            r=sum(self.ranks) + self.gated,
+            alpha=self.alpha * (sum(self.ranks) + self.gated) / self.r,
+            task_alpha=None,
+            mutual_information=False,
+        )

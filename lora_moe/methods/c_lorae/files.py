@@ -1,0 +1,98 @@
+"""C-LoRAE on disk: experts, gates and visual adapters in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from reprlib import repr as brief
+
+import torch
+from torch import nn
+
+from ... import safefile
+from .adapters import layers_of
+from .visual import GatedVisual
+
+FILE_NAME = "c_lorae.safetensors"
+FORMAT_VERSION = 1
+
+
+def save(model: nn.Module, directory: str | os.PathLike) -> Path:
+    """Write experts, gates and visual adapters to directory/c_lorae.safetensors, all or nothing.
+
+    Raises:
+        ValueError: the model has none of them.
+        OSError: the file cannot be written; an older one is intact.
+    """
+    tensors = {key: t.detach().contiguous() for key, t in _keyed(model).items()}
+    path = safefile.path_in(directory, FILE_NAME)
+    safefile.write(path, tensors, {"format": "pt", "c_lorae": json.dumps(_describe(model))})
+    return path
+
+
+@torch.no_grad()
+def load(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """Read what save wrote, into a model prepared in the same way (inject, add_visual).
+
+    The model decides what the file must hold: paths, ranks, gates, shapes; it keeps its dtypes.
+
+    Raises:
+        ValueError: the file is damaged, is another's, does not fit the model (every misfit is listed) or
+            holds NaN or infinite values.  The model is unchanged.
+        OSError: the file cannot be read.
+    """
+    wanted, expected = _keyed(model), _describe(model)
+    with safefile.open_in(directory, FILE_NAME) as file:
+        metadata, slices = safefile.read_header(file)
+        found = safefile.description(file, metadata, "c_lorae", FORMAT_VERSION)
+        _expect_same(file.name, found, expected)
+        values = safefile.read_tensors(file, slices, wanted)
+    for key, tensor in wanted.items():
+        tensor.copy_(values.pop(key))
+    return model
+
+
+def _trained(model):
+    visual = {name: m for name, m in model.named_modules() if isinstance(m, GatedVisual)}
+    modules = layers_of(model) | visual
+    if not modules:
+        raise ValueError("model: expected C-LoRAE's experts or GatedVisual modules, got none")
+    return modules
+
+
+def _keyed(model):
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in _trained(model).items()
+        for name, tensor in module.adapter_state().items()
+    }
+
+
+def _describe(model):
+    """What a saved file says of itself; JSON."""
+    modules = {}
+    for path, module in _trained(model).items():
+        if isinstance(module, GatedVisual):
+            modules[path] = {"visual": module.mode, "heads": module.heads}
+        else:
+            c = module.config
+            gate = c.router.gate
+            modules[path] = {"ranks": list(c.ranks), "scales": list(c.scales), "gate": gate}
+    return {"version": FORMAT_VERSION, "modules": modules}
+
+
+def _expect_same(name, found, expected):
+    saved = found.get("modules")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{name}: expected modules in its description")
+    own = expected["modules"]
+    problems = [
+        f"{ascii(path)[:200]}: the model has {own.get(path)}, the file {brief(saved.get(path))}"
+        for path in sorted(own.keys() | saved.keys())
+        if own.get(path) != saved.get(path)
+    ]
+    if problems:
+        raise ValueError(
+            f"{name}: expected the modules of the model, got\n  " + "\n  ".join(problems)
+        )
