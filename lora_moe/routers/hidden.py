@@ -15,7 +15,7 @@ from ..parts import TensorSpec, count, register
 from ..reference import accumulator
 from .base import Router, decide
 
-MAX_WIDTH = 1_048_576
+MAX_WIDTH = 65_536
 
 
 class _Thread(threading.local):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import torch
@@ -25,7 +24,7 @@ class NoisyRouter(Router):
     statistics read are the logits without noise and with every expert.
 
     Args:
-        std: of the noise, at least 0.
+        std: of the noise, in [0, 1e6).
         learned: the standard deviation is the token's, by V (E, D_in), zero at first; std is then 0.
         expert_dropout: in [0, 1): with this probability a token may not take an expert; one is left in
             any case.
@@ -39,7 +38,7 @@ class NoisyRouter(Router):
     expert_dropout: float = 0.0
 
     def __post_init__(self):
-        for name, high in (("std", math.inf), ("expert_dropout", 1.0)):
+        for name, high in (("std", 1e6), ("expert_dropout", 1.0)):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not (number and 0 <= value < high):

@@ -7,6 +7,7 @@ p holds the layer's tensors by name, x (B, L, D_in), tasks (B,), mask (B, L).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -67,16 +68,9 @@ def dense(p, x, r, scale, shared=False, **_):
     return by_token(x, decide, experts(p, E, r, shared), [scale] * E)
 
 
-def moelora(p, x, **_):
-    return dense(p, x, 2, 8 / 6)  # alpha / r of all
-
-
-def hydralora(p, x, **_):
-    return dense(p, x, 2, 8 / 2, shared=True)
-
-
-def loramoe(p, x, **_):
-    return dense(p, x, 2, 8 / 2)
+moelora = functools.partial(dense, r=2, scale=8 / 6)  # alpha / r of all
+hydralora = functools.partial(dense, r=2, scale=8 / 2, shared=True)
+loramoe = functools.partial(dense, r=2, scale=8 / 2)
 
 
 def mola(p, x, **_):

@@ -22,7 +22,8 @@ from lora_moe import (
     router_stats,
     use_routing,
 )
-from lora_moe.middles import UnpairedMiddle
+from lora_moe.middles import ModalSlotMiddle, UnpairedMiddle
+from lora_moe.routers import FactorRouter, GenericRouter, HiddenRouter, NoisyRouter, ThresholdRouter
 
 from .formulas import CASES, D_IN, D_OUT, MASK, TASKS, B, L
 
@@ -115,6 +116,37 @@ def test_a_sample_of_no_task_and_tasks_that_were_not_said(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_in_bfloat16_it_is_the_formula_of_the_rounded_values(name):
+    torch.manual_seed(0)
+    model = One().to(torch.bfloat16)
+    layer = inject(model, CASES[name].make(target_modules=("linear",))).linear.eval()
+    for tensor in layer.adapter_state().values():
+        nn.init.normal_(tensor.data, std=0.7)
+    x = torch.randn(B, L, D_IN).to(torch.bfloat16).requires_grad_()
+    with told(model, CASES[name]):
+        got = model(x)
+    got.sum().backward()
+    p = {k: t.detach().double() for k, t in layer.adapter_state().items()}
+    added = CASES[name].formula(p, x.detach().double(), tasks=TASKS, mask=MASK, train=False)
+    error = got.double() - layer.base_layer(x).double() - added
+    assert got.dtype == torch.bfloat16 and error.norm() < 0.02 * added.norm()
+    for parameter in layer.adapter_state().values():
+        assert not parameter.requires_grad or parameter.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_batch_of_no_sample(name):
+    model, layer, _ = prepared(name)
+    x = torch.zeros(0, L, D_IN, dtype=DTYPE, requires_grad=True)
+    none = TASKS[:0] if CASES[name].tasks else None
+    with use_routing(model, task_ids=none, mask=MASK[:0]):
+        y = model(x)
+    y.sum().backward()
+    assert y.shape == (0, L, D_OUT)
+    assert not any(p.grad.any() for p in layer.adapter_state().values() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_configuration_survives_its_dict(name):
     config = CASES[name].make(target_modules=("linear",))
     for each in config if isinstance(config, tuple) else (config,):
@@ -154,6 +186,15 @@ def test_more_of_mola_a_list_for_each_layer():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: NoisyRouter(std=float("nan")), "std"),
+        (lambda: NoisyRouter(expert_dropout=1), "expert_dropout"),
+        (lambda: NoisyRouter(std=0.1, learned=True), "learned"),
+        (lambda: HiddenRouter(0), "hidden_size"),
+        (lambda: FactorRouter(scored=1), "scored"),
+        (lambda: FactorRouter(weight=-1), "weight"),
+        (lambda: GenericRouter(2, noise=None), "noise"),
+        (lambda: ThresholdRouter("1"), "max_threshold"),
+        (lambda: ModalSlotMiddle(1, 2, (2,)), "modalities"),
         (lambda: presets.moelora(3, 8), "r: expected a multiple of 3"),
         (lambda: presets.more(2, 3, 8), "r: expected a multiple of 3"),
         (lambda: presets.c_lorae(30, 24), "num_tasks"),
