@@ -121,7 +121,7 @@ def mlore(
     target_modules=(),
     **fields,
 ) -> LoraMoeConfig:
-    """y = W0 x + s B_0 A_0 x + s B_t A_t x + sum over m in top-K of  p_m s_m B_m A_m x.
+    """y = W0 x + s B_0 A_0 x + s B_t A_t x + sum over e in top-K of  p_e s_e B_e A_e x.
 
     p = softmax(W_t m), m the sequence's mean token: a generic expert, one of the task t, and the best of M
     shared ones.  Expert 0 is generic, 1 + t task t's, the shared ones follow.  In training the router's
@@ -156,7 +156,7 @@ def c_lorae(
     """y = W0 x + g1(x) s_U B_U A_U x + g2(x) s_t B_t A_t x,   [g1, g2] = softmax(W x),   t the task.
 
     Expert 0, U, is for all tasks and has rank r; expert 1 + t is task t's and has rank r / N.  Scales
-    are alpha / r of each.  The achievement loss is in methods.achievement.
+    are alpha / r of each.  The achievement loss is methods.c_lorae.AchievementLoss.
 
     Args:
         num_tasks: N, at most r.

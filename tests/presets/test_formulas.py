@@ -263,3 +263,11 @@ def test_balance_and_statistics_do_not_ask_which_preset(name):
         p.grad.isfinite().all() for p in model.linear.router_parameters() if p.grad is not None
     )
     assert router_stats(model)["linear"]["load"].sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sum"])
+def test_c_lorae_is_the_methods_mixture(gate):
+    from lora_moe.methods.c_lorae import CLoraeConfig
+
+    given = {"num_tasks": 3, "r": 7, "alpha": 5.0, "task_alpha": 2.0, "gate": gate, "dropout": 0.1}
+    assert presets.c_lorae(**given) == CLoraeConfig(**given).mixture

@@ -17,7 +17,10 @@ from lora_moe import Routing, inject, injected, load_adapter, presets, save_adap
 from ..stack import tiny
 from .formulas import CASES, Case
 
-CASES = CASES | {"xlora": Case(lambda **f: presets.xlora(16, 4, 2, alpha=8, **f), None)}
+CASES = CASES | {
+    "xlora": Case(lambda **f: presets.xlora(16, 4, 2, alpha=8, **f), None),
+    "mola_by_layer": Case(lambda **f: presets.mola((2, 3), (2, 4), **f), None),
+}
 TARGETS = ("q_proj", "down_proj")
 IDS, TASKS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]]), torch.tensor([2, 0])
 SLOTS = ("smola", "smola_modal")
