@@ -26,7 +26,7 @@ from examples import evidence, minilm
 from examples.branch_lora_tasks import SOURCES, load_tasks
 from examples.training import chunks, optimizer_of, rate_at
 from lora_moe.methods import branch_lora as bl
-from lora_moe.methods.continual import TaskSelector
+from lora_moe.methods.branch_lora.continual import TaskSelector
 
 LINEARS = r".*\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
 FIRST = 4  # layer with experts: its [CLS] has read the sentence; what lies below is computed once
@@ -85,7 +85,7 @@ class Learner:
         if not self.rung:
             return
         layers = bl.branch_layers(self.model).values()
-        if self.rung.grows and any(len(v.branches) - len(v.frozen) < TOP_K for v in layers):
+        if self.rung.grows and any(v.config.num_experts - len(v.frozen) < TOP_K for v in layers):
             bl.add_branches(self.model, TOP_K)
         with warnings.catch_warnings():  # an arm that does not grow may run out of branches
             warnings.simplefilter("ignore")
@@ -104,7 +104,11 @@ class Learner:
             bl.set_task(self.model, tasks if self.rung.routers else 0)
 
     def trained(self):
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        held = sum(
+            len(layer.frozen) * layer.config.ranks[0] * layer.out_features
+            for layer in lora_moe.injected(self.model).values()
+        )
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad) - held
 
 
 class Batch(NamedTuple):

@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from examples import evidence, figures
 from examples.evidence import shown, table, verdict
-from lora_moe.methods.continual import continual_metrics
+from lora_moe.methods.branch_lora.continual import continual_metrics
 
 METRICS = ("ACC", "MAA", "BWT")
 COLOURS = {

@@ -21,6 +21,7 @@ from torch import nn
 from . import quantized, records
 from .context import NOTHING, Call, recomputing, thread
 from .layers import LoraMoeLinear
+from .routing import Routing
 from .sharded import is_sharded, is_writer, reshard, whole_state
 from .steering import adapted_path, injected
 
@@ -33,9 +34,9 @@ def attach(model: nn.Module, *, saves: bool = True) -> None:
     Without `saves`, as where PEFT saves the experts, save_pretrained stays the model's own.
     """
     detach(model)
-    watch = _Watch()
+    watch, decoders = _Watch(), _decoders(model)
     for caller in _callers(model):
-        before = _BeforeCall(caller, watch if caller is model else None)
+        before = _BeforeCall(caller, watch if caller is model else None, caller in decoders)
         caller.register_forward_pre_hook(before, with_kwargs=True)
         caller.register_forward_hook(_AfterCall(before), always_call=True)
     model.register_forward_hook(watch)
@@ -54,6 +55,13 @@ def _callers(model) -> dict[nn.Module, None]:
             if (part := _part(model, name)) is not None:
                 callers[part] = None
     return callers
+
+
+def _decoders(model) -> list[nn.Module]:
+    """Of encoder-decoders: all that they read stands in the answer."""
+    owners = [m for m in model.modules() if hasattr(type(m), "main_input_name")]
+    owners = [m for m in owners if getattr(m.config, "is_encoder_decoder", False)]
+    return [part for m in owners if (part := _part(m, "get_decoder")) not in (None, m)]
 
 
 def _models_inside(model) -> list[nn.Module]:
@@ -103,8 +111,9 @@ class _BeforeCall:
     forward must not look through all modules for them.
     """
 
-    def __init__(self, caller: nn.Module, watch: _Watch | None):
+    def __init__(self, caller: nn.Module, watch: _Watch | None, decodes: bool = False):
         self.names, self.watch = _arguments(caller), watch
+        self.decodes = decodes
         self.names_labels = "labels" in self.names
         generates = getattr(caller, "can_generate", bool)()
         self.causal = generates and not getattr(caller.config, "is_encoder_decoder", False)
@@ -151,7 +160,13 @@ class _BeforeCall:
         return mask if plain or not thread.calls else thread.calls[-1].mask
 
     def labels_of(self, given):
-        """Of a causal model, whose labels are its own tokens: what its loss asks for."""
+        """Of a causal model, whose labels are its own tokens: what its loss asks for.
+
+        All that an encoder-decoder's decoder reads is an answer.
+        """
+        if self.decodes:
+            ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+            return torch.zeros_like(ids) if ids is not None else _no_labels(embeds)
         if self.causal:
             return given.get("labels")
         return thread.calls[-1].labels if thread.calls and not self.names_labels else None
@@ -183,7 +198,7 @@ def _expect_rows(model, args, given, layers):
         return
     told = thread.decisions
     decisions = (_decided(m, told.get(m, NOTHING)) for m in layers if m.active)
-    rows = {routing.indices.shape[0] for routing in decisions if routing is not None}
+    rows = {told.indices.shape[0] for told in decisions if isinstance(told, Routing)}
     if not rows:
         return
     main = given.get(getattr(model, "main_input_name", ""))
@@ -201,9 +216,14 @@ def _expect_rows(model, args, given, layers):
         )
 
 
+def _no_labels(embeds):
+    return None if embeds is None else torch.zeros_like(embeds[..., 0], dtype=torch.long)
+
+
 def _decided(layer, told):
     """What the caller said of the layer's samples: experts, or tasks."""
-    return told.routing or layer.given or told.tasks or layer.tasks
+    said = (told.routing, layer.given, told.tasks, layer.tasks)
+    return next((s for s in said if s is not None), None)
 
 
 # --- what would be lost in silence -----------------------------------------------------------------

@@ -31,7 +31,7 @@ class Reading(NamedTuple):
     mask: torch.Tensor | None = (
         None  # (B, L), the attention mask of the tokens that the layer reads
     )
-    labels: torch.Tensor | None = None  # (B, L) of a causal model
+    labels: torch.Tensor | None = None  # (B, L), see Call
 
 
 class Decision(NamedTuple):
@@ -40,7 +40,8 @@ class Decision(NamedTuple):
     routing: Routing | None = None  # in place of the router's, on the layer's device
     mask: torch.Tensor | None = None  # (B, L) or (T,): the tokens that losses and statistics count
     disabled: bool = False  # the base's output alone
-    tasks: Routing | None = None  # its indices (B, 1) or (T, 1) are tasks, on the layer's device
+    # one for all, or a Routing whose indices (B, 1) or (T, 1) are tasks, on the layer's device
+    tasks: Routing | int | None = None
     reading: Reading = Reading()
 
 
@@ -52,7 +53,7 @@ class Call(NamedTuple):
     states: torch.Tensor | None = None  # the encoder's output, which cross-attention reads
     states_mask: torch.Tensor | None = None  # (B, L) of these
     tokens: torch.Tensor | None = None  # (B, L), or (B, L, D) where they are embedded
-    labels: torch.Tensor | None = None  # (B, L) of a causal model
+    labels: torch.Tensor | None = None  # (B, L), -100 for the tokens that stand before an answer
     past: object = None  # its cache
     cached: bool = False  # which holds tokens before these
 
@@ -98,6 +99,8 @@ def told(layer: nn.Module, x: torch.Tensor | None = None) -> Decision:
         decision = NOTHING
     if decision.routing is None and layer.given is not None:
         decision = decision._replace(routing=layer.given)
+    if decision.mask is None and layer.mask is not None:
+        decision = decision._replace(mask=layer.mask)
     if layer.parts is not None:
         decision = _with_batch(layer, x, decision)
     if torch.compiler.is_compiling():
@@ -117,7 +120,9 @@ def _with_batch(layer, x, decision):
     if decision.tasks is None and decision.routing is None and layer.tasks is not None:
         decision = decision._replace(tasks=layer.tasks)
     if thread.calls:
-        reading = Reading(_mask_in_call(x), thread.calls[-1].labels)
+        call = thread.calls[-1]
+        of_states = call.states is not None and call.states is x
+        reading = Reading(_mask_in_call(x), None if of_states else call.labels)
         decision = decision._replace(reading=reading)
     return decision
 
@@ -188,8 +193,8 @@ def _agree(a: Decision, b: Decision) -> bool:
 
 
 def _same_routing(a, b):
-    if a is b or a is None or b is None:
-        return a is b
+    if a is b or not (isinstance(a, Routing) and isinstance(b, Routing)):
+        return a is b or (a is not None and a == b)
     return torch.equal(a.indices, b.indices) and torch.equal(a.weights, b.weights)
 
 

@@ -16,6 +16,7 @@ from . import stale
 from .context import thread
 from .layers import LoraMoeLinear
 from .routers import PerTaskRouter, Router, SequenceRouter, TaskRouter, TokenRouter, UniversalRouter
+from .routing import Routing
 from .safefile import raise_all
 from .sharded import is_sharded, is_stepped_by_zero, unwrapped
 from .steering import layers_of
@@ -242,6 +243,6 @@ def _decides_by_token(router):
 
 def _padded(decision, n):
     """A caller's decision among more experts, or tasks: none of the new ones."""
-    if decision is None:
-        return None
+    if not isinstance(decision, Routing):  # none, or one task for all
+        return decision
     return decision._replace(counts=torch.cat([decision.counts, decision.counts.new_zeros(n)]))

@@ -52,7 +52,7 @@ class LoraMoeLinear(nn.Module):
             forward's graph, and keeps it alive until the next forward or set_routing replaces it.
             An activation checkpoint's recompute leaves it alone; copies and pickles are without it.
         given: what lora_moe.set_routing put in place of the router's decision, or None.
-        tasks: the tasks that lora_moe.set_routing said, for a router or middle that reads them, or None.
+        tasks, mask: what lora_moe.set_routing said of them, or None.
         frozen: ids of experts whose rows get an exactly zero gradient and that no optimizer moves; see
             lora_moe.freeze_experts.
 
@@ -68,7 +68,8 @@ class LoraMoeLinear(nn.Module):
     # the active ones, by the path of the module that they adapt
     adapter_name: str | None = None
     origins = None  # where each expert came from; see from_peft
-    tasks: Routing | None = None
+    tasks: Routing | int | None = None
+    mask: torch.Tensor | None = None
     parts = None  # (router, names of its tensors, middle, names of its tensors), if the configuration has any
     compiled_kept = None  # see context.keep
     active = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from reprlib import repr as brief
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -60,6 +61,12 @@ class Batch(NamedTuple):
         """Tokens before these stand in a cache."""
         return cache_in_use() is not None
 
+    @property
+    def one_task(self) -> int | None:
+        """The task of all tokens, where the caller said one number."""
+        told = self.decision.tasks
+        return told if isinstance(told, int) else None
+
     def tasks(self, x: torch.Tensor) -> torch.Tensor:
         """(T,) int64: the task of each token of x (..., D), -1 for none.
 
@@ -73,27 +80,37 @@ class Batch(NamedTuple):
                 "task_ids: expected the batch's tasks before a forward; say them with"
                 " lora_moe.use_routing(model, task_ids=) or lora_moe.set_routing"
             )
+        if isinstance(told, int):
+            return torch.full((math.prod(x.shape[:-1]),), told, device=x.device)
         return fit_rows(told, x, "task_ids").indices[:, 0].long()
 
     def mask(self, x: torch.Tensor) -> torch.Tensor | None:
         """(T,) bool: which tokens of x (..., D) are none of padding; None where all are."""
-        told, reading = self.decision.mask, self.decision.reading
-        return Tokens(x.shape, reading.mask if told is None else told).counted()
+        return Tokens(x.shape, self._given_mask()).counted()
+
+    def _given_mask(self):
+        told = self.decision.mask
+        return self.decision.reading.mask if told is None else told
 
     def prompt(self, x: torch.Tensor) -> torch.Tensor | None:
         """(B, L) bool of x (B, L, D): tokens that may decide for their sequence; None where all may.
 
         Padding may not, nor may what a causal model's loss asks for: tokens from the first label on.
+
+        Raises:
+            ValueError: the mask is not (B, L).
         """
-        mask, labels = self.mask(x), self.decision.reading.labels
-        mask = None if mask is None else mask.view(x.shape[:2])
+        mask, labels = self._given_mask(), self.decision.reading.labels
+        if mask is not None and (mask.dim() != 2 or mask.shape != x.shape[:2]):
+            expected = "(B, L)" if mask.dim() != 2 else f"{tuple(x.shape[:2])} as x"
+            raise ValueError(f"attention_mask: expected {expected}, got {tuple(mask.shape)}")
+        mask = None if mask is None else mask.to(x.device) != 0
         if labels is None or labels.shape != x.shape[:2]:
             return mask
-        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.to(labels.device)
+        labels = labels.to(x.device)
+        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
         prompt = real & ((labels != IGNORED).cumsum(1) == 0)
-        return prompt.scatter(1, first_of(real)[:, None], True).to(
-            x.device
-        )  # one token in any case
+        return prompt.scatter(1, first_of(real)[:, None], True)  # one token in any case
 
 
 class Part:

@@ -69,8 +69,9 @@ def use_routing(
     Args:
         model: with experts in it.
         task_ids: integers, (B,) one per sample or (T,) one per token.  A layer whose router or middle reads
-            tasks takes them as tasks in [-1, num_tasks), -1 for none; any other layer as experts in
-            [-1, E) with weight 1, in place of its router's, (B, K) or (T, K) for several experts each.
+            tasks takes them as tasks in [-1, num_tasks), -1 for none; one number is the task of all.  Any
+            other layer takes them as experts in [-1, E) with weight 1, in place of its router's, (B, K) or
+            (T, K) for several experts each.
         mask: (B, L) or (T,), nonzero for the tokens that losses and statistics count, in place of the
             model's attention_mask.
         routing: a Routing for all layers, with a row for each token or for each sample (first
@@ -85,9 +86,7 @@ def use_routing(
     if task_ids is None and mask is None and routing is None:
         raise ValueError("use_routing: expected task_ids, mask or routing, got none of them")
     layers = layers_of(model)
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2)):
-        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"mask: expected (B, L) or (T,), got {got}")
+    _expect_mask(mask)
     tasks, given = _tasks(layers, task_ids), _given(layers, task_ids, routing)
     with deciding(
         {
@@ -136,6 +135,8 @@ def set_routing(
     model: nn.Module,
     task_ids: torch.Tensor | None = None,
     routing: Routing | Mapping[str, Routing] | None = None,
+    *,
+    mask: torch.Tensor | None = None,
 ) -> None:
     """Decide the routing of the following forwards from outside, or give it back to the routers.
 
@@ -146,10 +147,17 @@ def set_routing(
         Nothing changes where it raises.
     """
     layers = layers_of(model)
+    _expect_mask(mask)
     tasks, given = _tasks(layers, task_ids), _given(layers, task_ids, routing)
     for name, layer in layers.items():
-        layer.given, layer.tasks = given.get(name), tasks.get(name)
+        layer.given, layer.tasks, layer.mask = given.get(name), tasks.get(name), mask
         records.forget(layer)
+
+
+def _expect_mask(mask):
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2)):
+        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"mask: expected (B, L) or (T,), got {got}")
 
 
 def _tasks(layers, task_ids) -> dict[str, Routing]:
@@ -160,10 +168,12 @@ def _tasks(layers, task_ids) -> dict[str, Routing]:
     if task_ids is None or not counts:
         return {}
     task_ids, moved = _checked_ids(task_ids, min(counts.values()), "task"), {}
-    if task_ids.dim() != 1:
+    if task_ids.dim() > 1:
         raise ValueError(
             f"task_ids: expected (B,) or (T,), one task each, got {tuple(task_ids.shape)}"
         )
+    if task_ids.dim() == 0:
+        return dict.fromkeys(counts, int(task_ids))
     told = {n: Routing.from_ids(task_ids, num_experts=n) for n in set(counts.values())}
     return {name: _on_device(layers[name], told[n], moved) for name, n in counts.items()}
 

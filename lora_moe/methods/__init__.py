@@ -6,6 +6,6 @@ Nothing here is imported by `import lora_moe`; import what you want:
                  balance tasks), visual (image features into a model) and extraction (answers as text)
     mmolre       multimodal mixture of low-rank experts (arXiv 2505.14143), with affect (its metrics)
     branch_lora  continual instruction tuning by branches (arXiv 2506.02041), with continual (the task
-                 selector, the metrics) and branch_lora_io (state on disk)
+                 selector, the metrics) and its state on disk
     equitable    task weights by loss over gradient norm (EMTL, arXiv 2306.09373)
 """

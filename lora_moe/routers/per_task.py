@@ -6,11 +6,13 @@ import dataclasses
 from typing import ClassVar
 
 import torch
+from torch import nn
 
+from .. import functional as F
 from ..parts import MAX_TASKS, TensorSpec, count, register
-from ..reference import accumulator
 from .base import Router, decide
 from .task import without
+from .token import tempered
 
 
 @register
@@ -22,8 +24,8 @@ class PerTaskRouter(Router):
     A token of task -1 takes no expert.
 
     Args:
-        num_tasks: N, in [1, 65536].
-        known: E_t, how many experts the router of each task knows, (N,): the first ones.  None is all.
+        num_tasks: N, in [0, 65536]; 0 where routers are still to come.
+        known_experts: E_t, how many experts each router knows, (N,): the first ones.  None is all.
     Source: Zhang et al. 2025 (BranchLoRA), arXiv 2506.02041, its task-specific routers.
     """
 
@@ -33,7 +35,7 @@ class PerTaskRouter(Router):
     known_experts: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        count("num_tasks", self.num_tasks, MAX_TASKS)
+        count("num_tasks", self.num_tasks, MAX_TASKS, low=0)
         known = self.known_experts
         if known is not None:
             if not isinstance(known, (tuple, list)) or len(known) != self.num_tasks:
@@ -50,7 +52,7 @@ class PerTaskRouter(Router):
 
     def tensors(self, config, D_in, D_out):
         known = self.experts_of(config)
-        if max(known) > config.num_experts or min(known) < config.top_k:
+        if known and (max(known) > config.num_experts or min(known) < config.top_k):
             raise ValueError(
                 f"known_experts: expected numbers in [top_k, num_experts] = [{config.top_k},"
                 f" {config.num_experts}], got {known}"
@@ -58,16 +60,21 @@ class PerTaskRouter(Router):
         return {f"router_weight_{t}": TensorSpec((E, D_in)) for t, E in enumerate(known)}
 
     def route(self, x, tensors, batch):
-        config, tasks = batch.config, batch.tasks(x)
+        config, task = batch.config, batch.one_task
         known, E = self.experts_of(config), config.num_experts
-        weights = [tensors[f"router_weight_{t}"] for t in range(self.num_tasks)]
-        wide = torch.promote_types(weights[0].dtype, accumulator(x.dtype))
-        logits = x.flatten(0, -2).to(wide) @ torch.cat(weights).to(wide).T  # (T, E_0 + E_1 + ...)
-        sizes = torch.tensor(known, device=x.device)
-        task = tasks.clamp(min=0)
-        first = (sizes.cumsum(0) - sizes)[task, None]  # (T, 1)
-        expert = torch.arange(E, device=x.device)
-        own = logits.gather(1, (first + expert).clamp(max=logits.shape[1] - 1))  # (T, E)
-        if self.known_experts is not None:
-            own = own.masked_fill(expert >= sizes[task, None], -torch.inf)
-        return without(decide(own, config), tasks < 0)
+        if task is not None and task >= 0 and known[task] == E:
+            weight, _ = tempered(config, tensors[f"router_weight_{task}"], None)
+            return F.router_topk(
+                x, weight, config.top_k, gate=config.gate, renormalize=config.normalizes,
+                top_p=config.top_p, threshold=config.threshold,
+            )  # fmt: skip
+        tasks = batch.tasks(x)
+        of_all = [self._logits(x, tensors[f"router_weight_{t}"], E) for t in range(self.num_tasks)]
+        rows = torch.arange(tasks.shape[0], device=x.device)
+        logits = torch.stack(of_all)[tasks.clamp(min=0), rows]  # (T, E)
+        return without(decide(logits, config), tasks < 0)
+
+    def _logits(self, x, weight, E):
+        """(T, E), -inf for the experts that the router does not know."""
+        logits = F.router_topk(x, weight, 1).logits  # products in full precision
+        return nn.functional.pad(logits, (0, E - weight.shape[0]), value=-torch.inf)

@@ -16,8 +16,8 @@ from torch import nn
 
 import lora_moe
 from lora_moe import LoraMoeConfig, safefile
-from lora_moe.methods import branch_lora, branch_lora_io, c_lorae, mmolre
-from lora_moe.methods.continual import TaskSelector
+from lora_moe.methods import branch_lora, c_lorae, mmolre
+from lora_moe.methods.branch_lora.continual import TaskSelector
 
 NIGHTLY = int(os.environ.get("LORA_MOE_NIGHTLY") or 1)  # times as many files, calls and seconds
 DOCUMENTED = (ValueError, OSError)
@@ -68,7 +68,7 @@ def with_branches(width):
 def save_branches(model, folder):
     selector = TaskSelector(6, 4)
     selector.begin_task()
-    branch_lora_io.save(model, folder, selector)
+    branch_lora.save(model, folder, selector)
 
 
 def multimodal(width):
@@ -97,7 +97,7 @@ LOADERS = {
     ),
     "branch_lora": Loader(
         "branch_lora.safetensors", "branch_lora", with_branches, save_branches, Host,
-        branch_lora_io.load,
+        branch_lora.load,
     ),
     "mmolre": Loader(
         "mmolre.safetensors", "mmolre", multimodal,

@@ -21,7 +21,7 @@ TESTS = {
     "lora_moe/replace.py": FILES,
     "lora_moe/safefile.py": FILES,
     "lora_moe/io.py": FILES[1:],
-    "lora_moe/methods/branch_lora_io.py": ("tests/methods/test_branch_lora.py", "tests/fuzz"),
+    "lora_moe/methods/bl.py": ("tests/methods/test_branch_lora.py", "tests/fuzz"),
     "lora_moe/methods/branch_lora_layer.py": ("tests/methods/test_branch_lora.py",),
     "lora_moe/methods/continual.py": ("tests/methods/test_branch_lora.py",),
     "csrc/cpu": (*BLACK_BOX, "tests/test_layers.py"),

@@ -11,6 +11,7 @@ or not at all.  An optimizer's state is the trainer's to save.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from reprlib import repr as brief
@@ -18,13 +19,18 @@ from reprlib import repr as brief
 import torch
 from torch import nn
 
-from .. import safefile
-from ..config import LoraMoeConfig
-from ..targets import why_not
-from ..tensors import adapter_tensors, linear_features
-from .branch_lora import install, parts
-from .branch_lora_layer import READS, BranchLoraLinear, Sequences
+from ... import safefile
+from ...attach import attach
+from ...config import LoraMoeConfig
+from ...inject import freeze_base, place
+from ...layers import LoraMoeLinear
+from ...reference import accumulator
+from ...routers import PerTaskRouter
+from ...targets import why_not
+from ...tensors import adapter_tensors, linear_features
+from .adapters import READS, branches_of, parts, router_of, routers_of, tell
 from .continual import TaskSelector
+from .counting import Count, Course
 
 FILE_NAME = "branch_lora.safetensors"
 FORMAT_VERSION = 1
@@ -52,21 +58,21 @@ def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector 
         ValueError: the model has no branches.
         OSError: the file cannot be written; an older one is intact.
     """
-    layers, sequences = parts(model)
+    layers, course = parts(model)
     layer = next(iter(layers.values()))
     description = {
         "version": FORMAT_VERSION,
-        "config": layer.config.to_dict(),
-        "reads": sequences.reads,
-        "causal": sequences.causal,
-        "also": list(sequences.also),
-        "bank": sequences.bank,
-        "learning": sequences.learning,
-        "branches": len(layer.branches),
-        "routers": [router.shape[0] for router in layer.routers],
+        "config": _fields_of(layer.config),
+        "reads": course.reads,
+        "causal": bool(getattr(model, "can_generate", bool)()),
+        "also": list(course.also),
+        "bank": course.bank,
+        "learning": course.learning,
+        "branches": layer.config.num_experts,
+        "routers": [router.shape[0] for router in routers_of(layer)],
         "frozen": {path: list(layer.frozen) for path, layer in layers.items()},
     }
-    tensors = _keyed(model, layers, sequences.also) | _keys(selector)
+    tensors = _keyed(model, layers, course.also) | _keys(selector)
     path = safefile.path_in(directory, FILE_NAME)
     tensors = {key: t.detach().contiguous() for key, t in tensors.items()}
     safefile.write(path, tensors, {"format": "pt", "branch_lora": json.dumps(description)})
@@ -92,29 +98,40 @@ def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
         _expect_count(file.name, found, also, slices)
         wanted = _wanted(bases, found) | also | _wanted_keys(slices)
         values = safefile.read_tensors(file, slices, wanted)
-    sequences = _sequences(found)
-    layers = {path: _layer(path, base, found, sequences, values) for path, base in bases.items()}
+    course = Course(found["reads"], tuple(found["also"]))
+    course.bank, course.learning = found["bank"], found["learning"]
+    layers = {path: _layer(path, base, found, course, values) for path, base in bases.items()}
     selector = _selector(values)
-    install(model, {layer.base_layer: layer for layer in layers.values()})
+    place(model, {layer.base_layer: layer for layer in layers.values()})
+    attach(model)
+    freeze_base(model)
+    for name in course.also:
+        model.get_submodule(name).requires_grad_(True)
     with torch.no_grad():
         for key, parameter in also.items():
             parameter.copy_(values.pop(key))
-    for path, layer in layers.items():
-        layer.freeze(found["frozen"][path])
-        layer.routers.requires_grad_(False)
-        if found["learning"]:
-            layer.routers[found["bank"][-1]].requires_grad_(True)
+    if course.bank:
+        course.task = len(course.bank) - 1
+        tell(model, course)
     return selector
+
+
+def _fields_of(config):
+    """The configuration as of its first router, as files have always had it."""
+    router = config.router if isinstance(config.router, PerTaskRouter) else config.router.inner
+    fewest = min(router.experts_of(config), default=config.num_experts)
+    plain = dataclasses.replace(config, router=None, num_experts=fewest, r=config.ranks[0])
+    return {k: v for k, v in plain.to_dict().items() if k not in ("router", "middle")}
 
 
 def _keyed(model, layers, also):
     """{key: tensor} of the layers and of the modules that train beside them."""
-    tensors = {
-        f"{path}.{name}" if path else name: tensor
-        for path, layer in layers.items()
-        for name, tensor in layer.state_dict(keep_vars=True).items()
-        if not name.startswith("base_layer.")
-    }
+    tensors = {}
+    for path, layer in layers.items():
+        own = {"lora_A": layer.lora_A, "usage": layer.usage.float()}
+        own |= {f"branches.{j}": rows for j, rows in enumerate(branches_of(layer))}
+        own |= {f"routers.{i}": router for i, router in enumerate(routers_of(layer))}
+        tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
     for module in also:
         tensors |= {f"{module}.{n}": p for n, p in model.get_submodule(module).named_parameters()}
     return tensors
@@ -165,7 +182,7 @@ def _modules(model, found):
     problems = [f"{name}: no such module" for name in found["also"] if name not in modules]
     for path in found["frozen"]:
         reason = why_not(model, path) if path in modules else "no such module"
-        if not reason and isinstance(modules[path], BranchLoraLinear):
+        if not reason and isinstance(modules[path], LoraMoeLinear):
             reason = "already has branches"
         if reason:
             problems.append(f"{path}: {reason}")
@@ -194,7 +211,8 @@ def _wanted(bases, found):
         branch = trunk.new_empty(trunk.shape[0], D_out)
         wanted |= dict.fromkeys((f"{path}.branches.{j}" for j in range(found["branches"])), branch)
         for i, known in enumerate(found["routers"]):
-            wanted[f"{path}.routers.{i}"] = trunk.new_empty(known, D_in)
+            router = torch.empty(known, D_in, dtype=accumulator(trunk.dtype), device="meta")
+            wanted[f"{path}.routers.{i}"] = router
     return wanted
 
 
@@ -209,27 +227,23 @@ def _wanted_keys(slices):
     return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
 
 
-def _sequences(found):
-    sequences = Sequences(found["reads"], found["causal"], tuple(found["also"]))
-    sequences.bank, sequences.learning = found["bank"], found["learning"]
-    sequences.task = len(found["bank"]) - 1 if found["bank"] else None
-    return sequences
-
-
-def _layer(path, base, found, sequences, values):
-    """A layer whose parameters are the file's tensors themselves: they are in memory once."""
-    layer = BranchLoraLinear(base, found["config"], sequences)
-    device = layer.lora_A.device
-
-    def parameter(name):
-        return nn.Parameter(values.pop(f"{path}.{name}").to(device))
-
-    layer.lora_A = parameter("lora_A")
-    layer.branches = nn.ParameterList(parameter(f"branches.{j}") for j in range(found["branches"]))
-    layer.routers = nn.ParameterList(
-        parameter(f"routers.{i}") for i in range(len(found["routers"]))
+def _layer(path, base, found, course, values):
+    """A layer with the file's values, not in the model yet."""
+    known, branches = tuple(found["routers"]), found["branches"]
+    router = router_of(found["reads"], len(known), known)
+    layer = LoraMoeLinear(
+        base, dataclasses.replace(found["config"], num_experts=branches, router=router)
     )
-    layer.usage = values.pop(f"{path}.usage").to(device)
+    Count.attach(layer, course)
+    with torch.no_grad():
+        for name, tensor in (("lora_A", layer.lora_A), ("usage", layer.usage)):
+            tensor.copy_(values.pop(f"{path}.{name}"))
+        for j, rows in enumerate(branches_of(layer)):
+            rows.copy_(values.pop(f"{path}.branches.{j}"))
+        for i, router in enumerate(routers_of(layer)):
+            router.copy_(values.pop(f"{path}.routers.{i}"))
+            router.requires_grad_(found["learning"] and i == found["bank"][-1])
+    layer.frozen = found["frozen"][path]
     return layer
 
 

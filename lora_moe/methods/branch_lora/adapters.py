@@ -1,0 +1,143 @@
+"""BranchLoRA's layers in a model, and the tasks and masks of a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ...config import LoraMoeConfig
+from ...inject import inject as inject_experts
+from ...layers import LoraMoeLinear
+from ...routers import PerTaskRouter, Router, SequenceRouter
+from ...steering import injected, set_routing
+from .counting import Count, Course
+
+READS = ("first", "mean", "token")
+
+
+def inject(
+    model: nn.Module,
+    config: LoraMoeConfig,
+    *,
+    reads: str = "first",
+    fixed_opening: bool = True,
+    also: tuple[str, ...] = (),
+) -> nn.Module:
+    """lora_moe.inject of branches, without a router so far.
+
+    Everything else is frozen, except `also`.  The model's attention_mask says which tokens are
+    padding; in a causal model, tokens from the first one with a label on do not decide, since there
+    are none when it answers.  During generation the prompt's decision stays (see SequenceRouter).
+
+    In a causal model the first token sees no other.  Where all sequences open alike, by a BOS token
+    or a chat template, it says nothing about the sequence: the mean is read instead, with a warning.
+
+    Args:
+        model: a Hugging Face model, or any module whose forward takes attention_mask.
+        config: see branch_lora().
+        reads: "first", "mean" or "token": by what a sequence decides.
+        fixed_opening: False if the sequences of a causal model differ in their first token.
+        also: names of modules whose own parameters are trained and saved too (a projector).
+    Returns:
+        The same model; begin_task is next.
+    Raises:
+        ValueError: an argument does not fit, nothing matches, or the model has branches already.
+    """
+    if reads not in READS:
+        raise ValueError(f"reads: expected one of {READS}, got {reads!r}")
+    if branch_layers(model):
+        raise ValueError("model: expected one without branches")
+    if not config.shared_a or config.selection_bias or config.router or config.middle:
+        raise ValueError(
+            "config: expected shared_a=True and neither selection_bias nor router; see branch_lora()"
+        )
+    if len(set(config.scales)) > 1:
+        raise ValueError(f"alpha: expected one for all branches, got {config.alpha}")
+    trained = [model.get_submodule(name) for name in also]
+    if reads == "first" and fixed_opening and getattr(model, "can_generate", bool)():
+        reads = "mean"
+        warnings.warn(
+            "the first token of a causal model sees no other, and a fixed opening is always the"
+            " same token: sequences decide by their mean (fixed_opening=False reads the first)",
+            stacklevel=2,
+        )
+    known = set(injected(model).values())
+    alpha = config.alpha[0] if isinstance(config.alpha, tuple) else config.alpha
+    fields = {"alpha": alpha, "r": config.ranks[0], "router": router_of(reads, 0)}
+    inject_experts(model, dataclasses.replace(config, **fields))
+    course = Course(reads, tuple(also))
+    for layer in set(injected(model).values()) - known:
+        Count.attach(layer, course)
+    for module in trained:
+        module.requires_grad_(True)
+    return model
+
+
+def router_of(reads: str, num_tasks: int, known: tuple[int, ...] = ()) -> Router:
+    """A router for each task, which reads tokens or sequences; `known` experts each."""
+    bank = PerTaskRouter(num_tasks, known)
+    return bank if reads == "token" else SequenceRouter(reads, bank)
+
+
+def set_task(model: nn.Module, task: int | Sequence[int] | torch.Tensor) -> None:
+    """Whose router decides from now on: one task, or (B,) tasks, one for each sequence.
+
+    It is lora_moe.set_routing(model, task_ids=), but for tasks that go on with an earlier one's router.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    _, course = parts(model)
+    known = len(course.bank)
+    tasks = torch.as_tensor(task)
+    if tasks.is_floating_point() or tasks.dtype == torch.bool or tasks.dim() > 1:
+        raise ValueError(f"task: expected a number or (B,) numbers, got {task!r}")
+    if tasks.numel() and not 0 <= int(tasks.min()) <= int(tasks.max()) < known:
+        raise ValueError(f"task: expected numbers in [0, {known}), got {tasks.tolist()}")
+    course.task = tasks if tasks.dim() else int(tasks)
+    tell(model, course)
+
+
+def tell(model: nn.Module, course: Course) -> None:
+    """Say the course's task to the layers, as the number of its router."""
+    bank = torch.tensor(course.bank)
+    set_routing(model, task_ids=bank[torch.as_tensor(course.task).cpu()])
+
+
+def set_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
+    """Say which tokens may decide, (B, L), in place of the model's arguments; None ends that.
+
+    For a model that takes no two-dimensional attention_mask, or a loss outside of the model: the
+    answer's tokens are not to decide.
+    """
+    layers, _ = parts(model)
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(f"mask: expected (B, L), got {tuple(mask.shape)}")
+    for layer in layers.values():
+        layer.mask = mask
+
+
+def branch_layers(model: nn.Module) -> dict[str, LoraMoeLinear]:
+    """The model's layers with branches by their (first) path; empty if there are none."""
+    return {name: layer for name, layer in injected(model).items() if Count.of(layer)}
+
+
+def branches_of(layer: LoraMoeLinear) -> list[torch.Tensor]:
+    """(r, D_out) of each branch: views of lora_B."""
+    return list(layer.lora_B.split(layer.config.ranks[0]))
+
+
+def routers_of(layer: LoraMoeLinear) -> list[nn.Parameter]:
+    """(E_t, D_in) of each task's router."""
+    return layer.router_parameters()
+
+
+def parts(model: nn.Module) -> tuple[dict[str, LoraMoeLinear], Course]:
+    layers = branch_layers(model)
+    if not layers:
+        raise ValueError("model: expected one with branches (see inject), got none")
+    return layers, Count.of(next(iter(layers.values())))

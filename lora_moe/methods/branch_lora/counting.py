@@ -1,0 +1,73 @@
+"""What the layers of a model share while tasks come and go, and the count of what a task relies on.
+
+Letters: B sequences, L tokens each, E branches, K picked ones.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...context import recomputing, thread
+from ...layers import LoraMoeLinear
+from ...records import record_of
+
+
+class Course:
+    """Where a model stands in its sequence of tasks; one for all of its layers.
+
+    Attributes:
+        reads: "first", "mean" or "token": by what a sequence decides.
+        also: names of the modules that train besides the layers.
+        bank: bank[t] is the number of task t's router.
+        learning: a task has begun and not ended.
+        task: whose router decides: a number, or (B,) one for each sequence; see set_task.
+    """
+
+    def __init__(self, reads: str, also: tuple[str, ...] = ()):
+        self.reads, self.also = reads, also
+        self.bank: list[int] = []
+        self.learning = False
+        self.task: int | torch.Tensor | None = None
+
+    @property
+    def counting(self) -> bool:
+        """The task that is being learned decides; not, say, an earlier one that is looked at."""
+        return self.learning and isinstance(self.task, int) and self.task == len(self.bank) - 1
+
+
+class Count:
+    """A forward hook that adds the routed weight of the open task to layer.usage, branch by branch.
+
+    `usage` (E,) fp32 is a buffer of the layer, so that DDP's processes agree on it.
+    """
+
+    def __init__(self, course: Course):
+        self.course = course
+
+    @staticmethod
+    def attach(layer: LoraMoeLinear, course: Course) -> None:
+        usage = torch.zeros(layer.config.num_experts, device=layer.lora_A.device)
+        layer.register_buffer("usage", usage)
+        layer.register_forward_hook(Count(course))
+
+    @staticmethod
+    def of(module) -> Course | None:
+        """The course of a layer that has this hook, else None."""
+        hooks = module._forward_hooks.values()
+        return next((hook.course for hook in hooks if isinstance(hook, Count)), None)
+
+    @torch.no_grad()
+    def __call__(self, layer, args, _output):
+        if torch.compiler.is_compiling() or not (layer.training and self.course.counting):
+            return
+        around = thread.decisions.get(layer)
+        if recomputing() or (around and (around.disabled or around.tasks or around.routing)):
+            return
+        run, L = record_of(layer).last, 1
+        ids, weights = run.routing.indices, run.routing.weights.detach()
+        if self.course.reads != "token":  # one decision for all tokens of a sequence
+            L = args[0].shape[1]
+        elif (counted := run.tokens.counted()) is not None:
+            weights = weights * counted[:, None].to(weights.device)
+        layer.usage = layer.usage.float()  # .half() must not stop the counting
+        layer.usage.index_add_(0, ids[::L].flatten().long(), weights[::L].flatten().float())
