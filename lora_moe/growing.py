@@ -48,7 +48,7 @@ def grow(
         a router for each task       none of those made so far (PerTaskRouter, TaskRouter)
         UniversalRouter              n new tasks
         TaskRouter(table="expert")   n new tasks, where there was one for each expert
-        a router of your own         with "fresh", tensors with E rows or columns get n more
+        any other router             with "fresh", tensors with E rows or columns get n more; decisions may change
 
     "keep" gives the routers a bias (router_bias) of -60,000, times the temperature if that is above 1, at the
     new experts and zero at the old ones.  It is a parameter like any other, saved with the adapter; set its
@@ -67,7 +67,7 @@ def grow(
         The same model.
     Raises:
         ValueError: the model is wrapped, sharded, PEFT's or has no experts; n does not fit (see
-            LoraMoeConfig); a router of your own cannot keep its decisions; the optimizer's state cannot
+            LoraMoeConfig); another router cannot keep its decisions; the optimizer's state cannot
             grow; inside a use_routing block.  Nothing is changed.
     """
     if router not in ("fresh", "keep"):

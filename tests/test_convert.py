@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import random
 import zipfile
 
 import pytest
@@ -85,7 +86,8 @@ def saved(folder, config, tensors, kind="bin"):
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         (folder / "adapter_config.json").write_text(json.dumps(config))
-    if kind == "bin":
+    if kind == "bin":  # parameters, as a training run saves them
+        tensors = {k: nn.Parameter(t) if t.is_floating_point() else t for k, t in tensors.items()}
         torch.save(tensors, folder / "adapter_model.bin")
     else:
         safetensors.torch.save_file(
@@ -573,6 +575,25 @@ def test_hostile_archives_cost_little(tmp_path):
     path.symlink_to(tmp_path / "other.bin")
     with pytest.raises(ValueError, match="symbolic link"):
         reader.read_pickle(path)
+
+
+@pytest.mark.parametrize("file", ["bin", "safetensors"])
+def test_damaged_files(tmp_path, file):
+    source, *_ = moe_peft(tmp_path / "source", file=file)
+    path = source / f"adapter_model.{file}"
+    whole, refused = path.read_bytes(), 0
+    for seed in range(120):
+        rng, content = random.Random(seed), bytearray(whole)
+        for _ in range(rng.randint(1, 8)):
+            at = rng.randrange(len(whole))
+            content[at if seed % 3 else -1 - at % 2000] = rng.randrange(256)
+        path.write_bytes(content if seed % 5 else content[: rng.randrange(len(whole))])
+        try:
+            convert(source, tmp_path / "out")
+        except (ValueError, OSError) as error:
+            refused += 1
+            assert str(path) in str(error) or "expected" in str(error)
+    assert 30 < refused < 120
 
 
 def test_a_large_file_is_converted_within_its_memory(tmp_path):

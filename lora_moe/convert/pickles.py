@@ -14,6 +14,7 @@ import os
 import pickletools
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from reprlib import repr as brief
 
@@ -38,6 +39,11 @@ _STEPS = {
     *("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
     *("SETITEM", "SETITEMS", "APPEND", "APPENDS", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
 }  # fmt: skip
+# what zipfile makes of damaged archives
+_DAMAGE = (
+    *(zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError),
+    *(struct.error, OverflowError, zlib.error),
+)
 _NESTS = ("model", "state_dict", "module")  # names under which a checkpoint may hold its state dict
 
 
@@ -85,7 +91,7 @@ def _expect_archive(path, file, size):
     """Raises ValueError before torch sees the file."""
     if size > MAX_FILE:
         raise ValueError(f"{path}: expected at most {MAX_FILE} bytes, got {size}")
-    if file.read(2) != b"PK" or not zipfile.is_zipfile(file):
+    if file.read(2) != b"PK":
         raise ValueError(
             f"{path}: expected an archive of torch.save (1.6 or later), got another file; save it anew"
         )
@@ -101,7 +107,7 @@ def _expect_archive(path, file, size):
                     f" {len(found)} of {[r.file_size for r in found][:3]} and {len(packed)} compressed"
                 )
             pickled = archive.read(found[0])
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: expected an archive, got {error}") from None
     _expect_tensors_only(path, pickled)
 
