@@ -16,7 +16,6 @@ from . import stale
 from .context import thread
 from .layers import LoraMoeLinear
 from .routers import PerTaskRouter, Router, SequenceRouter, TaskRouter, TokenRouter, UniversalRouter
-from .routing import Routing
 from .safefile import raise_all
 from .sharded import is_sharded, is_stepped_by_zero, unwrapped
 from .steering import layers_of
@@ -48,7 +47,8 @@ def grow(
         a router for each task       none of those made so far (PerTaskRouter, TaskRouter)
         UniversalRouter              n new tasks
         TaskRouter(table="expert")   n new tasks, where there was one for each expert
-        any other router             with "fresh", tensors with E rows or columns get n more; decisions may change
+        any other router             with "fresh", tensors with E rows or columns get n more, and
+                                     decisions may change
 
     "keep" gives the routers a bias (router_bias) of -60,000, times the temperature if that is above 1, at the
     new experts and zero at the old ones.  It is a parameter like any other, saved with the adapter; set its
@@ -148,12 +148,9 @@ class _Growth:
         return {old: new for old, new in pairs if isinstance(old, nn.Parameter) and new is not old}
 
     def apply(self):
-        layer, before = self.layer, self.layer.config.num_tasks
+        layer = self.layer
         layer.become(self.config, self.tensors)
         layer.given = _padded(layer.given, self.n)
-        tasks = self.config.num_tasks
-        if tasks != before:
-            layer.tasks = _padded(layer.tasks, tasks - before)
         if layer.origins:
             layer.origins = (*layer.origins, *(None,) * self.n)
 
@@ -242,7 +239,7 @@ def _decides_by_token(router):
 
 
 def _padded(decision, n):
-    """A caller's decision among more experts, or tasks: none of the new ones."""
-    if not isinstance(decision, Routing):  # none, or one task for all
-        return decision
+    """A caller's decision among n more experts: none of the new ones."""
+    if decision is None:
+        return None
     return decision._replace(counts=torch.cat([decision.counts, decision.counts.new_zeros(n)]))

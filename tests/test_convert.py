@@ -557,7 +557,10 @@ def test_hostile_pickles_cost_little(tmp_path, kind):
 def test_hostile_archives_cost_little(tmp_path):
     path = tmp_path / "adapter_model.bin"
     made = {
-        "no compression": lambda: archive(path, b"\0" * (1 << 28), zipfile.ZIP_DEFLATED),
+        "0 compressed": lambda: archive(path, b"\0" * (5 << 20)),
+        "2 compressed": lambda: archive(
+            path, b"\x80\x02}.", zipfile.ZIP_DEFLATED, [("data/0", b"\0" * (1 << 26))]
+        ),
         "list of records": lambda: archive(
             path, b"", records=[(f"{i:060000}", b"") for i in range(40)]
         ),
