@@ -156,9 +156,37 @@ def test_metrics_are_shares_for_the_neighbours():
     AchievementLoss({"a": 60.0, "b": 70.0}).update({"a": 40.0, "b": 0.5})
 
 
-def test_losses_must_be_there():
-    with pytest.raises(ValueError, match=r"losses: expected one for each of .*got \['a'\]"):
-        AchievementLoss(POTENTIALS)({"a": torch.tensor(1.0)})
+@pytest.mark.parametrize("form", ["geometric", "sum"])
+@pytest.mark.parametrize("normalisation", ["softmax", "sum"])
+def test_a_batch_may_lack_tasks(form, normalisation):
+    """The others' weights are divided by their sum; what is not there takes no part."""
+    loss_of = AchievementLoss(
+        {"a": 0.8, "b": 0.5, "c": 0.6}, form=form, normalisation=normalisation
+    )
+    loss_of.update({"a": 0.2, "b": 0.3, "c": 0.1})
+    a, c = (torch.tensor(v, requires_grad=True) for v in (2.0, 5.0))
+    w = loss_of.weights()
+    share = float(w[0] / (w[0] + w[2]))
+    want = share * 2 + (1 - share) * 5 if form == "sum" else 2**share * 5 ** (1 - share)
+    loss = loss_of({"c": c, "a": a})
+    assert float(loss) == pytest.approx(want, rel=1e-6)
+    loss.backward()
+    assert a.grad > 0
+    assert c.grad > 0
+    assert float(loss_of({"b": torch.tensor(3.0)})) == pytest.approx(3.0)
+
+
+def test_tasks_without_weight_share_a_batch_equally():
+    loss_of = AchievementLoss({"a": 0.5, "b": 0.5, "c": 0.5}, form="sum", normalisation="sum")
+    loss_of.update({"a": 0.9, "b": 0.9, "c": 0.1})
+    assert float(loss_of({"a": torch.tensor(2.0), "b": torch.tensor(4.0)})) == 3.0
+
+
+@pytest.mark.parametrize("losses", [{}, {"x": 1.0}, {"a": 1.0, "x": 1.0}], ids=str)
+def test_unknown_losses_raise(losses):
+    losses = {task: torch.tensor(v) for task, v in losses.items()}
+    with pytest.raises(ValueError, match=r"losses: expected .*got (none|\['x'\])"):
+        AchievementLoss({"a": 0.5, "b": 0.5})(losses)
 
 
 @pytest.mark.parametrize("updates", [0, 1, 3])

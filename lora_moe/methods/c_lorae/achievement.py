@@ -10,7 +10,9 @@
     loss     prod_t L_t^w_t   (geometric)   or   sum_t w_t L_t
 
 Sources: Yun and Cho, Achievement-Based Training Progress Balancing for Multi-Task Learning, ICCV 2023;
-Guo et al., Dynamic Task Prioritization for Multitask Learning, ECCV 2018.
+that C-LoRAE's loss of the same name is this one is inferred.  Guo et al., Dynamic Task Prioritization for
+Multitask Learning, ECCV 2018, without a sum and with gamma 1 by default: here "dtp" and "focal" have the
+gamma and the normalization of the others.
 """
 
 from __future__ import annotations
@@ -116,21 +118,28 @@ class AchievementLoss(nn.Module):
         raw = torch.where(raw.isnan(), 0.0, raw)
         if self.normalisation == "softmax":
             return torch.softmax(raw, 0)
-        total = raw.sum()
-        return torch.where(total > 0, raw / torch.where(total > 0, total, 1), 1 / len(raw))
+        return _shares(raw)
 
     def forward(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tasks' losses as one, differentiable.
 
+        A batch may lack some of the tasks: leave these out, and the weights of the others are divided
+        by their sum, so that the scale of the loss does not depend on which tasks a batch has.
+
         Args:
-            losses: {task: 0-dim loss}, one for every task; positive, for the geometric form.
+            losses: {task: 0-dim loss} of the tasks that the batch has; positive, for the geometric form.
         Raises:
-            ValueError: a task is missing or unknown.
+            ValueError: a task is unknown, or there is none.
         """
-        if set(losses) != set(self.tasks):
-            raise ValueError(f"losses: expected one for each of {self.tasks}, got {sorted(losses)}")
-        stacked = torch.stack([losses[task] for task in self.tasks])  # (N,)
-        weights = self.weights().to(stacked)
+        unknown = sorted(set(losses) - set(self.tasks))
+        if unknown or not losses:
+            raise ValueError(
+                f"losses: expected one for each of the batch's tasks among {self.tasks}, got"
+                f" {unknown or 'none'}"
+            )
+        present = [task in losses for task in self.tasks]
+        stacked = torch.stack([losses[task] for task in self.tasks if task in losses])
+        weights = _shares(self.weights()[torch.tensor(present)]).to(stacked)
         if self.form == "sum":
             return (weights * stacked).sum()
         return torch.exp((weights * stacked.clamp(min=TINY).log()).sum())
@@ -140,3 +149,9 @@ class AchievementLoss(nn.Module):
             f"tasks={self.tasks}, gamma={self.gamma:g}, momentum={self.momentum:g}, form={self.form},"
             f" normalisation={self.normalisation}, weighting={self.weighting}"
         )
+
+
+def _shares(weights):
+    """Divided by their sum; equal where all are zero."""
+    total = weights.sum()
+    return torch.where(total > 0, weights / torch.where(total > 0, total, 1), 1 / len(weights))
