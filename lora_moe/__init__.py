@@ -58,7 +58,7 @@ def __getattr__(name):
 def __dir__():
     here = Path(__file__).parent
     there = [n for n in _ON_FIRST_USE if (here / n).is_dir() or (here / f"{n}.py").exists()]
-    return sorted([*globals(), *there])
+    return sorted({*globals(), *there})
 
 
 __all__ = [

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "directory", metavar="DIR", help="where to write; made if it does not exist"
     )
-    about = "of SOURCE, else recognised: loramoe, mola, hydralora, meteora, coin, peft or lora_moe"
+    about = "of SOURCE, else recognized: loramoe, mola, hydralora, meteora, coin, peft or lora_moe"
     command.add_argument("--format", help=about)
     about = "of meteora, the folders of its LoRAs in the order in which they were loaded"
     command.add_argument("--adapters", metavar="DIR", nargs="+", default=(), help=about)

@@ -1,6 +1,6 @@
 """Published checkpoints of other packages as adapters of this one; see docs/convert.md.
 
-Each format has a file here, with its layout and its mathematics.  It is recognised by its configuration and
+Each format has a file here, with its layout and its mathematics.  It is recognized by its configuration and
 keys; what an importer does not understand it refuses by name.
 """
 
@@ -45,13 +45,13 @@ def convert(
         source: a folder with adapter_model or model as .safetensors or .bin, or such a file; for peft, also a
             folder of such folders, one for each expert.
         directory: made if it does not exist.
-        format: one of FORMATS; None recognises it.
+        format: one of FORMATS; None recognizes it.
         adapters: of meteora, the folders of the imported LoRAs in the order in which they were loaded.
         top_k: experts per token where no file says it: meteora (None is 2) and peft (see LoraMoeConfig).
     Returns:
         Converted(format, paths, notes).
     Raises:
-        ValueError: the format is not recognised; a tensor or a field is not understood (all are named) or
+        ValueError: the format is not recognized; a tensor or a field is not understood (all are named) or
             does not fit; a file is damaged, or a pickle that does anything but build tensors, which is not
             run.  Nothing is written.
         OSError: a file is missing, cannot be read or cannot be written.
@@ -67,7 +67,7 @@ def convert(
     with contextlib.ExitStack() as stack:
         folders = peft.folders(source) if format in (None, "peft") else [Path(source)]
         sources = [opened(stack, folder) for folder in folders or [Path(source)]]
-        format = format or _recognised(sources)
+        format = format or _recognized(sources)
         found = _read(format, sources, notes, adapters, top_k)
         if not found:
             raise ValueError(f"{source}: expected tensors of {format}, got none")
@@ -82,7 +82,7 @@ def _by_name(source):
     return "lora_moe" if (source / FILE_NAME).exists() or source.name == FILE_NAME else None
 
 
-def _recognised(sources: list[Source]) -> str:
+def _recognized(sources: list[Source]) -> str:
     source = sources[0]
     kind = moe_peft.kind_of(source)
     if kind:
