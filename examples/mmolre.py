@@ -18,8 +18,8 @@ from benchmarks import timing
 from examples import evidence, mmolre_data
 from examples import mmolre_report as report
 from lora_moe.methods import mmolre
-from lora_moe.methods.affect import multilabel_metrics, sentiment_metrics
 from lora_moe.methods.mmolre import MMoLRE, MMoLREConfig, Task, UniTSE
+from lora_moe.methods.mmolre.affect import multilabel_metrics, sentiment_metrics
 
 WIDTH, RANK, SHARED = 128, 8, 4
 STEPS, BATCH, RATE, WEIGHT_DECAY = 400, 64, 2e-3, 0.01

@@ -20,7 +20,7 @@ from .from_peft import from_peft  # noqa: E402
 from .generated import fill_expert  # noqa: E402
 from .graft import graft_weights  # noqa: E402
 from .growing import grow  # noqa: E402
-from .inject import inject, remove  # noqa: E402
+from .injection import inject, remove  # noqa: E402
 from .io import adapter_info, load_adapter, save_adapter  # noqa: E402
 from .layers import LoraMoeLinear  # noqa: E402
 from .losses import aux_loss, router_stats  # noqa: E402

@@ -22,7 +22,7 @@ from torch import nn
 from . import safefile
 from .attach import attach
 from .config import MAX_COEFFICIENT, MAX_RANK, LoraMoeConfig
-from .inject import freeze_base, modules_to_save, place
+from .injection import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear
 from .peft_format import shared
 from .peft_lora import opened

@@ -31,7 +31,7 @@ from .adapter_file import (
     slices_of,
 )
 from .attach import attach
-from .inject import freeze_base, modules_to_save, place
+from .injection import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear
 from .sharded import (
     at_rest,

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from .config import MAX_RANK
-from .inject import place, remove
+from .injection import place, remove
 from .layers import LoraMoeLinear
 from .mergeable import Weight
 from .reference import accumulator

@@ -130,7 +130,7 @@ def test_a_second_configuration_for_other_modules(model):
 
 def test_what_was_replaced_is_logged(model, caplog):
     inject(model, config("v_proj"))
-    with caplog.at_level(logging.INFO, logger="lora_moe.inject"):
+    with caplog.at_level(logging.INFO, logger="lora_moe.injection"):
         inject(model, config("1.q_proj", "shared"))
     (record,) = caplog.records
     assert record.getMessage() == "2 modules replaced: layers.1.q_proj, shared"

@@ -10,7 +10,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from ..attach import attach, detach
-from ..inject import place
+from ..injection import place
 from ..targets import is_all_linear, targets_of
 from ..tensors import adapter_dtype
 from ..unfit import unfit

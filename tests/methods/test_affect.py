@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lora_moe.methods.affect import (
+from lora_moe.methods.mmolre.affect import (
     multiclass_metrics,
     multilabel_metrics,
     sentiment_metrics,

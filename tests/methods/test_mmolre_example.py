@@ -146,7 +146,7 @@ def test_difference_of_weighted_f1():
     import numpy as np
 
     from examples.mmolre_report import f1_difference
-    from lora_moe.methods.affect import multilabel_metrics
+    from lora_moe.methods.mmolre.affect import multilabel_metrics
 
     draw = np.random.default_rng(0)
     truth = draw.integers(2, size=(50, 6)) > 0

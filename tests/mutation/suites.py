@@ -21,9 +21,10 @@ TESTS = {
     "lora_moe/replace.py": FILES,
     "lora_moe/safefile.py": FILES,
     "lora_moe/io.py": FILES[1:],
-    "lora_moe/methods/bl.py": ("tests/methods/test_branch_lora.py", "tests/fuzz"),
-    "lora_moe/methods/branch_lora_layer.py": ("tests/methods/test_branch_lora.py",),
-    "lora_moe/methods/continual.py": ("tests/methods/test_branch_lora.py",),
+    "lora_moe/methods/branch_lora": ("tests/methods/test_branch_lora.py", "tests/fuzz"),
+    "lora_moe/methods/c_lorae": ("tests/methods/test_c_lorae.py", "tests/methods/test_visual.py"),
+    "lora_moe/methods/mmolre": ("tests/methods/test_mmolre.py", "tests/methods/test_affect.py"),
+    "lora_moe/routers": ("tests/test_routers.py", "tests/stack/test_routers.py"),
     "csrc/cpu": (*BLACK_BOX, "tests/test_layers.py"),
     "triton_kernels": (
         *("tests/test_triton_kernels.py", "tests/test_plan.py", "tests/test_no_host_sync.py"),
@@ -44,7 +45,10 @@ LANGUAGES = {
     "triton": Language(
         ("triton_kernels/*.py",), {"LORA_MOE_BACKEND": "triton", "OMP_NUM_THREADS": "1"}
     ),
-    "python": Language(("lora_moe/*.py", "lora_moe/methods/*.py"), {"OMP_NUM_THREADS": "1"}),
+    "python": Language(
+        ("lora_moe/*.py", "lora_moe/routers/*.py", "lora_moe/methods/**/*.py"),
+        {"OMP_NUM_THREADS": "1"},
+    ),
 }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...config import LoraMoeConfig
-from ...inject import inject as inject_experts
+from ...injection import inject as inject_experts
 from ...layers import LoraMoeLinear
 from ...routers import PerTaskRouter, Router, SequenceRouter
 from ...steering import injected, set_routing

@@ -22,7 +22,7 @@ from torch import nn
 from ... import safefile
 from ...attach import attach
 from ...config import LoraMoeConfig
-from ...inject import freeze_base, place
+from ...injection import freeze_base, place
 from ...layers import LoraMoeLinear
 from ...reference import accumulator
 from ...routers import PerTaskRouter

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...inject import inject as inject_experts
+from ...injection import inject as inject_experts
 from ...layers import LoraMoeLinear
 from ...routers import UniversalRouter
 from ...steering import injected, set_routing

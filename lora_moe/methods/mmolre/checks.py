@@ -1,0 +1,51 @@
+"""What MMoLRE asks of its arguments: each message names argument, expected and received."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from reprlib import repr as brief
+
+import torch
+from torch import nn
+
+MAX_PARTS = 64  # modalities, tasks, experts, blocks
+
+
+def expect(condition, name, expected, received):
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {brief(received)}")
+
+
+def expect_mask(name, mask, shape):
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(
+            f"{name}: expected bool {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
+        )
+
+
+def integer(name, value, low, high):
+    expect(
+        type(value) is int and low <= value <= high, name, f"an integer in [{low}, {high}]", value
+    )
+
+
+def number(name, value, high):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    expect(number and 0 <= value <= high, name, f"a number in [0, {high:g}]", value)
+
+
+def named(name, parts):
+    expect(isinstance(parts, Mapping), name, "a dict by name", parts)
+    expect(1 <= len(parts) <= MAX_PARTS, name, f"1 to {MAX_PARTS} of them", len(parts))
+    for key in parts:  # they name submodules
+        fits = isinstance(key, str) and key.isidentifier() and not hasattr(nn.ModuleDict, key)
+        expect(fits, name, "names that a ModuleDict can hold", key)
+    return dict(parts)
+
+
+def fields_of(cls, name, fields):
+    expect(isinstance(fields, dict), name, "a dict of fields", fields)
+    known = {field.name for field in dataclasses.fields(cls)}
+    expect(fields.keys() <= known, name, f"only the fields {sorted(known)}", sorted(fields))
+    return fields

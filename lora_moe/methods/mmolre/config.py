@@ -1,0 +1,125 @@
+"""MMoLREConfig: every choice of a model, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ...config import MAX_COEFFICIENT, MAX_RANK
+from .checks import MAX_PARTS, expect, fields_of, integer, named, number
+
+ACTIVATIONS = {
+    "relu": nn.functional.relu,
+    "gelu": nn.functional.gelu,
+    "silu": nn.functional.silu,
+    "tanh": torch.tanh,
+}
+ROUTES = ("token", "mean")
+LOSSES = ("mae", "mse", "multiclass", "multilabel")
+MAX_WIDTH = 65_536
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a task's head puts out and how it is trained.
+
+    Args:
+        loss: "mae" or "mse" (regression), "multiclass" (cross-entropy of class ids) or "multilabel"
+            (binary cross-entropy of each output).
+        outputs: numbers an item: 1 for a sentiment score, the number of emotions.
+        weight: of this loss in the sum; in [0, 1e6].
+    """
+
+    loss: str = "mae"
+    outputs: int = 1
+    weight: float = 1.0
+
+    def __post_init__(self):
+        expect(self.loss in LOSSES, "loss", f"one of {LOSSES}", self.loss)
+        integer("outputs", self.outputs, 1, MAX_WIDTH)
+        number("weight", self.weight, MAX_COEFFICIENT)
+
+
+@dataclasses.dataclass(frozen=True)
+class MMoLREConfig:
+    """Every choice of the model, checked before anything is allocated.
+
+    Args:
+        modalities: {name: features a position}, one or more, such as {"text": 768, "audio": 74}.
+        tasks: {name: Task}.
+        width: D, of the experts' inputs and outputs; other features are projected to it first.
+        shared_ranks: rank of each shared expert; they may differ.
+        task_rank: rank of each task's own expert in a block; 0 for none.
+        blocks: UniTSE blocks of a modality, one upon the other.
+        activation: phi, one of "relu", "gelu", "silu", "tanh".
+        route: "token": gates at each position; "mean": one set of gates an item, from its mean.
+        residual: add a block's input to its output.
+        dropout: on the fused vector while training; in [0, 1).
+        hard_sharing: the baseline: one stream for all tasks, so one router and no task's own experts
+            (task_rank is 0); fusion and heads stay apart.
+    Raises:
+        ValueError: a field does not fit; the message names it, what was expected and was received.
+    """
+
+    modalities: Mapping[str, int]
+    tasks: Mapping[str, Task]
+    width: int = 768
+    shared_ranks: tuple[int, ...] = (16, 16, 16, 16)
+    task_rank: int = 16
+    blocks: int = 2
+    activation: str = "relu"
+    route: str = "token"
+    residual: bool = False
+    dropout: float = 0.0
+    hard_sharing: bool = False
+
+    def __post_init__(self):
+        for name in ("modalities", "tasks"):
+            object.__setattr__(self, name, named(name, getattr(self, name)))
+        for name, features in self.modalities.items():
+            integer(f"modalities[{name!r}]", features, 1, MAX_WIDTH)
+        for name, task in self.tasks.items():
+            expect(isinstance(task, Task), f"tasks[{name!r}]", "a Task", task)
+        integer("width", self.width, 1, MAX_WIDTH)
+        ranks = self.shared_ranks
+        many = isinstance(ranks, (list, tuple)) and 1 <= len(ranks) <= MAX_PARTS
+        expect(many, "shared_ranks", f"1 to {MAX_PARTS} ranks", ranks)
+        for n, rank in enumerate(ranks):
+            integer(f"shared_ranks[{n}]", rank, 1, MAX_RANK)
+        object.__setattr__(self, "shared_ranks", tuple(ranks))
+        integer("task_rank", self.task_rank, 0, MAX_RANK)
+        integer("blocks", self.blocks, 1, MAX_PARTS)
+        expect(
+            self.activation in tuple(ACTIVATIONS),
+            "activation",
+            f"one of {[*ACTIVATIONS]}",
+            self.activation,
+        )
+        expect(self.route in ROUTES, "route", f"one of {ROUTES}", self.route)
+        for name in ("residual", "hard_sharing"):
+            expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
+        number("dropout", self.dropout, 1)
+        expect(self.dropout < 1, "dropout", "a probability in [0, 1)", self.dropout)
+        own = self.hard_sharing and self.task_rank
+        expect(not own, "task_rank", "0 with hard_sharing, which has no task's own experts", own)
+
+    def to_dict(self) -> dict:
+        """Plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
+        return dataclasses.asdict(self) | {"shared_ranks": list(self.shared_ranks)}
+
+    @classmethod
+    def from_dict(cls, fields: dict) -> MMoLREConfig:
+        """The inverse of to_dict; raises ValueError."""
+        fields = fields_of(cls, "config", fields)
+        tasks = fields.get("tasks")
+        if isinstance(tasks, dict):
+            made = {
+                name: Task(**fields_of(Task, f"tasks[{name!r}]", t)) for name, t in tasks.items()
+            }
+            fields = fields | {"tasks": made}
+        missing = [name for name in ("modalities", "tasks") if name not in fields]
+        expect(not missing, "config", "modalities and tasks", f"none of {missing}")
+        return cls(**fields)

@@ -1,0 +1,77 @@
+"""A whole MMoLRE model in one safetensors file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from ... import safefile
+from .block import UniTSE
+from .checks import expect
+from .config import MMoLREConfig
+from .model import MMoLRE
+
+
+def save(model: MMoLRE, path: str | os.PathLike) -> None:
+    """Write configuration and weights to one safetensors file, all or nothing.
+
+    Args:
+        path: of the file, not of a directory.
+    Raises:
+        ValueError: a parameter could not be read back, such as one on meta.
+        OSError: the file cannot be written; an older one is as it was.
+    """
+    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    safefile.write(
+        Path(path), tensors, {"format": "pt", "mmolre": json.dumps(model.config.to_dict())}
+    )
+
+
+def load(path: str | os.PathLike) -> MMoLRE:
+    """The model that save wrote, on the CPU, in eval mode; the file is untrusted.
+
+    Raises:
+        ValueError: it is damaged, holds no MMoLRE, other tensors than its configuration asks for, or
+            values that are not finite.
+        OSError: it is missing or cannot be read.
+    """
+    with safefile.open_regular(Path(path)) as file:
+        metadata, slices = safefile.read_header(file)
+        expect("mmolre" in metadata, str(path), "mmolre in its metadata", sorted(metadata))
+        config = MMoLREConfig.from_dict(safefile.parse_json(metadata["mmolre"], str(path)))
+        blocks = config.blocks * len(config.modalities)
+        expect(blocks <= len(slices), str(path), f"tensors of {blocks} blocks", len(slices))
+        shapes = _shapes(config)
+        found = {name: s.shape for name, s in slices.items() if s.dtype in safefile.DTYPES}
+        differ = {n for n in shapes.keys() | slices.keys() if shapes.get(n) != found.get(n)}
+        expect(not differ, str(path), "the tensors of its configuration", sorted(differ))
+        wanted = {
+            name: torch.empty(shape, dtype=safefile.DTYPES[slices[name].dtype], device="meta")
+            for name, shape in shapes.items()
+        }
+        tensors = safefile.read_tensors(file, slices, wanted)
+    with torch.device("meta"):  # the file's tensors become the parameters: they are in memory once
+        model = MMoLRE(config)
+    model.load_state_dict(tensors, assign=True)
+    for module in model.modules():
+        if isinstance(module, UniTSE):
+            module.expert_of_row = module._expert_of_row()
+    return model.eval()
+
+
+def _shapes(config):
+    """{name: shape} of a model's parameters; all blocks of a modality are alike, so one is made."""
+    with torch.device("meta"):
+        first = MMoLRE(dataclasses.replace(config, blocks=1)).state_dict()
+    shapes = {}
+    for name, tensor in first.items():
+        kind, _, rest = name.partition(".")
+        modality, _, rest = rest.partition(".0.")
+        more = range(config.blocks if kind == "encoders" else 0)
+        names = [f"{kind}.{modality}.{block}.{rest}" for block in more] or [name]
+        shapes |= dict.fromkeys(names, tuple(tensor.shape))
+    return shapes
