@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .notices import tell_once
 from .routing import Routing
 
 
@@ -122,9 +121,15 @@ def _with_batch(layer, x, decision):
     if thread.calls:
         call = thread.calls[-1]
         of_states = call.states is not None and call.states is x
-        reading = Reading(_mask_in_call(x), None if of_states else call.labels)
+        reading = Reading(mask_in_call(x), None if of_states else call.labels)
         decision = decision._replace(reading=reading)
     return decision
+
+
+def mask_in_call(x):
+    call = thread.calls[-1]
+    of_states = call.states is not None and call.states is x
+    return call.states_mask if of_states else call.mask
 
 
 def _remember(layer, decision, checkpoints):
@@ -306,119 +311,3 @@ def _is_sequence_first(x, rows):
         return False
     B, L = tokens.shape[:2]
     return rows == B != L and x.shape[:2] == (L, B)
-
-
-# --- which tokens count ----------------------------------------------------------------------------
-
-
-class Tokens(NamedTuple):
-    """What must be kept of a forward to tell later which of its tokens count."""
-
-    shape: torch.Size  # of x
-    mask: torch.Tensor | None = None  # the caller's or the model's own
-
-    def counted(self) -> torch.Tensor | None:
-        """(T,) bool, or None where all tokens count; tells once of a mask that does not fit."""
-        if self.mask is None:
-            return None
-        fitted = fit_mask(self.mask, self.shape)
-        if fitted is None:
-            _tell_unfit(self.mask, self.shape)
-        elif fitted.device.type == "cpu" and bool(fitted.all()):
-            return None
-        return fitted
-
-
-def tokens_of(x: torch.Tensor, decision: Decision) -> Tokens:
-    if decision.mask is not None or not thread.calls:
-        return Tokens(x.shape, decision.mask)
-    return Tokens(x.shape, _mask_in_call(x))
-
-
-def _mask_in_call(x):
-    call = thread.calls[-1]
-    of_states = call.states is not None and call.states is x
-    return call.states_mask if of_states else call.mask
-
-
-def fit_mask(mask, shape) -> torch.Tensor | None:
-    """(T,) bool for an input of this shape, or None where the mask does not fit.
-
-    A mask (B, L) fits x (B, L, ...), x (L, B, ...) as in XLNet, x (B * L, D), and x (B, l, D) with
-    l < L: the last l columns, as when a cache holds the others.
-    """
-    if not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2):
-        return None
-    tokens = math.prod(shape[:-1])
-    if mask.numel() == tokens:
-        if mask.dim() == 2 and mask.shape != shape[:2] and mask.T.shape == shape[:2]:
-            mask = mask.T
-        return mask.reshape(-1) != 0
-    if (
-        mask.dim() == 2
-        and len(shape) == 3
-        and mask.shape[0] == shape[0]
-        and shape[1] < mask.shape[1]
-    ):
-        return mask[:, mask.shape[1] - shape[1] :].reshape(-1) != 0
-    return None
-
-
-def _tell_unfit(mask, shape):
-    got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-    tell_once(
-        "mask",
-        f"an attention mask {got} does not say which tokens of an input {tuple(shape)} are padding, so"
-        " all of them count in losses and statistics; say it with lora_moe.use_routing(model, mask=),"
-        " one number per token",
-    )
-
-
-# --- what a sequence decided by its prompt, while a cache decodes ------------------------------------
-
-
-def cache_in_use():
-    """The cache of the model's call that holds tokens before these, or None."""
-    call = thread.calls[-1] if thread.calls and not recomputing() else None
-    return call.past if call is not None and call.cached else None
-
-
-def kept_decision(layer, rows: int) -> Routing | None:
-    """What the layer's prompts decided, if a cache decodes them now; raises where that is unknown.
-
-    It is that of the cache, or of the last forward where the model made its cache by itself.
-    """
-    past = cache_in_use()
-    if past is None:
-        return None
-    routing = layer.compiled_kept
-    if routing is None and layer in thread.kept:
-        kept = thread.kept[layer]
-        routing = kept.of.get(past, kept.last)
-    if routing is None or routing.indices.shape[0] != rows:
-        have = 0 if routing is None else routing.indices.shape[0]
-        raise ValueError(
-            f"past_key_values: expected those of the last prompts, {have} sequences, got {rows}"
-        )
-    return routing
-
-
-def keep(layer, routing: Routing) -> None:
-    """Note what the layer's sequences decided, for when a cache holds them."""
-    if recomputing():
-        return
-    routing = Routing(routing.indices, routing.weights.detach(), routing.counts)
-    if torch.compiler.is_compiling():
-        layer.compiled_kept = routing
-        return
-    layer.compiled_kept = None
-    kept = thread.kept.setdefault(layer, _Kept())
-    kept.last, past = routing, thread.calls[-1].past if thread.calls else None
-    if hasattr(past, "get_seq_length"):
-        kept.of[past] = routing
-
-
-class _Kept:
-    def __init__(self):
-        self.last: Routing | None = None
-        self.of = weakref.WeakKeyDictionary()  # cache -> Routing

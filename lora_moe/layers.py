@@ -16,7 +16,7 @@ from torch import nn
 from . import functional as F
 from . import records
 from .config import LoraMoeConfig
-from .context import fit_rows, recomputing, thread, tokens_of, told
+from .context import fit_rows, recomputing, thread, told
 from .frozen import keep_rows
 from .parts import Batch, TensorSpec
 from .reference import accumulator
@@ -24,6 +24,7 @@ from .routers import TokenRouter
 from .routers.token import tempered
 from .routing import Routing
 from .tensors import adapter_tensors, device_of, linear_features, part_specs
+from .tokens import tokens_of
 
 TENSORS = ("lora_A", "lora_B", "router_weight", "router_bias", "selection_bias")
 

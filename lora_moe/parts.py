@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from .context import Decision, Tokens, cache_in_use, fit_rows
+from .context import Decision, fit_rows
+from .kept import cache_in_use
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .config import LoraMoeConfig

@@ -15,9 +15,10 @@ import weakref
 
 import torch
 
-from .context import Tokens, thread
+from .context import thread
 from .notices import tell_once
 from .routing import Routing
+from .tokens import Tokens
 
 MAX_PENDING = 16
 

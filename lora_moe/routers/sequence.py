@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..context import keep, kept_decision
+from ..kept import keep, kept_decision
 from ..parts import first_of, one_of, register
 from .base import Router
 from .token import TokenRouter

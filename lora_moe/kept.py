@@ -1,0 +1,57 @@
+"""What sequences decided by their prompts, for the tokens that a cache decodes: per thread and layer."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from .context import recomputing, thread
+from .routing import Routing
+
+
+def cache_in_use():
+    """The cache of the model's call that holds tokens before these, or None."""
+    call = thread.calls[-1] if thread.calls and not recomputing() else None
+    return call.past if call is not None and call.cached else None
+
+
+def kept_decision(layer, rows: int) -> Routing | None:
+    """What the layer's prompts decided, if a cache decodes them now; raises where that is unknown.
+
+    It is that of the cache, or of the last forward where the model made its cache by itself.
+    """
+    past = cache_in_use()
+    if past is None:
+        return None
+    routing = layer.compiled_kept
+    if routing is None and layer in thread.kept:
+        kept = thread.kept[layer]
+        routing = kept.of.get(past, kept.last)
+    if routing is None or routing.indices.shape[0] != rows:
+        have = 0 if routing is None else routing.indices.shape[0]
+        raise ValueError(
+            f"past_key_values: expected those of the last prompts, {have} sequences, got {rows}"
+        )
+    return routing
+
+
+def keep(layer, routing: Routing) -> None:
+    """Note what the layer's sequences decided, for when a cache holds them."""
+    if recomputing():
+        return
+    routing = Routing(routing.indices, routing.weights.detach(), routing.counts)
+    if torch.compiler.is_compiling():
+        layer.compiled_kept = routing
+        return
+    layer.compiled_kept = None
+    kept = thread.kept.setdefault(layer, _Kept())
+    kept.last, past = routing, thread.calls[-1].past if thread.calls else None
+    if hasattr(past, "get_seq_length"):
+        kept.of[past] = routing
+
+
+class _Kept:
+    def __init__(self):
+        self.last: Routing | None = None
+        self.of = weakref.WeakKeyDictionary()  # cache -> Routing

@@ -1,0 +1,124 @@
+"""A hook that tells what a user set up and will not get: what would be lost in silence."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from . import records
+from .context import recomputing, thread
+from .layers import LoraMoeLinear
+from .steering import adapted_path, injected
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+class ParentRan:
+    """A forward hook on a layer's parent, during the first full forward of the model."""
+
+    def __init__(self):
+        self.ran = False
+
+    def __call__(self, module, args, output):
+        self.ran = True
+
+
+class Watch:
+    """A forward hook on the model that tells, once each, what a user set up and will not get.
+
+    Layers that did not run although their parent did; experts that are all frozen in training; an
+    auxiliary loss with coefficients that is never read.
+    """
+
+    def __init__(self):
+        self.watched = None  # [(path, layer, hook on its nearest parent that is called)]
+        self.ran = False  # the first full forward is over
+        self.trained = False
+        self.read = False
+
+    def begin(self, model):
+        if self.ran or self.watched is not None:
+            return
+        hooks, self.watched = {}, []
+        modules = dict(model.named_modules())
+        for name, layer in modules.items():
+            if not isinstance(layer, LoraMoeLinear) or not name:
+                continue
+            path = adapted_path(name, layer)
+            parent = path.rpartition(".")[0]
+            while parent and isinstance(modules[parent], _CONTAINERS):
+                parent = parent.rpartition(".")[0]
+            if parent not in hooks:
+                hooks[parent] = ParentRan()
+                if parent:
+                    modules[parent].register_forward_hook(hooks[parent])
+                else:  # the model itself, whose later hooks run after this one
+                    hooks[parent].ran = True
+            self.watched.append((path, layer, hooks[parent]))
+
+    def __call__(self, model, args, output):
+        if torch.compiler.is_compiling() or recomputing():
+            return
+        if self.watched is not None:
+            self._tell_idle(model)
+        if model.training and torch.is_grad_enabled():
+            self._tell_frozen(model)
+            self._tell_unread(model)
+        if self.ran and self.trained and self.read:
+            for key in [k for k, hook in model._forward_hooks.items() if hook is self]:
+                del model._forward_hooks[key]
+
+    def _tell_idle(self, model):
+        if any(d.disabled for d in thread.decisions.values()):
+            return  # no layer notes its forward here
+        if not all(layer.enabled for _, layer, _ in self.watched):
+            return
+        watched, self.watched, self.ran = self.watched, None, True
+        idle = [
+            path
+            for path, layer, parent in watched
+            if parent.ran and layer.active and records.record_of(layer).last is None
+        ]
+        for module in model.modules():
+            for key in [k for k, h in module._forward_hooks.items() if isinstance(h, ParentRan)]:
+                del module._forward_hooks[key]
+        if idle:
+            warnings.warn(
+                f"lora_moe: the experts of {', '.join(idle[:8])}{' ...' if idle[8:] else ''}"
+                f" ({len(idle)} in all) did not run although the module around them did: it reads"
+                " their weight without calling them; name them in exclude_modules",
+                stacklevel=2,
+            )
+
+    def _tell_frozen(self, model):
+        if self.trained:
+            return
+        self.trained = True
+        layers = injected(model).values()
+        if any(layer.adapter_name is not None for layer in layers):
+            return  # PEFT freezes adapters on purpose
+        if not any(p.requires_grad for m in layers for p in m.parameters(recurse=False)):
+            warnings.warn(
+                "lora_moe: the model trains, but every expert is frozen (requires_grad=False): call"
+                " inject after get_peft_model, prepare_model_for_kbit_training or whatever froze the"
+                " parameters, and do not pass peft_config= with it",
+                stacklevel=2,
+            )
+
+    def _tell_unread(self, model):
+        if self.read:
+            return
+        layers = injected(model).values()
+        found = [records.record_of(m) for m in layers]
+        if any(record.read for record in found):
+            self.read = True  # somebody adds the loss
+        elif any(record.unread > 1 for record in found):
+            self.read = True
+            warnings.warn(
+                "lora_moe: balance_coef or z_coef is set, but backward ran without aux_loss(model)"
+                " in the loss: routers may collapse; add aux_loss(model) to the loss, or set both"
+                " coefficients to 0",
+                stacklevel=2,
+            )
