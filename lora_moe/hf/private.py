@@ -30,6 +30,29 @@ def divides_loss(trainer, num_items_in_batch) -> bool:
     return not scaled
 
 
+@contextlib.contextmanager
+def outermost_loss(trainer, finish):
+    """Inside, compute_loss of this trainer returns finish(its result, num_items_in_batch).
+
+    Whoever overrides compute_loss need not call super() for that, nor stand in any order of bases.
+    """
+    own = vars(trainer).get("compute_loss")
+    compute = trainer.compute_loss
+
+    def finished(*args, num_items_in_batch=None, **kwargs):
+        result = compute(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+        return finish(result, num_items_in_batch)
+
+    trainer.compute_loss = finished
+    try:
+        yield
+    finally:
+        if own is None:
+            del trainer.compute_loss
+        else:
+            trainer.compute_loss = own
+
+
 def checkpointing_kwargs(args) -> str:
     """The name of the argument with activation checkpointing's options; it changed in 5.20."""
     new, old = "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"

@@ -126,16 +126,11 @@ class LoraMoeTrainerMixin:
 
     def training_step(self, model, inputs, *args, **kwargs):
         self._share = self._shares.of(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+        with private.outermost_loss(self, self._with_aux):
+            return super().training_step(model, inputs, *args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
-        result = super().compute_loss(
-            model,
-            inputs,
-            return_outputs=return_outputs,
-            num_items_in_batch=num_items_in_batch,
-            **kwargs,
-        )
+    def _with_aux(self, result, num_items_in_batch):
+        """What compute_loss returned, a subclass's own included, with the gradient of aux_loss."""
         if not self.model.training:
             return result
         loss, *outputs = result if isinstance(result, tuple) else (result,)

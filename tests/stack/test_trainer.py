@@ -27,7 +27,7 @@ from lora_moe import (
     router_stats,
     save_adapter,
 )
-from lora_moe.hf import LoraMoeTrainer, private
+from lora_moe.hf import LoraMoeTrainer, LoraMoeTrainerMixin, private
 from lora_moe.history import FILE_NAME as HISTORY
 
 from ..compare import relative_error
@@ -113,6 +113,45 @@ def test_the_router_gradient_is_that_of_aux_loss(tmp_path):
     for name, layer in injected(model).items():
         got = found[f"{name}.router_weight"]
         assert relative_error(got, layer.router_weight.grad) < 1e-5
+
+
+class OwnLoss:
+    """As people weigh classes or distill: compute_loss without a call of super()."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+class OwnLossBelow(OwnLoss, LoraMoeTrainer):
+    pass
+
+
+class OwnLossAbove(LoraMoeTrainerMixin, OwnLoss, Trainer):
+    pass
+
+
+class ScaledLoss(LoraMoeTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return 3 * super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [OwnLossBelow, OwnLossAbove, ScaledLoss])
+def test_a_compute_loss_of_ones_own_gets_the_auxiliary_loss_once(tmp_path, kind):
+    found, data = [], tiny.sequences(8)
+    for trainer_class in (LoraMoeTrainer, kind):
+        seen = GradientsBeforeTheStep()
+        args = arguments(
+            tmp_path, max_steps=1, max_grad_norm=0.0, gradient_accumulation_steps=2, logging_steps=1
+        )
+        trainer = trainer_class(tiny.model(), args, train_dataset=data, callbacks=[seen])
+        trainer.train()
+        found.append({n: g for n, g in seen.found.items() if "router" in n})
+        assert "router/aux_loss" in trainer.state.log_history[0]
+        assert "compute_loss" not in vars(trainer)
+    for name, gradient in found[0].items():
+        assert gradient.any()
+        assert relative_error(found[1][name], gradient) < 1e-5
 
 
 def test_the_last_step_of_an_epoch_with_fewer_micro_batches_counts_full(tmp_path):
