@@ -122,8 +122,9 @@ def _tell_nothing_to_balance(ran):
     if wanted and torch.is_grad_enabled() and wanted[0].training:
         tell_once(
             "nothing to balance",
-            "aux_loss is 0, as the caller decided every layer's routing (task_ids or routing) and no router"
-            " ran: leave it out of the loss, or set balance_coef and z_coef to 0",
+            "aux_loss is 0, as no layer has logits to balance: the caller decided the routing (task_ids or"
+            " routing), or the configuration's router has none; leave it out of the loss, or set"
+            " balance_coef and z_coef to 0",
         )
 
 
