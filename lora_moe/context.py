@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .interleave import asyncio_task, expect_innermost, expect_own_task
 from .routing import Routing
 
 
@@ -60,6 +61,7 @@ class Call(NamedTuple):
 class _Thread(threading.local):
     def __init__(self):
         self.decisions: dict[nn.Module, Decision] = {}
+        self.task = None  # the asyncio task whose block is open
         self.calls: list[Call] = []
         self.generating = 0  # calls of generate()
         self.saving = 0  # calls of save_pretrained()
@@ -81,14 +83,21 @@ _without_graph: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 @contextlib.contextmanager
 def deciding(decisions: dict[nn.Module, Decision]):
     """Inside, in this thread, each of these layers is told its Decision."""
-    before = thread.decisions
-    thread.decisions = before | decisions
-    _open[id(decisions)] = thread.decisions
+    before, task = thread.decisions, thread.task
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        expect_own_task(task)
+        thread.task = asyncio_task()
+    table = thread.decisions = before | decisions
+    _open[id(decisions)] = table
     try:
         yield
     finally:
         del _open[id(decisions)]
-        thread.decisions = before
+        innermost = compiling or thread.decisions is table
+        # what another block found here may be over by now: nobody's decisions stay behind
+        thread.decisions, thread.task = (before, task) if innermost else ({}, None)
+    expect_innermost(innermost)
 
 
 def told(layer: nn.Module, x: torch.Tensor | None = None) -> Decision:

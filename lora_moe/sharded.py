@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 # names that wrappers put into the middle of a path
 _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -23,13 +24,13 @@ _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without PEFT, DDP, DataParallel, FSDP, DeepSpeed's engine and torch.compile around it."""
+    """The model without PEFT, DDP, DataParallel, FSDP, DeepSpeed's engine, AveragedModel, torch.compile."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif hasattr(model, "_fsdp_wrapped_module"):
             model = model._fsdp_wrapped_module
-        elif _synchronizes(model) or isinstance(model, nn.DataParallel):
+        elif _synchronizes(model) or isinstance(model, (nn.DataParallel, AveragedModel)):
             model = model.module
         elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             model = model.get_base_model()  # PeftModel, whose layers stay in it

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 from lora_moe import (
     LoraMoeConfig,
@@ -21,6 +22,7 @@ from lora_moe import (
     load_adapter,
     remove,
     save_adapter,
+    sharded,
 )
 
 from .llamas import CONFIG, TOKENS, llama, with_experts
@@ -136,15 +138,15 @@ def test_the_keys_of_the_state_dict_are_attribute_paths():
         assert getattr(model.get_submodule(path), name) is tensor
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel], ids=["compile", "parallel"])
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, AveragedModel])
 def test_wrappers_leave_no_trace(wrap, tmp_path):
     model = with_experts()
     save_adapter(model, tmp_path / "plain")
     save_adapter(wrap(model), tmp_path / "wrapped")
     assert_same_file(tmp_path / "plain", tmp_path / "wrapped")
-    fresh = llama()
-    load_adapter(wrap(fresh), tmp_path / "plain")
-    assert torch.equal(logits(fresh), logits(model))
+    fresh = wrap(llama())
+    load_adapter(fresh, tmp_path / "plain")
+    assert torch.equal(logits(sharded.unwrapped(fresh)), logits(model))
 
 
 def test_compiled_blocks_leave_no_trace(tmp_path):

@@ -1,5 +1,6 @@
 """What a forward was told is its own: in each thread, and when a checkpoint runs it again in another."""
 
+import asyncio
 import threading
 
 import pytest
@@ -133,3 +134,59 @@ def test_threads_have_tasks_of_their_own(how):
     for thread in threads:
         thread.join()
     assert not wrong, f"{len(wrong)} of 400 wrong"
+
+
+def test_asyncio_tasks_of_one_thread_do_not_meet_in_silence():
+    adapted, answers = tiny.model(), []
+
+    async def request(tasks):
+        with use_routing(adapted, task_ids=tasks):
+            await asyncio.sleep(0)
+            answers.append(adapted(**tiny.batch(0)).logits)
+
+    async def serve():
+        return await asyncio.gather(*map(request, TASKS), return_exceptions=True)
+
+    first, second = asyncio.run(serve())
+    assert first is None and "no await" in str(second)
+    with use_routing(adapted, task_ids=TASKS[0]):
+        assert torch.equal(answers[0], adapted(**tiny.batch(0)).logits)
+
+
+def test_asyncio_tasks_that_do_not_meet_are_served():
+    adapted = tiny.model()
+
+    async def request(tasks):
+        await asyncio.sleep(0)
+        with use_routing(adapted, task_ids=tasks):
+            return adapted(**tiny.batch(0)).logits
+
+    async def serve():
+        with use_routing(adapted, task_ids=TASKS[1]):
+            inside = await request(TASKS[0])
+        return inside, *await asyncio.gather(*map(request, TASKS))
+
+    inside, *answers = asyncio.run(serve())
+    assert torch.equal(inside, answers[0])
+    for tasks, answer in zip(TASKS, answers, strict=True):
+        with use_routing(adapted, task_ids=tasks):
+            assert torch.equal(answer, adapted(**tiny.batch(0)).logits)
+
+
+@pytest.mark.parametrize("where", ["one thread", "another thread"])
+def test_a_generator_does_not_leave_its_tasks_behind_in_silence(where):
+    adapted = tiny.model()
+    plain = adapted(**tiny.batch(0)).logits
+
+    def stream(tasks):
+        with use_routing(adapted, task_ids=tasks):
+            yield adapted(**tiny.batch(0)).logits
+
+    streams = [stream(tasks) for tasks in TASKS]
+    for each in streams:
+        next(each)
+    for each in streams:
+        with pytest.raises(RuntimeError, match="no await or yield"):
+            in_a_thread(each.__next__) if where == "another thread" else next(each)
+    if where == "one thread":
+        assert torch.equal(adapted(**tiny.batch(0)).logits, plain)
