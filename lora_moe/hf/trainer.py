@@ -48,7 +48,8 @@ class LoraMoeTrainerMixin:
         selection_bias_rate: of update_selection_bias, for layers with selection_bias=True.
     Raises:
         ValueError: the model has no experts; several GPUs in one process (nn.DataParallel); a
-            quantisation without gradients; or router_learning_rate beside an optimizer of one's own.
+            quantisation without gradients; a negative rate; or router_learning_rate beside an optimizer
+            of one's own.
     """
 
     def __init__(
@@ -60,6 +61,11 @@ class LoraMoeTrainerMixin:
         selection_bias_rate: float = 0.001,
         **kwargs,
     ):
+        rates = {"router_learning_rate": router_learning_rate or 0.0}
+        rates["selection_bias_rate"] = selection_bias_rate
+        for name, rate in rates.items():
+            if not 0 <= rate < float("inf"):
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {rate}")
         model = args[0] if args else kwargs.get("model")
         private.expect_gradients(model)
         with (

@@ -154,6 +154,13 @@ def test_a_compute_loss_of_ones_own_gets_the_auxiliary_loss_once(tmp_path, kind)
         assert relative_error(found[1][name], gradient) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["router_learning_rate", "selection_bias_rate"])
+@pytest.mark.parametrize("rate", [-1e-3, float("nan")])
+def test_a_rate_that_would_climb_is_refused(tmp_path, name, rate):
+    with pytest.raises(ValueError, match=f"{name}: expected a finite number"):
+        LoraMoeTrainer(tiny.model(), arguments(tmp_path), **{name: rate})
+
+
 def test_the_last_step_of_an_epoch_with_fewer_micro_batches_counts_full(tmp_path):
     only_z = {"balance_coef": 0.0, "z_coef": 0.1}
     data = tiny.sequences(6)
