@@ -5,11 +5,16 @@ With a GPU, LORA_MOE_BACKEND=triton or cuda runs them there.
 """
 
 import os
+from pathlib import Path
 
 # before numpy: with a second thread the interpreter's small matrix products take a hundred times as long
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# kernels of newer cores sum a row in another order according to how many there are in the tile
-os.environ["OPENBLAS_CORETYPE"] = "Prescott"
+# kernels of some cores sum a row in another order according to where in the tile it lies
+os.environ["OPENBLAS_CORETYPE"] = (
+    "SkylakeX"
+    if any("avx512f" in info.read_text() for info in Path("/proc").glob("cpuinfo"))
+    else "Prescott"
+)
 
 import importlib.util
 

@@ -42,7 +42,16 @@ WIDE = [  # more ranks or experts than a program's registers hold
 ]
 every_case = pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
 every_plan = pytest.mark.parametrize("plan", PLANS)
-other_plans = pytest.mark.parametrize("plan", PLANS[1:])
+LONG = ("wide: dense", "segmented")  # 257 slots in a row, interpreted: a minute and a half
+by_other_plans = pytest.mark.parametrize(
+    ("case", "plan"),
+    [
+        pytest.param(case, plan, marks=[pytest.mark.nightly] * ((case.name, plan) == LONG))
+        for case in CASES + WIDE
+        for plan in PLANS[1:]
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
 )
@@ -143,9 +152,8 @@ def test_routed_lora(case, dtype):
     check_routed_lora(case, dtype, "rank_dense")
 
 
-@other_plans
+@by_other_plans
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@every_case
 def test_routed_lora_by_other_plans(case, dtype, plan):
     check_routed_lora(case, dtype, plan)
 
@@ -197,8 +205,7 @@ def test_grouped_lora(case, dtype):
     check_grouped_lora(case, dtype, "rank_dense")
 
 
-@other_plans
-@every_case
+@by_other_plans
 def test_grouped_lora_by_other_plans(case, plan):
     check_grouped_lora(case, torch.bfloat16, plan)
 
