@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import machine, timing
 from benchmarks.timing import duration
-from examples import measure, peers, smollm2, training
+from examples.common import measure, peers, smollm2, training
 
 SENTENCES, LENGTH = 32, 15
 PROMPT, GENERATED = 32, 8

@@ -1,4 +1,4 @@
-"""What a good user writes in plain PyTorch, as functions; examples/peers.py makes modules of them.
+"""What a good user writes in plain PyTorch, as functions; examples/common/peers.py makes modules of them.
 
     y_t = sum over e in topk(softmax(W x_t)) of  g_te scaling B_e A_e x_t
 

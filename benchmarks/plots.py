@@ -5,7 +5,7 @@ import statistics
 import matplotlib.pyplot as plt
 
 from benchmarks import report, scaling
-from examples.figures import GREY, LOOP, OURS, STYLE
+from examples.common.figures import GREY, LOOP, OURS, STYLE
 
 AXIS_NAMES = {"T": "tokens", "K": "picked experts a token", "E": "experts"}
 

@@ -525,7 +525,7 @@ def test_modules_of_the_examples_compute_our_layer(tokens):
     """Loop and stacked as the demo and the end-to-end benchmark train them: outputs and gradients."""
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    from examples import peers as modules
+    from examples.common import peers as modules
 
     E, r, alpha = modules.NUM_EXPERTS, modules.RANK, modules.ALPHA
     shape = Shape(tokens, 48, 32, E, r, modules.TOP_K)

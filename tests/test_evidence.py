@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples import evidence
+from examples.common import evidence
 
 
 def test_intervals_tell_an_effect_from_noise():

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_moe
-from examples import branch_lora_tasks
-from examples.tasks import root_of
+from examples.branch_lora import tasks as branch_lora_tasks
+from examples.common.tasks import root_of
 from lora_moe import LoraMoeConfig, safefile
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.branch_lora.adapters import READS

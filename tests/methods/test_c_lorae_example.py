@@ -45,7 +45,7 @@ def test_the_pages_code_runs_and_is_short(tmp_path, monkeypatch):
 
 def test_lower_and_upper_layers_in_a_row_are_the_model():
     transformers = pytest.importorskip("transformers")
-    from examples import upper as parts
+    from examples.c_lorae import upper as parts
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -70,7 +70,7 @@ def test_lower_and_upper_layers_in_a_row_are_the_model():
 
 @pytest.mark.skipif(find_spec("kaomoji_dataset") is None, reason="kaomoji-dataset is missing")
 def test_the_splits_do_not_leak():
-    from examples import kaomoji_sets
+    from examples.c_lorae import data as kaomoji_sets
 
     try:
         splits = kaomoji_sets.load((300, 30, 300), 60, 100)

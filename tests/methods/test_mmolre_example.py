@@ -16,7 +16,7 @@ needs_data = pytest.mark.skipif(bool(missing), reason=f"needs {missing}")
 @pytest.fixture(scope="module")
 def parts():
     """400 of the lexicon's words, and the kaomoji."""
-    from examples import mmolre_data as data
+    from examples.mmolre import data
 
     return data.load(most_words=400)
 
@@ -44,7 +44,7 @@ def test_links_of_the_documentation():
 
 @needs_data
 def test_evidence_in_short(tmp_path, capsys):
-    from examples import mmolre
+    from examples.mmolre import experiment as mmolre
 
     mmolre.main(["--quick", "--seeds", "0", "1", "--out", str(tmp_path)])
     text = (tmp_path / "results.md").read_text()
@@ -71,8 +71,8 @@ def test_evidence_in_short(tmp_path, capsys):
 
 @needs_data
 def test_splits_hold_out_words_by_root_and_kaomoji_by_face(parts):
-    from examples import mmolre_data as data
-    from examples.tasks import root_of
+    from examples.common.tasks import root_of
+    from examples.mmolre import data
 
     words, kaomoji = parts
     roots = root_of(words.names)
@@ -90,7 +90,7 @@ def test_splits_hold_out_words_by_root_and_kaomoji_by_face(parts):
 
 @needs_data
 def test_items_are_put_together_as_described(parts):
-    from examples import mmolre_data as data
+    from examples.mmolre import data
 
     words, kaomoji = parts
     items = data.compose(words, kaomoji, [[3, 8], [5, 1]], [7, 4])
@@ -113,7 +113,7 @@ def test_items_are_put_together_as_described(parts):
 
 @needs_data
 def test_meaning_of_a_kaomoji_by_hand():
-    from examples import mmolre_data as data
+    from examples.mmolre import data
 
     lexicon = {
         "glad": ["joy", "positive"],
@@ -130,7 +130,7 @@ def test_meaning_of_a_kaomoji_by_hand():
 
 @needs_data
 def test_plain_block_computes_ours():
-    from examples import mmolre
+    from examples.mmolre import experiment as mmolre
     from lora_moe.methods.mmolre import UniTSE
 
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_plain_block_computes_ours():
 def test_difference_of_weighted_f1():
     import numpy as np
 
-    from examples.mmolre_report import f1_difference
+    from examples.mmolre.report import f1_difference
     from lora_moe.methods.mmolre.affect import multilabel_metrics
 
     draw = np.random.default_rng(0)

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from benchmarks.peers import hidden, loop_into, route, spread
-from examples.smollm2 import share
+from examples.common.smollm2 import share
 from lora_moe import LoraMoeConfig, LoraMoeLinear, inject
 
 NUM_EXPERTS, RANK, TOP_K, ALPHA = 8, 8, 2, 16

@@ -7,8 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from examples import evidence, figures
-from examples.evidence import shown, table, verdict
+from examples.common import evidence, figures
+from examples.common.evidence import shown, table, verdict
 from lora_moe.methods.branch_lora.continual import continual_metrics
 
 METRICS = ("ACC", "MAA", "BWT")

@@ -13,7 +13,7 @@ Tasks clash on purpose: five share their words, three their answers, and `unplea
 `pleasant` around; only the instruction says so.  The answer is looked for among those of all tasks,
 as a language model would, so that a task can also be forgotten in its form.
 
-Words are split by root and emoji by families of names, across all tasks (see examples/tasks.py).
+Words are split by root and emoji by families of names, across all tasks (see examples/common/tasks.py).
 Instructions are split too: those for training, for validation, for the held-out items.
 """
 
@@ -23,8 +23,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from examples import tasks
-from examples.tasks import (
+from examples.common import tasks
+from examples.common.tasks import (
     EMOTIONS,
     SENTIMENTS,
     digest,

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 
-from examples.tasks import root_of
+from examples.common.tasks import root_of
 
 EMOTIONS = ("joy", "sadness", "anger", "fear", "disgust", "surprise")
 WORDS = 2  # an item

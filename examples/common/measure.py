@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from examples.training import loss_of
+from examples.common.training import loss_of
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's numbers for mallopt
 

@@ -2,7 +2,7 @@
 
     python -m examples.branch_lora --out build/branch_lora
 
-Each arm learns the tasks of examples/branch_lora_tasks.py one after the other and is asked, after
+Each arm learns the tasks of examples/branch_lora/tasks.py one after the other and is asked, after
 each of them, all that it has learned so far; nobody tells it which task an item belongs to.  Writes
 OUT/runs.jsonl (a restart goes on from it), OUT/report.md and two pictures.  The protocol stands in
 docs/branch_lora.md.
@@ -21,10 +21,10 @@ from torch.nn.functional import cross_entropy
 
 import lora_moe
 from benchmarks import timing
-from examples import branch_lora_report as report
-from examples import evidence, minilm
-from examples.branch_lora_tasks import SOURCES, load_tasks
-from examples.training import chunks, optimizer_of, rate_at
+from examples.branch_lora import minilm, report
+from examples.branch_lora.tasks import SOURCES, load_tasks
+from examples.common import evidence
+from examples.common.training import chunks, optimizer_of, rate_at
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.branch_lora.continual import TaskSelector
 
@@ -269,7 +269,3 @@ def main():
     (args.out / "report.md").write_text(text)
     report.draw(args.out, data, runs, args.seeds)
     print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What examples/c_lorae.py writes: tables of scores and of paired differences, two pictures."""
+"""What examples/c_lorae/experiment.py writes: tables of scores and of paired differences, two pictures."""
 
 from collections import Counter
 
@@ -9,9 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from examples import kaomoji_sets
-from examples.evidence import difference, shown, table, verdict
-from examples.figures import GREY, INK, LOOP, OURS, STYLE
+from examples.c_lorae import data as kaomoji_sets
+from examples.common.evidence import difference, shown, table, verdict
+from examples.common.figures import GREY, INK, LOOP, OURS, STYLE
 
 TASKS = tuple(kaomoji_sets.LABELS)
 SMALL = "intent"

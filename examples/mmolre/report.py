@@ -1,4 +1,4 @@
-"""What the runs of examples/mmolre.py say: tables in Markdown, and two pictures."""
+"""What the runs of examples/mmolre/experiment.py say: tables in Markdown, and two pictures."""
 
 import statistics
 
@@ -10,8 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import timing
-from examples import evidence, mmolre_data
-from examples.figures import GREY, INK, OURS, STYLE, WHITE_TO_BLUE
+from examples.common import evidence
+from examples.common.figures import GREY, INK, OURS, STYLE, WHITE_TO_BLUE
+from examples.mmolre import data as mmolre_data
 
 FIRST, FULL = "MMoLRE", "full-rank experts"
 LOW = ("MMoLRE, rank 2", FIRST, "MMoLRE, rank 32")  # against FULL

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from examples.tasks import pad
+from examples.common.tasks import pad
 
 
 def optimizer_of(model, learning_rate):

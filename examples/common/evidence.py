@@ -22,7 +22,9 @@ RESAMPLES = 4000
 def parser(description, out):
     """--out, --quick and --seeds, the same for each example."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m examples.{Path(out).name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for what is written")
     parser.add_argument("--quick", action="store_true", help="seconds: shows that it runs, no more")

@@ -1,7 +1,7 @@
 """What the demo found, in words: one table, the claims, the answers, the sources."""
 
-from examples.measure import median
-from examples.tasks import SOURCES
+from examples.common.measure import median
+from examples.common.tasks import SOURCES
 
 PEAK = (
     "Peak memory is the rise of the process's resident memory during one step, with glibc told to "

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 import lora_moe
 from benchmarks import machine, timing
-from examples import figures, measure, peers, report, smollm2, tasks, training
-from examples.agreement import follow
-from examples.reload import logits_of
+from examples.common import figures, measure, peers, smollm2, tasks, training
+from examples.demo import report
+from examples.demo.agreement import follow
+from examples.demo.reload import logits_of
 
 SEED = 0
 LEARNING_RATE = 1e-3
@@ -66,7 +67,9 @@ def main():
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo", description=__doc__.split("\n")[0]
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("build/demo"), help="folder for the results"
     )
@@ -166,9 +169,9 @@ def save_and_reload(model, tokenizer, three, args):
     with tempfile.TemporaryDirectory() as folder:
         sent, back = Path(folder) / "ids.safetensors", Path(folder) / "logits.safetensors"
         save_file({"ids": ids}, sent)
-        command = [sys.executable, "-m", "examples.reload", adapter.resolve(), sent, back]
+        command = [sys.executable, "-m", "examples.demo.reload", adapter.resolve(), sent, back]
         subprocess.run(
-            [*command, str(args.layers or "")], check=True, cwd=Path(__file__).parents[1]
+            [*command, str(args.layers or "")], check=True, cwd=Path(__file__).parents[2]
         )
         there = load_file(back)["logits"]
     size = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
@@ -211,7 +214,3 @@ def draw(out, found, load):
     kind = most_telling(load)
     figures.draw_load(out / "experts.png", load[kind], names, kind)
     figures.draw_cost(out / "cost.png", report.cost_panels(found["cost"]["contenders"]))
-
-
-if __name__ == "__main__":
-    main()

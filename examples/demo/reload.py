@@ -1,4 +1,4 @@
-"""A fresh process: `python -m examples.reload ADAPTER IDS OUT [LAYERS]` writes the logits."""
+"""A fresh process: `python -m examples.demo.reload ADAPTER IDS OUT [LAYERS]` writes the logits."""
 
 import sys
 
@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lora_moe
-from examples.smollm2 import load_model
+from examples.common.smollm2 import load_model
 
 
 def logits_of(model, ids):

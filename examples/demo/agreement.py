@@ -11,8 +11,8 @@ tie, rounding may flip it.  Freely running, flips feed back into the weights; lo
 import torch
 from tqdm import tqdm
 
-from examples import peers
-from examples.training import loss_of
+from examples.common import peers
+from examples.common.training import loss_of
 
 
 def follow(loop, twin, batches, train, trace, checked):

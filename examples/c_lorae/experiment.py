@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 
 import lora_moe
-from examples import c_lorae_report, evidence, kaomoji_sets, smollm2
-from examples import upper as parts
+from examples.c_lorae import data as kaomoji_sets
+from examples.c_lorae import report as c_lorae_report
+from examples.c_lorae import upper as parts
+from examples.common import evidence, smollm2
 from lora_moe.methods import c_lorae
 from lora_moe.methods.c_lorae import extraction, visual
 from lora_moe.methods.c_lorae.achievement import AchievementLoss
@@ -271,7 +273,3 @@ def main():
     (args.out / "report.md").write_text(text)
     c_lorae_report.draw(args.out, study, ARMS, args.seeds, found)
     print(text)
-
-
-if __name__ == "__main__":
-    main()

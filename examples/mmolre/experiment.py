@@ -4,7 +4,7 @@
 
 Arms of one model, trained from the same batches and seeds: shared and task-specific low-rank experts
 against hard parameter sharing, full-rank experts, no task-specific experts, one modality, one task.
-The protocol, with what is compared and how, is in docs/mmolre.md; the data in examples/mmolre_data.py.
+The protocol, with what is compared and how, is in docs/mmolre.md; the data in examples/mmolre/data.py.
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from benchmarks import timing
-from examples import evidence, mmolre_data
-from examples import mmolre_report as report
+from examples.common import evidence
+from examples.mmolre import data as mmolre_data
+from examples.mmolre import report
 from lora_moe.methods import mmolre
 from lora_moe.methods.mmolre import MMoLRE, MMoLREConfig, Task, UniTSE
 from lora_moe.methods.mmolre.affect import multilabel_metrics, sentiment_metrics
@@ -226,7 +227,3 @@ def main(argv=None):
     found = evidence.runs(args.out, args.arms, args.seeds, partial(run, data, sizes))
     times = step_times(*sizes.timed)
     report.write(args, sizes, data, found, times, evidence.setting(args.seeds, started))
-
-
-if __name__ == "__main__":
-    main()

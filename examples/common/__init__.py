@@ -1,0 +1,1 @@
+"""What the examples share: models, data, training steps, peers, statistics, pictures."""
