@@ -51,11 +51,14 @@ def main(argv=None):
     if args.peak:
         print(json.dumps(peak_of(args.peak, args.layers, DTYPES[args.dtype[0]])))
         return 0
-    results = {dtype: run(args, dtype) for dtype in args.dtype}
+    results = {}
+    for dtype in args.dtype:
+        for result in run(args, dtype):  # after each part: a run that is stopped leaves what it had
+            results[dtype] = result
+            if args.json:
+                args.json.write_text(json.dumps(results))
     text = "\n".join(markdown(result) for result in results.values())
     print(text)
-    if args.json:
-        args.json.write_text(json.dumps(results))
     if args.markdown:
         args.markdown.write_text(text)
     return 0
@@ -81,21 +84,33 @@ def parse(argv):
 
 
 def run(args, dtype):
-    """{part: {contender: value}}; seconds are lists, one a turn."""
+    """Yields {part: {contender: value}} after each part, which is told; seconds are lists, one a turn."""
     models = contenders(smollm2.load_model(args.layers, DTYPES[dtype]))
     batch = random_batch()
     check(models, batch, AGREE[dtype])
     result = {"machine": machine.describe(), "repeats": args.repeats, "dtype": dtype}
+
+    def timed(part, calls, clock):
+        tell(f"{dtype}, {part}: {args.repeats} turns of {len(calls)} contenders")
+        result[part] = timing.interleave(calls, args.repeats, clock, laggard=math.inf)
+        tell(f"    {timing.brief(result[part])}")
+        return result
+
     if "memory" in args.parts:
+        tell(f"{dtype}, memory: a process for each of {len(models)} contenders")
         result["saved_bytes"] = saved_bytes(models, batch)
         result["peak"] = {name: peak_in_a_process(name, args, dtype) for name in models}
+        yield result
     if "step" in args.parts:
         steps = {name: stepper(model, batch) for name, model in models.items()}
-        result["step"] = timing.interleave(steps, args.repeats, timing.once, laggard=math.inf)
+        yield timed("step", steps, timing.once)
     if "token" in args.parts:
         tokens = {name: generator(model) for name, model in models.items()}
-        result["token"] = timing.interleave(tokens, args.repeats, per_token, laggard=math.inf)
-    return result
+        yield timed("token", tokens, per_token)
+
+
+def tell(text):
+    print(text, file=sys.stderr, flush=True)
 
 
 def saved_bytes(models, batch):

@@ -13,7 +13,7 @@ import torch
 from benchmarks import contenders as entry
 from benchmarks import machine, timing
 from benchmarks.shapes import Shape, sample
-from benchmarks.suite import PASSES, brief, each
+from benchmarks.suite import PASSES, each
 from lora_moe import functional
 
 BASE = Shape(2048, 1024, 1024, 8, 16)
@@ -36,7 +36,7 @@ def run(options, result, progress=lambda text: None, keep=lambda result: None):
         where = {"axis": axis, "value": getattr(shape, axis), "base": str(base)}
         dtype_name = str(dtype).removeprefix("torch.")
         rows.append(where | {"dtype": dtype_name, "pass": name, "seconds": seconds})
-        progress(f"    {brief(seconds)}")
+        progress(f"    {timing.brief(seconds)}")
         keep(result)
 
     steps = [

@@ -2,7 +2,6 @@
 
 import math
 import os
-import statistics
 import time
 from dataclasses import dataclass, field
 
@@ -11,7 +10,6 @@ import torch
 from benchmarks import contenders as entry
 from benchmarks import machine, timing
 from benchmarks.shapes import sample
-from benchmarks.timing import duration
 
 FORMAT = 1  # of the JSON
 PASSES = ("forward", "forward+backward")
@@ -59,7 +57,7 @@ def run(shapes, options, progress=lambda text: None, keep=lambda result: None):
         rows = measure(shape, dtype, name, options)
         result["rows"] += rows
         for row in rows:
-            progress(f"    {row['clock']}: {brief(row['seconds'])}")
+            progress(f"    {row['clock']}: {timing.brief(row['seconds'])}")
         keep(result)
 
     steps = [(s, d, name) for s in shapes for d in options.dtypes for name in options.passes]
@@ -86,14 +84,6 @@ def each(steps, act, result, progress) -> str:
             progress(result["stopped"])
             return result["stopped"]
     return ""
-
-
-def brief(seconds):
-    """Medians, the fastest first."""
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
-    return ", ".join(
-        f"{name} {duration(s)}" for name, s in sorted(medians.items(), key=lambda m: m[1])
-    )
 
 
 def measure(shape, dtype, name, options):

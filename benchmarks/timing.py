@@ -74,3 +74,11 @@ def duration(seconds):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"
+
+
+def brief(seconds):
+    """Medians, the fastest first."""
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    return ", ".join(
+        f"{name} {duration(s)}" for name, s in sorted(medians.items(), key=lambda m: m[1])
+    )

@@ -85,18 +85,23 @@ def deciding(decisions: dict[nn.Module, Decision]):
     """Inside, in this thread, each of these layers is told its Decision."""
     before, task = thread.decisions, thread.task
     compiling = torch.compiler.is_compiling()
+    own = None
     if not compiling:
         expect_own_task(task)
         thread.task = asyncio_task()
+        own = vars(thread)  # this thread's: a generator may end the block in another
     table = thread.decisions = before | decisions
     _open[id(decisions)] = table
     try:
         yield
     finally:
         del _open[id(decisions)]
-        innermost = compiling or thread.decisions is table
-        # what another block found here may be over by now: nobody's decisions stay behind
-        thread.decisions, thread.task = (before, task) if innermost else ({}, None)
+        if compiling:
+            thread.decisions, innermost = before, True
+        else:
+            innermost = vars(thread) is own and thread.decisions is table
+            # what another block found here may be over by now: nobody's decisions stay behind
+            own["decisions"], own["task"] = (before, task) if innermost else ({}, None)
     expect_innermost(innermost)
 
 

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ pytest.importorskip("transformers")
 from lora_moe import adapter_info
 
 from .processes.run import checks_of
+from .torchrun import run_to_the_end
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["training", "saving", "accelerated", "freezing", "precision"]
@@ -45,9 +45,7 @@ def torchrun(*args, cwd=ROOT, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join([str(ROOT), str(DEEPSPEED)])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | environment
-    return subprocess.run(
-        [*command, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=600
-    )
+    return run_to_the_end([*command, *args], cwd=cwd, env=environment, timeout=600)
 
 
 def outcomes(directory: Path, modules: list[str], **environment) -> list[dict]:

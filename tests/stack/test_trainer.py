@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +31,7 @@ from lora_moe.history import FILE_NAME as HISTORY
 
 from ..compare import relative_error
 from . import tiny
+from .torchrun import run_to_the_end
 
 WEIGHTS = {"model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"}
 
@@ -204,7 +204,7 @@ def torchrun(module, *args, processes=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", "-m", module, *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run_to_the_end(command, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
