@@ -25,7 +25,7 @@ SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-
 	ASAN_OPTIONS=detect_leaks=0
 # what must hold on every backend alike
 BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py
-# and this, which takes the interpreter of the Triton kernels half an hour: make test-triton-all
+# and this, of which a GPU's kernels leave out float64
 WIDE := tests/test_gradients.py tests/test_torch_features.py
 # of these, what depends on the plan; fp16 differs from bf16 in nothing that does
 FORCED := tests/test_functional.py -k 'not float16 and not router_topk and not shrink'
@@ -39,7 +39,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo bench test test-host test-triton test-triton-all test-cuda test-reference sanitize sanitize-cuda sanitize-ttsem \
+.PHONY: help venv build demo bench test test-host test-triton test-cuda test-reference sanitize sanitize-cuda sanitize-ttsem \
 	sanitize-threads mutate nightly hashes check-hashes check-vulnerabilities gpu-static check-triton \
 	check-cuda check-gpu lint format clean
 
@@ -75,21 +75,21 @@ test-host: build $(VENV)/.test $(VENV)/.demo build/deepspeed ## Run the whole su
 
 test-triton: build $(VENV)/.test ## Run the public functions on the Triton kernels, interpreted without a GPU
 	$(call step,tests of the public functions on the Triton kernels)
-	@LORA_MOE_BACKEND=triton $(PYTEST) $(BLACK_BOX) $(PYTEST_ARGS)
+	@LORA_MOE_BACKEND=triton $(PYTEST) $(BLACK_BOX) $(WIDE) $(PYTEST_ARGS)
 	@LORA_MOE_BACKEND=triton $(PYTEST) tests/presets/test_formulas.py -k 'equals_its_formula and train'
 	@for plan in rank_dense segmented decode; do \
 		printf '\033[1m==> the same with plan %s for every call\033[0m\n' $$plan; \
 		LORA_MOE_PLAN=$$plan LORA_MOE_BACKEND=triton $(PYTEST) $(FORCED) $(PYTEST_ARGS) || exit 1; \
 	done
 
-test-triton-all: build $(VENV)/.test ## Run gradients of every layout and PyTorch's features on them as well
-	@LORA_MOE_BACKEND=triton $(PYTEST) $(WIDE) $(PYTEST_ARGS)
-
-test-cuda: build $(VENV)/.test ## Run them on the CUDA kernels, where these are built and a GPU is
+test-cuda: build $(VENV)/.test ## Run them on the CUDA kernels; without these or a GPU, gradients on the kernels compiled for the CPU
 	@if $(BIN)/python -W ignore -c "$$HAS_CUDA_KERNELS" 2> /dev/null; then \
 		printf '\033[1m==> tests of the public functions on the CUDA kernels\033[0m\n'; \
 		LORA_MOE_BACKEND=cuda $(PYTEST) $(BLACK_BOX) $(WIDE) $(PYTEST_ARGS); \
-	else echo "no GPU, or no CUDA kernels (LORA_MOE_BUILD_CUDA=1): tests/test_cuda_kernels.py runs them on the CPU"; fi
+	elif [ -n "$(CXX_FOUND)" ]; then \
+		echo "no GPU, or no CUDA kernels (LORA_MOE_BUILD_CUDA=1): compiled for the CPU"; \
+		$(PYTEST) -p tests.cuda_shim.serving tests/test_gradients.py -k 'not float64' $(PYTEST_ARGS); \
+	else echo "no GPU, and no C++ compiler ($(CXX)): the CUDA kernels are not tested"; fi
 
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
