@@ -48,7 +48,7 @@ class Rung:
 
     reads: str = "first"
     top_k: int = TOP_K
-    routers: bool = True  # one a task, and the selector to pick it
+    routers: bool = True  # one per task, and the selector to pick it
     freeze: int = TOP_K
     trunk_held: bool = False  # A trains in the first task only
     grows: bool = False  # by top_k branches once a layer has fewer than that to train

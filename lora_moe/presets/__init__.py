@@ -1,4 +1,4 @@
-"""One function a paper; each returns what `inject` takes.
+"""One function per paper; each returns what `inject` takes.
 
     inject(model, presets.hydralora(num_experts=3, r=8, target_modules=("q_proj", "v_proj")))
 

@@ -139,7 +139,7 @@ def smora(num_experts=64, top_k=8, alpha=64.0, *, target_modules=(), **fields) -
 def share(name: str, total, pieces: int) -> int:
     """total / pieces, or ValueError where that is no integer of at least 1."""
     if not isinstance(total, int) or not isinstance(pieces, int) or pieces < 1 or total % pieces:
-        raise ValueError(f"{name}: expected a multiple of {pieces}, got {total!r:.99}")
+        raise ValueError(f"{name}: expected a multiple of {pieces} experts, got {total!r:.99}")
     return total // pieces
 
 

@@ -472,7 +472,7 @@ def test_inputs_that_do_not_fit_raise():
     with pytest.raises(ValueError, match=r"mask: expected bool \(1, 2\), got torch.bool \(1, 3\)"):
         layer(normal(1, 2, WIDTH), mask_of((3,)))
     for ranks in ((3, 0), ()):
-        with pytest.raises(ValueError, match="task_ranks: expected one a task, all or none 0"):
+        with pytest.raises(ValueError, match="task_ranks: expected one per task, all or none 0"):
             UniTSE(WIDTH, (2,), ranks)
     with pytest.raises(ValueError, match="activation: expected one of"):
         UniTSE(WIDTH, (2,), (3,), activation=["relu"])

@@ -18,7 +18,7 @@ which router a sequence without a task id wants.
 The layers are LoraMoeLinear with shared_a and a PerTaskRouter, inside a SequenceRouter where a sequence
 decides.  Everything that lora_moe says of such layers holds here.
 
-    config.py      branch_lora and moelora, the baseline
+    config.py      branch_lora; moelora, the baseline, is the preset
     adapters.py    branches into a model, tasks and masks of a batch
     lifecycle.py   begin_task, end_task, add_branches
     counting.py    routed weight of the open task, branch by branch
@@ -26,8 +26,9 @@ decides.  Everything that lora_moe says of such layers holds here.
     continual.py   the task selector, ACC, MAA and BWT
 """
 
+from ...presets.experts import moelora
 from .adapters import branch_layers, branches_of, inject, parts, routers_of, set_mask, set_task
-from .config import branch_lora, moelora
+from .config import branch_lora
 from .continual import ContinualMetrics, TaskSelector, continual_metrics
 from .files import FILE_NAME, load, save
 from .lifecycle import add_branches, begin_task, end_task

@@ -1,4 +1,4 @@
-"""Configurations: BranchLoRA's layer, and MoELoRA's, which it is measured against."""
+"""The configuration of BranchLoRA's layer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,3 @@ def branch_lora(num_branches=8, r=16, top_k=2, alpha=256.0, **fields) -> LoraMoe
     losses = {"balance_coef": 0.0, "z_coef": 0.0}
     sizes = {"num_experts": num_branches, "r": r, "top_k": top_k, "alpha": alpha / num_branches}
     return LoraMoeConfig(**sizes, shared_a=True, **losses | fields)
-
-
-def moelora(num_experts=8, r=128, alpha=256.0, **fields) -> LoraMoeConfig:
-    """MoELoRA, the baseline: every token takes all E experts of rank r / E, softmax gates, s = alpha / r.
-
-    Source: Chen et al. 2024 (CoIN), arXiv 2403.08350.
-    """
-    if r % num_experts:
-        raise ValueError(f"r: expected a multiple of {num_experts} experts, got {r}")
-    sizes = {"num_experts": num_experts, "r": r // num_experts, "top_k": num_experts}
-    losses = {"balance_coef": 0.0, "z_coef": 0.0}
-    return LoraMoeConfig(**sizes, alpha=alpha / num_experts, **losses | fields)

@@ -2,7 +2,7 @@
 
     f_n(X)_i = B_n phi(A_n [x_{i-1}; x_i; x_{i+1}] + b1_n) + b2_n        a low-rank expert, Conv3 then Conv1
     H^t = sum_n g^t_n f_n(X^t) + g^t_{N+1} f_t(X^t)                      a UniTSE block, for each task t
-    features -> blocks, one stack a modality -> attention over modalities, one a task -> heads
+    features -> blocks, one stack per modality -> attention over modalities, one per task -> heads
 
 All experts of a block and the routers of all tasks read X in one shrink, and all leave it in one
 expand whose last rows are the biases:  Y = [g phi(S + b1) | g] [B; b2].  A convolution is linear, so
@@ -12,7 +12,7 @@ Not confirmed by what is public of the paper, hence options or choices of ours: 
 over the N + 1 experts at each position, no residual, attention pooling in the fusion, two-layer heads.
 
 Letters: B items, L positions, D width, N shared experts, E experts of all tasks together, R rank rows
-of all experts, S streams: 1 where all tasks read the same input, or one a task.
+of all experts, S streams: 1 where all tasks read the same input, or one per task.
 
     config.py    MMoLREConfig, Task
     block.py     UniTSE, the experts and routers of all tasks

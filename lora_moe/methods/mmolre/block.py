@@ -1,7 +1,7 @@
 """UniTSE: the shared and the task experts of one block, with a router for each task.
 
 Letters: B items, L positions, D width, N shared experts, E experts of all tasks together, R rank rows
-of all experts, S streams: 1 where all tasks read the same input, or one a task.
+of all experts, S streams: 1 where all tasks read the same input, or one per task.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class UniTSE(nn.Module):
     Args:
         width: D.
         shared_ranks: of the N shared experts.
-        task_ranks: of each task's own expert, one a task; all zeros for tasks without one.
+        task_ranks: of each task's own expert, one per task; all zeros for tasks without one.
         activation, route, residual: as in MMoLREConfig.
     """
 
@@ -49,7 +49,9 @@ class UniTSE(nn.Module):
     ):
         super().__init__()
         mixed = any(task_ranks) and not all(task_ranks)
-        expect(len(task_ranks) and not mixed, "task_ranks", "one a task, all or none 0", task_ranks)
+        expect(
+            len(task_ranks) and not mixed, "task_ranks", "one per task, all or none 0", task_ranks
+        )
         expect(
             activation in tuple(ACTIVATIONS), "activation", f"one of {[*ACTIVATIONS]}", activation
         )
