@@ -19,7 +19,8 @@ from typing import BinaryIO
 
 from . import peft_moe, safefile
 from .config import LoraMoeConfig
-from .layers import LoraMoeLinear, expert_ids
+from .layers import LoraMoeLinear
+from .placement import expert_ids
 from .tensors import file_names
 
 FORMAT_VERSION = 2

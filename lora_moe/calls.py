@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .context import NOTHING, Call, thread
-from .layers import LoraMoeLinear
+from .placement import LoraMoeLayer
 from .routing import Routing
 from .watch import Watch
 
@@ -27,7 +27,7 @@ class BeforeCall:
         self.names_labels = "labels" in self.names
         generates = getattr(caller, "can_generate", bool)()
         self.causal = generates and not getattr(caller.config, "is_encoder_decoder", False)
-        self.layers = [m for m in caller.modules() if isinstance(m, LoraMoeLinear)]
+        self.layers = [m for m in caller.modules() if isinstance(m, LoraMoeLayer)]
         self.parts = any(m.parts is not None for m in self.layers)
 
     def __call__(self, model, args, kwargs):

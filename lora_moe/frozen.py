@@ -6,6 +6,7 @@ back after every optimizer step, whatever kind the optimizer is and whenever it 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 
 import torch
@@ -38,7 +39,7 @@ def _before_step(optimizer, _args, _kwargs):
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     own, kept = {id(p) for p in stepped}, []
     for layer in list(_layers):
-        for parameter in (layer.lora_A, layer.lora_B):
+        for parameter in itertools.chain(*layer.pairs()):
             if is_stepped_by_zero(parameter):
                 _refuse_zero(parameter, optimizer, stepped)
             elif id(parameter) in own:
@@ -76,7 +77,7 @@ def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> list[torch.Tensor]
 
     Of a sharded parameter, those that this process holds.
     """
-    if parameter is layer.lora_A and layer.config.shared_a:
+    if layer.config.shared_a and parameter is layer.lora_A:
         return []
     first, part = _part(parameter.detach(), layer.offsets[-1])
     ranges = []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from . import peft_format
-from .layers import expert_ids
+from .placement import expert_ids
 from .safefile import raise_all
 from .sharded import at_rest, fill, gathered, plain_path, unwrapped
 from .steering import layers_of

@@ -13,6 +13,7 @@ from torch import nn
 from .attach import attach, detach
 from .config import LoraMoeConfig
 from .layers import LoraMoeLinear
+from .placement import LoraMoeLayer
 from .sharded import expect_no_wrapper
 from .steering import injected, layers_of
 from .targets import is_all_linear, targets_of
@@ -91,10 +92,9 @@ def remove(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model has no experts, or is itself the one LoraMoeLinear.
     """
-    if isinstance(model, LoraMoeLinear):
-        raise ValueError(
-            "model: expected a module that holds LoraMoeLinear, got one; take base_layer"
-        )
+    if isinstance(model, LoraMoeLayer):
+        kind = type(model).__name__
+        raise ValueError(f"model: expected a module that holds {kind}, got one; take base_layer")
     layers = layers_of(model)
     if any(layer.adapter_name is not None for layer in layers.values()):
         raise ValueError(

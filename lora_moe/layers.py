@@ -16,10 +16,9 @@ from torch import nn
 from . import functional as F
 from . import records
 from .config import LoraMoeConfig
-from .context import fit_rows, recomputing, thread, told
-from .frozen import keep_rows
+from .context import fit_rows, recomputing, told
 from .parts import Batch, TensorSpec
-from .reference import accumulator
+from .placement import LoraMoeLayer
 from .routers import TokenRouter
 from .routers.token import tempered
 from .routing import Routing
@@ -29,7 +28,7 @@ from .tokens import tokens_of
 TENSORS = ("lora_A", "lora_B", "router_weight", "router_bias", "selection_bias")
 
 
-class LoraMoeLinear(nn.Module):
+class LoraMoeLinear(LoraMoeLayer):
     """A drop-in for `base`: its own forward, plus the experts.
 
         y_t = base(x_t) + sum over e in topk(router(x_t)) of  g_te * s_e * B_e A_e x_t
@@ -47,15 +46,7 @@ class LoraMoeLinear(nn.Module):
     picked and for a router in whose place the caller decided, so that DDP finds all of them.  An
     optimizer's weight decay still moves a router with a zero gradient, unless its group has none.
 
-    Attributes:
-        base_layer: the module that this one stands for; `weight` and `bias` are its own.
-        routing: the Routing of the last forward in this thread, None before.  It carries that
-            forward's graph, and keeps it alive until the next forward or set_routing replaces it.
-            An activation checkpoint's recompute leaves it alone; copies and pickles are without it.
-        given: what lora_moe.set_routing put in place of the router's decision, or None.
-        tasks, mask: what lora_moe.set_routing said of them, or None.
-        frozen: ids of experts whose rows get an exactly zero gradient and that no optimizer moves; see
-            lora_moe.freeze_experts.
+    Attributes: as placement.LoraMoeLayer; `weight` and `bias` are base_layer's own.
 
     Args:
         base: nn.Linear, or a module that behaves like one: it has in_features and out_features, is
@@ -65,31 +56,14 @@ class LoraMoeLinear(nn.Module):
         TypeError: base is no linear module, or already a LoraMoeLinear.
     """
 
-    # of an adapter that PEFT knows by a name (see lora_moe.peft): the functions of this package address
-    # the active ones, by the path of the module that they adapt
-    adapter_name: str | None = None
-    origins = None  # where each expert came from; see from_peft
-    tasks: Routing | int | None = None
-    mask: torch.Tensor | None = None
-    parts = None  # (router, names of its tensors, middle, names of its tensors), if the configuration has any
-    compiled_kept = None  # see context.keep
-    active = True
-    enabled = True
-
     def __init__(self, base: nn.Module, config: LoraMoeConfig):
-        super().__init__()
         features = linear_features(base)
         if features is None or isinstance(base, LoraMoeLinear):
             raise TypeError(f"base: expected a linear module, got {type(base).__name__}")
         if not isinstance(config, LoraMoeConfig):
             raise TypeError(f"config: expected a LoraMoeConfig, got {type(config).__name__}")
+        super().__init__(base, config)
         self.in_features, self.out_features = features
-        self.config = config
-        self.base_layer = base
-        self.given: Routing | None = None
-        self.compiled_run = self.compiled_graph = None  # see records.py
-        self._frozen: tuple[int, ...] = ()
-        self._scaling: torch.Tensor | None = None
         self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
 
         self._note_parts()
@@ -97,7 +71,6 @@ class LoraMoeLinear(nn.Module):
             self.register_parameter(name, None)
         self.register_buffer("selection_bias", None)
         self._register(adapter_tensors(base, config))
-        self.register_state_dict_post_hook(_as_the_base_names_it)
         self.reset_parameters()
         self.train(base.training)
         _ = self.scaling  # made here, and not in a CUDA graph's capture
@@ -142,46 +115,12 @@ class LoraMoeLinear(nn.Module):
         return self.base_layer.bias
 
     @property
-    def routing(self) -> Routing | None:
-        last = records.record_of(self).last
-        return None if last is None else last.routing
-
-    @routing.setter
-    def routing(self, nothing: None):
-        if nothing is not None:
-            raise ValueError(
-                "routing: expected None, to forget the last forward; see lora_moe.use_routing"
-            )
-        records.forget(self)
-
-    @property
-    def frozen(self) -> tuple[int, ...]:
-        return self._frozen
-
-    @frozen.setter
-    def frozen(self, ids):
-        self._frozen = expert_ids(ids, self.config.num_experts)
-        keep_rows(self)
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        """s of each expert, (E,)."""
-        return self.config.scales
-
-    @property
     def scaling(self) -> torch.Tensor:
-        """`scales` as a tensor beside lora_B, never rounded below fp32.
-
-        No buffer: neither .half() nor .to_empty() nor loading into a module on meta can spoil it.
-        """
+        """`scales` as a tensor beside lora_B, never rounded below fp32."""
         return self._scaling_beside(self.lora_B)
 
-    def _scaling_beside(self, B):
-        scaling = self._scaling
-        dtype = accumulator(B.dtype)
-        if scaling is None or scaling.device != B.device or scaling.dtype != dtype:
-            scaling = self._scaling = torch.tensor(self.scales, dtype=dtype, device=B.device)
-        return scaling
+    def pairs(self):
+        yield self.lora_A, self.lora_B
 
     def reset_parameters(self) -> None:
         """Draw the initial values again (see the class)."""
@@ -298,10 +237,6 @@ class LoraMoeLinear(nn.Module):
         except KeyError:  # pruned or parametrized
             return tuple(getattr(self, name) for name in TENSORS)
 
-    def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapter without its base, by name; what is pruned or parametrized is as it acts."""
-        return {name: t for name in self.names if (t := getattr(self, name)) is not None}
-
     def router_parameters(self) -> list[nn.Parameter]:
         """What trains of the router, by whatever names."""
         own = self.parts[1] if self.parts else ("router_weight", "router_bias")
@@ -325,52 +260,6 @@ class LoraMoeLinear(nn.Module):
             f" gate={c.gate}, shared_a={c.shared_a}, dropout={c.dropout:g},"
             f" parameters={adapter:,} ({adapter - idle * widths:,} per token)"
         )
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Takes a state dict that was saved before the experts came, by the base's own names, too."""
-        own = f"{prefix}base_layer."
-        if not any(key.startswith(own) for key in state_dict):
-            ours = {prefix + name for name in self.adapter_state()}
-            for key in [k for k in state_dict if k.startswith(prefix) and k not in ours]:
-                state_dict[own + key.removeprefix(prefix)] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def __getstate__(self):
-        """For copies and pickles: the last forward's graph stays behind."""
-        given = self.given and Routing(*(t if t is None else t.detach() for t in self.given))
-        own = {
-            "compiled_run": None,
-            "compiled_graph": None,
-            "compiled_kept": None,
-            "_scaling": None,
-        }
-        return self.__dict__ | own | {"given": given}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        keep_rows(self)
-
-
-def _as_the_base_names_it(layer, state_dict, prefix, _metadata):
-    """Inside save_pretrained, `x.base_layer.weight` is `x.weight`, as in the model without experts."""
-    own = f"{prefix}base_layer."
-    if thread.saving:
-        for key in [k for k in state_dict if k.startswith(own)]:
-            state_dict[prefix + key.removeprefix(own)] = state_dict.pop(key)
-
-
-def expert_ids(ids, num_experts: int) -> tuple[int, ...]:
-    """Ascending ids of experts, from an int or any iterable of them; raises ValueError."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    ids = [ids] if isinstance(ids, int) else ids
-    try:
-        ids = list(ids)
-        valid = all(e == int(e) and 0 <= e < num_experts and not isinstance(e, bool) for e in ids)
-    except (TypeError, ValueError, OverflowError):
-        valid = False
-    if not valid:
-        raise ValueError(f"frozen: expected expert ids in [0, {num_experts}), got {ids!r}")
-    return tuple(sorted({int(e) for e in ids}))
 
 
 class _TakePart(torch.autograd.Function):

@@ -124,7 +124,7 @@ class RouterMonitor:
     def _stacked(self):
         """(L, E) int64 of all layers, so that every process has the same shape; zero where nothing ran."""
         width = max(self.history.experts.values())
-        device = next(iter(self.layers.values())).lora_A.device
+        device = next(iter(self.layers.values())).device
         rows = torch.zeros(len(self.layers), width, dtype=torch.int64, device=device)
         for row, name in zip(rows, self.layers):
             if name in self._counts:

@@ -14,7 +14,7 @@ from reprlib import repr as brief
 
 from . import peft_format
 from .config import LoraMoeConfig
-from .layers import expert_ids
+from .placement import expert_ids
 from .tensors import file_names
 
 PEFT_TYPE = "LORA_MOE"

@@ -16,32 +16,32 @@ from torch import nn
 
 from . import records
 from .context import Decision, deciding, thread
-from .layers import LoraMoeLinear, expert_ids
+from .placement import LoraMoeLayer, expert_ids
 from .routing import Routing
 from .sharded import whole_modules
 
 
-def injected(model: nn.Module) -> dict[str, LoraMoeLinear]:
-    """The model's LoraMoeLinear modules by their (first) path; empty if there are none.
+def injected(model: nn.Module) -> dict[str, LoraMoeLayer]:
+    """The model's LoraMoeLinear and LoraMoeExperts modules by their (first) path; empty if there are none.
 
     Of adapters that PEFT knows by names (see lora_moe.peft) these are the active one's, each by the path
     of the module that it adapts.
     """
     layers = {
-        name: m for name, m in model.named_modules() if isinstance(m, LoraMoeLinear) and m.active
+        name: m for name, m in model.named_modules() if isinstance(m, LoraMoeLayer) and m.active
     }
     adapted = {adapted_path(name, layer): layer for name, layer in layers.items()}
     return adapted if len(adapted) == len(layers) else layers  # several adapters are active
 
 
-def adapted_path(name: str, layer: LoraMoeLinear) -> str:
+def adapted_path(name: str, layer: LoraMoeLayer) -> str:
     """Of the module that a layer stands for or, as PEFT's adapter, stands in."""
     if layer.adapter_name is None:
         return name
     return name.removesuffix(f"lora_moe_experts.{layer.adapter_name}").removesuffix(".")
 
 
-def layers_of(model: nn.Module) -> dict[str, LoraMoeLinear]:
+def layers_of(model: nn.Module) -> dict[str, LoraMoeLayer]:
     """injected(model), or ValueError where there is nothing."""
     layers = injected(model)
     if not layers:
@@ -239,7 +239,7 @@ def _moved(name, layer, routing, moved):
 
 
 def _on_device(layer, routing, moved):
-    device = layer.lora_A.device
+    device = layer.device
     key = id(routing), device
     if key not in moved:
         moved[key] = Routing(*(t.to(device) for t in routing[:3]))

@@ -20,7 +20,8 @@ from torch import nn
 
 from . import peft_format, safefile
 from .io import modules_state
-from .layers import LoraMoeLinear, expert_ids
+from .layers import LoraMoeLinear
+from .placement import expert_ids
 from .sharded import at_rest, plain_path, unwrapped, write_whole
 from .steering import layers_of
 

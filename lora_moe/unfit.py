@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from .layers import LoraMoeLinear
+from .placement import LoraMoeLayer
 from .places import Place, Survey
 from .tensors import linear_features
 
@@ -60,7 +60,7 @@ def _name(module):
 
 
 def _has_experts(place):
-    if any(isinstance(m, LoraMoeLinear) for m in place.chain):
+    if any(isinstance(m, LoraMoeLayer) for m in place.chain):
         return "already has experts"
     return None
 

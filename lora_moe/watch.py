@@ -9,7 +9,7 @@ from torch import nn
 
 from . import records
 from .context import recomputing, thread
-from .layers import LoraMoeLinear
+from .placement import LoraMoeLayer
 from .steering import adapted_path, injected
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -44,7 +44,7 @@ class Watch:
         hooks, self.watched = {}, []
         modules = dict(model.named_modules())
         for name, layer in modules.items():
-            if not isinstance(layer, LoraMoeLinear) or not name:
+            if not isinstance(layer, LoraMoeLayer) or not name:
                 continue
             path = adapted_path(name, layer)
             parent = path.rpartition(".")[0]

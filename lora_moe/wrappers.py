@@ -8,7 +8,7 @@ from torch import nn
 
 from .calls import expect_rows
 from .context import thread
-from .layers import LoraMoeLinear
+from .placement import LoraMoeLayer
 from .sharded import is_sharded, is_writer, reshard, whole_state
 from .steering import injected
 
@@ -105,7 +105,7 @@ WRAPPERS = {wrapper.name: wrapper for wrapper in (Generate, SavePretrained, Uplo
 
 def base_names(model: nn.Module, state_dict: dict) -> dict:
     """The same with `x.base_layer.weight` as `x.weight`, as the model has it without experts."""
-    layers = [path for path, m in model.named_modules() if isinstance(m, LoraMoeLinear)]
+    layers = [path for path, m in model.named_modules() if isinstance(m, LoraMoeLayer)]
     renamed = {}
     for key, value in state_dict.items():
         head, found, tail = key.partition("base_layer.")

@@ -33,7 +33,7 @@ class Reference(nn.Module):
             policy  # no submodule: .eval() and .to() are the policy's own affair
         )
         fresh = not any(layer.config.modules_to_save for layer in layers)
-        fresh = fresh and not any(bool(layer.lora_B.any()) for layer in layers)
+        fresh = fresh and not any(bool(B.any()) for layer in layers for _, B in layer.pairs())
         self.__dict__["start"] = None if fresh else _what_trains(policy)
 
     @torch.no_grad()

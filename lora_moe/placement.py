@@ -1,0 +1,158 @@
+"""What the layers share that stand for a module of the base and add experts to it, whatever they are around.
+
+A linear module: layers.LoraMoeLinear.   A MoE model's own experts: native.LoraMoeExperts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from . import records
+from .config import LoraMoeConfig
+from .context import thread
+from .frozen import keep_rows
+from .reference import accumulator
+from .routing import Routing
+
+
+class LoraMoeLayer(nn.Module):
+    """Stands for `base_layer`, has parameters of its own beside it, and notes its last forward.
+
+    Attributes:
+        base_layer: the module that this one stands for.
+        config: LoraMoeConfig.
+        routing: the Routing of the last forward in this thread, None before.  It carries that
+            forward's graph, and keeps it alive until the next forward or set_routing replaces it.
+            An activation checkpoint's recompute leaves it alone; copies and pickles are without it.
+        given: what lora_moe.set_routing put in place of the router's decision, or None.
+        tasks, mask: what lora_moe.set_routing said of them, or None.
+        frozen: ids of experts whose rows get an exactly zero gradient and that no optimizer moves; see
+            lora_moe.freeze_experts.
+        names: of its tensors, those in adapter_state().
+        offsets: expert e has the rows [offsets[e], offsets[e + 1]) of each pair of pairs().
+    """
+
+    # of an adapter that PEFT knows by a name (see lora_moe.peft): the functions of this package address
+    # the active ones, by the path of the module that they adapt
+    adapter_name: str | None = None
+    origins = None  # where each expert came from; see from_peft
+    tasks: Routing | int | None = None
+    mask: torch.Tensor | None = None
+    parts = None  # (router, names of its tensors, middle, names of its tensors), if the configuration has any
+    compiled_kept = None  # see context.keep
+    active = True
+    enabled = True
+
+    def __init__(self, base: nn.Module, config: LoraMoeConfig):
+        super().__init__()
+        self.config = config
+        self.base_layer = base
+        self.given: Routing | None = None
+        self.compiled_run = self.compiled_graph = None  # see records.py
+        self._frozen: tuple[int, ...] = ()
+        self._scaling: torch.Tensor | None = None
+        self.register_state_dict_post_hook(_as_the_base_names_it)
+
+    def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(lora_A, lora_B) of each linear map that it adapts."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Of the experts' rows."""
+        return next(self.pairs())[0].device
+
+    @property
+    def routing(self) -> Routing | None:
+        last = records.record_of(self).last
+        return None if last is None else last.routing
+
+    @routing.setter
+    def routing(self, nothing: None):
+        if nothing is not None:
+            raise ValueError(
+                "routing: expected None, to forget the last forward; see lora_moe.use_routing"
+            )
+        records.forget(self)
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, ids):
+        self._frozen = expert_ids(ids, self.config.num_experts)
+        keep_rows(self)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """s of each expert, (E,)."""
+        return self.config.scales
+
+    def _scaling_beside(self, B):
+        """`scales` as a tensor beside B, never rounded below fp32.
+
+        No buffer: neither .half() nor .to_empty() nor loading into a module on meta can spoil it.
+        """
+        scaling = self._scaling
+        dtype = accumulator(B.dtype)
+        if scaling is None or scaling.device != B.device or scaling.dtype != dtype:
+            scaling = self._scaling = torch.tensor(self.scales, dtype=dtype, device=B.device)
+        return scaling
+
+    def adapter_state(self) -> dict[str, torch.Tensor]:
+        """The adapter without its base, by name; what is pruned or parametrized is as it acts."""
+        return {name: t for name in self.names if (t := getattr(self, name)) is not None}
+
+    def router_parameters(self) -> list[nn.Parameter]:
+        """What trains of the router, by whatever names."""
+        return []
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes a state dict that was saved before the experts came, by the base's own names, too."""
+        own = f"{prefix}base_layer."
+        if not any(key.startswith(own) for key in state_dict):
+            ours = {prefix + name for name in self.adapter_state()}
+            for key in [k for k in state_dict if k.startswith(prefix) and k not in ours]:
+                state_dict[own + key.removeprefix(prefix)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self):
+        """For copies and pickles: the last forward's graph stays behind."""
+        given = self.given and Routing(*(t if t is None else t.detach() for t in self.given))
+        own = {
+            "compiled_run": None,
+            "compiled_graph": None,
+            "compiled_kept": None,
+            "_scaling": None,
+        }
+        return self.__dict__ | own | {"given": given}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        keep_rows(self)
+
+
+def _as_the_base_names_it(layer, state_dict, prefix, _metadata):
+    """Inside save_pretrained, `x.base_layer.weight` is `x.weight`, as in the model without experts."""
+    own = f"{prefix}base_layer."
+    if thread.saving:
+        for key in [k for k in state_dict if k.startswith(own)]:
+            state_dict[prefix + key.removeprefix(own)] = state_dict.pop(key)
+
+
+def expert_ids(ids, num_experts: int) -> tuple[int, ...]:
+    """Ascending ids of experts, from an int or any iterable of them; raises ValueError."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    ids = [ids] if isinstance(ids, int) else ids
+    try:
+        ids = list(ids)
+        valid = all(e == int(e) and 0 <= e < num_experts and not isinstance(e, bool) for e in ids)
+    except (TypeError, ValueError, OverflowError):
+        valid = False
+    if not valid:
+        raise ValueError(f"frozen: expected expert ids in [0, {num_experts}), got {ids!r}")
+    return tuple(sorted({int(e) for e in ids}))
