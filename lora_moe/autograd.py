@@ -170,10 +170,14 @@ class RouteLogits(Function):
 
 
 class GroupedLora(Function):
-    """y = apply(x, lora_A, lora_B, base, indices, weights, scaling, offsets, shared_a, frozen, plan)"""
+    """y = apply(
+    x, lora_A, lora_B, base, indices, weights, scaling, offsets, shared_a, slots, frozen, plan)
+    """
 
     @staticmethod
-    def forward(ctx, x, a, b, base, indices, weights, scaling, offsets, shared_a, frozen, plan):
+    def forward(
+        ctx, x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, frozen, plan
+    ):
         y, s = _ops.grouped_lora(
             *map(rows_contiguous, (x, a, b)),
             None if base is None else rows_contiguous(base),
@@ -182,17 +186,19 @@ class GroupedLora(Function):
             scaling,
             offsets,
             shared_a,
+            slots,
             plan,
         )
         ctx.save_for_backward(x, a, b, s, indices, weights, scaling)
-        ctx.options = offsets, shared_a, frozen, plan
+        ctx.options = offsets, shared_a, slots, frozen, plan
+        ctx.base_rows = None if base is None else len(base)
         return y
 
     @staticmethod
     @once
     def backward(ctx, saved, dy):
         x, a, b, s, indices, weights, scaling = saved
-        offsets, shared_a, frozen, plan = ctx.options
+        offsets, shared_a, slots, frozen, plan = ctx.options
         need_x, need_a, need_b, need_base, _, need_weights = ctx.needs_input_grad[:6]
         dx, dweights, da, db = _ops.grouped_lora_backward(
             *map(rows_contiguous, (dy, x, a, b)),
@@ -202,6 +208,7 @@ class GroupedLora(Function):
             scaling,
             offsets,
             shared_a,
+            slots,
             frozen,
             need_x,
             need_weights,
@@ -213,11 +220,16 @@ class GroupedLora(Function):
             dx if need_x else None,
             da if need_a else None,
             db if need_b else None,
-            dy if need_base else None,
+            _base_gradient(dy, ctx.base_rows) if need_base else None,
             None,
             dweights if need_weights else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
+
+
+def _base_gradient(dy, rows):
+    """dy, summed over the slots that share a row of the base."""
+    return dy if len(dy) == rows else dy.view(rows, -1, dy.shape[1]).sum(1)
 
 
 class RoutedLora(Function):

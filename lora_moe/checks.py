@@ -225,6 +225,20 @@ def slots(routing, x, tokens):
     return indices.shape[1]
 
 
+def slot_rows(x, slots, shape):
+    """The leading dimensions of the tokens, where x has rows of its own for each slot ("sum") or not."""
+    if slots not in (None, "apart", "sum"):
+        raise ValueError(f"slots: expected 'apart', 'sum' or None, got {slots!r}")
+    if slots != "sum":
+        return x.shape[:-1]
+    K = shape[1] if len(shape) == 2 else None
+    if x.dim() < 2 or (K is not None and x.shape[-2] != K):
+        raise ValueError(
+            f"x: expected (..., K, D_in) with slots='sum' and K = {K}, got {tuple(x.shape)}"
+        )
+    return x.shape[:-2]
+
+
 def first_order(*tensors):
     """Reverse-mode PyTorch is what the kernels know: another kind of derivative raises, none is dropped."""
     if torch.compiler.is_compiling():

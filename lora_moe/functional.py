@@ -82,11 +82,18 @@ def grouped_lora(
     shared_a: bool = False,
     base: torch.Tensor | None = None,
     frozen: Sequence[int] = (),
+    slots: str | None = None,
 ) -> torch.Tensor:
     """Experts with the routing given:  y_t = base_t + sum over slots j of  w_tj s_e B_e A_e x_t,  e = ids_tj.
 
+    Between two linears that share one decision, as the projections of an FFN do, a token has a row of
+    its own for each of its K slots:
+
+        slots="apart":  y_tj = base_t + w_tj s_e B_e A_e x_t        or with base_tj
+        slots="sum":    y_t  = base_t + sum over slots j of  w_tj s_e B_e A_e x_tj
+
     Args:
-        x: (..., D_in), fp32, fp64, bf16 or fp16.
+        x: (..., D_in), fp32, fp64, bf16 or fp16; (..., K, D_in) with slots="sum".
         lora_A: (R, D_in), the experts' rows one under the other; (r, D_in) with shared_a.
         lora_B: (R, D_out), row r pairs with row r of lora_A.
         routing: for the T tokens of x; Routing.from_ids, Routing.from_gates or router_topk.
@@ -94,10 +101,13 @@ def grouped_lora(
             expert has rank r.
         scaling: s, one float, or one per expert: a sequence or an (E,) tensor.  Takes no gradient.
         shared_a: all experts read the same A (HydraLoRA, BranchLoRA); all ranks are then r.
-        base: (..., D_out) of x's dtype, added to the result; never changed in place.
+        base: (..., D_out) of x's dtype, added to the result; never changed in place.  With slots="apart"
+            (..., K, D_out) too; one with a row per token is read K times, not copied.
         frozen: expert ids whose rows of lora_B (and lora_A) get an exactly zero gradient.
+        slots: None, "apart" or "sum"; see above.
     Returns:
-        y (..., D_out) in x's dtype.  A token without experts equals base bit for bit (0 without).
+        y (..., D_out) in x's dtype; (..., K, D_out) with slots="apart".  A token without experts, and an
+        empty slot that stands apart, equals base bit for bit (0 without).
     Raises:
         ValueError, TypeError: an argument does not fit.
         ValueError: an expert id outside [-1, E) on a CPU; on a GPU it is masked.
@@ -109,17 +119,27 @@ def grouped_lora(
     offsets, frozen, scales = checks.experts(
         x, lora_A, lora_B, E, rank_offsets, shared_a, frozen, scaling
     )
+    leading = checks.slot_rows(x, slots, routing.indices.shape)
     rows = _rows(x)
-    top_k = checks.slots(routing, x, rows.shape[0])
+    top_k = checks.slots(routing, x, prod(leading))
+    if slots is None:
+        chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
+        base = _base(base, x, leading, lora_B)
+    else:
+        chosen = plan.SEGMENTED
+        if shared_a:  # whose sums have no slots: the experts read copies
+            lora_A, shared_a = lora_A.repeat(E, 1), False
+        apart = slots == "apart" and base is not None and base.dim() == len(leading) + 2
+        base = _base(base, x, (*leading, top_k) if apart else leading, lora_B)
     weights = routing.weights.to(accumulator(x.dtype))
-    chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
     args = (
-        _base(base, x, lora_B),
+        base,
         routing.indices.contiguous(),
         weights.contiguous(),
         scales,
         offsets,
         bool(shared_a),
+        slots or "none",
     )
     if _needs_graph(x, lora_A, lora_B, base, weights):
         y = autograd.GroupedLora.apply(rows, lora_A, lora_B, *args, frozen, chosen)
@@ -127,7 +147,9 @@ def grouped_lora(
         y, _ = _ops.grouped_lora(
             rows, *map(autograd.rows_contiguous, (lora_A, lora_B)), *args, chosen
         )
-    return _like(x, y)
+    if slots == "apart":
+        return y.view(*leading, top_k, y.shape[1])
+    return y if x.dim() == 2 and slots is None else y.view(*leading, y.shape[1])
 
 
 def routed_lora(
@@ -178,7 +200,7 @@ def routed_lora(
     )
     rows = _rows(x)
     chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
-    added = _base(base, x, lora_B), checks.selection(bias, x)
+    added = _base(base, x, x.shape[:-1], lora_B), checks.selection(bias, x)
     options = (
         scales,
         offsets,
@@ -329,12 +351,11 @@ def routed_lora_at_once(
 # --- between the arguments and the operators -----------------------------------------------------
 
 
-def _base(base, x, lora_B):
+def _base(base, x, leading, lora_B):
     if base is None:
         return None
-    checks.matrix(
-        "base", base, x, (*x.shape[:-1], lora_B.shape[1]), "x's leading dimensions and D_out"
-    )
+    why = "the tokens' leading dimensions and D_out"
+    checks.matrix("base", base, x, (*leading, lora_B.shape[1]), why)
     if base.dtype != x.dtype:
         raise TypeError(f"base: expected x's dtype {x.dtype}, got {base.dtype}")
     return _rows(base)

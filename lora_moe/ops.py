@@ -4,7 +4,8 @@ Ten operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels o
 device; whatever has none runs reference.py.  Gradients live in autograd.py, outside the operators.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, W saved columns.
-Contract: x (T, D_in), base and dy (T, D_out) and the parameters have unit stride along columns;
+Contract: x (T, D_in), base and dy (T, D_out) and the parameters have unit stride along columns; y and dy
+are (T K, D_out) with slots "apart", base either, x (T K, D_in) with slots "sum", one row per slot;
 w (E, D_in) has x's dtype or fp32; bias, router_bias and scaling (E,), weights (T, K), logits and every h
 and S are fp32 (all fp64 when x is); indices (T, K) int32, -1 where a slot is empty.  The operators with
 experts take a (R or r, D_in) and b (R, D_out) as the parameters are, round them to x's dtype for the
@@ -27,7 +28,7 @@ _SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
 _NEEDS = "int[] frozen, bool need_x, bool need_w, bool need_a, bool need_b"
 _AUX = "Tensor? dweights, Tensor? dlogits, Tensor? dmean_prob, Tensor? dlse"
 
-VERSION = 2  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
+VERSION = 3  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
 
 SCHEMAS = {
     # indices, weights, logits, mean_prob, lse, counts
@@ -43,11 +44,11 @@ SCHEMAS = {
     "expand": "(Tensor h, Tensor b, Tensor? h2, Tensor? b2, Tensor? base, ScalarType dtype) -> Tensor",
     "gram": "(Tensor h, Tensor x) -> Tensor",
     # y, S
-    "grouped_lora": f"(Tensor x, Tensor a, Tensor b, Tensor? base, {_ROUTING}, {_EXPERTS}, str plan)"
-    " -> (Tensor, Tensor)",
+    "grouped_lora": f"(Tensor x, Tensor a, Tensor b, Tensor? base, {_ROUTING}, {_EXPERTS},"
+    " str slots, str plan) -> (Tensor, Tensor)",
     # dx, dweights, da, db
-    "grouped_lora_backward": f"(Tensor dy, {_SAVED.format(w='')}, {_ROUTING}, {_EXPERTS}, {_NEEDS},"
-    " str plan)"
+    "grouped_lora_backward": f"(Tensor dy, {_SAVED.format(w='')}, {_ROUTING}, {_EXPERTS}, str slots,"
+    f" {_NEEDS}, str plan)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # y, indices, weights, logits, mean_prob, lse, counts, S
     "routed_lora": "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? base, Tensor? bias,"
@@ -94,9 +95,12 @@ def _expand(h, b, h2, b2, base, dtype):
     return reference.expand(h, b, h2, b2, base, dtype)
 
 
-def _grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
+def _grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
     check_ids(indices, len(scaling))
-    y, s = reference.grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a)
+    experts = scaling, offsets, shared_a
+    if slots != "none":
+        return reference.slot_lora(x, a, b, base, indices, weights, *experts, slots)
+    y, s = reference.grouped_lora(x, a, b, base, indices, weights, *experts)
     return y, _saved(s, indices, offsets, shared_a, plan)
 
 
@@ -125,11 +129,15 @@ def _backward(grads, offsets, shared_a, frozen, need_x, need_w, need_a, need_b):
     return dx, dw, da, db
 
 
-def _grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, *needs):
-    s = _rows(s, indices, offsets, shared_a, needs[-1])
-    grads = reference.grouped_lora_backward(
-        dy, x, a, b, s, indices, weights, scaling, offsets, shared_a
-    )
+def _grouped_lora_backward(
+    dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, slots, *needs
+):
+    routing, experts = (indices, weights), (scaling, offsets, shared_a)
+    if slots != "none":
+        grads = reference.slot_lora_backward(dy, x, a, b, s, *routing, *experts, slots)
+    else:
+        s = _rows(s, indices, offsets, shared_a, needs[-1])
+        grads = reference.grouped_lora_backward(dy, x, a, b, s, *routing, *experts)
     dx, dweights, da, db = grads
     grads = dx, dweights, da.to(a.dtype), db.to(b.dtype)
     return _backward(grads, offsets, shared_a, *needs[:-1])

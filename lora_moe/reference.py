@@ -186,6 +186,43 @@ def grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, sh
     return expand(ds, a, dtype=x.dtype), dweights, gram(ds, x), gram(h, dy)
 
 
+def slot_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots):
+    """grouped_lora whose slots are "apart" in y (T K, D_out), or in x (T K, D_in) and summed ("sum").
+
+    Each slot as a token of its own with one expert.  base (T, D_out) or as y.
+    Returns y and S of the slots (T, K r), r the largest rank.
+    """
+    T, K = indices.shape
+    alone = indices.reshape(-1, 1), weights.reshape(-1, 1)
+    acc, largest = accumulator(x.dtype), max(stop - start for start, stop in pairwise(offsets))
+    x = x if slots == "sum" else x.repeat_interleave(K, 0)
+    y, s = grouped_lora(
+        x.to(acc), a.to(x.dtype), b.to(x.dtype), None, *alone, scaling, offsets, shared_a
+    )
+    y = y.view(T, K, b.shape[1])
+    y = y.sum(1, keepdim=True) if slots == "sum" else y
+    if base is not None:
+        y = y + base.to(acc).view(T, 1 if len(base) == T else K, y.shape[2])
+    return y.flatten(0, 1).to(x.dtype), slots_of_rows(s, alone[0], offsets).view(T, K * largest)
+
+
+def slot_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, slots):
+    """Gradients of x, weights, a, b."""
+    T, K = indices.shape
+    alone = indices.reshape(-1, 1), weights.reshape(-1, 1)
+    s = rows_of_slots(s.reshape(T * K, s.shape[1] // max(K, 1)), alone[0], offsets)
+    dtype, acc = x.dtype, accumulator(x.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    if slots == "sum":
+        dy = dy.repeat_interleave(K, 0)
+    else:
+        x = x.repeat_interleave(K, 0)
+    experts = scaling, offsets, shared_a
+    dx, dweights, da, db = grouped_lora_backward(dy.to(acc), x.to(acc), a, b, s, *alone, *experts)
+    dx = dx.view(T, K, dx.shape[1]).sum(1) if slots == "apart" else dx
+    return dx.to(dtype), dweights.view(T, K), da, db
+
+
 def rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a):
     """What the backward needs in rank space: dS (T, R or r), dweights (T, K), H (T, R)."""
     num_experts = len(scaling)

@@ -112,15 +112,16 @@ def gram(h, x):
     return h.new_empty((h.shape[1], x.shape[1]))
 
 
-def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
-    width = saved_ranks(plan, offsets, indices.shape[1], shared_a)
-    return x.new_empty((x.shape[0], b.shape[1])), _acc(x, x.shape[0], width)
+def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
+    T, K = indices.shape
+    width = saved_ranks(plan, offsets, K, shared_a)
+    return x.new_empty((T * K if slots == "apart" else T, b.shape[1])), _acc(x, T, width)
 
 
 def routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, *rest):
     *_, plan = rest
     routing = router_topk(x, w, bias, router_bias, top_k, *rest[:-1])
-    y, s = grouped_lora(x, a, b, base, *routing[:2], scaling, offsets, shared_a, plan)
+    y, s = grouped_lora(x, a, b, base, *routing[:2], scaling, offsets, shared_a, "none", plan)
     return y, *routing, s
 
 
@@ -135,7 +136,7 @@ def _backward(x, dw, a, b, need_x, need_w, need_a, need_b):
 
 
 def grouped_lora_backward(
-    dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, frozen, *needs
+    dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, slots, frozen, *needs
 ):
     return _backward(x, torch.empty_like(weights), a, b, *needs[:4])
 

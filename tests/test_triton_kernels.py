@@ -218,13 +218,13 @@ def check_grouped_lora(case, dtype, plan):
     def forward(ops, v, *plan):
         return ops.grouped_lora(
             v["x"], v["lora_A"], v["lora_B"], v["base"], v["ids"], v["weights"], v["scaling"],
-            *experts(case), *plan,
+            *experts(case), "none", *plan,
         )  # fmt: skip
 
     def backward(ops, v, s, *rest):
         return ops.grouped_lora_backward(
             v["dy"], v["x"], v["lora_A"], v["lora_B"], s, v["ids"], v["weights"], v["scaling"],
-            *experts(case), *rest,
+            *experts(case), "none", *rest,
         )  # fmt: skip
 
     exact = {k: v.double() if k != "ids" and v is not None else v for k, v in inputs.items()}
@@ -492,7 +492,7 @@ def test_nothing_leaks_from_experts_not_picked(case):
     ids = torch.ones(case.T, 1, dtype=torch.int32, device=DEVICE)
     weights = torch.ones(case.T, 1, device=DEVICE)
     rows = slice(*case.offsets[2:4])
-    args = ids, weights, v["scaling"], *experts(case)
+    args = ids, weights, v["scaling"], *experts(case), "none"
     clean, _ = kernels.grouped_lora(v["x"], v["lora_A"], v["lora_B"], None, *args, "rank_dense")
     a = v["lora_A"].clone()
     a[rows] = torch.nan
@@ -514,7 +514,7 @@ def test_nothing_added_leaves_base_bit_identical():
         u, i = {**v, **change}, ids + 3 if change else ids
         y, _ = kernels.grouped_lora(
             u["x"], u["lora_A"], u["lora_B"], u["base"], i, weights, u["scaling"],
-            *experts(case), "rank_dense",
+            *experts(case), "none", "rank_dense",
         )  # fmt: skip
         assert torch.equal(y, v["base"])
 

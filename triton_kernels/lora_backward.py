@@ -16,7 +16,7 @@ from .add_parts import add_parts
 from .expand import expand
 from .experts import bundle_experts
 from .gram import gram, gram_pair_parts, gram_parts
-from .launching import column_rows, require_supported
+from .launching import column_rows, require_no_slots, require_supported
 from .rank_gradient import rank_gradient
 from .router_topk import Routing
 from .router_topk_backward import aux_gradients, logits_gradient
@@ -28,9 +28,10 @@ from .write_table import write_table
 
 def grouped_lora_backward(
     dy, x, a, b, s, indices, weights, scaling, offsets, shared_a,
-    frozen, need_x, need_w, need_a, need_b, plan,
+    slots, frozen, need_x, need_w, need_a, need_b, plan,
 ):  # fmt: skip
     """dx, dweights, da, db; empty where not needed."""
+    require_no_slots(slots)
     require_supported(dy, x, a, b)
     routing = Routing(indices.contiguous(), weights.contiguous())
     experts = bundle_experts(a, b, scaling, offsets, shared_a)

@@ -21,7 +21,7 @@ from .expand import expand
 from .experts import bundle_experts
 from .gate_ranks import gate_ranks
 from .gating import apply_gate, expert_rows, narrow, route, saved_rows, scatter_slots
-from .launching import column_rows, launch, precision, require_supported
+from .launching import column_rows, launch, precision, require_no_slots, require_supported
 from .numerics import add_parts, convert, dot, in_first, project, round_to, rows_of, widen
 from .router_topk import (
     NO_BIASES,
@@ -152,8 +152,9 @@ def routed_lora(
     return _rank_dense(x, w, biases, base, experts, gate_options(*router))
 
 
-def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, plan):
+def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
     """y (T, D_out), S."""
+    require_no_slots(slots)
     require_supported(x, a, b)
     x, base = column_rows(x), None if base is None else column_rows(base)
     experts = bundle_experts(a, b, scaling, offsets, shared_a)

@@ -39,12 +39,13 @@ struct Experts {
 
 // Slots of tokens [begin, end), as t * K + slot, in order of expert and then of token.
 struct Grouping {
-  Ints start;   // (E + 1)
-  Ints slots;   // the n slots that are not empty
-  Ints tokens;  // of each slot, counted from `begin`
+  int64_t first;  // token
+  Ints start;     // (E + 1)
+  Ints slots;     // the n slots that are not empty
+  Ints tokens;    // of each slot, counted from `begin`
 
   Grouping(const int32_t* indices, int64_t K, int64_t E, int64_t begin, int64_t end)
-      : start(E + 1) {
+      : first(begin), start(E + 1) {
     for (int64_t i = begin * K; i < end * K; ++i)
       if (indices[i] >= 0) ++start[indices[i] + 1];
     for (int64_t e = 0; e < E; ++e) start[e + 1] += start[e];
@@ -59,8 +60,32 @@ struct Grouping {
           tokens[at] = t - begin;
         }
   }
+  // The row of slot i in a matrix with one row per token, or with K of them.
+  int64_t row(int64_t i, int64_t per_token) const {
+    return per_token == 1 ? first + tokens[i] : slots[i];
+  }
+  // The slots, counted from the first one of `begin`.
+  Ints slots_from_first(int64_t K) const {
+    Ints own(slots);
+    for (int64_t& slot : own) slot -= first * K;
+    return own;
+  }
   int64_t size() const { return int64_t(slots.size()); }
   int64_t count(int64_t e) const { return start[e + 1] - start[e]; }
+};
+
+// Rows of x and of y per token: one, or one for each of its K slots.
+struct RowsPerToken {
+  int64_t x = 1, y = 1;
+
+  RowsPerToken() = default;
+  RowsPerToken(const std::string& slots, int64_t K, bool shared_a) {
+    if (slots == "none") return;
+    check(slots == "apart" || slots == "sum", "slots: expected 'none', 'apart' or 'sum', got '",
+          slots, "'");
+    check(!shared_a, "slots: expected 'none' with a shared A, got '", slots, "'");
+    (slots == "apart" ? y : x) = K;
+  }
 };
 
 // f(expert, first row, one past the last) for the rows of experts with slots: in parallel, two

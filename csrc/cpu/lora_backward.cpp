@@ -6,6 +6,8 @@
 //   dB = H^T dy           dA, dW = [dS | dlogits]^T x       drouter_bias = sum of dlogits over
 //   tokens
 //
+// where a row of dy is a slot's with slots "apart", and one of x and dx with slots summed.
+//
 // First a pass over blocks of tokens (dy is read, dx written), then one over chunks of columns of x
 // and of dy for the sums over tokens, each owned by one thread and taken in the tokens' order.
 #include <functional>
@@ -30,6 +32,7 @@ template <class T, class RouterWeight>
 struct Backward {
   using C = acc_t<T>;
   Experts experts;
+  RowsPerToken per;
   Needs needs;
   int64_t tokens, D_in, D_out, K, W;
   Rows<const T> dy, x, a, b;
@@ -45,12 +48,14 @@ struct Backward {
 
   Backward(const Tensor& dy_, const Tensor& x_, const Tensor& a_, const Tensor& b_,
            const Tensor& s_, const Tensor& indices, const Tensor& weights_, const Tensor& scaling_,
-           Ints offsets, bool shared_a, Needs needs_)
-      : experts(std::move(offsets), shared_a, scaling_.size(0)), needs(std::move(needs_)) {
-    tokens = x_.size(0), D_in = x_.size(1), D_out = b_.size(1), K = indices.size(1);
+           Ints offsets, bool shared_a, Needs needs_, RowsPerToken per_token = {})
+      : experts(std::move(offsets), shared_a, scaling_.size(0)),
+        per(per_token),
+        needs(std::move(needs_)) {
+    tokens = indices.size(0), D_in = x_.size(1), D_out = b_.size(1), K = indices.size(1);
     W = experts.saved(K);
-    dy = rows<T>("dy", dy_, tokens, D_out);
-    x = rows<T>("x", x_, tokens, D_in);
+    dy = rows<T>("dy", dy_, tokens * per.y, D_out);
+    x = rows<T>("x", x_, tokens * per.x, D_in);
     a = rows<T>("lora_A", a_, experts.rows_a(), D_in);
     b = rows<T>("lora_B", b_, experts.R, D_out);
     s = contiguous<C>("S", s_, {tokens, W});
@@ -85,7 +90,8 @@ struct Backward {
                        GradientRows<T> db, C* drouter_bias) {
     const int64_t n = all.size();
     std::vector<const T*> xs(n), dys(n);
-    for (int64_t i = 0; i < n; ++i) xs[i] = x.row(all.tokens[i]), dys[i] = dy.row(all.tokens[i]);
+    for (int64_t i = 0; i < n; ++i)
+      xs[i] = x.row(all.row(i, per.x)), dys[i] = dy.row(all.row(i, per.y));
     const auto all_x = pointers(x.data, x.stride, 0, tokens);
     std::vector<std::function<void()>> tasks;
     const auto add = [&](const GradientRows<T>& out, int64_t row, int64_t R, const C* h,
@@ -130,7 +136,7 @@ struct Backward {
     for_rows(experts, group, few, bytes, [&](int64_t e, int64_t first, int64_t last) {
       const int64_t i = group.start[e], count = group.count(e);
       std::vector<const T*> from;
-      for (int64_t j = i; j < i + count; ++j) from.push_back(dy.row(begin + group.tokens[j]));
+      for (int64_t j = i; j < i + count; ++j) from.push_back(dy.row(group.row(j, per.y)));
       const auto to = pointers(g.get() + first, r, i, i + count);
       dot_rows(from.data(), to.data(), count, b.row(experts.offsets[e] + first), b.stride,
                last - first, D_out);
@@ -161,12 +167,14 @@ struct Backward {
     for (int64_t slot : group.slots) from.push_back(row_ds(slot));
     const auto all_ds = pointers<const C>(ds.get(), W, begin, end);
     const auto all_dlogits = pointers<const C>(dlogits, experts.E, begin, w ? end : begin);
-    Sums<T> sums(begin, end, D_in, {}, dx);
+    const Ints own = per.x == 1 ? Ints() : group.slots_from_first(K);
+    const int64_t* to = (per.x == 1 ? group.tokens : own).data();
+    Sums<T> sums(begin * per.x, end * per.x, D_in, {}, dx);
     if (experts.shared_a) sums.add(end - begin, nullptr, all_ds.data(), W, a.data, a.stride);
     for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e) {
       const int64_t i = group.start[e];
-      sums.add(group.count(e), group.tokens.data() + i, from.data() + i, experts.rank(e),
-               a.row(experts.offsets[e]), a.stride);
+      sums.add(group.count(e), to + i, from.data() + i, experts.rank(e), a.row(experts.offsets[e]),
+               a.stride);
     }
     if (w) sums.add(end - begin, nullptr, all_dlogits.data(), experts.E, w.data, w.stride);
     const int64_t picked = std::min(group.size(), experts.E) * experts.max_rank;
@@ -199,16 +207,17 @@ struct ParameterGradient {
 
 Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor indices,
                             Tensor weights, Tensor scaling, Ints offsets, bool shared_a,
-                            Ints frozen, bool need_x, bool need_w, bool need_a, bool need_b,
-                            std::string plan) {
+                            std::string slots, Ints frozen, bool need_x, bool need_w, bool need_a,
+                            bool need_b, std::string plan) {
   const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
   return dispatch(x, [&]<class T>() -> Grads {
     using C = acc_t<T>;
     Backward<T, T> backward(dy, x, a_rounded, b_rounded, s, indices, weights, scaling,
                             std::move(offsets), shared_a,
-                            {std::move(frozen), need_x, need_w, need_a, need_b});
+                            {std::move(frozen), need_x, need_w, need_a, need_b},
+                            RowsPerToken(slots, indices.size(1), shared_a));
     const int64_t n = backward.tokens;
-    Tensor dx = empty<T>(need_x ? Ints{n, backward.D_in} : Ints{0});
+    Tensor dx = empty<T>(need_x ? Ints{n * backward.per.x, backward.D_in} : Ints{0});
     Tensor dweights = empty<C>({n, backward.K});
     const ParameterGradient<T> da(a, need_a), db(b, need_b);
     backward.dweights = mutable_data<C>(dweights);

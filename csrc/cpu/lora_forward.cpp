@@ -1,4 +1,5 @@
-// y_t = base_t + sum over slots j of  w_tj s_e B_e A_e x_t,  e = ids_tj.
+// y_t = base_t + sum over slots j of  w_tj s_e B_e A_e x_t,  e = ids_tj;
+// or, of a token's slots, each its own y_tj ("apart") or each its own x_tj ("sum").
 //
 // A block of tokens passes through everything while its rows are in cache: router and top-k, slots
 // sorted by expert, shrink by the picked experts only, gate, expand.  x is read from memory once,
@@ -15,28 +16,33 @@ template <class T>
 struct Forward {
   using C = acc_t<T>;
   Experts experts;
+  RowsPerToken per;
   Rows<const T> x, base;
   const C* scaling;
-  int64_t tokens, D_in, D_out, K, W;
+  int64_t tokens, D_in, D_out, K, W, sharing;
   ExpertMatrix<T> a, b;
   Tensor y, s;
   T* y_data;
   C* s_data;
 
   Forward(const Tensor& x_, const Tensor& a_, const Tensor& b_, const MaybeTensor& base_,
-          const Tensor& scaling_, Ints offsets, bool shared_a, int64_t top_k)
+          const Tensor& scaling_, Ints offsets, bool shared_a, int64_t n, int64_t top_k,
+          RowsPerToken per_token = {})
       : experts(std::move(offsets), shared_a, scaling_.size(0)),
-        tokens(x_.size(0)),
+        per(per_token),
+        tokens(n),
         D_in(x_.size(1)),
         D_out(b_.size(1)),
         K(top_k),
         W(experts.saved(top_k)),
         a("lora_A", a_, experts.rows_a(), D_in, experts, Blocks(tokens).few() && !shared_a),
         b("lora_B", b_, experts.R, D_out, experts, Blocks(tokens).few()) {
-    x = rows<T>("x", x_, tokens, D_in);
-    base = rows<T>("base", base_, tokens, D_out);
+    x = rows<T>("x", x_, tokens * per.x, D_in);
+    const bool shares = per.y != 1 && base_ && base_->size(0) == tokens;
+    sharing = shares ? std::max<int64_t>(per.y, 1) : 1;
+    base = rows<T>("base", base_, shares ? tokens : tokens * per.y, D_out);
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
-    y_data = mutable_data<T>(y = empty<T>({tokens, D_out}));
+    y_data = mutable_data<T>(y = empty<T>({tokens * per.y, D_out}));
     s_data = mutable_data<C>(s = empty<C>({tokens, W}));
   }
 
@@ -52,11 +58,12 @@ struct Forward {
     }
     const auto h = gated(group, weights);
     const auto hs = pointers<const C>(h.get(), experts.max_rank, 0, group.size());
-    Sums<T> sums(begin, end, D_out, base, y_data);
+    const Ints own = per.y == 1 ? Ints() : group.slots_from_first(K);
+    const int64_t* to = (per.y == 1 ? group.tokens : own).data();
+    Sums<T> sums(begin * per.y, end * per.y, D_out, base, y_data, sharing);
     for (int64_t e = 0; e < experts.E; ++e) {
       const int64_t i = group.start[e];
-      sums.add(group.count(e), group.tokens.data() + i, hs.data() + i, experts.rank(e), b.row(e, 0),
-               b.stride());
+      sums.add(group.count(e), to + i, hs.data() + i, experts.rank(e), b.row(e, 0), b.stride());
     }
     few ? sums.write_few(weight_bytes(group, D_out)) : sums.write();
   }
@@ -79,7 +86,7 @@ struct Forward {
       std::vector<const T*> from;
       std::vector<C*> to;
       for (int64_t i = group.start[e]; i < group.start[e + 1]; ++i) {
-        from.push_back(x.row(begin + group.tokens[i]));
+        from.push_back(x.row(group.row(i, per.x)));
         to.push_back(row_s(group.slots[i]) + first);
       }
       if (a.waits()) a.round(e, first, last);
@@ -110,14 +117,16 @@ void check_plan(const std::string& plan) {
 
 std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTensor base,
                                         Tensor indices, Tensor weights, Tensor scaling,
-                                        Ints offsets, bool shared_a, std::string plan) {
+                                        Ints offsets, bool shared_a, std::string slots,
+                                        std::string plan) {
   check_plan(plan);
   return dispatch(x, [&]<class T>() -> std::tuple<Tensor, Tensor> {
     using C = acc_t<T>;
-    const int64_t n = x.size(0), K = indices.size(1);
+    const int64_t n = indices.size(0), K = indices.size(1);
     const int32_t* ids = contiguous<int32_t>("indices", indices, {n, K});
     const C* weight = contiguous<C>("weights", weights, {n, K});
-    Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, K);
+    Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, n, K,
+                       RowsPerToken(slots, K, shared_a));
     check_ids(ids, n * K, forward.experts.E);
     const Blocks blocks(n, forward.experts.E, K);
     blocks.run(
@@ -135,7 +144,7 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
   check_plan(plan);
   return dispatch(x, w, [&]<class T, class W>() -> Routed {
     Router<T, W> router(x, w, bias, router_bias, top_k, Gate(gate, renormalize, top_p, threshold));
-    Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, top_k);
+    Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, router.tokens, top_k);
     check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
           " rows, one per expert, got ", router.E);
     if (router.blocks.few()) {

@@ -27,15 +27,21 @@ inline const C* zeros() {
 
 // y = round(base + sum of products) for rows [begin, end) of y (T, D): `add` notes a product,
 // `write` computes them all, a chunk of columns after the other.  fp32 and fp64 add up in y itself.
+// `sharing` rows of y, one after the other, add to the same row of base.
 template <class T>
 class Sums {
  public:
   using C = acc_t<T>;
   static constexpr bool kInPlace = std::is_same_v<T, C>;
 
-  Sums(int64_t begin, int64_t end, int64_t D, Rows<const T> base, T* y)
-      : tokens_(end - begin), D_(D), y_(y + begin * D), base_(base), touched_(tokens_) {
-    if (base_) base_.data = base_.row(begin);
+  Sums(int64_t begin, int64_t end, int64_t D, Rows<const T> base, T* y, int64_t sharing = 1)
+      : tokens_(end - begin),
+        D_(D),
+        sharing_(sharing),
+        y_(y + begin * D),
+        base_(base),
+        touched_(tokens_) {
+    if (base_) base_.data = base_.row(begin / sharing);
   }
 
   // h[i] (R) times rows b (R, D) onto row which[i], or i; a row may stand twice, one after the
@@ -102,15 +108,17 @@ class Sums {
     }
   }
 
+  const T* base_row(int64_t t) const { return base_.row(sharing_ == 1 ? t : t / sharing_); }
+
   void start(int64_t c, int64_t columns, int64_t chunk, C* scratch, const C** from, C** to) const {
     if constexpr (!kInPlace)
       for (int64_t t = 0; base_ && t < tokens_; ++t)
-        widen(base_.row(t) + c, columns, scratch + t * chunk);
+        widen(base_row(t) + c, columns, scratch + t * chunk);
     for (size_t i = 0; i < slots_.size(); ++i) {
       const auto [t, first] = slots_[i];
       if constexpr (kInPlace) {
         to[i] = y_ + t * D_ + c;
-        from[i] = !first ? to[i] : base_ ? base_.row(t) + c : zeros<C>();
+        from[i] = !first ? to[i] : base_ ? base_row(t) + c : zeros<C>();
       } else {
         to[i] = scratch + t * chunk;
         from[i] = first && !base_ ? zeros<C>() : to[i];
@@ -135,7 +143,7 @@ class Sums {
       if constexpr (!kInPlace)
         narrow(touched_[t] || base_ ? scratch + t * chunk : zeros<C>(), columns, y);
       else if (!touched_[t])
-        std::copy_n(base_ ? base_.row(t) + c : zeros<C>(), columns, y);
+        std::copy_n(base_ ? base_row(t) + c : zeros<C>(), columns, y);
     }
   }
 
@@ -152,7 +160,7 @@ class Sums {
     if (c < columns) store_pair_tail<kSplit<T>>(to + c, load_pair<false>(from + c), columns - c);
   }
 
-  int64_t tokens_, D_;
+  int64_t tokens_, D_, sharing_;
   T* y_;
   Rows<const T> base_;
   std::vector<char> touched_;

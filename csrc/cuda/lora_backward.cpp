@@ -157,9 +157,10 @@ RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& 
 
 Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor indices,
                             Tensor weights, Tensor scaling, Ints offsets, bool shared_a,
-                            Ints frozen, bool need_x, bool need_w, bool need_a, bool need_b,
-                            std::string plan) {
+                            std::string slots, Ints frozen, bool need_x, bool need_w, bool need_a,
+                            bool need_b, std::string plan) {
   check_plan(plan);
+  check(slots == "none", "slots: expected 'none' in CUDA, got '", slots, "'");
   const Needs needs = {frozen, need_x, need_w, need_a, need_b};
   return dispatch(x, [&]<class T>() -> Grads {
     if (plan == "segmented") {

@@ -55,8 +55,10 @@ std::tuple<Tensor, Tensor> segmented_lora(const Tensor& x, const Tensor& a, cons
 
 std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTensor base,
                                         Tensor indices, Tensor weights, Tensor scaling,
-                                        Ints offsets, bool shared_a, std::string plan) {
+                                        Ints offsets, bool shared_a, std::string slots,
+                                        std::string plan) {
   check_plan(plan);
+  check(slots == "none", "slots: expected 'none' in CUDA, got '", slots, "'");
   return dispatch(x, [&]<class T>() -> std::tuple<Tensor, Tensor> {
     if (plan == "segmented")
       return segmented_lora<T>(x, a, b, base, indices, weights, scaling, offsets, shared_a);

@@ -153,7 +153,7 @@ def outputs(kernels) -> Iterator[list[torch.Tensor]]:
         yield from outputs_of(kernels, case, dtype)
     case, ids = MANY, torch.tensor([[0, 519]], dtype=torch.int32)
     v = sample(case)
-    experts = v["scaling"], case.offsets, case.shared_a, "decode"
+    experts = v["scaling"], case.offsets, case.shared_a, "none", "decode"
     yield kernels.grouped_lora(v["x"], v["lora_A"], v["lora_B"], None, ids, ids.cos(), *experts)
 
 
@@ -179,11 +179,11 @@ def outputs_of(kernels, case, dtype):
         grads = kernels.routed_lora_backward(
             dy, *aux, *saved, *experts, *options, *needs, True, plan
         )
-        y, s = kernels.grouped_lora(x, a, b, None, given, weights, *experts, plan)
+        y, s = kernels.grouped_lora(x, a, b, None, given, weights, *experts, "none", plan)
         saved = x, a, b, s, given, weights
-        more = kernels.grouped_lora_backward(dy, *saved, *experts, *needs, plan)
+        more = kernels.grouped_lora_backward(dy, *saved, *experts, "none", *needs, plan)
         saved = x, a, b_nan, s, ones, weights
-        clean = kernels.grouped_lora_backward(dy, *saved, *experts, *needs, plan)
+        clean = kernels.grouped_lora_backward(dy, *saved, *experts, "none", *needs, plan)
         yield [*out, *grads, y, s, *more, *clean]
     shifted = torch.cat([x, x], 1)[:, 1 : x.shape[1] + 1]  # rows start between two packs
     yield kernels.shrink(shifted, a, w)
