@@ -153,7 +153,7 @@ def load_adapter(
 
 
 def _load(model, layers, source, adapter_dtype):
-    file, described = _open(*source)
+    file, described = open_adapter(*source)
     with file:
         info = read_info(file, described, adapter_dtype)
         wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
@@ -211,12 +211,12 @@ def adapter_info(directory: str | os.PathLike, *, revision: str | None = None) -
     Raises:
         ValueError, OSError: as load_adapter.
     """
-    file, described = _open(directory, revision)
+    file, described = open_adapter(directory, revision)
     with file:
         return read_info(file, described)
 
 
-def _open(source, revision):
+def open_adapter(source, revision):
     """The file of tensors, and PEFT's adapter_config.json where PEFT wrote it."""
     found = locate.find(source, ((FILE_NAME,), peft_format.FILES), revision)
     if found is not None:

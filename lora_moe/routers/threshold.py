@@ -45,19 +45,28 @@ class ThresholdRouter(Router):
             "threshold_bias": TensorSpec((1,), nn.init.zeros_),
         }
 
+    def highest(self, num_experts: int) -> float:
+        """tau_max."""
+        return 1 / num_experts if self.max_threshold is None else self.max_threshold
+
     def route(self, x, tensors, batch):
         E = batch.config.num_experts
         weight = tensors["router_weight"]
         wide = torch.promote_types(weight.dtype, accumulator(x.dtype))
         rows = torch.cat([weight, tensors["threshold_weight"]]).to(wide)
         logits, tau = (x.flatten(0, -2).to(wide) @ rows.T).split((E, 1), 1)  # (T, E), (T, 1)
-        high = 1 / E if self.max_threshold is None else self.max_threshold
-        p = torch.softmax(logits, 1)
-        left = torch.relu(p - high * torch.sigmoid(tau + tensors["threshold_bias"].to(wide)))
-        total = left.sum(1, keepdim=True)
-        ids = torch.arange(E, device=x.device).masked_fill(left == 0, -1)  # (T, E)
-        gates = left / torch.where(total == 0, 1, total)
-        return with_logits(Routing.from_ids(ids, gates, num_experts=E), logits)
+        return decide_above(logits, tau + tensors["threshold_bias"].to(wide), self.highest(E))
+
+
+def decide_above(logits: torch.Tensor, tau: torch.Tensor, highest: float) -> Routing:
+    """ThresholdRouter's decision from W x (T, E) and v x + c (T, 1)."""
+    E = logits.shape[1]
+    p = torch.softmax(logits, 1)
+    left = torch.relu(p - highest * torch.sigmoid(tau))
+    total = left.sum(1, keepdim=True)
+    ids = torch.arange(E, device=logits.device).masked_fill(left == 0, -1)  # (T, E)
+    gates = left / torch.where(total == 0, 1, total)
+    return with_logits(Routing.from_ids(ids, gates, num_experts=E), logits)
 
 
 def with_logits(routing: Routing, logits: torch.Tensor) -> Routing:

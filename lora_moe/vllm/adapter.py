@@ -1,0 +1,121 @@
+"""A saved adapter as a server reads it: strictly, and refused as a whole before any base is touched.
+
+What may be served is a mixture whose tokens decide by themselves; see rules.refusal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import torch
+from torch import nn
+
+from .. import safefile
+from ..adapter_file import configs_of, read_info, slices_of
+from ..config import LoraMoeConfig
+from ..io import open_adapter
+from ..tensors import adapter_tensors, file_names
+from .rules import refusal
+
+
+class Adapter:
+    """The file that save_adapter wrote, or PEFT of a lora_moe.peft adapter; close it after reading.
+
+    Attributes:
+        configs: {module path: LoraMoeConfig}
+        digest: of all bytes of its files, in hexadecimal.
+
+    Args:
+        source: a directory, or "owner/name" of a repository of the hub.
+        revision: of a repository.
+    Raises:
+        ValueError: it is damaged, is no adapter, lacks tensors or has others, or cannot be served; every
+            reason is listed.
+        OSError: it is missing or cannot be read.
+    """
+
+    def __init__(self, source: str | os.PathLike, revision: str | None = None):
+        self.file, described = open_adapter(source, revision)
+        try:
+            info = read_info(self.file, described)
+            self.configs: dict[str, LoraMoeConfig] = dict(configs_of(info))
+            self._slices = slices_of(info)
+            self.digest = self._digest(described)
+            self._expect_servable(info)
+            self._expect_its_tensors()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> Adapter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def misfit(self, path: str, D_in: int, D_out: int) -> list[str]:
+        """What of the tensors of this path is not of a linear (D_in, D_out)."""
+        problems = []
+        for key, like in self._wanted(path, D_in, D_out).items():
+            expected, got = tuple(like.shape), self._slices[key].shape
+            if expected != got:
+                problems.append(f"{key}: expected {expected}, got {got}")
+        return problems
+
+    def tensors(
+        self, path: str, D_in: int, D_out: int, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        """{name of LoraMoeLinear's: whole tensor}; lora_A and lora_B in `dtype`, the router's in fp32."""
+        config = self.configs[path]
+        names = {
+            f"{path}.{own}".removeprefix("."): name for name, own in file_names(config).items()
+        }
+        wanted = {
+            key: like.to(dtype if names[key] in ("lora_A", "lora_B") else torch.float32)
+            for key, like in self._wanted(path, D_in, D_out).items()
+        }
+        slices = {key: self._slices[key] for key in wanted}
+        read = safefile.read_tensors(self.file, slices, wanted)
+        return {names[key]: tensor for key, tensor in read.items()}
+
+    def _wanted(self, path, D_in, D_out):
+        config = self.configs[path]
+        names, linear = file_names(config), nn.Linear(D_in, D_out, device="meta")
+        return {
+            f"{path}.{names[name]}".removeprefix("."): like
+            for name, like in adapter_tensors(linear, config).items()
+        }
+
+    def _digest(self, described):
+        self.file.seek(0)
+        digest = hashlib.file_digest(self.file, "sha256")
+        if described is not None:
+            with safefile.open_regular(described) as file:
+                digest.update(file.read())
+        return digest.hexdigest()
+
+    def _expect_servable(self, info):
+        problems = []
+        for path, config in self.configs.items():
+            if reason := refusal(config):
+                problems.append(f"{path}: {reason}")
+        problems += [
+            f"{path}: in modules_to_save, trained as a whole; put its weights into the base's checkpoint and"
+            " save the adapter without it"
+            for path in info["modules_to_save"]
+        ]
+        safefile.raise_all("adapter: expected experts that a server can serve", problems)
+
+    def _expect_its_tensors(self):
+        expected = {
+            f"{path}.{name}".removeprefix(".")
+            for path, config in self.configs.items()
+            for name in file_names(config).values()
+        }
+        problems = [f"{key}: missing" for key in expected - self._slices.keys()]
+        problems += [f"{ascii(key)[:200]}: unknown" for key in self._slices.keys() - expected]
+        safefile.raise_all("adapter: expected the tensors that its configuration names", problems)

@@ -1,0 +1,90 @@
+"""vLLM's side of a linear layer with experts: the layer's own method, whatever it is, and then the experts.
+
+vLLM's linear layers compute through `quant_method`, and so do its LoRA layers around them; wrapping it
+leaves the base's loading, its quantisation and its parallelism as they are.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from .bank import Banks
+from .shards import Shard
+
+
+class LoraMoeMethod(LinearMethodBase):
+    """base.apply(layer, x, bias) plus the experts of x."""
+
+    def __init__(self, base: LinearMethodBase, banks: Banks):
+        self.base, self.banks = base, banks
+
+    def create_weights(self, *args, **kwargs):
+        raise RuntimeError("lora_moe: experts are attached to a layer that is loaded already")
+
+    def process_weights_after_loading(self, layer):
+        self.base.process_weights_after_loading(layer)
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        y = self.base.apply(layer, x, bias)
+        return self.banks.add(layer, x, y, tensor_model_parallel_all_reduce)
+
+    def __getattr__(self, name):  # what else vLLM asks of the layer's method
+        return getattr(self.__dict__["base"], name)
+
+
+def wrap(layer: LinearBase, banks: Banks) -> None:
+    """From now on the layer adds these experts; their input is as the layer gets it, never quantised."""
+    layer.quant_method = LoraMoeMethod(layer.quant_method, banks)
+    layer.requires_unquantized_input = True
+
+
+def shard_of(layer: LinearBase) -> Shard | None:
+    """How this layer is cut, None where its class says nothing that is known here."""
+    if (type(layer).forward, type(layer).weight_loader) not in _KNOWN:
+        return None
+    kind = "replicated"
+    rank, ranks = layer.tp_rank, layer.tp_size
+    widths, replicas = tuple(layer.output_partition_sizes), ()
+    if isinstance(layer, RowParallelLinear):
+        kind, widths = "row", (sum(widths),)
+    elif isinstance(layer, ColumnParallelLinear):
+        kind = "column"
+        replicas = replicas_of(layer, len(widths))
+        if replicas is None:
+            return None
+    elif ranks > 1:
+        rank, ranks = 0, 1  # whole on every rank
+    return Shard(kind, rank, ranks, layer.input_size, widths, replicas)
+
+
+def replicas_of(layer: ColumnParallelLinear, projections: int) -> tuple[int, ...] | None:
+    """How many ranks hold the same part of each projection; None where that is not plain."""
+    shared = getattr(layer, "num_kv_head_replicas", None)
+    if shared is None:
+        return (1,) * projections
+    return (1, shared, shared) if projections == 3 else None
+
+
+# a subclass with a forward or a weight loader of its own may be cut in another way
+_KNOWN = {
+    (kind.forward, kind.weight_loader)
+    for kind in (
+        ReplicatedLinear,
+        ColumnParallelLinear,
+        MergedColumnParallelLinear,
+        QKVParallelLinear,
+        RowParallelLinear,
+    )
+}

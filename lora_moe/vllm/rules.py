@@ -1,0 +1,86 @@
+"""How a bank of experts decides, as plain numbers: what the operators read beside tensors.
+
+A compiler sees it as a constant string, so that neither a graph nor a cache holds an object of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import torch
+
+from .. import functional as F
+from ..config import LoraMoeConfig
+from ..routers import NoisyRouter, ThresholdRouter
+from ..routers.threshold import decide_above
+from ..routing import Routing
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """One bank's place in the layer's output, its ranks, and the token router's fields.
+
+    start, stop      its columns in this rank's output
+    max_threshold    of a ThresholdRouter, None for the token router
+    """
+
+    start: int
+    stop: int
+    offsets: tuple[int, ...]
+    shared_a: bool
+    top_k: int
+    gate: str
+    renormalize: bool
+    top_p: float | None
+    threshold: float | None
+    max_threshold: float | None = None
+
+    @property
+    def experts(self) -> int:
+        return len(self.offsets) - 1
+
+    def decide(self, logits: torch.Tensor, bias: torch.Tensor | None) -> Routing:
+        """The routing of logits (T, E), or (T, E + 1) with a learned threshold's behind them."""
+        if self.max_threshold is None:
+            return Routing.from_logits(
+                logits, self.top_k, gate=self.gate, renormalize=self.renormalize, bias=bias,
+                top_p=self.top_p, threshold=self.threshold,
+            )  # fmt: skip
+        return decide_above(*logits.split((self.experts, 1), 1), self.max_threshold)
+
+
+def rule_of(config: LoraMoeConfig, start: int, stop: int) -> Rule:
+    """Of a configuration that `refusal` has nothing against."""
+    high = None
+    if isinstance(config.router, ThresholdRouter):
+        high = config.router.highest(config.num_experts)
+    return Rule(
+        start, stop, tuple(F.rank_offsets_of(config.rank_offsets, config.num_experts)), config.shared_a,
+        config.top_k, config.gate, config.normalizes, config.top_p, config.threshold, high,
+    )  # fmt: skip
+
+
+def refusal(config: LoraMoeConfig) -> str | None:
+    """Why a server cannot serve these experts, None if it can: each token must decide by itself."""
+    router, middle = config.router, config.middle
+    if middle is not None:
+        return (
+            f"{type(middle).__name__} stands between A and B, which a server does not compute; only the"
+            " gate is served"
+        )
+    if router is not None and not isinstance(router, (NoisyRouter, ThresholdRouter)):
+        needs = "the tasks of a request" if router.task_count else "more than a token's own input"
+        return f"{type(router).__name__} decides by {needs}; only routers of tokens are served"
+    return None
+
+
+def to_text(rules: tuple[Rule, ...]) -> str:
+    return json.dumps([dataclasses.astuple(rule) for rule in rules])
+
+
+@functools.lru_cache(maxsize=4096)
+def from_text(text: str) -> tuple[Rule, ...]:
+    """The inverse of to_text."""
+    return tuple(Rule(a, b, tuple(offsets), *rest) for a, b, offsets, *rest in json.loads(text))
