@@ -7,6 +7,7 @@
 The bank is what the experts are, the router who decides, the context what is told from outside (nothing
 here), and training what a model may choose for itself when it loads.  A router of another kind has its
 own fields, and the token router's under "token"; a middle is a section of its own, where there is one.
+Of LoRAs on a model's own experts the bank names the target_parameters, and the router's kind is "model".
 It is untrusted: every field is checked before anything is built from it.
 """
 
@@ -25,6 +26,7 @@ from .tensors import file_names
 
 FORMAT_VERSION = 2
 
+MODEL = "model"  # the kind of a router that is the model's own
 _PATH = re.compile(r"(\w+(\.\w+)*)?", re.ASCII)  # "" is the model itself
 BANK = ("num_experts", "r", "alpha", "use_rslora", "shared_a")
 ROUTER = (
@@ -85,15 +87,22 @@ def describe(layers: dict[str, LoraMoeLinear], whole: tuple[str, ...]) -> dict:
 
 def _sections(config, frozen):
     fields = config.to_dict()
-    token = {name: fields[name] for name in ROUTER}
-    router = fields["router"]
     sections = {
         "bank": {name: fields[name] for name in BANK} | {"frozen": list(frozen)},
-        "router": {"kind": "token"} | token if router is None else router | {"token": token},
+        "router": _router_section(fields),
         "context": {},
         "training": {name: fields[name] for name in _TRAINING},
     }
+    if config.target_parameters:
+        sections["bank"]["target_parameters"] = fields["target_parameters"]
     return sections if config.middle is None else sections | {"middle": fields["middle"]}
+
+
+def _router_section(fields):
+    if fields["target_parameters"]:
+        return {"kind": MODEL}
+    token, router = {name: fields[name] for name in ROUTER}, fields["router"]
+    return {"kind": "token"} | token if router is None else router | {"token": token}
 
 
 def read_info(file: BinaryIO, described=None, adapter_dtype=None) -> dict:
@@ -168,7 +177,8 @@ def _read_version_1(name, fields):
 
 
 def _read_version_2(name, fields):
-    sections = {"bank": (*BANK, "frozen"), "router": ROUTER, "training": _TRAINING, "context": ()}
+    bank = (*BANK, "frozen", "target_parameters")
+    sections = {"bank": bank, "router": ROUTER, "training": _TRAINING, "context": ()}
     if fields.keys() - {"middle"} != sections.keys():
         raise ValueError(
             f"{name}: expected bank, router, context and training, got {brief(fields)}"
@@ -181,6 +191,13 @@ def _read_version_2(name, fields):
             raise ValueError(f"{name}: expected {section} of {known}, got {brief(found)}")
         flat |= found
     frozen = flat.pop("frozen", [])
+    native = router == MODEL
+    if native != bool(flat.get("target_parameters")) or (native and not flat.get("num_experts")):
+        raise ValueError(
+            f"{name}: expected num_experts and target_parameters beside a router of kind {MODEL!r}, and these"
+            f" alone, got {brief(fields)}"
+        )
+    router = None if native else router
     try:
         config = LoraMoeConfig.from_dict(flat | {"router": router, "middle": fields.get("middle")})
         file_names(config)  # tensors may refuse what does not go together
@@ -199,6 +216,8 @@ def _split_router(name, section):
     if own.get("kind") == "token":
         del own["kind"]
         return None, own
+    if own == {"kind": MODEL}:
+        return MODEL, {}
     return own, own.pop("token", {})
 
 
@@ -231,6 +250,7 @@ def slices_of(info: dict) -> dict:
 def fixed_fields(config: LoraMoeConfig) -> dict:
     """What decides the function, written in one way."""
     fields = {name: getattr(config, name) for name in (*BANK, *ROUTER, "router", "middle")}
+    fields["target_parameters"] = sorted(config.target_parameters)
     if isinstance(config.alpha, tuple) and len(set(config.alpha)) == 1:
         fields["alpha"] = config.alpha[0]
     return fields | {"r": config.ranks, "renormalize": config.normalizes}

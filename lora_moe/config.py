@@ -45,7 +45,7 @@ class LoraMoeConfig:
     The router's logits are (W x + bias) / temperature; gate and top-k follow.
 
     Args:
-        num_experts: E, in [1, 4096].
+        num_experts: E, in [1, 4096].  None means 8, or as many as the model's own with target_parameters.
         r: the rank of every expert, in [1, 1024], or one rank per expert; 65,536 at most together.
         top_k: experts per token, in [1, E]; E is the dense mixture.  None means 2, or 1 if E is 1.
         alpha: a number in [0, 1e6], or one per expert: expert e is scaled by alpha_e / r_e.
@@ -77,13 +77,18 @@ class LoraMoeConfig:
         router: who decides in place of the token router that the fields above describe, such as
             TaskRouter(num_tasks=3); see docs/routers.md.
         middle: what stands between lora_A and lora_B in place of the gate; None is the gate.
+        target_parameters: the fused weights (E, D_out, D_in) of the model's own experts that take a LoRA per
+            expert, as in PEFT: names, each matching a parameter whose path is the name or ends in "." +
+            name, such as ("mlp.experts.gate_up_proj", "mlp.experts.down_proj").  The model's own router
+            decides, so that no field about a router, top_k or their losses may be set beside it; see
+            docs/experts.md.
     Raises:
         ValueError: a field does not fit; the message names it, what was expected and what was
             received.
         TypeError: there is no such field; the message suggests one.
     """
 
-    num_experts: int = 8
+    num_experts: int | None = None
     r: int | tuple[int, ...] = 8
     top_k: int | None = None
     alpha: float | tuple[float, ...] = 16.0
@@ -105,6 +110,7 @@ class LoraMoeConfig:
     modules_to_save: tuple[str, ...] = ()
     router: Router | None = None
     middle: Middle | None = None
+    target_parameters: tuple[str, ...] = ()
 
     def __new__(cls, *args, **fields):
         known = {field.name for field in dataclasses.fields(cls)}
@@ -115,11 +121,18 @@ class LoraMoeConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        self._set("num_experts", _integer("num_experts", self.num_experts, MAX_EXPERTS))
-        E = self.num_experts
+        names = _names("target_parameters", self.target_parameters or ())
+        self._set("target_parameters", names)
+        if not names or self.num_experts is not None:
+            E = 8 if self.num_experts is None else self.num_experts
+            self._set("num_experts", _integer("num_experts", E, MAX_EXPERTS))
+        if names:
+            self._leave_the_router_to_the_model()
+        else:
+            top_k = min(2, self.num_experts) if self.top_k is None else self.top_k
+            self._set("top_k", _integer("top_k", top_k, self.num_experts))
+        E = self.num_experts or 1
         self._set("r", _ranks(self.r, E))
-        top_k = min(2, E) if self.top_k is None else self.top_k
-        self._set("top_k", _integer("top_k", top_k, E))
         self._set("alpha", _alphas(self.alpha, E))
         for name in ("dropout", "balance_coef", "z_coef", "temperature"):
             self._set(name, _coefficient(name, getattr(self, name)))
@@ -134,7 +147,7 @@ class LoraMoeConfig:
         self._set("threshold", _share("threshold", self.threshold))
         softmax = self.gate == "softmax"
         _expect(softmax or self.top_p is None, "gate", "'softmax' with top_p", self.gate)
-        equal = len(set(self.ranks)) == 1
+        equal = isinstance(self.r, int) or len(set(self.r)) == 1
         _expect(equal or not self.shared_a, "r", "equal ranks with shared_a", self.r)
         self._set("adapter_dtype", _dtype_name(self.adapter_dtype))
         for name in ("target_modules", "exclude_modules"):
@@ -145,6 +158,26 @@ class LoraMoeConfig:
         if self.router == TokenRouter():
             self._set("router", None)
         self._expect_parts_that_fit()
+
+    def _leave_the_router_to_the_model(self):
+        """Beside target_parameters nothing may be asked of a router or of its losses."""
+        own = TOKEN_FIELDS | {"top_k": None, "shared_a": False, "router": None, "middle": None}
+        for name, default in own.items():
+            expected = f"{default!r} with target_parameters, whose experts the model's router picks"
+            _expect(getattr(self, name) == default, name, expected, getattr(self, name))
+        for name, default in (("balance_coef", 0.01), ("z_coef", 0.001)):
+            expected = "0 with target_parameters, as the model has a loss for its own router"
+            _expect(getattr(self, name) in (0, default), name, expected, getattr(self, name))
+            self._set(name, 0.0)
+        expected = "none beside target_parameters (pass inject a list of two configurations)"
+        _expect(
+            len(self.target_modules or ()) == 0, "target_modules", expected, self.target_modules
+        )
+        if self.num_experts is None:
+            for name in ("r", "alpha"):
+                value = getattr(self, name)
+                expected = f"the model's number of experts beside one {name} for each"
+                _expect(not _is_sequence(value), "num_experts", expected, None)
 
     def _expect_parts_that_fit(self):
         if self.router is not None:
@@ -190,7 +223,7 @@ class LoraMoeConfig:
     @property
     def normalizes(self) -> bool:
         """Whether the picked gates are divided by their sum; resolves renormalize=None."""
-        return self.top_k > 1 if self.renormalize is None else self.renormalize
+        return (self.top_k or 0) > 1 if self.renormalize is None else self.renormalize
 
     @property
     def has_aux_loss(self) -> bool:

@@ -44,6 +44,10 @@ def fill_expert(
     """
     whole, model = model, unwrapped(model)
     layers = {plain_path(path): layer for path, layer in layers_of(model).items()}
+    if own := [path for path, layer in layers.items() if layer.config.target_parameters]:
+        raise ValueError(
+            f"model: expected experts around linear modules, got {own[0]}, the model's own"
+        )
     wanted = {}  # key: (layer, name, shape, factor)
     for path, layer in layers.items():
         e = _one(expert, layer)

@@ -111,6 +111,8 @@ def _layers(model) -> dict[str, LoraMoeLinear]:
             problems.append(f"{path}: sharded parameters: save the adapter, grow it on one process")
         elif any(name not in layer._parameters | layer._buffers for name in layer.names):
             problems.append(f"{path}: pruned or parametrized tensors: make them plain first")
+        elif layer.config.target_parameters:
+            problems.append(f"{path}: the model's own experts, whose number the model decides")
         elif layer in thread.decisions:
             problems.append(f"{path}: a use_routing block around the call: grow outside of it")
     raise_all("model: expected layers that can grow", problems)

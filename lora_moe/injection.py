@@ -13,9 +13,11 @@ from torch import nn
 from .attach import attach, detach
 from .config import LoraMoeConfig
 from .layers import LoraMoeLinear
+from .native import LoraMoeExperts
 from .placement import LoraMoeLayer
 from .sharded import expect_no_wrapper
 from .steering import injected, layers_of
+from .target_parameters import experts_of
 from .targets import is_all_linear, targets_of
 
 _log = logging.getLogger(__name__)
@@ -25,6 +27,8 @@ def inject(
     model: nn.Module, config: LoraMoeConfig | Sequence[LoraMoeConfig], *, freeze: bool = True
 ) -> nn.Module:
     """Replace the modules that config.target_modules names by LoraMoeLinear, in place.
+
+    With config.target_parameters these are a MoE model's own fused experts, and become LoraMoeExperts.
 
     A module that is known under several names becomes one adapter under all of them; it is left
     alone if any of its names is excluded.  What is not named stays the same object, tied weights
@@ -56,13 +60,18 @@ def inject(
     for each in configs:
         saved |= modules_to_save(model, each.modules_to_save)
     for each in configs:
-        targets = _without(targets_of(model, each), saved, each)
+        if each.target_parameters:
+            own = experts_of(model, each)
+        else:
+            own = {path: (base, each) for path, base in targets_of(model, each).items()}
+        targets = _without({path: base for path, (base, _) in own.items()}, saved, each)
         if twice := [path for path, base in targets.items() if base in adapters]:
             raise ValueError(
                 f"config: expected each module in one configuration, got {twice[0]} in two"
             )
         found |= targets
-        adapters |= {base: LoraMoeLinear(base, each) for base in dict.fromkeys(targets.values())}
+        with_config = dict(own[path] for path in targets)
+        adapters |= {base: layer_around(base, config) for base, config in with_config.items()}
     place(model, adapters)
     attach(model)
     if freeze:
@@ -71,6 +80,11 @@ def inject(
         module.requires_grad_(True)
     _log.info("%d modules replaced: %s", len(adapters), ", ".join(found))
     return model
+
+
+def layer_around(base: nn.Module, config: LoraMoeConfig) -> LoraMoeLayer:
+    """A layer of the kind that the configuration asks for."""
+    return (LoraMoeExperts if config.target_parameters else LoraMoeLinear)(base, config)
 
 
 def _without(found, saved, config):

@@ -31,8 +31,8 @@ from .adapter_file import (
     slices_of,
 )
 from .attach import attach
-from .injection import freeze_base, modules_to_save, place
-from .layers import LoraMoeLinear
+from .injection import freeze_base, layer_around, modules_to_save, place
+from .placement import LoraMoeLayer
 from .sharded import (
     at_rest,
     expect_no_wrapper,
@@ -47,6 +47,7 @@ from .sharded import (
     write_whole,
 )
 from .steering import injected, layers_of
+from .target_parameters import unfit_experts
 from .tensors import adapter_tensors, file_names
 from .unfit import unfit
 
@@ -164,7 +165,7 @@ def _load(model, layers, source, adapter_dtype):
         adapters = {}
     else:
         modules = {plain_path(path): m for path, m in model.named_modules()}
-        adapters = {p: LoraMoeLinear(modules[p], config) for p, config in configs_of(info)}
+        adapters = {p: layer_around(modules[p], config) for p, config in configs_of(info)}
         layers = adapters
     own = _keyed(layers)
     if any(t.device.type == "meta" for t in own.values()):
@@ -278,7 +279,7 @@ def _whole_modules(model, layers):
     return {plain_path(path): module for path, module in found.items()}
 
 
-def modules_state(model: nn.Module, layers: dict[str, LoraMoeLinear]) -> dict[str, dict]:
+def modules_state(model: nn.Module, layers: dict[str, LoraMoeLayer]) -> dict[str, dict]:
     """{path: {name: tensor}} of modules_to_save; what two of them share, once."""
     state, seen = {}, set()
     for path, module in _whole_modules(model, layers).items():
@@ -348,7 +349,9 @@ def _wanted_by(layers, info):
 def _wanted_at(model, info):
     """The tensors, on the meta device, that experts at the saved paths of this model would have."""
     modules = {plain_path(path): (path, m) for path, m in model.named_modules()}
-    reasons = unfit(model, [modules[path][0] for path, _ in configs_of(info) if path in modules])
+    here = {modules[path][0]: config for path, config in configs_of(info) if path in modules}
+    fused = {path: c.target_parameters for path, c in here.items() if c.target_parameters}
+    reasons = unfit_experts(model, fused) | unfit(model, here.keys() - fused.keys())
     problems, found = [], {}
     for path, config in configs_of(info):
         reason = reasons.get(modules[path][0]) if path in modules else "no such module"
@@ -356,7 +359,7 @@ def _wanted_at(model, info):
             problems.append(f"{path}: {reason}")
         else:
             found[path] = modules[path][1], config
-    safefile.raise_all("adapter: expected linear modules at the saved paths", problems)
+    safefile.raise_all("adapter: expected modules for its experts at the saved paths", problems)
     return _wanted_tensors(found)
 
 

@@ -118,6 +118,13 @@ def _layer_loss(config, runs):
 
 
 def _tell_nothing_to_balance(ran):
+    if all(layer.config.target_parameters for layer, _ in ran.values()):
+        tell_once(
+            "model's own router",
+            "aux_loss is 0, as the model's own router decides: the model adds a loss for it where it is"
+            " called with output_router_logits=True; leave aux_loss out",
+        )
+        return
     wanted = [layer for layer, _ in ran.values() if layer.config.has_aux_loss]
     if wanted and torch.is_grad_enabled() and wanted[0].training:
         tell_once(

@@ -101,6 +101,8 @@ def mergeable_layers(model: nn.Module) -> dict[str, LoraMoeLinear]:
             problems.append(f"{path}: PEFT's adapter; save_adapter and load_adapter make it ours")
         elif any(is_sharded(t) or is_stepped_by_zero(t) for t in layer.adapter_state().values()):
             problems.append(f"{path}: its experts are sharded; merge on one process")
+        elif layer.config.target_parameters:
+            problems.append(f"{path}: the model's own experts; to_peft writes what PEFT merges")
         elif layer.config.middle is not None:
             kind = type(layer.config.middle).__name__
             problems.append(f"{path}: its middle, {kind}, makes it more than a sum of B_e A_e")

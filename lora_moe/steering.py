@@ -77,7 +77,8 @@ def use_routing(
         routing: a Routing for all layers, with a row for each token or for each sample (first
             dimension) of the layers' input; or a dict from module path to Routing, for example a
             replay of {name: layer.routing}; layers that it does not name keep their routers.  Weights
-            that require a gradient get one.
+            that require a gradient get one.  A model's own experts (LoraMoeExperts) are told by a dict
+            alone: task_ids and a Routing for all leave them to the model's router.
     Raises:
         ValueError: both task_ids and routing are given, or nothing is; the model has no experts, a path
             is unknown, an id is out of range (on a CPU), or a number of experts is not the layer's.
@@ -188,6 +189,13 @@ def _given(layers, task_ids, routing) -> dict[str, Routing]:
 def _sources(layers, task_ids, routing):
     if task_ids is not None and routing is not None:
         raise ValueError("routing: expected task_ids or routing, got both")
+    if not isinstance(routing, Mapping):  # nobody's routing fits a model's own experts by chance
+        named, layers = layers, {n: m for n, m in layers.items() if not m.config.target_parameters}
+        if not layers and (task_ids is not None or routing is not None):
+            raise ValueError(
+                "routing: expected a dict of Routing by path, as the model's own router decides for its"
+                f" experts: {', '.join(named)}"
+            )
     if task_ids is not None:
         layers = {name: m for name, m in layers.items() if m.config.num_tasks is None}
         counts = {name: layer.config.num_experts for name, layer in layers.items()}

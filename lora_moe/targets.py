@@ -101,7 +101,7 @@ def _hint(survey, modules, pattern, name):
         return f" ({rule}; did you mean {meant}?)" if meant else ""
     banks = (path for path, p in survey.model.named_parameters() if p.ndim >= 3)
     if any("expert" in path.lower() and matches(path, (name,)) for path in banks):
-        return " (a parameter of fused experts, which are not supported)"
+        return " (a parameter of fused experts: name it in target_parameters)"
     close = _closest(modules, name)
     return f" (did you mean {', '.join(map(repr, close))}?)" if close else ""
 

@@ -10,6 +10,7 @@ import itertools
 import torch
 from torch import nn
 
+from . import fused
 from .config import LoraMoeConfig
 from .parts import TensorSpec
 from .reference import accumulator
@@ -21,6 +22,9 @@ _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def file_names(config: LoraMoeConfig) -> dict[str, str]:
     """{name of a layer's tensor: its name in the file}; the sizes of the layer do not matter."""
+    if config.target_parameters:
+        names = [target.rpartition(".")[2] for target in config.target_parameters]
+        return {f"lora_{x}_{name}": f"{name}.lora_{x}" for name in names for x in "AB"}
     names = {"lora_A": "lora_A", "lora_B": "lora_B"}
     for section, part in (("router", config.router or TokenRouter()), ("middle", config.middle)):
         for name in () if part is None else part.tensors(config, 1, 1):
@@ -44,7 +48,10 @@ def linear_features(module: nn.Module) -> tuple[int, int] | None:
 
 def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
     """Of lora_A and lora_B around this base; see LoraMoeConfig.adapter_dtype."""
-    own = getattr(getattr(base, "weight", None), "dtype", None)
+    return _dtype_beside(getattr(getattr(base, "weight", None), "dtype", None), config)
+
+
+def _dtype_beside(own, config):
     own = own if own in _ADAPTER_DTYPES else torch.float32  # quantised
     if config.adapter_dtype is None:
         return accumulator(own)
@@ -52,7 +59,9 @@ def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
 
 
 def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.Tensor]:
-    """Shapes and dtypes, as tensors without memory, of what a LoraMoeLinear adds to `base`."""
+    """Shapes and dtypes, as tensors without memory, of what a layer of ours adds to `base`."""
+    if config.target_parameters:
+        return _beside_fused(base, fused.config_at(base, config))
     D_in, D_out = linear_features(base)
     R, dtype = sum(config.ranks), adapter_dtype(base, config)
     router = accumulator(dtype)  # moves in steps that bf16 cannot hold
@@ -65,6 +74,16 @@ def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.T
         name: torch.empty(shape, dtype=kind, device="meta")
         for name, (shape, kind) in tensors.items()
     }
+
+
+def _beside_fused(base, config):
+    R, tensors = sum(config.ranks), {}
+    for name in config.target_parameters:
+        _, D_in, D_out = fused.sizes(base, name)
+        dtype = _dtype_beside(getattr(base, name).dtype, config)
+        for key, width in zip(fused.tensor_names(name), (D_in, D_out)):
+            tensors[key] = torch.empty(R, width, dtype=dtype, device="meta")
+    return tensors
 
 
 def part_specs(config: LoraMoeConfig, D_in: int, D_out: int) -> dict[str, TensorSpec]:

@@ -47,9 +47,15 @@ def why_not(model: nn.Module, path: str) -> str | None:
 
 
 def _reason(place):
+    around = reasons_around(place)
+    return around or next((reason for check in _CHECKS if (reason := check(place))), None)
+
+
+def reasons_around(place: Place) -> str | None:
+    """Why a module cannot take experts whatever it computes, by what it is in; None if it can."""
     if not place.path:
         return "the model itself cannot be replaced in place"
-    return next((reason for check in _CHECKS if (reason := check(place))), None)
+    return next((reason for check in _AROUND if (reason := check(place))), None)
 
 
 def _name(module):
@@ -122,7 +128,8 @@ def _is_not_linear(place):
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return f"a {name} has no size yet: run the model once first"
     if banks := _fused_experts(place):
-        return f"a {name} holds fused experts ({', '.join(banks)}), which are not supported"
+        named = ", ".join(banks)
+        return f"a {name} holds fused experts ({named}): name them in target_parameters"
     if linear_features(module) is None or not _multiplies(place):
         return f"a {name} is not linear"
     return None
@@ -235,12 +242,8 @@ def _declared(place):
     return None
 
 
+_AROUND = (_has_experts, _has_peft, _is_scripted, _is_sharded, _is_offloaded_with_its_block)
 _CHECKS = (
-    _has_experts,
-    _has_peft,
-    _is_scripted,
-    _is_sharded,
-    _is_offloaded_with_its_block,
     _is_not_linear,
     _is_router,
     _is_bypassed,

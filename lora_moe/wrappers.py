@@ -52,6 +52,8 @@ class SavePretrained(Wrapper):
 
     The base's weights have the base's own names.  The experts stand in lora_moe.safetensors, and beside
     the base's weights as well, so that Trainer's resume finds them in the one state dict that it loads.
+    For the same reason a model whose own experts have LoRAs is written with its weights fused as it has
+    them, which from_pretrained reads as well: of unfused ones Trainer's resume would find none.
     Where parameters are sharded and no state_dict is given, every process must call it.
     """
 
@@ -63,6 +65,8 @@ class SavePretrained(Wrapper):
 
         kwargs = self.named(args, kwargs)
         save_directory = kwargs.pop("save_directory")
+        if any(layer.config.target_parameters for layer in injected(self.model).values()):
+            kwargs.setdefault("save_original_format", False)
         reshard(self.model)
         state_dict, shards = (
             kwargs.get("state_dict"),

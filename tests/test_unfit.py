@@ -157,14 +157,16 @@ def test_a_linear_of_that_size_without_experts_beside_it_is_none():
     assert why_not(model, "gate") is None
 
 
-def test_fused_experts_are_named_as_unsupported():
+def test_fused_experts_are_named_with_what_to_do():
     model = nn.ModuleDict({"mlp": Sparse(Router(), Bank())})
     with pytest.raises(
         ValueError,
-        match=r"mlp\.experts \(a Bank holds fused experts \(gate_up_proj, down_proj\), which are not",
+        match=r"mlp\.experts \(a Bank holds fused experts \(gate_up_proj, down_proj\): name them in",
     ):
         inject(model, names("experts"))
-    with pytest.raises(ValueError, match="a parameter of fused experts, which are not supported"):
+    with pytest.raises(
+        ValueError, match="a parameter of fused experts: name it in target_parameters"
+    ):
         inject(model, names("gate_up_proj"))
     with pytest.warns(UserWarning, match="'experts.down_proj' .a parameter of fused experts"):
         inject(model, names("proj", "experts.down_proj"))

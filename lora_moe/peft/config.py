@@ -17,7 +17,8 @@ from ..parts import Part
 from ..peft_moe import RENAMED
 from .registration import member
 
-_OWN = {field.name for field in dataclasses.fields(LoraMoeConfig)}
+# a model's own experts are PEFT's own LoRA's: LoraConfig(target_parameters=)
+_OWN = {field.name for field in dataclasses.fields(LoraMoeConfig)} - {"target_parameters"}
 _MODULES = ("target_modules", "exclude_modules", "modules_to_save")
 _README = """
 
@@ -181,10 +182,15 @@ class MoeLoraConfig(PeftConfig):
 
 def _mixture_of(mixture) -> LoraMoeConfig:
     if isinstance(mixture, Mapping):
-        return LoraMoeConfig.from_dict(dict(mixture))
+        mixture = LoraMoeConfig.from_dict(dict(mixture))
     if not isinstance(mixture, LoraMoeConfig):
         raise ValueError(
             f"mixture: expected a LoraMoeConfig or a dict of its fields, got {type(mixture).__name__}"
+        )
+    if mixture.target_parameters:
+        raise ValueError(
+            "mixture: expected one around linear modules, got target_parameters, for lora_moe.inject alone;"
+            " lora_moe.to_peft writes what PEFT's LoraConfig(target_parameters=) loads"
         )
     return mixture
 

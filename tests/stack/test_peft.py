@@ -122,9 +122,17 @@ def test_every_field_of_a_mixture_has_its_name_in_peft():
     from lora_moe import peft_moe
 
     ours = {field.name for field in dataclasses.fields(lora_moe.LoraMoeConfig)}
+    ours -= {"target_parameters"}
     own = {field.name for field in dataclasses.fields(MoeLoraConfig)}
     assert ours == {peft_moe.RENAMED.get(name, name) for name in own} & ours
     assert own == {*peft_moe._FIELDS, *peft_moe._OTHER}
+
+
+def test_target_parameters_are_left_to_inject():
+    mixture = lora_moe.LoraMoeConfig(target_parameters=("experts.down_proj",))
+    for given in (mixture, mixture.to_dict()):
+        with pytest.raises(ValueError, match="got target_parameters, for lora_moe.inject alone"):
+            MoeLoraConfig(mixture=given)
 
 
 def test_a_mixture_is_taken_over_whole():

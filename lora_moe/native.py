@@ -1,0 +1,163 @@
+"""LoraMoeExperts: a LoRA for each of a MoE model's own experts, routed by the model's own router.
+
+    y_t = sum over slots j of  w_tj down_e(act(gate_up_e(x_t))),   e = ids_tj
+    gate_up_e(x) = W_e x + b_e + s_e B_e A_e x,   down_e likewise
+
+ids and w are what the model's router hands to its experts.  The slots are sorted by expert, as in
+transformers' "grouped_mm"; there a LoRA per expert is functional.grouped_lora, and no weight
+W_e + s_e B_e A_e is made.
+
+Letters: T tokens, K picked experts a token, S = T K slots, E experts, R = sum of their ranks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import torch
+from torch import nn
+
+from . import functional as F
+from . import records
+from .config import LoraMoeConfig
+from .context import fit_rows, recomputing, told
+from .fused import config_at, fused_names, tensor_names, why_unfit
+from .grouped import SortTokens, Unsort, grouped_linear
+from .placement import LoraMoeLayer
+from .routing import Routing
+from .tensors import adapter_tensors, device_of
+from .tokens import tokens_of
+
+
+class LoraMoeExperts(LoraMoeLayer):
+    """A drop-in for `base`, the fused experts of a MoE model of transformers.
+
+    For each adapted weight P, gate_up_proj or down_proj, it has parameters lora_A_P (R, D_in) and lora_B_P
+    (R, D_out); row r of both belongs to one expert.  Initial values and dtypes are those of LoraMoeLinear,
+    so that the layer starts as the base.  base.forward is called only where the adapters are disabled: with
+    any experts_implementation the products are grouped, as with "grouped_mm", which is equal bit for bit.
+
+    Attributes: as placement.LoraMoeLayer; config.target_parameters are the adapted weights.
+
+    Args:
+        base: a module behind transformers' experts interface (see fused.py).
+        config: LoraMoeConfig with target_parameters.
+    Raises:
+        TypeError: base holds no such experts, or is already a LoraMoeExperts.
+        ValueError: config has another number of experts, or names none of its weights.
+    """
+
+    selection_bias = None
+
+    def __init__(self, base: nn.Module, config: LoraMoeConfig):
+        if not isinstance(config, LoraMoeConfig):
+            raise TypeError(f"config: expected a LoraMoeConfig, got {type(config).__name__}")
+        if reason := why_unfit(base):
+            raise TypeError(f"base: expected fused experts, got something else: {reason}")
+        config = config_at(base, config)
+        super().__init__(base, config)
+        self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
+        device = device_of(base)
+        for name, like in adapter_tensors(base, config).items():
+            self.register_parameter(name, nn.Parameter(torch.empty_like(like, device=device)))
+        self.names = tuple(self._parameters)
+        self.reset_parameters()
+        self.train(base.training)
+        self._scaling_beside(next(self.pairs())[1])  # made here, and not in a CUDA graph's capture
+
+    def pairs(self):
+        for name in self.config.target_parameters:
+            A, B = tensor_names(name)
+            yield getattr(self, A), getattr(self, B)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values again: A uniform in +-1/sqrt(D_in), B zero."""
+        for A, B in self.pairs():
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.zeros_(B)
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """base(hidden_states, ids, weights) plus the LoRAs.
+
+        Args:
+            hidden_states: (T, D).
+            ids, weights: (T, K), the router's decision, by position or by the base's own names.
+        Returns:
+            (T, D) in hidden_states' dtype.
+        """
+        decision = told(self, hidden_states)
+        if decision.disabled:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        ids, weights = self._decided(args, kwargs) if kwargs else args
+        if decision.routing is not None:
+            ids, weights = _replayed(decision.routing, hidden_states, weights.dtype)
+        tokens = tokens_of(hidden_states, decision)
+        y, counts = self._experts(hidden_states, ids, weights)
+        if not recomputing():
+            records.remember(self, Routing(ids.int(), weights.detach(), counts), tokens)
+        return y
+
+    def _decided(self, args, kwargs):
+        names = list(inspect.signature(self.base_layer.forward).parameters)[1 + len(args) :]
+        return *args, *(kwargs[name] for name in names)
+
+    def _experts(self, x, ids, weights):
+        """y (T, D), and how many slots each expert has, (E,) int64."""
+        base, K, E = self.base_layer, ids.shape[-1], self.config.num_experts
+        sorted_ids, order = torch.sort(ids.reshape(-1))  # (S,)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.shape[0], device=order.device)
+        experts = torch.arange(E, device=ids.device, dtype=sorted_ids.dtype)
+        ends = torch.searchsorted(sorted_ids, experts, right=True, out_int32=True)  # (E,)
+        counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
+        ones = torch.ones(order.shape[0], 1, device=x.device)
+        slots = Routing(sorted_ids.int()[:, None], ones, counts)
+
+        up, down = fused_names(base)
+        h = SortTokens.apply(x, order, place, K)  # (S, D)
+        h = self._linear(up, h, sorted_ids, ends, slots)
+        h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
+        h = self._linear(down, h, sorted_ids, ends, slots)
+        if base.has_post_expert_norm:
+            h = base.post_expert_norm(h)
+        h = Unsort.apply(h, order, place).unflatten(0, (-1, K))  # (T, K, D)
+        return (h * weights[..., None]).sum(1).to(x.dtype), counts
+
+    def _linear(self, name, x, ids, ends, slots):
+        """One linear map of all experts.  x (S, D_in) -> (S, D_out)"""
+        base = self.base_layer
+        weight = getattr(base, name)
+        y = grouped_linear(x, weight if base.is_transposed else weight.transpose(-2, -1), ends)
+        if base.has_bias:
+            y = y + getattr(base, f"{name}_bias")[ids]
+        if name not in self.config.target_parameters:
+            return y
+        A, B = (getattr(self, n) for n in tensor_names(name))
+        x = x.to(y.dtype)
+        if self.config.dropout and self.training:
+            x = nn.functional.dropout(x, self.config.dropout)
+        with torch.autocast(x.device.type, enabled=False):  # the base has decided on y's dtype
+            return F.grouped_lora(
+                x, A, B, slots, rank_offsets=self.offsets, scaling=self._scaling_beside(B), base=y,
+                frozen=self._frozen,
+            )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        c = self.config
+        alpha = f"{c.alpha:g}" if isinstance(c.alpha, float) else c.alpha
+        count = sum(t.numel() for t in self.adapter_state().values())
+        return (
+            f"target_parameters={c.target_parameters}, num_experts={c.num_experts}, r={c.r},"
+            f" alpha={alpha}, dropout={c.dropout:g}, parameters={count:,}"
+        )
+
+
+def _replayed(routing, x, dtype):
+    """ids and weights of a Routing in place of the router's; an empty slot is expert 0 with weight 0."""
+    routing = fit_rows(routing, x)
+    ids, E = routing.indices.long(), routing.num_experts
+    if ids.is_cpu and not torch.compiler.is_compiling() and bool((ids >= E).any()):
+        raise ValueError(f"routing: expected expert ids in [-1, {E}), got {int(ids.max())}")
+    empty = (ids < 0) | (ids >= E)
+    return torch.where(empty, 0, ids), torch.where(empty, 0, routing.weights).to(dtype)

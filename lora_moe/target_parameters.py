@@ -1,0 +1,91 @@
+"""Which fused experts of a model a configuration names, by their parameters as PEFT does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+from .config import LoraMoeConfig
+from .fused import config_at, fused_names, is_fused, why_unfit
+from .native import LoraMoeExperts
+from .places import Place, Survey
+from .targets import matches
+from .unfit import reasons_around
+
+_MESSAGE = "target_parameters: expected weights of fused experts, "
+
+
+def experts_of(
+    model: nn.Module, config: LoraMoeConfig
+) -> dict[str, tuple[nn.Module, LoraMoeConfig]]:
+    """{path: (module of fused experts, its own configuration)} of what the configuration names.
+
+    Warns of names that match no parameter.
+
+    Raises:
+        ValueError: nothing matches (the message lists what could), or a match cannot take experts.
+    """
+    named = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not matches(path, config.exclude_modules):
+            base = module.base_layer if isinstance(module, LoraMoeExperts) else module
+            own = [name for name in base._parameters if _matches(path, name, config)]
+            if own:
+                named[path] = own
+    if not named:
+        raise ValueError(f"{_MESSAGE}but nothing matches {config.target_parameters}{_hint(model)}")
+    if reasons := unfit_experts(model, named):
+        listed = ", ".join(f"{path} ({reason})" for path, reason in reasons.items())
+        raise ValueError(f"{_MESSAGE}got {listed}")
+    if lost := [t for t in config.target_parameters if not _matches_any(model, t)]:
+        warnings.warn(
+            f"target_parameters: no parameter matches {', '.join(map(repr, lost))}{_hint(model)}",
+            UserWarning,
+            stacklevel=3,
+        )
+    modules = {path: model.get_submodule(path) for path in named}
+    return {path: (m, config_at(m, config, named[path])) for path, m in modules.items()}
+
+
+def unfit_experts(model: nn.Module, names: dict[str, Iterable[str]]) -> dict[str, str]:
+    """{path: reason} of those modules whose parameters of these names cannot take a LoRA per expert."""
+    survey, reasons = Survey(model), {}
+    for path, own in names.items():
+        reason = reasons_around(Place(survey, path)) or _why_unfit(model.get_submodule(path), own)
+        if reason:
+            reasons[path] = reason
+    return reasons
+
+
+def _why_unfit(module, names):
+    flat = [n for n in names if (p := module._parameters.get(n)) is not None and p.ndim < 3]
+    if flat and not is_fused(module):
+        kind = type(module).__name__
+        return (
+            f"{', '.join(flat)} of a {kind} is one matrix, not one of each expert: name a linear module in"
+            " target_modules, or let a router train as a whole by modules_to_save"
+        )
+    return why_unfit(module, names)
+
+
+def _matches(path, name, config):
+    return matches(f"{path}.{name}".removeprefix("."), config.target_parameters)
+
+
+def _matches_any(model, target):
+    return any(
+        matches(path, (target,)) for path, _ in model.named_parameters(remove_duplicate=False)
+    )
+
+
+def _hint(model):
+    found = {}
+    for path, module in model.named_modules():
+        if is_fused(module):
+            parent = ".".join(path.split(".")[-2:])
+            found |= dict.fromkeys(f"{parent}.{name}" for name in fused_names(module))
+    return (
+        f"; fused experts here: {', '.join(found)}" if found else "; the model has no fused experts"
+    )
