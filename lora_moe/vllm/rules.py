@@ -65,6 +65,10 @@ def rule_of(config: LoraMoeConfig, start: int, stop: int) -> Rule:
 def refusal(config: LoraMoeConfig) -> str | None:
     """Why a server cannot serve these experts, None if it can: each token must decide by itself."""
     router, middle = config.router, config.middle
+    if config.target_parameters:
+        return (
+            "it has LoRAs on the model's own experts; only experts around linear modules are served"
+        )
     if middle is not None:
         return (
             f"{type(middle).__name__} stands between A and B, which a server does not compute; only the"

@@ -33,6 +33,7 @@ from lora_moe import (
 )
 from lora_moe.native import LoraMoeExperts as Native
 from lora_moe.routing import Routing
+from lora_moe.vllm.rules import refusal
 
 from ..interpreter import interpreting
 from ..through import through
@@ -470,6 +471,7 @@ def test_what_cannot_take_experts_is_refused():
         inject(twice, moes.config())
     with pytest.raises(ValueError, match="the model's own experts; to_peft writes"):
         merge(twice, [1.0] * moes.E)
+    assert "only experts around linear modules are served" in refusal(moes.config(num_experts=4))
     with pytest.raises(TypeError, match="fused experts, got something else"):
         LoraMoeExperts(nn.Linear(3, 3), moes.config())
 

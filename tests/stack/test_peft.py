@@ -131,7 +131,7 @@ def test_every_field_of_a_mixture_has_its_name_in_peft():
 def test_target_parameters_are_left_to_inject():
     mixture = lora_moe.LoraMoeConfig(target_parameters=("experts.down_proj",))
     for given in (mixture, mixture.to_dict()):
-        with pytest.raises(ValueError, match="got target_parameters, for lora_moe.inject alone"):
+        with pytest.raises(ValueError, match=r"got target_parameters, for lora_moe\.inject alone"):
             MoeLoraConfig(mixture=given)
 
 
