@@ -3,6 +3,7 @@
     lora-moe bench [--set claims|layers|scaling|all] [--dtype fp32 bf16] [--json FILE] ...
     lora-moe bench compare OLD.json NEW.json
     lora-moe bench end-to-end [...]
+    lora-moe bench ffn [...]
 
 Rows are told as they are measured, with the time that is left; Ctrl-C ends the run and reports them.
 On a GPU all plans are timed there, by CUDA events and in CUDA graphs; without one the CPU is, and
@@ -34,6 +35,10 @@ def main(argv=None):
         from benchmarks import end_to_end
 
         return end_to_end.main(argv[1:])
+    if argv[:1] == ["ffn"]:
+        from benchmarks import ffn
+
+        return ffn.main(argv[1:])
     args = parse(argv)
     for name in (
         "_subclasses.fake_tensor",

@@ -25,6 +25,7 @@ from .io import adapter_info, load_adapter, save_adapter  # noqa: E402
 from .layers import LoraMoeLinear  # noqa: E402
 from .losses import aux_loss, router_stats  # noqa: E402
 from .merging import merge  # noqa: E402
+from .mlp import LoraMoeMLP  # noqa: E402
 from .native import LoraMoeExperts  # noqa: E402
 from .routing import Routing  # noqa: E402
 from .steering import (  # noqa: E402
@@ -66,6 +67,7 @@ __all__ = [
     "LoraMoeConfig",
     "LoraMoeExperts",
     "LoraMoeLinear",
+    "LoraMoeMLP",
     "Routing",
     "adapter_info",
     "autograd",

@@ -7,7 +7,8 @@
 The bank is what the experts are, the router who decides, the context what is told from outside (nothing
 here), and training what a model may choose for itself when it loads.  A router of another kind has its
 own fields, and the token router's under "token"; a middle is a section of its own, where there is one.
-Of LoRAs on a model's own experts the bank names the target_parameters, and the router's kind is "model".
+Of LoRAs on a model's own experts the bank names the target_parameters, and the router's kind is "model".  Of
+experts that are FFNs the bank has "placement": "ffn", and target_modules are the FFN's own linear maps.
 It is untrusted: every field is checked before anything is built from it.
 """
 
@@ -19,7 +20,7 @@ from reprlib import repr as brief
 from typing import BinaryIO
 
 from . import peft_moe, safefile
-from .config import LoraMoeConfig
+from .config import FFN, LoraMoeConfig
 from .layers import LoraMoeLinear
 from .placement import expert_ids
 from .tensors import file_names
@@ -95,6 +96,8 @@ def _sections(config, frozen):
     }
     if config.target_parameters:
         sections["bank"]["target_parameters"] = fields["target_parameters"]
+    if config.placement == FFN:  # training names its linear maps
+        sections["bank"]["placement"] = FFN
     return sections if config.middle is None else sections | {"middle": fields["middle"]}
 
 
@@ -177,7 +180,7 @@ def _read_version_1(name, fields):
 
 
 def _read_version_2(name, fields):
-    bank = (*BANK, "frozen", "target_parameters")
+    bank = (*BANK, "frozen", "target_parameters", "placement")
     sections = {"bank": bank, "router": ROUTER, "training": _TRAINING, "context": ()}
     if fields.keys() - {"middle"} != sections.keys():
         raise ValueError(
@@ -251,6 +254,9 @@ def fixed_fields(config: LoraMoeConfig) -> dict:
     """What decides the function, written in one way."""
     fields = {name: getattr(config, name) for name in (*BANK, *ROUTER, "router", "middle")}
     fields["target_parameters"] = sorted(config.target_parameters)
+    fields["placement"] = config.placement
+    if config.placement == FFN:
+        fields["target_modules"] = sorted(config.target_modules)
     if isinstance(config.alpha, tuple) and len(set(config.alpha)) == 1:
         fields["alpha"] = config.alpha[0]
     return fields | {"r": config.ranks, "renormalize": config.normalizes}

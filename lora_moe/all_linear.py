@@ -11,8 +11,8 @@ import re
 
 from torch import nn
 
+from .linear import linear_features
 from .places import Survey
-from .tensors import linear_features
 from .unfit import bypassed, reasons_of
 
 ALL_LINEAR = "all-linear"

@@ -26,7 +26,13 @@ MAX_RANK = 1024  # of one expert
 MAX_ROWS = 65_536  # of all experts together: 1 GiB of fp32 for a linear of width 4096
 MAX_COEFFICIENT = 1e6  # alpha, balance_coef, z_coef
 MAX_PATTERN = 4096  # characters of a regular expression
+FFN = "ffn"
+PLACEMENTS = ("linear", FFN)
 ADAPTER_DTYPES = ("base", "float32", "bfloat16", "float16", "float64")
+_OF_A_LORA = (
+    *("use_rslora", "dropout", "adapter_dtype", "target_modules", "exclude_modules"),
+    "modules_to_save",
+)
 _PEFT_NAMES = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -82,6 +88,9 @@ class LoraMoeConfig:
             name, such as ("mlp.experts.gate_up_proj", "mlp.experts.down_proj").  The model's own router
             decides, so that no field about a router, top_k or their losses may be set beside it; see
             docs/experts.md.
+        placement: what target_modules are placed as: "linear", each by itself, or "ffn": those of one FFN as
+            one LoraMoeMLP, whose router decides once for all of them; those of no FFN as a plain LoRA, which
+            is one expert of the same rank.
     Raises:
         ValueError: a field does not fit; the message names it, what was expected and what was
             received.
@@ -111,6 +120,7 @@ class LoraMoeConfig:
     router: Router | None = None
     middle: Middle | None = None
     target_parameters: tuple[str, ...] = ()
+    placement: str = "linear"
 
     def __new__(cls, *args, **fields):
         known = {field.name for field in dataclasses.fields(cls)}
@@ -158,6 +168,12 @@ class LoraMoeConfig:
         if self.router == TokenRouter():
             self._set("router", None)
         self._expect_parts_that_fit()
+        _expect(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
+        if self.placement == FFN:
+            expected = (
+                "None with placement='ffn', whose experts have the FFN's nonlinearity between them"
+            )
+            _expect(self.middle is None, "middle", expected, self.middle)
 
     def _leave_the_router_to_the_model(self):
         """Beside target_parameters nothing may be asked of a router or of its losses."""
@@ -228,6 +244,26 @@ class LoraMoeConfig:
     @property
     def has_aux_loss(self) -> bool:
         return self.balance_coef > 0 or self.z_coef > 0
+
+    def plain_lora(self) -> LoraMoeConfig:
+        """One expert of the same rank and scale whose gate is 1: a LoRA.
+
+        Raises:
+            ValueError: the experts differ in rank or scale.
+        """
+        same = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
+        expected = "the same for all experts, as linear maps of no FFN get a LoRA like one of them"
+        _expect(same, "r, alpha", expected, (self.r, self.alpha))
+        alpha = self.alpha[0] if isinstance(self.alpha, tuple) else self.alpha
+        given = {
+            "num_experts": 1,
+            "top_k": 1,
+            "r": self.ranks[0],
+            "alpha": alpha,
+            "renormalize": True,
+        }
+        left = {name: getattr(self, name) for name in _OF_A_LORA}
+        return LoraMoeConfig(**given, **left, balance_coef=0.0, z_coef=0.0)
 
     def to_dict(self) -> dict:
         """Plain lists, strings and numbers; from_dict(config.to_dict()) == config."""

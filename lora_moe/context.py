@@ -67,6 +67,7 @@ class _Thread(threading.local):
         self.saving = 0  # calls of save_pretrained()
         self.records = weakref.WeakKeyDictionary()  # layer -> records.Record
         self.kept = weakref.WeakKeyDictionary()  # layer -> _Kept
+        self.passes: dict[nn.Module, object] = {}  # LoraMoeMLP that is running -> mlp.Pass
 
 
 thread = _Thread()

@@ -24,11 +24,11 @@ from .attach import attach
 from .config import MAX_COEFFICIENT, MAX_RANK, LoraMoeConfig
 from .injection import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear
+from .linear import linear_features
 from .peft_format import shared
 from .peft_lora import opened
 from .sharded import expect_no_wrapper, fill, unwrapped
 from .steering import injected
-from .tensors import linear_features
 from .unfit import unfit
 
 # what the adapters or other arguments say

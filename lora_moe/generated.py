@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import peft_format
+from .config import FFN
 from .placement import expert_ids
 from .safefile import raise_all
 from .sharded import at_rest, fill, gathered, plain_path, unwrapped
@@ -44,10 +45,10 @@ def fill_expert(
     """
     whole, model = model, unwrapped(model)
     layers = {plain_path(path): layer for path, layer in layers_of(model).items()}
-    if own := [path for path, layer in layers.items() if layer.config.target_parameters]:
-        raise ValueError(
-            f"model: expected experts around linear modules, got {own[0]}, the model's own"
-        )
+    for path, layer in layers.items():
+        if layer.config.target_parameters or layer.config.placement == FFN:
+            kind = type(layer.base_layer).__name__
+            raise ValueError(f"model: expected experts around linear modules, got {path}, a {kind}")
     wanted = {}  # key: (layer, name, shape, factor)
     for path, layer in layers.items():
         e = _one(expert, layer)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from . import stale
+from .config import FFN
 from .context import thread
 from .layers import LoraMoeLinear
 from .routers import PerTaskRouter, Router, SequenceRouter, TaskRouter, TokenRouter, UniversalRouter
@@ -113,6 +114,8 @@ def _layers(model) -> dict[str, LoraMoeLinear]:
             problems.append(f"{path}: pruned or parametrized tensors: make them plain first")
         elif layer.config.target_parameters:
             problems.append(f"{path}: the model's own experts, whose number the model decides")
+        elif layer.config.placement == FFN:
+            problems.append(f"{path}: experts that are whole FFNs, which grow does not know")
         elif layer in thread.decisions:
             problems.append(f"{path}: a use_routing block around the call: grow outside of it")
     raise_all("model: expected layers that can grow", problems)

@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from .attach import attach, detach
-from .config import LoraMoeConfig
+from .config import FFN, LoraMoeConfig
+from .ffn_targets import ffn_targets
 from .layers import LoraMoeLinear
+from .mlp import LoraMoeMLP
 from .native import LoraMoeExperts
 from .placement import LoraMoeLayer
 from .sharded import expect_no_wrapper
@@ -28,7 +30,8 @@ def inject(
 ) -> nn.Module:
     """Replace the modules that config.target_modules names by LoraMoeLinear, in place.
 
-    With config.target_parameters these are a MoE model's own fused experts, and become LoraMoeExperts.
+    With config.target_parameters these are a MoE model's own fused experts, and become LoraMoeExperts; with
+    placement="ffn" whole FFNs, which become LoraMoeMLP.
 
     A module that is known under several names becomes one adapter under all of them; it is left
     alone if any of its names is excluded.  What is not named stays the same object, tied weights
@@ -60,10 +63,7 @@ def inject(
     for each in configs:
         saved |= modules_to_save(model, each.modules_to_save)
     for each in configs:
-        if each.target_parameters:
-            own = experts_of(model, each)
-        else:
-            own = {path: (base, each) for path, base in targets_of(model, each).items()}
+        own = _targets(model, each)
         targets = _without({path: base for path, (base, _) in own.items()}, saved, each)
         if twice := [path for path, base in targets.items() if base in adapters]:
             raise ValueError(
@@ -82,9 +82,20 @@ def inject(
     return model
 
 
+def _targets(model, config) -> dict[str, tuple[nn.Module, LoraMoeConfig]]:
+    """{path: (module, configuration of its layer)} of what a configuration names."""
+    if config.target_parameters:
+        return experts_of(model, config)
+    if config.placement == FFN:
+        return ffn_targets(model, config)
+    return {path: (base, config) for path, base in targets_of(model, config).items()}
+
+
 def layer_around(base: nn.Module, config: LoraMoeConfig) -> LoraMoeLayer:
     """A layer of the kind that the configuration asks for."""
-    return (LoraMoeExperts if config.target_parameters else LoraMoeLinear)(base, config)
+    if config.target_parameters:
+        return LoraMoeExperts(base, config)
+    return (LoraMoeMLP if config.placement == FFN else LoraMoeLinear)(base, config)
 
 
 def _without(found, saved, config):
@@ -114,6 +125,8 @@ def remove(model: nn.Module) -> nn.Module:
         raise ValueError(
             "model: expected experts of inject, got PEFT's; call the PEFT model's unload()"
         )
+    for layer in layers.values():
+        layer.release()
     place(model, {layer: layer.base_layer for layer in layers.values()})
     detach(model)
     return model

@@ -31,6 +31,8 @@ from .adapter_file import (
     slices_of,
 )
 from .attach import attach
+from .config import FFN
+from .ffn_targets import unfit_ffns
 from .injection import freeze_base, layer_around, modules_to_save, place
 from .placement import LoraMoeLayer
 from .sharded import (
@@ -351,7 +353,9 @@ def _wanted_at(model, info):
     modules = {plain_path(path): (path, m) for path, m in model.named_modules()}
     here = {modules[path][0]: config for path, config in configs_of(info) if path in modules}
     fused = {path: c.target_parameters for path, c in here.items() if c.target_parameters}
-    reasons = unfit_experts(model, fused) | unfit(model, here.keys() - fused.keys())
+    ffns = {path: c.target_modules for path, c in here.items() if c.placement == FFN}
+    linear = here.keys() - fused.keys() - ffns.keys()
+    reasons = unfit_experts(model, fused) | unfit_ffns(model, ffns) | unfit(model, linear)
     problems, found = [], {}
     for path, config in configs_of(info):
         reason = reasons.get(modules[path][0]) if path in modules else "no such module"

@@ -17,12 +17,13 @@ from . import functional as F
 from . import records
 from .config import LoraMoeConfig
 from .context import fit_rows, recomputing, told
+from .linear import linear_features
 from .parts import Batch, TensorSpec
 from .placement import LoraMoeLayer
 from .routers import TokenRouter
 from .routers.token import tempered
 from .routing import Routing
-from .tensors import adapter_tensors, device_of, linear_features, part_specs
+from .tensors import adapter_tensors, part_specs
 from .tokens import tokens_of
 
 TENSORS = ("lora_A", "lora_B", "router_weight", "router_bias", "selection_bias")
@@ -84,22 +85,6 @@ class LoraMoeLinear(LoraMoeLayer):
         plain = config.router is None and middle is None
         self.parts = None if plain else (router, own, middle, between)
         self.names = ("lora_A", "lora_B", *own, *between)
-
-    def _register(self, tensors):
-        """Memory for tensors that are on meta, beside the base."""
-        device, specs = device_of(self.base_layer), self.specs()
-        for name, like in tensors.items():
-            if hasattr(type(self), name) or name in self.__dict__ or name in self._modules:
-                raise ValueError(
-                    f"{name}: expected a name that LoraMoeLinear does not use for its tensor"
-                )
-            tensor = torch.empty_like(like, device=device)
-            if name in specs and not specs[name].trains:
-                self._parameters.pop(name, None)
-                self.register_buffer(name, tensor)
-            else:
-                self._buffers.pop(name, None)
-                self.register_parameter(name, nn.Parameter(tensor))
 
     def specs(self) -> dict[str, TensorSpec]:
         """What router and middle ask for, by name."""

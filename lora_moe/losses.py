@@ -24,6 +24,7 @@ from .router_losses import (
     load_of,
     localized_cv_squared,
     router_entropy,
+    straight_through_balance,
     z_loss,
 )
 from .steering import layers_of
@@ -38,6 +39,7 @@ __all__ = [
     "router_entropy",
     "router_loss",
     "router_stats",
+    "straight_through_balance",
     "update_selection_bias",
     "z_loss",
 ]

@@ -17,7 +17,7 @@ from reprlib import repr as brief
 import torch
 from torch import nn
 
-from .config import MAX_RANK
+from .config import FFN, MAX_RANK
 from .injection import place, remove
 from .layers import LoraMoeLinear
 from .mergeable import Weight
@@ -103,6 +103,8 @@ def mergeable_layers(model: nn.Module) -> dict[str, LoraMoeLinear]:
             problems.append(f"{path}: its experts are sharded; merge on one process")
         elif layer.config.target_parameters:
             problems.append(f"{path}: the model's own experts; to_peft writes what PEFT merges")
+        elif layer.config.placement == FFN:
+            problems.append(f"{path}: experts that are whole FFNs, whose sum is no FFN")
         elif layer.config.middle is not None:
             kind = type(layer.config.middle).__name__
             problems.append(f"{path}: its middle, {kind}, makes it more than a sum of B_e A_e")

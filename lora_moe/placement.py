@@ -14,8 +14,10 @@ from . import records
 from .config import LoraMoeConfig
 from .context import thread
 from .frozen import keep_rows
+from .parts import TensorSpec
 from .reference import accumulator
 from .routing import Routing
+from .tensors import device_of
 
 
 class LoraMoeLayer(nn.Module):
@@ -55,6 +57,26 @@ class LoraMoeLayer(nn.Module):
         self._frozen: tuple[int, ...] = ()
         self._scaling: torch.Tensor | None = None
         self.register_state_dict_post_hook(_as_the_base_names_it)
+
+    def _register(self, tensors):
+        """Memory for tensors that are on meta, beside the base."""
+        device, specs = device_of(self.base_layer), self.specs()
+        for name, like in tensors.items():
+            if hasattr(type(self), name) or name in self.__dict__ or name in self._modules:
+                raise ValueError(
+                    f"{name}: expected a name that {type(self).__name__} does not use for its tensor"
+                )
+            tensor = torch.empty_like(like, device=device)
+            if name in specs and not specs[name].trains:
+                self._parameters.pop(name, None)
+                self.register_buffer(name, tensor)
+            else:
+                self._buffers.pop(name, None)
+                self.register_parameter(name, nn.Parameter(tensor))
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """What router and middle ask for, by name."""
+        return {}
 
     def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(lora_A, lora_B) of each linear map that it adapts."""
@@ -106,6 +128,9 @@ class LoraMoeLayer(nn.Module):
     def adapter_state(self) -> dict[str, torch.Tensor]:
         """The adapter without its base, by name; what is pruned or parametrized is as it acts."""
         return {name: t for name in self.names if (t := getattr(self, name)) is not None}
+
+    def release(self) -> None:
+        """Leave base_layer as it was."""
 
     def router_parameters(self) -> list[nn.Parameter]:
         """What trains of the router, by whatever names."""

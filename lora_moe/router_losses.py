@@ -36,6 +36,19 @@ def load_balance_loss(
     return routing.num_experts * (load_of(routing, mask) * _mean_prob(routing, mask, gate)).sum()
 
 
+def straight_through_balance(
+    routing: Routing, mask: torch.Tensor | None = None, gate: str = "softmax"
+) -> torch.Tensor:
+    """load_balance_loss whose gradient flows through f as well, as if f_e were P_e.
+
+    Args, Returns, Raises: as load_balance_loss.
+    Source: Chen et al. 2024 (LLaVA-MoLE), arXiv 2401.16160, whose one-hot choice is straight-through.
+    """
+    P = _mean_prob(routing, mask, gate)
+    through_f = routing.num_experts * (P.detach() * (P - P.detach())).sum()  # 0
+    return load_balance_loss(routing, mask, gate) + through_f
+
+
 def cv_squared(
     routing: Routing, mask: torch.Tensor | None = None, gate: str = "softmax"
 ) -> torch.Tensor:

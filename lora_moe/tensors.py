@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from . import fused
-from .config import LoraMoeConfig
+from .config import FFN, LoraMoeConfig
+from .linear import ffn_width, linear_features
 from .parts import TensorSpec
 from .reference import accumulator
 from .routers import TokenRouter
-from .sharded import whole_shape
 
 _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -25,25 +25,20 @@ def file_names(config: LoraMoeConfig) -> dict[str, str]:
     if config.target_parameters:
         names = [target.rpartition(".")[2] for target in config.target_parameters]
         return {f"lora_{x}_{name}": f"{name}.lora_{x}" for name in names for x in "AB"}
-    names = {"lora_A": "lora_A", "lora_B": "lora_B"}
+    if config.placement == FFN:
+        own = config.target_modules
+        plain = not isinstance(own, str) and own and all("." not in name for name in own)
+        if not plain or len(set(own)) < len(own):
+            raise ValueError(
+                f"target_modules: expected names of an FFN's linear maps, got {own!r:.99}"
+            )
+        names = {f"lora_{x}_{n}": f"{n}.lora_{x}" for n in own for x in "AB"}
+    else:
+        names = {"lora_A": "lora_A", "lora_B": "lora_B"}
     for section, part in (("router", config.router or TokenRouter()), ("middle", config.middle)):
         for name in () if part is None else part.tensors(config, 1, 1):
             names[name] = f"{section}.{name.removeprefix(section + '_')}"
     return names
-
-
-def linear_features(module: nn.Module) -> tuple[int, int] | None:
-    """(D_in, D_out) of a module that behaves like nn.Linear, None for any other."""
-    D_in, D_out = (getattr(module, name, None) for name in ("in_features", "out_features"))
-    if isinstance(D_in, int) and isinstance(D_out, int):
-        return (D_in, D_out) if D_in > 0 and D_out > 0 else None  # a lazy one does not know yet
-    weight = getattr(module, "weight", None)
-    shape = whole_shape(weight) if hasattr(weight, "ndim") else ()
-    if isinstance(module, nn.Embedding) or len(shape) != 2:
-        return None
-    D_out, D_in = shape
-    transposed = getattr(module, "nf", None) == D_in  # transformers' Conv1D
-    return (D_out, D_in) if transposed else (D_in, D_out)
 
 
 def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
@@ -62,14 +57,18 @@ def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.T
     """Shapes and dtypes, as tensors without memory, of what a layer of ours adds to `base`."""
     if config.target_parameters:
         return _beside_fused(base, fused.config_at(base, config))
-    D_in, D_out = linear_features(base)
-    R, dtype = sum(config.ranks), adapter_dtype(base, config)
+    if config.placement == FFN:
+        maps = {f"_{name}": base.get_submodule(name) for name in config.target_modules}
+        sizes = ffn_width(base), ffn_width(base)
+    else:
+        maps, sizes = {"": base}, linear_features(base)
+    R, tensors = sum(config.ranks), {}
+    for of, linear in maps.items():
+        (D_in, D_out), dtype = linear_features(linear), adapter_dtype(linear, config)
+        tensors[f"lora_A{of}"] = (config.ranks[0] if config.shared_a else R, D_in), dtype
+        tensors[f"lora_B{of}"] = (R, D_out), dtype
     router = accumulator(dtype)  # moves in steps that bf16 cannot hold
-    tensors = {
-        "lora_A": ((config.ranks[0] if config.shared_a else R, D_in), dtype),
-        "lora_B": ((R, D_out), dtype),
-    }
-    tensors |= {n: (spec.shape, router) for n, spec in part_specs(config, D_in, D_out).items()}
+    tensors |= {name: (spec.shape, router) for name, spec in part_specs(config, *sizes).items()}
     return {
         name: torch.empty(shape, dtype=kind, device="meta")
         for name, (shape, kind) in tensors.items()

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from . import peft_format, safefile
+from .config import FFN
 from .io import modules_state
 from .layers import LoraMoeLinear
 from .placement import expert_ids
@@ -72,6 +73,11 @@ def _write(model, layers, tensors, folders):
 def _expect_what_peft_adapts(model, layers):
     if "" in layers:
         raise ValueError("model: expected a module that holds LoraMoeLinear, got one")
+    ffns = [path for path, layer in layers.items() if layer.config.placement == FFN]
+    if ffns:
+        raise ValueError(
+            f"model: expected experts around linear modules, got {ffns[0]}, a whole FFN"
+        )
     several = peft_format.shared(model, layers)
     if several:
         listed = ", ".join(f"{path} ({text})" for path, text in several.items())

@@ -13,9 +13,9 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from .linear import linear_features
 from .placement import LoraMoeLayer
 from .places import Place, Survey
-from .tensors import linear_features
 
 # their kernels read their children's weights in some modes only; they stay unfit without source
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

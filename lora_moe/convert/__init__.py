@@ -14,10 +14,10 @@ from reprlib import repr as brief
 from typing import NamedTuple
 
 from ..io import FILE_NAME
-from . import bank, coin, hydralora, meteora, moe_peft, peft
+from . import bank, coin, hydralora, meteora, mixlora, moe_peft, peft
 from .source import Source, opened
 
-FORMATS = ("loramoe", "mola", "hydralora", "meteora", "coin", "peft", "lora_moe")
+FORMATS = ("mixlora", "loramoe", "mola", "hydralora", "meteora", "coin", "peft", "lora_moe")
 
 
 class Converted(NamedTuple):
@@ -109,12 +109,7 @@ def _read(format, sources, notes, adapters, top_k):
     _expect_unused(format, adapters=adapters, top_k=top_k)
     if format in ("loramoe", "mola"):
         return moe_peft.read(source, notes, format)
-    if format == "mixlora":
-        raise ValueError(
-            f"{source.name}: expected experts around linear maps, got MixLoRA's around whole FFNs, which no"
-            " importer reads yet"
-        )
-    return {"hydralora": hydralora, "coin": coin}[format].read(source, notes)
+    return {"mixlora": mixlora, "hydralora": hydralora, "coin": coin}[format].read(source, notes)
 
 
 def _expect_unused(format, **options):

@@ -6,6 +6,7 @@ sizes.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from .. import safefile
 from ..config import LoraMoeConfig
 from ..io import save_adapter
 from ..layers import LoraMoeLinear
+from ..linear import ffn_width
+from ..mlp import LoraMoeMLP
 from .source import Source
 
 NO_LOSSES = {"balance_coef": 0.0, "z_coef": 0.0}
@@ -31,6 +34,24 @@ class Experts(NamedTuple):
     lora_A: torch.Tensor  # (R, D_in), (r, D_in) if shared
     lora_B: torch.Tensor  # (R, D_out)
     router_weight: torch.Tensor  # (E, D_in)
+
+
+class FfnExperts(NamedTuple):
+    """The experts around one FFN, with a token router; the names of its linear maps are not in config."""
+
+    config: LoraMoeConfig
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]  # {name: (lora_A, lora_B)}
+    router_weight: torch.Tensor  # (E, D)
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(D_in, D_out) of each linear map, and of a last one that has no experts."""
+        sizes = {name: (A.shape[1], B.shape[1]) for name, (A, B) in self.pairs.items()}
+        D = self.router_weight.shape[1]
+        if all(D_in == D for D_in, _ in sizes.values()):
+            sizes["last"] = min(D_out for _, D_out in sizes.values()), D
+        elif all(D_out == D for _, D_out in sizes.values()):
+            sizes = {"first": (D, next(iter(sizes.values()))[0])} | sizes
+        return sizes
 
 
 class Place(nn.Module):
@@ -66,24 +87,44 @@ def places(sizes: dict[str, tuple[int, int]]) -> nn.Module:
     return model
 
 
-def write(directory: str | os.PathLike, bank: dict[str, Experts]) -> Path:
+def write(directory: str | os.PathLike, bank: dict[str, Experts | FfnExperts]) -> Path:
     """The adapter's file that load_adapter reads, with the tensors in the dtypes that they came in.
 
     Raises:
-        ValueError: a tensor holds NaN or infinite values, or a path cannot be a module's.
+        ValueError: a tensor holds NaN or infinite values, a path cannot be a module's, or an FFN's linear
+            maps do not fit each other.
         OSError: the file cannot be written.
     """
-    model = places({p: (e.lora_A.shape[1], e.lora_B.shape[1]) for p, e in bank.items()})
+    sizes = {}
+    for path, experts in bank.items():
+        if isinstance(experts, FfnExperts):
+            sizes |= {f"{path}.{name}": size for name, size in experts.sizes().items()}
+        else:
+            sizes[path] = experts.lora_A.shape[1], experts.lora_B.shape[1]
+    model = places(sizes)
     for path, experts in bank.items():
         parent, _, name = path.rpartition(".")
         parent = model.get_submodule(parent)
         with torch.device("meta"):
-            layer = LoraMoeLinear(parent._modules[name], experts.config)
-        for field in ("lora_A", "lora_B", "router_weight"):
-            value = getattr(experts, field)
+            layer, values = _layer(path, parent._modules[name], experts)
+        for field, value in values.items():
             setattr(layer, field, nn.Parameter(value, requires_grad=False))
         parent._modules[name] = layer
     return save_adapter(model, directory)
+
+
+def _layer(path, module, experts):
+    """A layer on meta, and its tensors' values."""
+    values = {"router_weight": experts.router_weight}
+    if not isinstance(experts, FfnExperts):
+        values |= {"lora_A": experts.lora_A, "lora_B": experts.lora_B}
+        return LoraMoeLinear(module, experts.config), values
+    if ffn_width(module) != experts.router_weight.shape[1]:
+        raise ValueError(f"{path}: expected linear maps of an FFN, got {experts.sizes()}")
+    for name, (A, B) in experts.pairs.items():
+        values |= {f"lora_A_{name}": A, f"lora_B_{name}": B}
+    config = dataclasses.replace(experts.config, target_modules=tuple(experts.pairs))
+    return LoraMoeMLP(module, config), values
 
 
 # --- for the importers -------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..config import LoraMoeConfig
 from ..layers import LoraMoeLinear
-from ..tensors import device_of, linear_features
+from ..linear import linear_features
+from ..tensors import device_of
 
 NO_MERGE = (
     "merge: a mixture of LoRA experts picks its experts for each token, so no single weight stands for it"

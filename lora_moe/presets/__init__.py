@@ -8,6 +8,7 @@ they are given, by adapters=.  Which method when: docs/methods.md.
 
 from .adapters import Adapters, meteora, moa, xlora
 from .experts import adamole, hydralora, loramoe, moelora, mola, smora
+from .ffn import llava_mole, mixlora
 from .sequences import conditional_mixlora, smola
 from .tasks import branch_lora, c_lorae, contrastive_loss, mlore, more, mtl_lora
 from .two_passes import two_passes
@@ -20,8 +21,10 @@ __all__ = [
     "conditional_mixlora",
     "contrastive_loss",
     "hydralora",
+    "llava_mole",
     "loramoe",
     "meteora",
+    "mixlora",
     "mlore",
     "moa",
     "moelora",

@@ -24,10 +24,11 @@ from ...attach import attach
 from ...config import LoraMoeConfig
 from ...injection import freeze_base, place
 from ...layers import LoraMoeLinear
+from ...linear import linear_features
 from ...reference import accumulator
 from ...routers import PerTaskRouter
 from ...targets import why_not
-from ...tensors import adapter_tensors, linear_features
+from ...tensors import adapter_tensors
 from .adapters import READS, branches_of, parts, router_of, routers_of, tell
 from .continual import TaskSelector
 from .counting import Count, Course

@@ -1,0 +1,210 @@
+"""An FFN with experts around it: MixLoRA's mixture, forward and backward.
+
+    lora-moe bench ffn [--tokens 480] [--dtype fp32] [--repeats 15] [--json FILE] [--markdown FILE]
+
+The sizes of SmolLM2-135M's FFN, 576 and 1536, E=8, r=8, k=2; all contenders from the same weights:
+
+    ours        LoraMoeMLP
+    mixlora     the mixlora package's own code, where it is installed
+    loop        over experts, with the tokens of each gathered and the last map run once: what a user writes
+    no adapter  the frozen FFN; its backward gives the gradient of x alone
+
+A call is the forward and the backward of x and of all adapters.  Their outputs agree, or nothing is timed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import machine, timing
+from benchmarks.timing import duration
+from examples.common import measure
+from lora_moe import LoraMoeConfig, LoraMoeMLP
+
+D, F, E, R, K = 576, 1536, 8, 8, 2
+NAMES = {"gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AGREE = {"fp32": 1e-5, "bf16": 3e-2}  # of the largest output
+PLAIN = "no adapter"
+
+
+class FeedForward(nn.Module):
+    """Llama's FFN."""
+
+    def __init__(self):
+        super().__init__()
+        for name, (D_in, D_out) in NAMES.items():
+            self.add_module(name, nn.Linear(D_in, D_out, bias=False))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def main(argv=None):
+    args = parse(argv)
+    results = {}
+    for dtype in args.dtype:
+        calls = contenders(args.tokens, DTYPES[dtype])
+        check(calls, AGREE[dtype])
+        print(f"{dtype}: {args.repeats} turns of {', '.join(calls)}", file=sys.stderr, flush=True)
+        results[dtype] = {
+            "machine": machine.describe(),
+            "tokens": args.tokens,
+            "seconds": timing.interleave(
+                {name: call.step for name, call in calls.items()}, args.repeats
+            ),
+            "peak": {name: measure.peak_bytes(call.step) for name, call in calls.items()},
+        }
+        if args.json:
+            args.json.write_text(json.dumps(results))
+    text = "\n".join(markdown(dtype, result) for dtype, result in results.items())
+    print(text)
+    if args.markdown:
+        args.markdown.write_text(text)
+    return 0
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        prog="lora-moe bench ffn",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=int, default=480)
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"])
+    parser.add_argument("--repeats", type=int, default=15, help="interleaved turns")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE")
+    return parser.parse_args(argv)
+
+
+class Call:
+    """A contender's forward, and its forward and backward."""
+
+    def __init__(self, forward, x, trained):
+        self.forward, self.x, self.trained = forward, x, trained
+        self.dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
+
+    def step(self):
+        for tensor in (self.x, *self.trained):
+            tensor.grad = None
+        self.forward(self.x).backward(self.dy)
+
+
+def contenders(tokens, dtype):
+    torch.manual_seed(0)
+    base = FeedForward().to(dtype).requires_grad_(False)
+    x = torch.randn(1, tokens, D).to(dtype).requires_grad_()
+    W, pairs = torch.randn(E, D) * D**-0.5, {}
+    for name, (D_in, D_out) in NAMES.items():
+        A, B = torch.randn(E * R, D_in) * D_in**-0.5, torch.randn(E * R, D_out) * R**-0.5
+        pairs[name] = A.to(dtype), B.to(dtype)
+    calls = {"ours": ours(base, x, W, pairs), "loop": loop(base, x, W, pairs)}
+    try:
+        calls["mixlora"] = mixlora(base, x, W, pairs)
+    except ImportError as error:
+        print(f"mixlora is left out: {error}", file=sys.stderr)
+    plain = FeedForward().to(dtype).requires_grad_(False)
+    plain.load_state_dict(base.state_dict())
+    return calls | {PLAIN: Call(plain, x, [])}
+
+
+def ours(base, x, W, pairs):
+    inner = FeedForward().to(x.dtype).requires_grad_(False)
+    inner.load_state_dict(base.state_dict())
+    config = LoraMoeConfig(
+        num_experts=E, r=R, alpha=2.0 * R, top_k=K, placement="ffn", target_modules=tuple(NAMES),
+        adapter_dtype="base",
+    )  # fmt: skip
+    layer = LoraMoeMLP(inner, config)
+    with torch.no_grad():
+        layer.router_weight.copy_(W)
+        for name, (A, B) in pairs.items():
+            for parameter, value in zip(layer.pair(name), (A, B), strict=True):
+                parameter.copy_(value)
+    return Call(layer, x, list(layer.adapter_state().values()))
+
+
+def loop(base, x, W, pairs):
+    W = W.clone().requires_grad_()
+    pairs = {n: tuple(t.clone().requires_grad_() for t in pair) for n, pair in pairs.items()}
+
+    def lora(name, v, e):
+        A, B = (t[e * R : (e + 1) * R] for t in pairs[name])
+        return 2.0 * (v @ A.T) @ B
+
+    def forward(x):
+        rows = x.view(-1, D)
+        weights, ids = torch.softmax(rows.float() @ W.T, -1).topk(K, -1)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+        gate, up = base.gate_proj(rows), base.up_proj(rows)
+        mixed, down = torch.zeros_like(gate), torch.zeros_like(rows)
+        for e in range(E):
+            t, slot = torch.where(ids == e)
+            own = rows[t]
+            h = base.act_fn(gate[t] + lora("gate_proj", own, e)) * (up[t] + lora("up_proj", own, e))
+            h = h * weights[t, slot, None]
+            mixed = mixed.index_add(0, t, h)
+            down = down.index_add(0, t, lora("down_proj", h, e))
+        return (base.down_proj(mixed) + down).view(x.shape)
+
+    return Call(forward, x, [W, *(t for pair in pairs.values() for t in pair)])
+
+
+def mixlora(base, x, W, pairs):
+    from mixlora.config import MixLoraConfig
+    from mixlora.model import LoraLinear, MixLoraSparseMoe
+
+    config = MixLoraConfig(
+        base_model_="", task_type_="CAUSAL_LM", peft_type_="MIXLORA", model_type_="llama",
+        dtype_=x.dtype, lora_r_=R, lora_alpha_=2 * R, lora_dropout_=0.05, use_dora_=False,
+        use_rslora_=False, lora_init_="original", num_experts_=E, top_k_=K, jitter_noise_=0.0,
+        act_fn_="silu", routing_strategy_="mixlora",
+    )  # fmt: skip
+    layer = MixLoraSparseMoe(base, config)
+    layer.gate_ = W.to(x.dtype).requires_grad_()
+    trained = [layer.gate_]
+    for name, (A, B) in pairs.items():
+        for e in range(E):
+            rows = slice(e * R, (e + 1) * R)
+            expert = LoraLinear(getattr(base, name), config, (A[rows], B[rows].T)).eval()
+            own = [expert.lora_A.weight, expert.lora_B.weight]
+            trained += [t.requires_grad_() for t in own]
+            layer.experts_[f"experts.{e}.{name}"] = expert
+    return Call(layer, x, trained)
+
+
+@torch.no_grad()
+def check(calls, agree):
+    want = calls["ours"].forward(calls["ours"].x).float()
+    for name, call in calls.items():
+        error = (call.forward(call.x).float() - want).abs().max() / want.abs().max()
+        if name != PLAIN and error > agree:
+            raise SystemExit(f"{name} differs from ours by {error:.3g}")
+
+
+def markdown(dtype, result):
+    seconds, peak = result["seconds"], result["peak"]
+    lines = [
+        f"{result['machine']}; {dtype}; {result['tokens']} tokens; medians of"
+        f" {len(seconds['ours'])} interleaved turns, quartiles in brackets.",
+        "",
+        "| | forward + backward | / ours | peak of a call |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, samples in seconds.items():
+        memory = "" if peak[name] is None else f"{peak[name] / 2**20:.0f} MiB"
+        ratio = timing.ratio(samples[: len(seconds["ours"])], seconds["ours"])
+        lines.append(f"| {name} | {duration(statistics.median(samples))} | {ratio} | {memory} |")
+    plain = timing.ratio(seconds["ours"], seconds[PLAIN])
+    return "\n".join([*lines, "", f"- ours: {plain} times the un-adapted FFN's"]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""LoraMoeMLP: a frozen FFN plus a mixture of LoRA experts that share one decision, in place of the FFN.
+
+    y_t = sum over e in topk(router(x_t)) of  g_te FFN_e(x_t)
+
+FFN_e is the FFN with s_e B_e A_e added to its linear maps.  The frozen maps run once per token: those that
+read x, because all slots share x; the last one, because it is linear,
+
+    down(h) = sum_j g_tj W h_tj = W (sum_j g_tj h_tj)
+
+Letters: T tokens (all leading dimensions of x together), K picked experts per token, E experts, R rank rows
+of all experts together, D the width of x, F of the hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from . import functional as F
+from . import records
+from .config import LoraMoeConfig
+from .context import fit_rows, recomputing, thread, told
+from .layers import take_part
+from .linear import ffn_width, linears_of
+from .parts import Batch, TensorSpec
+from .placement import LoraMoeLayer
+from .routers import TokenRouter
+from .routing import Routing
+from .tensors import adapter_tensors, part_specs
+from .tokens import tokens_of
+
+
+class LoraMoeMLP(LoraMoeLayer):
+    """A drop-in for `base`, an FFN: MixLoRA's experts.
+
+        y_t = sum over e in topk(router(x_t)) of  g_te FFN_e(x_t)
+
+    The FFN's own forward runs, with its linear maps hooked: what stands between the map that reads x and the
+    last one sees a dimension more, (..., K, F), and may be any elementwise function.  A token without experts
+    gets the FFN's own output, bit for bit, as does every token while lora_B is zero up to the rounding of
+    sum_j g_tj.  A bias of the last map counts sum_j g_tj times, as in sum_j g_tj FFN_j(x).
+
+    Parameters are lora_A_<name> (R, D_in) and lora_B_<name> (R, D_out) for each named linear map, and those
+    of the router, which reads x, as in LoraMoeLinear.  Initial values and dtypes are LoraMoeLinear's, too.
+
+    Attributes: as placement.LoraMoeLayer; config.target_modules are the names of the adapted linear maps.
+
+    Args:
+        base: a module that holds its linear maps itself: several D -> F or 2 F, and one F -> D.
+        config: LoraMoeConfig with placement="ffn"; target_modules are names of base's children.
+    Raises:
+        TypeError: base is no FFN, or already a LoraMoeMLP.
+        ValueError: config names a child that is no linear map.
+    Source: MixLoRA, arXiv 2404.15159, which runs the last map for each expert.
+    """
+
+    def __init__(self, base: nn.Module, config: LoraMoeConfig):
+        width = None if isinstance(base, LoraMoeLayer) else ffn_width(base)
+        if width is None:
+            raise TypeError(f"base: expected an FFN (see linear.py), got {type(base).__name__}")
+        if not isinstance(config, LoraMoeConfig):
+            raise TypeError(f"config: expected a LoraMoeConfig, got {type(config).__name__}")
+        known = linears_of(base)
+        names = config.target_modules
+        if not names or isinstance(names, str) or len(known.keys() & set(names)) != len(names):
+            raise ValueError(
+                f"target_modules: expected names of {sorted(known)}, got {names!r:.99}"
+            )
+        super().__init__(base, config)
+        self.width = width
+        self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
+        self.router = config.router or TokenRouter()
+        self.own = tuple(self.router.tensors(config, width, width))
+        self.parts = None if config.router is None else (self.router, self.own, None, ())
+        adapted = (f"lora_{x}_{name}" for name in config.target_modules for x in "AB")
+        self.names = (*adapted, *self.own)
+        self._register(adapter_tensors(base, config))
+        self.reset_parameters()
+        self.train(base.training)
+        for name in known:
+            module = base.get_submodule(name)
+            module.register_forward_pre_hook(Before(self, name))
+            module.register_forward_hook(After(self, name))
+        self._scaling_beside(next(self.pairs())[1])  # made here, and not in a CUDA graph's capture
+
+    def pairs(self):
+        for name in self.config.target_modules:
+            yield self.pair(name)
+
+    def pair(self, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """lora_A and lora_B of one of the FFN's linear maps, (None, None) where it has none."""
+        return getattr(self, f"lora_A_{name}", None), getattr(self, f"lora_B_{name}", None)
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """What the router asks for, by name."""
+        return part_specs(self.config, self.width, self.width)
+
+    def router_parameters(self):
+        return [p for name in self.own if isinstance(p := getattr(self, name), nn.Parameter)]
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values again (see the class)."""
+        for A, B in self.pairs():
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.zeros_(B)
+        with torch.no_grad():
+            for name, spec in self.specs().items():
+                spec.init(getattr(self, name))
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The FFN's forward with its linear maps adapted.  (..., D) -> (..., D)"""
+        decision = told(self, x)
+        if decision.disabled:
+            return self.base_layer(x, *args, **kwargs)
+        tokens = tokens_of(x, decision)
+        routing = self._route(x, decision)
+        now = Pass(x.shape[:-1], routing, may_be_empty(self.config, decision))
+        thread.passes[self] = now
+        try:
+            y = self.base_layer(x, *args, **kwargs)
+        finally:
+            del thread.passes[self]
+        now.expect_done(self.config.target_modules, y)
+        if not recomputing():
+            records.remember(self, routing, tokens)
+        # each parameter gets a gradient, also where the caller decided
+        return (
+            y
+            if decision.routing is None and self.parts is None
+            else take_part(y, *self.router_parameters())
+        )
+
+    def _route(self, x, decision):
+        if decision.routing is not None:
+            return fit_rows(decision.routing, x)
+        tensors, device = {name: getattr(self, name) for name in self.own}, x.device.type
+        if not F.autocast_enabled(device):
+            return self.router.route(x, tensors, Batch(self, decision))
+        with torch.autocast(device, enabled=False):  # as the router of a linear map sees it
+            x = x.to(torch.get_autocast_dtype(device))
+            return self.router.route(x, tensors, Batch(self, decision))
+
+    def adapt(
+        self, name: str, x: torch.Tensor, y: torch.Tensor, routing: Routing, slots: str | None
+    ):
+        """y, the frozen map's output for x, plus its experts'."""
+        A, B = self.pair(name)
+        if A is None:
+            return y
+        with torch.autocast(y.device.type, enabled=False):  # the base has decided on y's dtype
+            x = x.to(y.dtype)
+            if self.config.dropout and self.training:
+                x = nn.functional.dropout(x, self.config.dropout)
+            return F.grouped_lora(
+                x, A, B, routing, rank_offsets=self.offsets, scaling=self._scaling_beside(B), base=y,
+                shared_a=self.config.shared_a, frozen=self._frozen, slots=slots,
+            )  # fmt: skip
+
+    def release(self) -> None:
+        """Take the hooks off base_layer, which is then itself again."""
+        for module in self.base_layer.children():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [k for k, h in hooks.items() if getattr(h, "layer", None) is self]:
+                    del hooks[key]
+
+    def __getattr__(self, name):
+        """Some models look at an FFN's linear maps: mlp.down_proj is base_layer's own."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            modules = self.__dict__.get("_modules", {})
+            inner = modules["base_layer"]._modules if "base_layer" in modules else {}
+            if name in inner:
+                return inner[name]
+            raise
+
+    def extra_repr(self) -> str:
+        c = self.config
+        count = sum(t.numel() for t in self.adapter_state().values())
+        return (
+            f"target_modules={c.target_modules}, num_experts={c.num_experts}, top_k={c.top_k}, r={c.r},"
+            f" gate={c.gate}, dropout={c.dropout:g}, parameters={count:,}"
+        )
+
+
+class Pass:
+    """One forward of an FFN: the decision that its linear maps share.
+
+    Attributes:
+        routing: of the T tokens.
+        alone: the same, each slot with weight 1: the hidden states are mixed after the nonlinearity.
+        weights: (..., K), those of the mixture; a token without experts is its first slot, the FFN itself.
+        hidden: (..., K, F), what the last map was called with, while it runs.
+        calls: {name: calls so far}.
+    """
+
+    def __init__(self, leading: torch.Size, routing: Routing, may_be_empty: bool):
+        self.leading, self.routing = leading, routing
+        self.alone = routing._replace(weights=torch.ones_like(routing.weights, requires_grad=False))
+        weights = routing.weights
+        if may_be_empty:
+            ids = routing.indices
+            taken = (ids >= 0) & (ids < routing.num_experts)
+            first = torch.zeros_like(weights, requires_grad=False)
+            first[:, :1] = ~taken.any(1, keepdim=True)
+            weights = torch.where(taken, weights, 0) + first
+        self.weights = weights.view(*leading, -1)
+        self.hidden: torch.Tensor | None = None
+        self.calls: dict[str, int] = {}
+        self.mixed = 0
+
+    def expect_done(self, names, y):
+        wrong = {name: n for name in names if (n := self.calls.get(name, 0)) != 1}
+        if wrong:
+            self.refuse(f"calls {wrong}")
+        if self.mixed != 1 or y.shape[:-1] != self.leading:
+            self.refuse(f"{self.mixed} calls with hidden states and an output {tuple(y.shape)}")
+
+    def refuse(self, got):
+        raise RuntimeError(
+            "LoraMoeMLP: expected an FFN whose forward calls each linear map once, with elementwise functions"
+            f" between them, got {got}; name its maps in a configuration with placement='linear'"
+        )
+
+
+class Hook:
+    """What one of an FFN's linear maps does besides."""
+
+    def __init__(self, layer: LoraMoeMLP, name: str):
+        self.layer, self.name = layer, name
+
+
+class Before(Hook):
+    """A forward pre-hook.  Of the last map: mix the hidden states of a token's experts into one."""
+
+    def __call__(self, module, args):
+        now = thread.passes.get(self.layer)
+        if now is None:
+            return None
+        x, *rest = args
+        now.calls[self.name] = now.calls.get(self.name, 0) + 1
+        if x.shape[:-1] == now.leading:
+            return None
+        if x.shape[:-2] != now.leading:
+            now.refuse(f"an input {tuple(x.shape)} of {self.name}")
+        now.hidden, now.mixed = x, now.mixed + 1
+        return mix(x, now.weights), *rest
+
+
+class After(Hook):
+    """A forward hook.  Add the experts: slot by slot to a map that reads tokens, their sum to the last."""
+
+    def __call__(self, module, args, y):
+        now = thread.passes.get(self.layer)
+        if now is None:
+            return None
+        hidden, now.hidden = now.hidden, None
+        if hidden is None:
+            adapted = self.layer.adapt(self.name, args[0], y, now.alone, "apart")
+            return adapted if adapted is not y else y.unsqueeze(-2)
+        bias = getattr(module, "bias", None)
+        if bias is not None:  # once is in y
+            more = now.weights.sum(-1, keepdim=True) - 1
+            y = y + (more * bias).to(y.dtype)
+        if hidden.shape[-2] == now.weights.shape[-1]:
+            return self.layer.adapt(self.name, hidden, y, now.routing, "sum")
+        return self.layer.adapt(self.name, hidden.squeeze(-2), y, now.routing, None)
+
+
+def may_be_empty(config: LoraMoeConfig, decision) -> bool:
+    """Whether a token may be without experts."""
+    given = decision.routing is not None or config.router is not None
+    return given or config.threshold is not None
+
+
+def mix(h: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """sum over slots j of  w_j h_j,  summed in the weights' dtype.  (..., K or 1, F), (..., K) -> (..., F)"""
+    if h.shape[-2] != weights.shape[-1]:
+        return (weights.sum(-1, keepdim=True) * h.squeeze(-2)).to(h.dtype)
+    return Mix.apply(h, weights)
+
+
+class Mix(torch.autograd.Function):
+    """y = apply(h, w), a slot after the other: no product (..., K, F) is formed."""
+
+    @staticmethod
+    def forward(ctx, h, w):
+        ctx.save_for_backward(h, w)
+        y = h[..., 0, :] * w[..., :1]
+        for j in range(1, w.shape[-1]):
+            y = torch.addcmul(y, h[..., j, :].to(y.dtype), w[..., j : j + 1])
+        return y.to(h.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        h, w = ctx.saved_tensors
+        dh = dw = None
+        if ctx.needs_input_grad[0]:
+            dh = (dy.unsqueeze(-2) * w.unsqueeze(-1)).to(h.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = torch.matmul(h.to(w.dtype), dy.to(w.dtype).unsqueeze(-1)).squeeze(-1)
+        return dh, dw

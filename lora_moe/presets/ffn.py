@@ -1,0 +1,64 @@
+"""Presets whose experts are whole FFNs: MixLoRA, LLaVA-MoLE.
+
+Letters: E experts, r one expert's rank, K picked experts per token; FFN_e has (alpha / r) B_e A_e added to
+each adapted linear map.
+"""
+
+from __future__ import annotations
+
+from ..config import FFN, LoraMoeConfig
+from .experts import NO_LOSS
+
+
+def mixlora(
+    num_experts=8,
+    r=16,
+    alpha=32.0,
+    *,
+    top_k=2,
+    top_p=None,
+    switch=False,
+    target_modules=(),
+    **fields,
+) -> LoraMoeConfig:
+    """y = sum over e in top-K of  g_e FFN_e(x),   g = softmax(W x) renormalized.
+
+    One router decides for all linear maps of an FFN, and the experts are mixed after its nonlinearity.  A
+    linear map that target_modules names and that belongs to no FFN, as in attention, becomes a plain LoRA of
+    rank r.  There is no capacity: no token is dropped.
+
+    Args:
+        top_p: MixLoRA's dynamic router: a token takes experts, best first, until their gates sum to top_p,
+            and top_k is not read; the gates are not renormalized.
+        switch: its switch router: K = 1, g_e is the gate itself, and z_coef is 0.001.
+        target_modules: linear maps, such as gate_proj, up_proj, down_proj and q_proj.
+    Raises:
+        ValueError: top_p and switch are both given, or a field does not fit.
+    Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, and its code, whose balance loss is K where it is
+    balanced: balance_coef is K times its 0.01.  Of MoE-PEFT's dynamic and switch routers weights and losses
+    are inferred.
+    """
+    if top_p is not None and switch:
+        raise ValueError(f"top_p: expected None with switch=True, got {top_p!r:.99}")
+    named = {"alpha": alpha, "target_modules": target_modules, "placement": FFN, "z_coef": 0.0}
+    if switch:
+        top_k, named["z_coef"] = 1, 0.001
+    elif top_p is not None:
+        top_k, named["top_p"] = num_experts, top_p
+    named |= {"renormalize": top_p is None and not switch, "balance_coef": 0.01 * top_k}
+    return LoraMoeConfig(num_experts=num_experts, r=r, top_k=top_k, **named | fields)
+
+
+def llava_mole(num_experts=3, r=32, alpha=64.0, *, target_modules=(), **fields) -> LoraMoeConfig:
+    """y = FFN_e(x),   e = argmax of W x + c:   each token takes one expert, with weight 1.
+
+    The task's loss does not reach the router, as its weight is constant.  It learns by the balance loss
+    alone; add the source's own, whose one-hot choice passes gradients on:
+
+        losses.router_loss(model, losses.straight_through_balance)
+
+    Source: Chen et al. 2024 (LLaVA-MoLE), arXiv 2401.16160, and its code; r and alpha are inferred.
+    """
+    router = {"top_k": 1, "renormalize": True, "router_bias": True}
+    named = {"alpha": alpha, "target_modules": target_modules, "placement": FFN}
+    return LoraMoeConfig(num_experts=num_experts, r=r, **router, **NO_LOSS | named | fields)
