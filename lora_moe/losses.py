@@ -54,7 +54,8 @@ def aux_loss(model: nn.Module) -> torch.Tensor:
     Forwards without gradients change nothing, nor do those in evaluation mode while one in training mode
     waits; reading twice gives the same, and reading under no_grad, to log it, settles nothing.  Padding
     counts nowhere: the mask is the model's attention_mask, or use_routing's.
-    Layers whose routing the caller supplied have no router and do not count.
+    Layers whose routing the caller supplied have no router and do not count, nor does one with a single
+    expert beside layers with several.
 
     Under torch.compile the last forward counts.
 
@@ -68,11 +69,11 @@ def aux_loss(model: nn.Module) -> torch.Tensor:
             as inside a reentrant activation checkpoint: use_reentrant=False keeps the gradient.
     """
     ran = _ran(model)
-    losses = []
+    losses, single = [], all(layer.config.num_experts == 1 for layer, _ in ran.values())
     for name, (layer, record) in ran.items():
         record.read |= torch.is_grad_enabled()
         runs = _owing(name, layer, record)
-        if runs:
+        if runs and (layer.config.num_experts > 1 or single):
             losses.append(_layer_loss(layer.config, runs))
     if not losses:
         layer, record = next(iter(ran.values()))

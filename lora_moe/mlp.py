@@ -212,7 +212,7 @@ class Pass:
         self.mixed = 0
 
     def expect_done(self, names, y):
-        wrong = {name: n for name in names if (n := self.calls.get(name, 0)) != 1}
+        wrong = {name: self.calls.get(name, 0) for name in names if self.calls.get(name) != 1}
         if wrong:
             self.refuse(f"calls {wrong}")
         if self.mixed != 1 or y.shape[:-1] != self.leading:

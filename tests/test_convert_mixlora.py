@@ -78,7 +78,6 @@ def theirs(folder):
     "options",
     [
         {},
-        {"expert_lora": {"r": 2, "lora_alpha": 7, "lora_dropout": 0.1}},
         {"use_rslora": True, "top_k": 3},
         {"ffn": ("gate_proj", "up_proj")},
         {"ffn": ("down_proj",), "attention": ()},
@@ -101,6 +100,21 @@ def test_the_older_layout_is_the_same_adapter(tmp_path):
     for name in ("new", "again"):
         with torch.no_grad():
             logits.append(load_adapter(tiny.base(0), tmp_path / name).eval()(IDS).logits)
+    assert torch.equal(*logits)
+
+
+def test_experts_may_have_a_rank_and_a_scale_of_their_own(tmp_path):
+    own = {"r": 2, "lora_alpha": 7, "lora_dropout": 0.1, "use_rslora": True}
+    (tmp_path / "all").mkdir()
+    alike = folder_of(tmp_path / "all", attention=(), expert_lora={"r": 2}, **own)
+    file = alike / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["expert_lora"]
+    file.write_text(json.dumps(config))
+    logits = []
+    for i, folder in enumerate((folder_of(tmp_path, attention=(), expert_lora=own), alike)):
+        convert(folder, tmp_path / str(i))
+        logits.append(load_adapter(tiny.base(0), tmp_path / str(i)).eval()(IDS).logits)
     assert torch.equal(*logits)
 
 
@@ -147,7 +161,7 @@ def test_what_is_not_understood_is_refused_by_name(change, message, tmp_path):
 @pytest.mark.parametrize(
     "key, message",
     [
-        ("mixlora.layers.0.mlp.noise", "tensor mixlora.layers.0.mlp.noise"),
+        ("mixlora.layers.0.mlp.noise", "tensor 'mixlora.layers.0.mlp.noise'"),
         ("mixlora.layers.0.mlp.up_proj.experts.4.lora_A.weight", "more .*up_proj.experts.4.lora_A"),
         ("mixlora.layers.0.self_attn.v_proj.lora_A.weight", "expected lora_A and lora_B"),
     ],
