@@ -77,7 +77,7 @@ def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> list[torch.Tensor]
 
     Of a sharded parameter, those that this process holds.
     """
-    if layer.config.shared_a and parameter is layer.lora_A:
+    if layer.config.shared_a and any(parameter is A for A, _ in layer.pairs()):
         return []
     first, part = _part(parameter.detach(), layer.offsets[-1])
     ranges = []

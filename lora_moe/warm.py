@@ -7,14 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .context import NOTHING
 from .layers import LoraMoeLinear
+from .linear import last_of_ffn, linear_features
+from .mlp import LoraMoeMLP
+from .parts import Batch
 from .routing import Routing
 
 TOKENS = (1, 1024, 8192)  # one of every size class that plans and tiles know
 
 
 def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool = True) -> int:
-    """Run every kind of LoraMoeLinear in the model once, on zeros, forward and backward.
+    """Run every kind of LoraMoeLinear and LoraMoeMLP in the model once, on zeros, forward and backward.
 
     Layers of the same sizes, configuration, dtypes and device share their kernels, so one stands for all.
     Parameters, their gradients and the layers' routing stay as they are.
@@ -31,29 +35,60 @@ def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool 
     """
     kinds = {}
     for layer in model.modules():
-        if isinstance(layer, LoraMoeLinear) and layer.config.middle is None:
+        if isinstance(layer, (LoraMoeLinear, LoraMoeMLP)) and layer.config.middle is None:
             parameters = layer.adapter_state().values()
             shapes = *((p.shape, p.dtype, p.device) for p in parameters), layer.config.top_k
             kinds.setdefault((shapes, str(layer.config), layer.frozen), layer)
     if not kinds:
         raise ValueError("model: expected one with LoraMoeLinear layers, see lora_moe.inject")
     for layer in kinds.values():
+        run = _run_ffn if isinstance(layer, LoraMoeMLP) else _run
         for T in tokens:
-            _run(layer, T, backward)
+            run(layer, T, backward)
     return len(kinds)
 
 
 def _run(layer, T, backward):
-    dtype = layer.weight.dtype if layer.weight.dtype.is_floating_point else torch.bfloat16
-    empty = {"dtype": dtype, "device": layer.lora_A.device}
+    empty = {"dtype": _dtype_of(layer.base_layer), "device": layer.lora_A.device}
     x = torch.zeros(T, layer.in_features, **empty, requires_grad=backward)
     base = torch.zeros(T, layer.out_features, **empty)
-    E, given = layer.config.num_experts, None
-    if layer.parts is not None:  # whoever decides, the experts' kernels are the same
-        ids = torch.arange(layer.config.top_k, device=x.device).expand(T, -1)
-        given = Routing.from_ids(ids, num_experts=E)
+    # whoever decides, the experts' kernels are the same
+    given = None if layer.parts is None else _first_experts(layer, x)
     with torch.set_grad_enabled(backward):
         y, _ = layer.add_experts(x, base, given)
     if backward:
         parameters = [p for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
         torch.autograd.grad(y, [x, *parameters], torch.zeros_like(y))
+
+
+def _run_ffn(layer, T, backward):
+    empty = {"dtype": _dtype_of(layer.base_layer), "device": layer.device}
+    x = torch.zeros(T, layer.width, **empty, requires_grad=backward)
+    last, K = last_of_ffn(layer.base_layer), layer.config.top_k
+    with torch.set_grad_enabled(backward):
+        routing = _first_experts(layer, x)
+        if layer.parts is None:
+            tensors = {name: getattr(layer, name) for name in layer.own}
+            routing = layer.router.route(x, tensors, Batch(layer, NOTHING))
+        for name in layer.config.target_modules:
+            D_in, D_out = linear_features(layer.base_layer.get_submodule(name))
+            shape = (T, K, D_in) if name == last else (T, D_in)
+            v, base = (
+                torch.zeros(shape, **empty, requires_grad=backward),
+                torch.zeros(T, D_out, **empty),
+            )
+            y = layer.adapt(name, v, base, routing, "sum" if name == last else "apart")
+            if backward:
+                parameters = [p for p in layer.pair(name) if p.requires_grad]
+                torch.autograd.grad(y, [v, *parameters], torch.zeros_like(y))
+
+
+def _first_experts(layer, x):
+    ids = torch.arange(layer.config.top_k, device=x.device).expand(len(x), -1)
+    return Routing.from_ids(ids, num_experts=layer.config.num_experts)
+
+
+def _dtype_of(base):
+    """Of its floating weights, bf16 where they are quantised."""
+    dtypes = (p.dtype for p in base.parameters() if p.dtype.is_floating_point)
+    return next(dtypes, torch.bfloat16)

@@ -78,6 +78,14 @@ def importance(layer, x):
     return cv(list(sum(p.values())))
 
 
+def straight_through(layer, x):
+    """Shares of the slots whose gradient is that of the mean gates."""
+    p = torch.stack(list(probabilities(layer, x).values()))
+    hard = torch.zeros_like(p).scatter(1, p.topk(2, 1).indices, 0.5)
+    f = (hard + p - p.detach()).mean(0)
+    return E * (f * p.mean(0)).sum()
+
+
 def token_labels():
     labels = torch.arange(B * L) % E
     labels[1] = -100
@@ -94,6 +102,7 @@ CASES = {
     "label of a token": (losses.label_loss, (token_labels(),), of_token_labels),
     "entropy": (losses.router_entropy, (), entropy),
     "importance": (losses.cv_squared, (), importance),
+    "straight-through balance": (losses.straight_through_balance, (), straight_through),
 }
 
 

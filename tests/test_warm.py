@@ -47,6 +47,25 @@ def test_it_leaves_no_trace():
     assert torch.equal(layers(x), want)
 
 
+def test_ffns_run_slot_by_slot(monkeypatch):
+    ffn = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+    config = LoraMoeConfig(num_experts=4, r=2, placement="ffn", target_modules=("ffn.0", "ffn.2"))
+    layers, calls = inject(nn.ModuleDict({"ffn": ffn}), config), []
+    adapt = lora_moe.LoraMoeMLP.adapt
+    monkeypatch.setattr(
+        lora_moe.LoraMoeMLP,
+        "adapt",
+        lambda self, name, x, *rest: (
+            calls.append((name, *x.shape, rest[-1])) or adapt(self, name, x, *rest)
+        ),
+    )
+    assert lora_moe.warm_up(layers, tokens=(5,)) == 1
+    assert calls == [("0", 5, 8, "apart"), ("2", 5, 2, 12, "sum")] and layers["ffn"].routing is None
+    calls.clear()
+    layers["ffn"](torch.randn(3, 8))
+    assert calls == [("0", 3, 8, "apart"), ("2", 3, 2, 12, "sum")]
+
+
 def test_a_model_without_layers_of_ours_is_refused():
     with pytest.raises(ValueError, match="LoraMoeLinear"):
         lora_moe.warm_up(nn.Linear(2, 2))

@@ -12,13 +12,14 @@ from pathlib import Path
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-from ..config import LoraMoeConfig
+from ..config import FFN, LoraMoeConfig
 from ..parts import Part
 from ..peft_moe import RENAMED
 from .registration import member
 
-# a model's own experts are PEFT's own LoRA's: LoraConfig(target_parameters=)
-_OWN = {field.name for field in dataclasses.fields(LoraMoeConfig)} - {"target_parameters"}
+# a model's own experts are PEFT's own LoRA's: LoraConfig(target_parameters=); PEFT adapts no whole FFN
+_OWN = {field.name for field in dataclasses.fields(LoraMoeConfig)}
+_OWN -= {"target_parameters", "placement"}
 _MODULES = ("target_modules", "exclude_modules", "modules_to_save")
 _README = """
 
@@ -191,6 +192,10 @@ def _mixture_of(mixture) -> LoraMoeConfig:
         raise ValueError(
             "mixture: expected one around linear modules, got target_parameters, for lora_moe.inject alone;"
             " lora_moe.to_peft writes what PEFT's LoraConfig(target_parameters=) loads"
+        )
+    if mixture.placement == FFN:
+        raise ValueError(
+            "mixture: expected one around linear modules, got placement='ffn', for lora_moe.inject alone"
         )
     return mixture
 

@@ -12,7 +12,7 @@ import json
 import torch
 
 from .. import functional as F
-from ..config import LoraMoeConfig
+from ..config import FFN, LoraMoeConfig
 from ..routers import NoisyRouter, ThresholdRouter
 from ..routers.threshold import decide_above
 from ..routing import Routing
@@ -69,6 +69,8 @@ def refusal(config: LoraMoeConfig) -> str | None:
         return (
             "it has LoRAs on the model's own experts; only experts around linear modules are served"
         )
+    if config.placement == FFN:
+        return "its experts are whole FFNs; only experts around linear modules are served"
     if middle is not None:
         return (
             f"{type(middle).__name__} stands between A and B, which a server does not compute; only the"

@@ -52,6 +52,30 @@ def gradients(made):
     return {n: p.grad for n, p in made.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize(
+    "name, weights",
+    [
+        ("mixlora", lambda p: (top := p.topk(2, 1).values) / top.sum(1, keepdim=True)),
+        ("mixlora top-p", lambda p: _until(p.sort(1, descending=True).values, 0.5)),
+        ("mixlora switch", lambda p: p.topk(1, 1).values),
+        ("llava_mole", lambda p: torch.ones(len(p), 1)),
+    ],
+)
+def test_weights_of_the_presets(name, weights):
+    layer = model(name).model.layers[0].mlp
+    x = torch.randn(7, 16)
+    layer(x)
+    bias = layer.router_bias if name == "llava_mole" else 0
+    p = torch.softmax(x @ layer.router_weight.T + bias, 1)
+    torch.testing.assert_close(layer.routing.weights, weights(p))
+    assert torch.equal(layer.routing.indices[:, 0].long(), p.argmax(1))
+
+
+def _until(p, total):
+    """Gates, best first, as long as those before sum to less."""
+    return torch.where(p.cumsum(1) - p < total, p, 0)
+
+
 def test_ffns_and_plain_loras():
     made = model()
     layers = injected(made)

@@ -122,16 +122,23 @@ def test_every_field_of_a_mixture_has_its_name_in_peft():
     from lora_moe import peft_moe
 
     ours = {field.name for field in dataclasses.fields(lora_moe.LoraMoeConfig)}
-    ours -= {"target_parameters"}
+    ours -= {"target_parameters", "placement"}
     own = {field.name for field in dataclasses.fields(MoeLoraConfig)}
     assert ours == {peft_moe.RENAMED.get(name, name) for name in own} & ours
     assert own == {*peft_moe._FIELDS, *peft_moe._OTHER}
 
 
-def test_target_parameters_are_left_to_inject():
-    mixture = lora_moe.LoraMoeConfig(target_parameters=("experts.down_proj",))
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"target_parameters": ("experts.down_proj",)}, "target_parameters"),
+        ({"placement": "ffn"}, "placement='ffn'"),
+    ],
+)
+def test_other_placements_are_left_to_inject(fields, named):
+    mixture = lora_moe.LoraMoeConfig(**fields)
     for given in (mixture, mixture.to_dict()):
-        with pytest.raises(ValueError, match=r"got target_parameters, for lora_moe\.inject alone"):
+        with pytest.raises(ValueError, match=rf"got {named}, for lora_moe\.inject alone"):
             MoeLoraConfig(mixture=given)
 
 
