@@ -25,8 +25,9 @@ from .config import MAX_COEFFICIENT, MAX_RANK, LoraMoeConfig
 from .injection import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear
 from .linear import linear_features
+from .peft_experts import Found, experts_in
 from .peft_format import shared
-from .peft_lora import opened
+from .peft_lora import Lora, opened
 from .sharded import expect_no_wrapper, fill, unwrapped
 from .steering import injected
 from .unfit import unfit
@@ -53,6 +54,9 @@ def from_peft(
     train them, or decide from outside.  Ranks, alphas, rsLoRA and patterns may differ; where an adapter has
     no LoRA at a module that another one has, its expert adds zero.
 
+    One adapter alone may have target_parameters: it becomes LoRAs on the model's own experts (see
+    LoraMoeConfig), and what it has on linear modules a bank of one beside them.
+
     Args:
         model: without experts, the base that the adapters were trained on; it is frozen.
         adapters: each one a directory that PEFT saved, "owner/name" of a repository of the hub, or a pair
@@ -68,6 +72,15 @@ def from_peft(
             is damaged or does not fit the model; every misfit is listed, and the model is unchanged.
         OSError: a file is missing or cannot be read.
     """
+    return _into(model, adapters, _router_fields(router), top_k, adapter_dtype)
+
+
+def with_own_experts(model: nn.Module, source, revision, adapter_dtype) -> nn.Module:
+    """load_adapter of a folder with target_parameters."""
+    return _into(model, [source], {}, None, adapter_dtype, revision)
+
+
+def _into(model, adapters, fields, top_k, adapter_dtype, revision=None):
     expect_no_wrapper(model)
     whole, model = model, unwrapped(model)
     if injected(model):
@@ -76,22 +89,29 @@ def from_peft(
     adapters = [] if single or not isinstance(adapters, Iterable) else list(adapters)
     if not adapters:
         raise ValueError("adapters: expected a list of one or more, got none or no list")
-    fields = _router_fields(router) | {"top_k": top_k, "adapter_dtype": adapter_dtype}
+    fields = fields | {"top_k": top_k, "adapter_dtype": adapter_dtype}
     with contextlib.ExitStack() as stack:
-        loras = [opened(stack, i, source) for i, source in enumerate(adapters)]
+        loras = [opened(stack, i, source, revision) for i, source in enumerate(adapters)]
+        own, loras = _own_experts(model, loras)
         modules = _modules_of(model, loras)
         fields["target_modules"] = {path.rpartition(".")[2] for path in modules}
         saved = _whole(model, fields.get("modules_to_save") or (), modules)
+        experts = {found: found.layer(fields) for found in own}
+        if own:  # plain LoRAs beside them: a bank of one, with nothing to balance
+            fields |= {"balance_coef": 0.0, "z_coef": 0.0}
         layers = {
             path: LoraMoeLinear(module, config_at(path, loras, fields))
             for path, module in modules.items()
         }
-        if any(layer.lora_A.is_meta for layer in layers.values()):
+        if any(layer.device.type == "meta" for layer in (*layers.values(), *experts.values())):
             raise ValueError(
                 "model: expected weights on a device, got the meta device; load them first"
             )
         for path, layer in layers.items():
             _fill(path, layer, loras)
+        for found, layer in experts.items():
+            _fill_experts(found, layer)
+    layers |= {found.path: layer for found, layer in experts.items()}
     place(model, {layer.base_layer: layer for layer in layers.values()})
     attach(model)
     freeze_base(model)
@@ -101,10 +121,11 @@ def from_peft(
 
 
 class Origin(NamedTuple):
-    """Where an expert of a layer came from: to_peft gives it back as it was."""
+    """Where an expert of a layer came from, or all of a model's own: to_peft gives it back as it was."""
 
     config: dict  # adapter_config.json
-    dtypes: tuple[torch.dtype, torch.dtype] | None  # of lora_A and lora_B; None where it had none
+    # of lora_A and lora_B, None where it had none; of a model's own experts by the tensors' names
+    dtypes: tuple[torch.dtype, torch.dtype] | dict[str, torch.dtype] | None
 
 
 # --- all adapters and the model ---------------------------------------------------------------------
@@ -124,6 +145,29 @@ def _router_fields(router) -> dict:
             " adapters'"
         )
     return {name: value for name, value in fields.items() if name in _ROUTER}
+
+
+def _own_experts(model, loras) -> tuple[list[Found], list[Lora]]:
+    """What an adapter has on the model's own experts, and the adapters without it."""
+    named = [lora.name for lora in loras if lora.config.get("target_parameters")]
+    if not named:
+        return [], loras
+    if len(loras) > 1:
+        raise ValueError(
+            f"{named[0]}: expected a plain LoRA beside other adapters, got target_parameters:"
+            " the model's own experts have one LoRA each, so pass this adapter alone"
+        )
+    found, rest = experts_in(model, loras[0])
+    return found, [rest]
+
+
+def _fill_experts(found, layer):
+    values = found.read(lambda key: found.lora.read(key).detach())
+    for name, (value, _) in values.items():
+        parameter = getattr(layer, name)
+        fill(parameter, _finite(found.lora, name, value, parameter.dtype))
+    dtypes = {name: dtype for name, (_, dtype) in values.items()}
+    layer.origins = (Origin(found.lora.config, dtypes),)
 
 
 def _whole(model, names, targets) -> list[nn.Module]:
@@ -217,7 +261,11 @@ def _fill(path, layer, loras):
 
 
 def _read(lora, key, dtype):
-    tensor = lora.read(key).detach().to(dtype)
+    return _finite(lora, key, lora.read(key).detach(), dtype)
+
+
+def _finite(lora, key, tensor, dtype):
+    tensor = tensor.to(dtype)
     if not torch.isfinite(tensor).all():
         raise ValueError(
             f"{lora.name}: {key}: expected finite values in {dtype}, got NaN or infinity"

@@ -17,14 +17,7 @@ from torch import nn
 
 from .config import LoraMoeConfig
 
-_SAYS = (
-    "num_experts",
-    "is_transposed",
-    "has_bias",
-    "has_gate",
-    "has_post_expert_norm",
-    "_apply_gate",
-)
+_SAYS = ("num_experts", "is_transposed", "has_bias", "has_gate", "_apply_gate")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # of config._experts_implementation: these compute one function from these weights
 _KNOWN = (None, "eager", "batched_mm", "grouped_mm", "deepgemm", "sonicmoe")

@@ -33,6 +33,7 @@ from .adapter_file import (
 from .attach import attach
 from .config import FFN
 from .ffn_targets import unfit_ffns
+from .from_peft import with_own_experts
 from .injection import freeze_base, layer_around, modules_to_save, place
 from .placement import LoraMoeLayer
 from .sharded import (
@@ -120,7 +121,8 @@ def load_adapter(
     revision: str | None = None,
     adapter_dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
-    """Read what save_adapter wrote, or what PEFT wrote of a lora_moe.peft adapter.
+    """Read what save_adapter wrote, or what PEFT wrote of a lora_moe.peft adapter, or of a LoRA with
+    target_parameters.
 
     The model is one without experts, or one that has the same experts.
     A model without experts gets them at the saved paths and its own parameters are frozen, as by
@@ -148,11 +150,25 @@ def load_adapter(
     """
     whole, model = model, unwrapped(model)
     layers = _layers_by_path(model)
+    if _has_own_experts(directory, revision):
+        if layers:
+            raise ValueError(
+                "model: expected one without experts for a folder of PEFT with target_parameters, got"
+                f" {len(layers)} layers that have some"
+            )
+        return with_own_experts(whole, directory, revision, adapter_dtype)
     if not layers:
         expect_no_wrapper(whole)
     with at_rest(whole, modified=True):
         _load(model, layers, (directory, revision), adapter_dtype)
     return whole
+
+
+def _has_own_experts(source, revision):
+    """Whether it is PEFT's own LoRA on fused experts."""
+    found = locate.find(source, ((FILE_NAME,), peft_format.FILES), revision)
+    config = peft_format.read_config(found[1]) if found and found[1:] else {}
+    return config.get("peft_type") == "LORA" and bool(config.get("target_parameters"))
 
 
 def _load(model, layers, source, adapter_dtype):

@@ -26,7 +26,7 @@ from .fused import config_at, fused_names, tensor_names, why_unfit
 from .grouped import SortTokens, Unsort, grouped_linear
 from .placement import LoraMoeLayer
 from .routing import Routing
-from .tensors import adapter_tensors, device_of
+from .tensors import adapter_tensors
 from .tokens import tokens_of
 
 
@@ -58,9 +58,7 @@ class LoraMoeExperts(LoraMoeLayer):
         config = config_at(base, config)
         super().__init__(base, config)
         self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
-        device = device_of(base)
-        for name, like in adapter_tensors(base, config).items():
-            self.register_parameter(name, nn.Parameter(torch.empty_like(like, device=device)))
+        self._register(adapter_tensors(base, config))
         self.names = tuple(self._parameters)
         self.reset_parameters()
         self.train(base.training)
@@ -119,7 +117,7 @@ class LoraMoeExperts(LoraMoeLayer):
         h = self._linear(up, h, sorted_ids, ends, slots)
         h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
         h = self._linear(down, h, sorted_ids, ends, slots)
-        if base.has_post_expert_norm:
+        if getattr(base, "has_post_expert_norm", False):  # newer than the others
             h = base.post_expert_norm(h)
         h = Unsort.apply(h, order, place).unflatten(0, (-1, K))  # (T, K, D)
         return (h * weights[..., None]).sum(1).to(x.dtype), counts

@@ -21,7 +21,7 @@ from . import locate, peft_format, safefile
 
 _KEY = re.compile(r"([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 # say what the LoRA's function is, and are carried over
-_CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
+_CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
 # say where it is, which its tensors say, too, or nothing about the trained function
 SILENT = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
@@ -59,10 +59,10 @@ class Lora(NamedTuple):
         return list(dict.fromkeys(path for path, _ in self.tensors))
 
 
-def opened(stack: contextlib.ExitStack, index: int, source) -> Lora:
+def opened(stack: contextlib.ExitStack, index: int, source, revision=None) -> Lora:
     """adapters[index] of from_peft; its file stays open as long as the stack."""
     if isinstance(source, str | os.PathLike):
-        found = locate.find(source, (peft_format.FILES,))
+        found = locate.find(source, (peft_format.FILES,), revision)
         if found is None:
             raise FileNotFoundError(_nothing(source))
         file = stack.enter_context(safefile.open_regular(found[0]))

@@ -43,7 +43,7 @@ def experts_of(
         warnings.warn(
             f"target_parameters: no parameter matches {', '.join(map(repr, lost))}{_hint(model)}",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of inject
         )
     modules = {path: model.get_submodule(path) for path in named}
     return {path: (m, config_at(m, config, named[path])) for path, m in modules.items()}

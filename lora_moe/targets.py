@@ -67,7 +67,7 @@ def matches(name: str, pattern) -> bool:
 
 def _warn(message):
     if message:
-        warnings.warn(message, UserWarning, stacklevel=4)  # the caller of inject
+        warnings.warn(message, UserWarning, stacklevel=5)  # the caller of inject
 
 
 def _unmatched(survey, modules, config):

@@ -22,6 +22,7 @@ from . import peft_format, safefile
 from .config import FFN
 from .io import modules_state
 from .layers import LoraMoeLinear
+from .peft_experts import expect_one_rank, names_in_order, targets_of, tensors_of
 from .placement import expert_ids
 from .sharded import at_rest, plain_path, unwrapped, write_whole
 from .steering import layers_of
@@ -36,6 +37,10 @@ def to_peft(
     `use_routing(model, task_ids=id)`, the routers and other experts left out.  An expert that from_peft
     read and that has not changed is written with the same keys, dtypes, bits and configuration.
 
+    LoRAs on a model's own experts (target_parameters) are one adapter of PEFT: it is written to directory
+    itself, and with it the experts around linear modules, where these are one each.  PEFT has no dropout
+    there.
+
     Args:
         model: with experts in it.
         directory: made if it does not exist; files of the same names are replaced.
@@ -44,15 +49,20 @@ def to_peft(
         The folders, in the order of the ids.
     Raises:
         ValueError: the model has no experts, its layers have different numbers of them, one stands under
-            two names, an id is not one of them, or a tensor holds NaN or infinite values.  Nothing is
+            two names, an id is not one of them, or a tensor holds NaN or infinite values; beside a model's
+            own experts ids are given, linear modules have more than one, or ranks differ.  Nothing is
             written.
         OSError: a file cannot be written.
     """
     whole, model = model, unwrapped(model)
     layers = {plain_path(path): layer for path, layer in layers_of(model).items()}
     _expect_what_peft_adapts(model, layers)
-    ids = _ids(layers, experts)
-    folders = [Path(directory) / f"expert_{e}" for e in ids]
+    if any(layer.config.target_parameters for layer in layers.values()):
+        _expect_one_adapter(layers, experts)
+        ids, folders = (0,), [Path(directory)]
+    else:
+        ids = _ids(layers, experts)
+        folders = [Path(directory) / f"expert_{e}" for e in ids]
     with at_rest(whole):
         by_id = dict(zip(ids, folders))
         write_whole(whole, _sources(model, layers), lambda t: _write(model, layers, t, by_id))
@@ -86,6 +96,21 @@ def _expect_what_peft_adapts(model, layers):
         )
 
 
+def _expect_one_adapter(layers, experts):
+    if experts is not None:
+        raise ValueError(
+            "experts: expected None, as LoRAs on the model's own experts are one adapter of PEFT, got"
+            f" {brief(experts)}"
+        )
+    expect_one_rank({p: m for p, m in layers.items() if m.config.target_parameters})
+    for path, layer in layers.items():
+        if not layer.config.target_parameters and layer.config.num_experts > 1:
+            raise ValueError(
+                "model: expected one expert around each linear module beside the model's own experts, as"
+                f" PEFT has it, got {layer.config.num_experts} around {path}; save_adapter keeps them"
+            )
+
+
 def _ids(layers, experts):
     counts = {layer.config.num_experts for layer in layers.values()}
     if len(counts) > 1:
@@ -111,7 +136,7 @@ def _sources(model, layers) -> dict[tuple[str, str], torch.Tensor]:
     banks = {
         (path, name): getattr(layer, name)
         for path, layer in layers.items()
-        for name in ("lora_A", "lora_B")
+        for name in (layer.names if layer.config.target_parameters else ("lora_A", "lora_B"))
     }
     saved = {
         (path, name): tensor
@@ -129,6 +154,11 @@ def _tensors(layers, sources, e) -> dict[str, torch.Tensor]:
         if path not in layers
     }
     for path, layer in layers.items():
+        if layer.config.target_parameters:
+            dtypes = layer.origins[0].dtypes if layer.origins else {}
+            for key, (tensor, name) in tensors_of(path, layer, sources).items():
+                tensors[key] = _as_it_was(tensor, dtypes.get(name)).contiguous().clone()
+            continue
         rows = slice(layer.offsets[e], layer.offsets[e + 1])
         A, B = sources[path, "lora_A"], sources[path, "lora_B"]
         pair = (A if layer.config.shared_a else A[rows]), B[rows].T
@@ -163,10 +193,13 @@ def _expect_finite(e, tensors):
 def _config(model, layers, e, tensors) -> dict:
     """As it was read, if it still says what the tensors are; else anew."""
     own = {path: layer for path, layer in layers.items() if _key(path) in tensors}
+    fused = {path: layer for path, layer in own.items() if layer.config.target_parameters}
     saved_paths = list(modules_state(model, layers))
     origins = [layer.origins[e] for layer in own.values() if layer.origins]
     origin = origins[0].config if origins and None not in origins else None
-    if origin is not None and not saved_paths and _says(origin, own, e):
+    linear = {path: layer for path, layer in own.items() if path not in fused}
+    from_one = len(origins) == len(own) or not fused
+    if origin is not None and from_one and not saved_paths and _says(origin, linear, e):
         return origin
     return _new_config(model, own, e, saved_paths)
 
@@ -191,6 +224,11 @@ def _says(config, layers, e):
 
 
 def _new_config(model, layers, e, saved_paths) -> dict:
+    fused = {path: layer for path, layer in layers.items() if layer.config.target_parameters}
+    linear = {path: layer for path, layer in layers.items() if path not in fused}
+    layers = linear | {
+        f"{path}.{name}": layer for path, layer in fused.items() for name in names_in_order(layer)
+    }
     ranks = {path: layer.config.ranks[e] for path, layer in layers.items()}
     alphas = {path: _alpha(layer, e) for path, layer in layers.items()}
     roots = {layer.config.use_rslora for layer in layers.values()}
@@ -198,7 +236,8 @@ def _new_config(model, layers, e, saved_paths) -> dict:
         alphas = {path: layer.scales[e] * ranks[path] for path, layer in layers.items()}
     r, rank_pattern = _with_pattern(ranks)
     alpha, alpha_pattern = _with_pattern(alphas)
-    return {
+    own = {"target_parameters": targets_of(model, fused)} if fused else {}
+    return own | {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
@@ -208,11 +247,12 @@ def _new_config(model, layers, e, saved_paths) -> dict:
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "use_rslora": roots == {True},
-        "lora_dropout": next(iter(layers.values())).config.dropout,
-        "target_modules": _targets(model, layers),
+        "lora_dropout": 0.0 if fused else next(iter(layers.values())).config.dropout,
+        "target_modules": _targets(model, linear) if linear else [],
         "modules_to_save": saved_paths or None,
         "bias": "none",
-        "fan_in_fan_out": all(hasattr(layer.base_layer, "nf") for layer in layers.values()),
+        "fan_in_fan_out": bool(linear)
+        and all(hasattr(m.base_layer, "nf") for m in linear.values()),
         "init_lora_weights": True,
     }
 

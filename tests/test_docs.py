@@ -22,6 +22,7 @@ PAGES = (
     "convert.md",
     "merging.md",
     "peft.md",
+    "experts.md",
 )
 
 

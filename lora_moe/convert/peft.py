@@ -43,6 +43,12 @@ def _parts(name):
 def read(sources: Iterable[Source], notes: list[str], top_k: int | None) -> dict[str, Experts]:
     """{module path: experts}; raises ValueError."""
     loras = [peft_lora.checked(s.name, s.config, s.places, s.read) for s in sources]
+    for lora in loras:
+        if lora.config.get("target_parameters"):
+            raise ValueError(
+                f"{lora.name}: expected a LoRA on linear modules, got target_parameters, which only the model"
+                " itself explains: load_adapter(model, folder) reads it"
+            )
     paths = list(dict.fromkeys(path for lora in loras for path in lora.paths))
     sizes, problems = {}, []
     for lora in loras:

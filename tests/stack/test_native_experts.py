@@ -445,8 +445,9 @@ def test_configuration_refuses(fields, message):
 
 
 def test_a_name_that_matches_nothing_is_told():
-    with pytest.warns(UserWarning, match="no parameter matches 'experts.up_proj'"):
+    with pytest.warns(UserWarning, match=r"no parameter matches 'experts\.up_proj'") as told:
         inject(moes.base(), moes.config(target_parameters=("experts.down_proj", "experts.up_proj")))
+    assert told[0].filename == __file__
 
 
 def test_what_cannot_take_experts_is_refused():
