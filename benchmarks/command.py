@@ -4,6 +4,7 @@
     lora-moe bench compare OLD.json NEW.json
     lora-moe bench end-to-end [...]
     lora-moe bench ffn [...]
+    lora-moe bench experts [...]
 
 Rows are told as they are measured, with the time that is left; Ctrl-C ends the run and reports them.
 On a GPU all plans are timed there, by CUDA events and in CUDA graphs; without one the CPU is, and
@@ -39,6 +40,10 @@ def main(argv=None):
         from benchmarks import ffn
 
         return ffn.main(argv[1:])
+    if argv[:1] == ["experts"]:
+        from benchmarks import native_experts
+
+        return native_experts.main(argv[1:])
     args = parse(argv)
     for name in (
         "_subclasses.fake_tensor",

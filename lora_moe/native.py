@@ -91,7 +91,7 @@ class LoraMoeExperts(LoraMoeLayer):
         if decision.routing is not None:
             ids, weights = _replayed(decision.routing, hidden_states, weights.dtype)
         tokens = tokens_of(hidden_states, decision)
-        y, counts = self._experts(hidden_states, ids, weights)
+        y, counts = self.mix(hidden_states, ids, weights)
         if not recomputing():
             records.remember(self, Routing(ids.int(), weights.detach(), counts), tokens)
         return y
@@ -100,8 +100,8 @@ class LoraMoeExperts(LoraMoeLayer):
         names = list(inspect.signature(self.base_layer.forward).parameters)[1 + len(args) :]
         return *args, *(kwargs[name] for name in names)
 
-    def _experts(self, x, ids, weights):
-        """y (T, D), and how many slots each expert has, (E,) int64."""
+    def mix(self, x, ids, weights) -> tuple[torch.Tensor, torch.Tensor]:
+        """y (T, D) for a decision (T, K), and how many slots each expert has, (E,) int64; noted nowhere."""
         base, K, E = self.base_layer, ids.shape[-1], self.config.num_experts
         sorted_ids, order = torch.sort(ids.reshape(-1))  # (S,)
         place = torch.empty_like(order)

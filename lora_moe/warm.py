@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from .context import NOTHING
+from .fused import fused_names, sizes
 from .layers import LoraMoeLinear
 from .linear import last_of_ffn, linear_features
 from .mlp import LoraMoeMLP
+from .native import LoraMoeExperts
 from .parts import Batch
 from .routing import Routing
 
@@ -18,7 +20,7 @@ TOKENS = (1, 1024, 8192)  # one of every size class that plans and tiles know
 
 
 def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool = True) -> int:
-    """Run every kind of LoraMoeLinear and LoraMoeMLP in the model once, on zeros, forward and backward.
+    """Run every kind of layer of ours in the model once, on zeros, forward and backward.
 
     Layers of the same sizes, configuration, dtypes and device share their kernels, so one stands for all.
     Parameters, their gradients and the layers' routing stay as they are.
@@ -35,14 +37,14 @@ def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool 
     """
     kinds = {}
     for layer in model.modules():
-        if isinstance(layer, (LoraMoeLinear, LoraMoeMLP)) and layer.config.middle is None:
+        if isinstance(layer, tuple(_RUNS)) and layer.config.middle is None:
             parameters = layer.adapter_state().values()
             shapes = *((p.shape, p.dtype, p.device) for p in parameters), layer.config.top_k
             kinds.setdefault((shapes, str(layer.config), layer.frozen), layer)
     if not kinds:
         raise ValueError("model: expected one with LoraMoeLinear layers, see lora_moe.inject")
     for layer in kinds.values():
-        run = _run_ffn if isinstance(layer, LoraMoeMLP) else _run
+        run = next(run for kind, run in _RUNS.items() if isinstance(layer, kind))
         for T in tokens:
             run(layer, T, backward)
     return len(kinds)
@@ -83,6 +85,19 @@ def _run_ffn(layer, T, backward):
                 torch.autograd.grad(y, [v, *parameters], torch.zeros_like(y))
 
 
+def _run_experts(layer, T, backward):
+    base, E = layer.base_layer, layer.config.num_experts
+    K = min(getattr(base.config, "num_experts_per_tok", 1), E)
+    D = sizes(base, fused_names(base)[0])[1]
+    x = torch.zeros(T, D, dtype=_dtype_of(base), device=layer.device, requires_grad=backward)
+    ids = torch.arange(K, device=x.device).expand(T, -1)
+    with torch.set_grad_enabled(backward):
+        y, _ = layer.mix(x, ids, torch.ones_like(ids, dtype=x.dtype))
+    if backward:
+        parameters = [p for pair in layer.pairs() for p in pair if p.requires_grad]
+        torch.autograd.grad(y, [x, *parameters], torch.zeros_like(y))
+
+
 def _first_experts(layer, x):
     ids = torch.arange(layer.config.top_k, device=x.device).expand(len(x), -1)
     return Routing.from_ids(ids, num_experts=layer.config.num_experts)
@@ -92,3 +107,6 @@ def _dtype_of(base):
     """Of its floating weights, bf16 where they are quantised."""
     dtypes = (p.dtype for p in base.parameters() if p.dtype.is_floating_point)
     return next(dtypes, torch.bfloat16)
+
+
+_RUNS = {LoraMoeLinear: _run, LoraMoeMLP: _run_ffn, LoraMoeExperts: _run_experts}

@@ -548,3 +548,23 @@ def test_modules_of_the_examples_compute_our_layer(tokens):
         assert entry.units([y, *modules.gradients(model)[name]], right, torch.float64) < 1000
     with torch.no_grad():  # the loop then skips idle experts
         assert entry.units([loop(inputs.x)], [outputs[0]], torch.float64) < 1000
+
+
+def test_native_experts_run(monkeypatch, capsys):
+    """Every contender agrees with ours before it is timed."""
+    pytest.importorskip("peft")
+    from benchmarks import native_experts
+
+    names = {"gate_up_proj": (16, 16), "down_proj": (8, 16)}
+    sizes = {"D": 16, "F": 8, "E": 4, "R": 2, "K": 2, "NAMES": names}
+    for name, value in sizes.items():
+        monkeypatch.setattr(native_experts, name, value)
+    monkeypatch.setattr(native_experts.timing, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(native_experts.machine, "describe", lambda: "a machine")
+    assert command.main(["experts", "--tokens", "5", "--repeats", "1"]) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in ("ours", "PEFT", "two products", "no adapter"))
+    calls = native_experts.contenders(5, torch.float32, "cpu")
+    calls["PEFT"].trained[0].data.add_(1.0)
+    with pytest.raises(SystemExit, match="PEFT differs from ours"):
+        native_experts.check(calls, 1e-5)

@@ -30,6 +30,7 @@ from lora_moe import (
     router_stats,
     save_adapter,
     use_routing,
+    warm_up,
 )
 from lora_moe.native import LoraMoeExperts as Native
 from lora_moe.routing import Routing
@@ -370,6 +371,15 @@ def test_save_pretrained_keeps_the_base(family, tmp_path):
     with disable_adapters(model):
         assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
     assert torch.equal(load_adapter(again, tmp_path)(TOKENS).logits, expected)
+
+
+def test_warm_up_runs_one_layer_of_a_kind():
+    model = moes.ours()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert warm_up(model, tokens=(1, 5)) == 1
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(layer.routing is None for layer in injected(model).values())
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_copies_pickles_and_state_dicts():
