@@ -42,10 +42,14 @@ def config_at(module: nn.Module, config: LoraMoeConfig, names=None) -> LoraMoeCo
     """The configuration with the module's number of experts, and the weights that it names there.
 
     Raises:
-        ValueError: it says another number of experts.
+        ValueError: it says another number of experts, or names none of the weights.
     """
     own = {target.rpartition(".")[2] for target in config.target_parameters}
     names = [name for name in fused_names(module) if name in (own if names is None else names)]
+    if not names:
+        raise ValueError(
+            f"target_parameters: expected some of {fused_names(module)}, got {config.target_parameters}"
+        )
     E = sizes(module, names[0])[0]
     if config.num_experts not in (None, E):
         raise ValueError(
@@ -77,7 +81,7 @@ def why_unfit(module: nn.Module, names=None) -> str | None:
     if getattr(module, "_is_expert_parallel", False):
         return "expert parallelism spreads its experts: shard with FSDP2 instead"
     if any(getattr(h, "offload", False) for h in _hooks(module)):
-        return "accelerate offloads its weights, which are read without it: keep them on the device"
+        return "accelerate offloads its weights, which are read outside of its hook: keep them on a device"
     implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
     if implementation not in _KNOWN:
         return f"experts_implementation={implementation!r} is not known: load it with 'grouped_mm'"

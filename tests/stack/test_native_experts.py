@@ -5,6 +5,7 @@ import copy
 import importlib
 import pickle
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
@@ -345,6 +346,31 @@ def test_a_plain_trainer_trains_saves_and_resumes(tmp_path):
         assert torch.equal(own[name], value) != trains, name
 
 
+def test_hooks_of_a_device_map_stay(tmp_path):
+    model = moes.ours()
+    expected = model(TOKENS).logits
+    save_adapter(model, tmp_path)
+    base = accelerate.dispatch_model(moes.base_of(model), {"": "cpu"}, force_hooks=True)
+    assert torch.equal(load_adapter(base, tmp_path)(TOKENS).logits, expected)
+
+
+def test_our_trainer_reports_the_models_routers(tmp_path):
+    from lora_moe.hf import LoraMoeTrainer
+
+    arguments = hf.TrainingArguments(
+        str(tmp_path), max_steps=1, logging_steps=1, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="no",
+    )  # fmt: skip
+    model = moes.ours()
+    trainer = LoraMoeTrainer(model, arguments, train_dataset=tiny.sequences(4))
+    trainer.train()
+    assert trainer.state.log_history[0]["router/max_over_mean"] > 1
+    with pytest.raises(ValueError, match="router_learning_rate: expected routers that train"):
+        LoraMoeTrainer(
+            model, arguments, router_learning_rate=0.1, train_dataset=tiny.sequences(4)
+        ).train()
+
+
 # --- in and out ------------------------------------------------------------------------------------
 
 
@@ -482,6 +508,14 @@ def test_what_cannot_take_experts_is_refused():
         inject(twice, moes.config())
     with pytest.raises(ValueError, match="the model's own experts; to_peft writes"):
         merge(twice, [1.0] * moes.E)
+    offloaded = moes.base()
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="accelerate offloads its weights"):
+        inject(offloaded, moes.config())
+    with pytest.raises(ValueError, match=r"expected some of \('gate_up_proj', 'down_proj'\)"):
+        LoraMoeExperts(
+            moes.base().model.layers[0].mlp.experts, moes.config(target_parameters=("w",))
+        )
     assert "only experts around linear modules are served" in refusal(moes.config(num_experts=4))
     with pytest.raises(TypeError, match="fused experts, got something else"):
         LoraMoeExperts(nn.Linear(3, 3), moes.config())
