@@ -319,6 +319,7 @@ def test_frozen_experts_do_not_move():
     optimizer.step()
     rows = slice(moes.R, 2 * moes.R)
     for name, t in layer.adapter_state().items():
+        assert not t.grad[rows].any() and t.grad.any()
         assert torch.equal(t[rows], before[name][rows]) and not torch.equal(t, before[name])
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +19,7 @@ from lora_moe import (
     injected,
     load_adapter,
     remove,
+    save_adapter,
     to_peft,
 )
 from lora_moe.peft_experts import columns_of, rows_of
@@ -98,6 +100,7 @@ def test_plain_loras_beside_keep_working(tmp_path):
     """A file that also targets linear modules: these are banks of one, and go back as they came."""
     expected = trained_by_peft(tmp_path / "theirs", target_modules=["q_proj", "v_proj"])
     model = load_adapter(moes.base(), tmp_path / "theirs")
+    assert not any(layer.config.has_aux_loss for layer in injected(model).values())
     kinds = [type(layer) for layer in injected(model).values()]
     assert (kinds.count(LoraMoeLinear), kinds.count(LoraMoeExperts)) == (4, 2)
     assert (model(TOKENS).logits - expected).abs().max() < 1e-5
@@ -181,6 +184,44 @@ DAMAGED = {
 def test_damaged_folders_change_nothing(file, change, message, tmp_path):
     trained_by_peft(tmp_path)
     changed(tmp_path, file, change)
+    model = moes.base()
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path)
+    assert not injected(model) and all(p.requires_grad for p in model.parameters())
+
+
+HOSTILE = {
+    "no parameters": (
+        ("bank", "target_parameters", []),
+        "expected num_experts and target_parameters",
+    ),
+    "no number": (("bank", "num_experts", None), "expected num_experts and target_parameters"),
+    "wrong number": (("bank", "num_experts", 3), r"expected 4, the number of the model's own"),
+    "token router": (("router", "kind", "token"), "expected num_experts and target_parameters"),
+    "more of a router": (("router", "top_k", 2), "router"),
+    "a bias": (("bank", "target_parameters", ["gate_up_proj_bias"]), "is no fused weight of"),
+    "an attribute": (("bank", "target_parameters", ["forward"]), "is no fused weight of"),
+    "a number": (("bank", "target_parameters", [3]), "target_parameters: expected module names"),
+    "another place": (
+        ("modules", None, ["model.layers.0.self_attn.q_proj"]),
+        "holds no experts of",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, message", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_descriptions_change_nothing(change, message, tmp_path):
+    save_adapter(moes.ours(), tmp_path)
+    file = tmp_path / "lora_moe.safetensors"
+    with safe_open(file, "pt") as opened:
+        described = json.loads(opened.metadata()["lora_moe"])
+    section, field, value = change
+    (adapter,) = described["adapters"]
+    if field is None:
+        adapter[section] = value
+    else:
+        adapter[section][field] = value
+    save_file(load_file(file), file, {"format": "pt", "lora_moe": json.dumps(described)})
     model = moes.base()
     with pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path)
