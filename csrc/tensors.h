@@ -107,4 +107,18 @@ inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return out;
 }
 
+// Rows of x and of y per token: one, or one for each of its K slots.
+struct RowsPerToken {
+  int64_t x = 1, y = 1;
+
+  RowsPerToken() = default;
+  RowsPerToken(const std::string& slots, int64_t K, bool shared_a) {
+    if (slots == "none") return;
+    check(slots == "apart" || slots == "sum", "slots: expected 'none', 'apart' or 'sum', got '",
+          slots, "'");
+    check(!shared_a, "slots: expected 'none' with a shared A, got '", slots, "'");
+    (slots == "apart" ? y : x) = K;
+  }
+};
+
 }  // namespace lora_moe

@@ -19,7 +19,7 @@ import torch
 
 from lora_moe import plan, reference
 
-from . import eager
+from . import eager, slots
 from .cases import BY_NAME, CASES, Case, in_double, sample
 from .compare import assert_accurate
 from .cuda_shim import build
@@ -246,6 +246,21 @@ def test_segmented(kernels, case, dtype):
         reference, in_double(inputs), case, dy.double(), in_fp64(aux), [*want[1:4], dense_s]
     )
     compare(["dx", "dw", "da", "db", "drouter_bias"], got, want, dtype, case.T)
+
+
+@slots.every_form
+@slots.every_case
+def test_slots(kernels, case, dtype, form):
+    """Kept apart or summed, forward and backward."""
+    slots.check(kernels, case, form, dtype)
+
+
+@slots.every_form
+@pytest.mark.parametrize(
+    "check", [slots.check_layouts, slots.check_needs, slots.check_empty], ids=lambda f: f.__name__
+)
+def test_contract_of_slots(kernels, check, form):
+    check(kernels, form)
 
 
 @pytest.mark.parametrize("adapters", [torch.float32, torch.float16, torch.float64], ids=str)
@@ -588,6 +603,13 @@ def test_what_is_refused(monkeypatch):
         routed(kernels, sample(case, torch.float64), case, "rank_dense")
     with pytest.raises(ValueError, match=r"plan.*'other'"):
         routed(kernels, sample(case), case, "other")
+    for wrong in (["together", "segmented"], ["apart", "decode"]):
+        v = slots.inputs_of(case, "apart", torch.float32)
+        names = ("x", "lora_A", "lora_B", "base", "ids", "weights", "scaling")
+        with pytest.raises(ValueError, match=r"slots"):
+            kernels.grouped_lora(*(v[k] for k in names), case.offsets, False, *wrong)
+    with pytest.raises(ValueError, match=r"x: expected shape \(128, 128\), got \(64, 128\)"):
+        slots.forward(kernels, v, case, "sum")
     wrong = sample(case)
     with pytest.raises(ValueError, match=r"lora_A: expected shape \(64, 128\), got \(64, 127\)"):
         routed(kernels, wrong | {"lora_A": wrong["lora_A"][:, 1:]}, case, "rank_dense")

@@ -78,7 +78,9 @@ def test_values_and_gradients(case, form, dtype):
         gradients([out], dys, v, NAMES) for out, v in zip((y, *plain), runs, strict=True)
     )
     for name in got:
-        assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype)
+        # where few numbers were rounded to 16 bits, chance decides which of two such results is closer
+        few = 1.5 if dtype.itemsize == 2 and got[name].numel() <= 256 else None
+        assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype, factor=few)
 
 
 @every_form

@@ -21,7 +21,7 @@ import torch
 from lora_moe import reference
 from lora_moe.plan import PLANS
 
-from . import eager
+from . import eager, slots
 from .cases import BY_NAME, CASES, Case, in_double, sample
 from .compare import assert_accurate
 from .interpreter import Sanitizer, interpreting, overflow_checked
@@ -238,6 +238,33 @@ def check_grouped_lora(case, dtype, plan):
         got = backward(kernels, on_device(inputs), saved, *all_needed(plan=plan))
     want = backward(reference, exact, s.float().double())
     compare(["dx", "dweights", "da", "db"], got, want, dtype, case.T)
+
+
+@slots.every_form
+@slots.every_case
+def test_slots(case, dtype, form):
+    """Kept apart or summed, forward and backward."""
+    with watched():
+        slots.check(kernels, case, form, dtype, DEVICE)
+
+
+@slots.every_form
+@pytest.mark.parametrize(
+    "check", [slots.check_layouts, slots.check_needs, slots.check_empty], ids=lambda f: f.__name__
+)
+def test_contract_of_slots(check, form):
+    with watched():
+        check(kernels, form, DEVICE)
+
+
+@slots.every_form
+def test_slots_in_any_order_of_programs(monkeypatch, form):
+    case = replace(BY_NAME["one past a tile"], T=18)
+    v = slots.on(slots.inputs_of(case, form, torch.float32), DEVICE)
+    first = slots.results(kernels, v, case, form)
+    if INTERPRETED:
+        shuffle_programs(monkeypatch)
+    assert all(map(torch.equal, slots.results(kernels, v, case, form), first))
 
 
 @every_case

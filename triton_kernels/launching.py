@@ -14,11 +14,6 @@ AUTOTUNE = os.environ.get("LORA_MOE_AUTOTUNE") == "1"
 SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def require_no_slots(slots):
-    if slots != "none":
-        raise NotImplementedError(f"slots: expected 'none' on Triton, got {slots!r}")
-
-
 def require_supported(*operands, dtype=None):
     for got in (*(v.dtype for v in operands), *([] if dtype is None else [dtype])):
         if got not in SUPPORTED:

@@ -13,16 +13,18 @@ import functools
 import torch
 
 from .add_parts import add_parts
+from .arrange_slots import arrange_slots
 from .expand import expand
 from .experts import bundle_experts
 from .gram import gram, gram_pair_parts, gram_parts
-from .launching import column_rows, require_no_slots, require_supported
+from .launching import column_rows, require_supported
 from .rank_gradient import rank_gradient
 from .router_topk import Routing
 from .router_topk_backward import aux_gradients, logits_gradient
 from .segmented_expand import segmented_expand
 from .segmented_gram import segmented_gram, sorted_slots
 from .segmented_shrink import segmented_rank_gradient, segments_of
+from .slots import of_each_slot, segments_of_slots
 from .write_table import write_table
 
 
@@ -31,12 +33,14 @@ def grouped_lora_backward(
     slots, frozen, need_x, need_w, need_a, need_b, plan,
 ):  # fmt: skip
     """dx, dweights, da, db; empty where not needed."""
-    require_no_slots(slots)
     require_supported(dy, x, a, b)
     routing = Routing(indices.contiguous(), weights.contiguous())
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
-    backward = Segmented if plan == "segmented" else RankDense
-    grad = backward(column_rows(dy), column_rows(x), None, s, routing, experts, frozen, None)
+    call = column_rows(dy), column_rows(x), None, s, routing, experts, frozen
+    if slots != "none":
+        grad = OfSlots(*call, slots)
+    else:
+        grad = (Segmented if plan == "segmented" else RankDense)(*call, None)
     dx, da, _, db = grad.results(need_x, need_a, False, need_b)
     return dx, grad.dweights if need_w else s.new_empty(0), da, db
 
@@ -163,3 +167,27 @@ class Segmented(RankDense):
             return None
         E = len(self.experts.scaling)
         return write_table([int(e in self.frozen) for e in range(E)], self.x)
+
+
+class OfSlots(Segmented):
+    """The same of slots as tokens (slots.py): dx is a sum over a token's slots where y was not."""
+
+    def __init__(self, dy, x, w, s, routing, experts, frozen, slots):
+        self.dy, self.x, self.w, self.experts, self.frozen = dy, x, w, experts, frozen
+        self.indices, self.dlogits, self.apart = routing.indices, None, slots == "apart"
+        each = of_each_slot(routing)
+        self.segments, self.slots = segments_of_slots(x, each, experts)
+        self.columns, self.ds, self.h, dweights = segmented_rank_gradient(
+            dy, s.contiguous(), each, experts, self.segments, in_tiles=not self.apart
+        )
+        self.dweights = dweights.view(self.indices.shape)
+
+    def input(self):
+        if self.indices.numel() == 0:
+            return torch.zeros_like(self.x)
+        if self.apart:
+            self.segments = segments_of(self.x, self.indices, self.experts)
+            self.columns = arrange_slots(
+                self.ds, None, self.indices, self.experts, self.segments, self.x
+            )
+        return super().input()

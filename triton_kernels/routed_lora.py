@@ -21,7 +21,7 @@ from .expand import expand
 from .experts import bundle_experts
 from .gate_ranks import gate_ranks
 from .gating import apply_gate, expert_rows, narrow, route, saved_rows, scatter_slots
-from .launching import column_rows, launch, precision, require_no_slots, require_supported
+from .launching import column_rows, launch, precision, require_supported
 from .numerics import add_parts, convert, dot, in_first, project, round_to, rows_of, widen
 from .router_topk import (
     NO_BIASES,
@@ -35,6 +35,7 @@ from .router_topk import (
 from .segmented_expand import segmented_expand
 from .segmented_shrink import segmented_shrink, segments_of
 from .shrink import shrink, shrink_parts
+from .slots import grouped_lora_of_slots
 from .tiles import choose
 
 
@@ -153,12 +154,13 @@ def routed_lora(
 
 
 def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
-    """y (T, D_out), S."""
-    require_no_slots(slots)
+    """y (T, D_out), or by slot (T*K, D_out); S."""
     require_supported(x, a, b)
     x, base = column_rows(x), None if base is None else column_rows(base)
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
     routing = Routing(indices.contiguous(), weights.contiguous())
+    if slots != "none":
+        return grouped_lora_of_slots(x, base, routing, experts, slots)
     if plan == "segmented":
         return _segmented(x, base, routing, experts)
     if plan == "decode":

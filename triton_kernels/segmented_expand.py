@@ -13,7 +13,7 @@ import triton.language as tl
 from .expand import add_product, rank_step
 from .launching import column_rows, launch, precision
 from .numerics import dot, matched, round_to, widen
-from .segmented_shrink import listed_rows
+from .segmented_shrink import listed_rows, sharing
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -25,7 +25,7 @@ def _segmented_expand_kernel(
     stride_h2t,
     b2_ptr,  # (R2, D)
     stride_b2r,
-    base_ptr,  # (T, D) or None
+    base_ptr,  # (T // SHARE, D) or None
     stride_baset,
     y_ptr,  # (T, D)
     order_ptr,  # (T,)
@@ -39,6 +39,7 @@ def _segmented_expand_kernel(
     R2,
     D,
     BLOCKS,  # of columns; one axis of the grid takes any number of tiles, the others 65,535
+    SHARE: tl.constexpr,  # tokens in a row that read the same row of base
     RP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -73,8 +74,8 @@ def _segmented_expand_kernel(
 
     inside = t_ok[:, None] & (d < D)[None, :]
     if base_ptr is not None:
-        base = tl.load(base_ptr + t[:, None] * stride_baset + d[None, :], mask=inside, other=0.0)
-        y += widen(base)
+        base = base_ptr + (t // SHARE)[:, None] * stride_baset + d[None, :]
+        y += widen(tl.load(base, mask=inside, other=0.0))
     y = round_to(y, y_ptr.dtype.element_ty)
     tl.store(y_ptr + t[:, None] * D + d[None, :], y, mask=inside)
 
@@ -100,6 +101,7 @@ def segmented_expand(h, b, h2, b2, base, segments, experts, dtype):
         *(h, b, b.stride(0), *second, base, 0 if base is None else base.stride(0), y),
         *(order, listed, number, experts.offsets, experts.rank),
         *(T, len(experts.scaling), listed.shape[1], 0 if b2 is None else len(b2), D, blocks),
+        SHARE=1 if base is None else sharing(T, base),
         RP=experts.own_columns,
         BLOCK_T=tile["BLOCK_T"],
         BLOCK_D=tile["BLOCK_N"],

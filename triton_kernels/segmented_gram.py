@@ -14,13 +14,14 @@ import triton.language as tl
 
 from .launching import column_rows, launch, precision
 from .numerics import dot, round_to
+from .segmented_shrink import sharing
 from .sort_tokens import sort_slots
 from .tiles import choose, sort_window
 
 
 @triton.jit
 def _segmented_gram_kernel(
-    x_ptr,  # (T, D)
+    x_ptr,  # (T, D), or (T*K, D) where K is 1
     stride_xt,
     h_ptr,  # (T, K, r)
     order_ptr,  # (T*K,)
@@ -96,7 +97,7 @@ def segmented_gram(h, x, slots, experts, frozen, dtype):
         (triton.cdiv(D, tile["BLOCK_D"]), E * (RP // block_r), windows),
         *(x, x.stride(0), h, order, starts, window, frozen, experts.offsets, experts.rank),
         *(out if parts is None else parts, E, R, D, r),
-        K=h.shape[1],
+        K=sharing(len(order), x),
         RP=RP,
         BLOCK_R=block_r,
         PRECISION=precision(x),

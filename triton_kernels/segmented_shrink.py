@@ -46,7 +46,7 @@ def listed_rows(
 
 @triton.jit(do_not_specialize=["T"])
 def _segmented_shrink_kernel(
-    x_ptr,  # (T, D), or dy
+    x_ptr,  # (T // SHARE, D), or dy
     stride_xt,
     a_ptr,  # (R, D), or B; None: S is there, shared by the experts
     stride_ar,
@@ -59,7 +59,7 @@ def _segmented_shrink_kernel(
     offsets_ptr,  # (E+1,), or None: every expert has `rank` rows
     rank,
     s_ptr,  # (T, K, r), or (T, r) shared; written forward, read backward
-    tile_ptr,  # (tiles, BLOCK_T, L*RP): H forward, dS backward
+    tile_ptr,  # (tiles, BLOCK_T, L*RP): H forward, dS backward; or None
     ds_ptr,  # (T, K, r), backward only
     h_ptr,  # (T, K, r), backward only
     dweights_ptr,  # (T, K), backward only
@@ -70,6 +70,7 @@ def _segmented_shrink_kernel(
     r,
     BLOCKS,  # of a tile; one axis of the grid takes any number of tiles, the others 65,535
     K: tl.constexpr,
+    SHARE: tl.constexpr,  # tokens in a row that read the same row of x
     BACKWARD: tl.constexpr,
     SHARED: tl.constexpr,
     EP: tl.constexpr,
@@ -99,18 +100,19 @@ def _segmented_shrink_kernel(
         s = tl.load(s_ptr + t[:, None] * r + c, mask=t_ok[:, None] & (c < r)[None, :], other=0.0)
     else:
         s, _ = project(
-            x_ptr, stride_xt, t, t_ok, a_ptr, stride_ar, row, row_ok, None, 0, e, e_ok,
+            x_ptr, stride_xt, t // SHARE, t_ok, a_ptr, stride_ar, row, row_ok, None, 0, e, e_ok,
             0, D, BLOCK_D, PRECISION,
         )  # fmt: skip
         s = tl.where(row_ok[None, :], s, 0.0)
 
-    gate = scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e_ok, K)
-    gate *= tl.load(scaling_ptr + e, mask=e_ok, other=0.0)[None, :]
-    gated = round_to(apply_gate(s, gate, EP, RP), tile_ptr.dtype.element_ty)
-    column = block * EP * RP + tl.arange(0, EP * RP)
-    tile_ptr += tile * BLOCK_T * (L * RP)
-    in_tile = tl.arange(0, BLOCK_T)[:, None] * (L * RP) + column[None, :]
-    tl.store(tile_ptr + in_tile, gated, mask=t_ok[:, None] & (column < number * RP)[None, :])
+    if tile_ptr is not None:
+        gate = scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e_ok, K)
+        gate *= tl.load(scaling_ptr + e, mask=e_ok, other=0.0)[None, :]
+        gated = round_to(apply_gate(s, gate, EP, RP), tile_ptr.dtype.element_ty)
+        column = block * EP * RP + tl.arange(0, EP * RP)
+        tile_ptr += tile * BLOCK_T * (L * RP)
+        in_tile = tl.arange(0, BLOCK_T)[:, None] * (L * RP) + column[None, :]
+        tl.store(tile_ptr + in_tile, gated, mask=t_ok[:, None] & (column < number * RP)[None, :])
 
     c = tl.arange(0, RP)[None, :]
     for j in range(K):
@@ -152,6 +154,16 @@ class Segments(NamedTuple):
         tiles, L = self.experts.shape
         return like.new_empty(tiles, self.tile["BLOCK_T"], L * RP)
 
+    def experts_at_once(self, RP):
+        """A power of two: of a tile's experts those that a program takes."""
+        L = self.experts.shape[1]
+        return max(1, min(triton.next_power_of_2(L), self.tile["COLUMNS"] // RP))
+
+
+def sharing(n, v):
+    """How many of n tokens in a row read one row of v: slots do, which are tokens in slots.py."""
+    return max(1, n // max(1, len(v)))
+
 
 def segments_of(x, indices, experts):
     E = len(experts.scaling)
@@ -160,10 +172,10 @@ def segments_of(x, indices, experts):
     return Segments(order, *list_experts(indices, order, E, tile["BLOCK_T"]), tile)
 
 
-def segmented_shrink(x, a, s, routing, experts, segments):
+def segmented_shrink(x, a, s, routing, experts, segments, in_tiles=True):
     """S (T, K, r) fp32, or the given S (T, r) of a shared A; and H tile by tile, in x's dtype."""
     T, K = routing.indices.shape
-    columns = segments.new_columns(x, experts.own_columns)
+    columns = segments.new_columns(x, experts.own_columns) if in_tiles else None
     if s is None:
         s = x.new_empty(T, K, experts.largest, dtype=torch.float32)
         source = x, x.stride(0), a, a.stride(0)
@@ -173,10 +185,10 @@ def segmented_shrink(x, a, s, routing, experts, segments):
     return s, columns
 
 
-def segmented_rank_gradient(dy, s, routing, experts, segments):
+def segmented_rank_gradient(dy, s, routing, experts, segments, in_tiles=True):
     """dS tile by tile; dS and H (T, K, r); dweights (T, K)."""
     b, (T, K) = experts.b, routing.indices.shape
-    columns = segments.new_columns(dy, experts.own_columns)
+    columns = segments.new_columns(dy, experts.own_columns) if in_tiles else None
     # what a shared A gets from a token's slots is summed before it is rounded
     kind = torch.float32 if experts.shared_a else dy.dtype
     ds = dy.new_empty(T, K, experts.largest, dtype=kind)
@@ -188,7 +200,7 @@ def segmented_rank_gradient(dy, s, routing, experts, segments):
 
 def _launch(source, routing, s, out, experts, segments, D, backward):
     (T, K), (tiles, L) = routing.indices.shape, segments.experts.shape
-    EP = max(1, min(triton.next_power_of_2(L), segments.tile["COLUMNS"] // experts.own_columns))
+    EP = segments.experts_at_once(experts.own_columns)
     launch(
         source[0],
         _segmented_shrink_kernel,
@@ -197,6 +209,7 @@ def _launch(source, routing, s, out, experts, segments, D, backward):
         *(experts.scaling, experts.offsets, experts.rank, s, *out),
         *(T, len(experts.scaling), L, D, experts.largest, triton.cdiv(L, EP)),
         K=K,
+        SHARE=sharing(T, source[0]),
         BACKWARD=backward,
         SHARED=experts.shared_a,
         EP=EP,

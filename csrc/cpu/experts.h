@@ -74,20 +74,6 @@ struct Grouping {
   int64_t count(int64_t e) const { return start[e + 1] - start[e]; }
 };
 
-// Rows of x and of y per token: one, or one for each of its K slots.
-struct RowsPerToken {
-  int64_t x = 1, y = 1;
-
-  RowsPerToken() = default;
-  RowsPerToken(const std::string& slots, int64_t K, bool shared_a) {
-    if (slots == "none") return;
-    check(slots == "apart" || slots == "sum", "slots: expected 'none', 'apart' or 'sum', got '",
-          slots, "'");
-    check(!shared_a, "slots: expected 'none' with a shared A, got '", slots, "'");
-    (slots == "apart" ? y : x) = K;
-  }
-};
-
 // f(expert, first row, one past the last) for the rows of experts with slots: in parallel, two
 // tiles' rows a task, or one after the other.
 template <class F>

@@ -55,13 +55,18 @@ struct RouterResults {
 RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias,
                     const MaybeTensor& router_bias, const Router& router, cudaStream_t stream);
 
-// A routing that is only read.
-inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Tensor& like) {
-  const Ints shape = {like.size(0), indices.size(1)};
+// A routing of so many tokens that is only read.
+inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Tensor& like,
+                          int64_t tokens) {
+  const Ints shape = {tokens, indices.size(1)};
   Routing routing;
   routing.indices = const_cast<int32_t*>(contiguous<int32_t>("indices", indices, like, shape));
   routing.weights = const_cast<float*>(contiguous<float>("weights", weights, like, shape));
   return routing;
+}
+
+inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Tensor& like) {
+  return routing_of(indices, weights, like, like.size(0));
 }
 
 // Gradients of the routing, made contiguous: PyTorch's are often one number, expanded.

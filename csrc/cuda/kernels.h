@@ -136,7 +136,7 @@ struct Segments {
 };
 
 void sort_slots(const Segments&, const int32_t* indices, cudaStream_t);
-// out (T, K, max_rank) = x @ the rows of each slot's expert.
+// out (T, K, max_rank) = x @ the rows of each slot's expert; x may have rows of every slot's own.
 template <class T>
 void segmented_shrink(const Segments&, const Rows<T>& x, const Rows<T>& rows, int64_t columns,
                       float* out, cudaStream_t);
@@ -149,7 +149,11 @@ void segmented_gate(const MiddleGrad<T>&, const Segments&, cudaStream_t);
 template <class T>
 void segmented_expand(const Segments&, const T* h, const Rows<T>& rows, const Rows<T>& base,
                       float* wide, bool add_wide, int64_t columns, T* y, cudaStream_t);
-// out (R, D) = H^T x, each expert over its own tokens.
+// The same without the sum: y (T, K, D), base a row a token or a slot.
+template <class T>
+void segmented_expand_apart(const Segments&, const T* h, const Rows<T>& rows, const Rows<T>& base,
+                            int64_t columns, T* y, cudaStream_t);
+// out (R, D) = H^T x, each expert over its own tokens; x may have rows of every slot's own.
 template <class T>
 void segmented_gram(const Segments&, const T* h, const Rows<T>& x, int64_t columns, float* out,
                     cudaStream_t);

@@ -103,17 +103,17 @@ template <class T>
 RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
                                const Tensor& s, const Tensor& indices, const Tensor& weights,
                                const Tensor& scaling, const Ints& offsets, bool shared_a,
-                               const Needs& needs, const RoutedPart* routed) {
+                               RowsPerToken per, const Needs& needs, const RoutedPart* routed) {
   const OnDevice device(x);
-  Segmented<T> plan(x, indices, weights, scaling, offsets, shared_a, device.stream);
+  Segmented<T> plan(x, indices, weights, scaling, offsets, shared_a, per, device.stream);
   const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
-  const int64_t n = x.size(0), E = scaling.size(0);
-  Tensor g = plan.shrink("dy", dy, b_rounded), h = empty<T>(x, plan.slots());
+  const int64_t n = plan.tokens(), E = scaling.size(0);
+  Tensor g = plan.shrink("dy", dy, per.y, b_rounded), h = empty<T>(x, plan.slots());
   Tensor ds = empty<T>(x, plan.saved()), dweights = empty<float>(x, {n, indices.size(1)});
   Tensor dlogits = empty<float>(x, {n, routed ? E : 0});
   MiddleGrad<T> middle;
   middle.router.K = indices.size(1), middle.router.E = E, middle.tokens = n;
-  middle.routing = routing_of(indices, weights, x);
+  middle.routing = plan.routing();
   middle.g = mutable_data<float>(g), middle.s = contiguous<float>("S", s, x, plan.saved());
   middle.ds = mutable_data<T>(ds), middle.h = mutable_data<T>(h);
   middle.dweights = mutable_data<float>(dweights);
@@ -130,6 +130,8 @@ RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& 
   const MaybeTensor router_weight = routed ? MaybeTensor(wide(routed->w)) : std::nullopt;
   if (needs.x && shared_a) {
     dx = expand_rows(ds, a_rounded, router_grad, router_weight, {}, dtype);
+  } else if (needs.x && per.x != 1) {
+    dx = plan.expand_apart(ds, a_rounded, {});
   } else if (needs.x) {
     MaybeTensor through_router;
     if (routed)
@@ -145,11 +147,11 @@ RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& 
   Tensor db = torch::stable::new_empty(x, {0}, b.scalar_type());
   if (needs.a && shared_a) da = gram_rows(ds, x, a.scalar_type(), device.stream);
   if (needs.a && !shared_a) {
-    da = plan.gram(ds, x, a.scalar_type());
+    da = plan.gram(ds, x, per.x, a.scalar_type());
     zero_frozen(da, needs.frozen, offsets, device.stream);
   }
   if (needs.b) {
-    db = plan.gram(h, dy, b.scalar_type());
+    db = plan.gram(h, dy, per.y, b.scalar_type());
     zero_frozen(db, needs.frozen, offsets, device.stream);
   }
   return {dx, dw, da, db, dlogits};
@@ -160,12 +162,13 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
                             std::string slots, Ints frozen, bool need_x, bool need_w, bool need_a,
                             bool need_b, std::string plan) {
   check_plan(plan);
-  check(slots == "none", "slots: expected 'none' in CUDA, got '", slots, "'");
+  check_plan_of_slots(slots, plan);
+  const RowsPerToken per(slots, indices.size(1), shared_a);
   const Needs needs = {frozen, need_x, need_w, need_a, need_b};
   return dispatch(x, [&]<class T>() -> Grads {
     if (plan == "segmented") {
       const auto [dx, dweights, da, db, dlogits] = segmented_backward<T>(
-          dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, needs, nullptr);
+          dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, per, needs, nullptr);
       return {dx, dweights, da, db};
     }
     Backward<T> grad(dy, x, a, b, s, indices, weights, scaling, offsets, shared_a);
@@ -194,7 +197,7 @@ RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dl
       const OnDevice device(x);
       const RoutedPart routed = {router, w, logits, aux.grad};
       auto grads = segmented_backward<T>(dy, x, a, b, s, indices, weights, scaling, offsets,
-                                         shared_a, needs, &routed);
+                                         shared_a, {}, needs, &routed);
       std::get<4>(grads) = router_bias_grad(std::get<4>(grads), need_router_bias, device.stream);
       return grads;
     }

@@ -40,16 +40,18 @@ template <class T>
 std::tuple<Tensor, Tensor> segmented_lora(const Tensor& x, const Tensor& a, const Tensor& b,
                                           const MaybeTensor& base, const Tensor& indices,
                                           const Tensor& weights, const Tensor& scaling,
-                                          const Ints& offsets, bool shared_a) {
+                                          const Ints& offsets, bool shared_a, RowsPerToken per) {
   const OnDevice device(x);
-  Segmented<T> plan(x, indices, weights, scaling, offsets, shared_a, device.stream);
+  Segmented<T> plan(x, indices, weights, scaling, offsets, shared_a, per, device.stream);
   const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
-  Tensor s = shared_a ? std::get<0>(shrink_rows(x, a_rounded, {})) : plan.shrink("x", x, a_rounded);
+  Tensor s =
+      shared_a ? std::get<0>(shrink_rows(x, a_rounded, {})) : plan.shrink("x", x, per.x, a_rounded);
   Tensor h = empty<T>(x, plan.slots());
   Middle<T> middle;
-  middle.routing = routing_of(indices, weights, x);
+  middle.routing = plan.routing();
   middle.s = mutable_data<float>(s), middle.h = mutable_data<T>(h);
   segmented_gate(middle, plan.segments, device.stream);
+  if (per.y != 1) return {plan.expand_apart(h, b_rounded, base), s};
   return {plan.expand(h, b_rounded, base, {}), s};
 }
 
@@ -58,10 +60,11 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
                                         Ints offsets, bool shared_a, std::string slots,
                                         std::string plan) {
   check_plan(plan);
-  check(slots == "none", "slots: expected 'none' in CUDA, got '", slots, "'");
+  check_plan_of_slots(slots, plan);
+  const RowsPerToken per(slots, indices.size(1), shared_a);
   return dispatch(x, [&]<class T>() -> std::tuple<Tensor, Tensor> {
     if (plan == "segmented")
-      return segmented_lora<T>(x, a, b, base, indices, weights, scaling, offsets, shared_a);
+      return segmented_lora<T>(x, a, b, base, indices, weights, scaling, offsets, shared_a, per);
     Forward<T> forward(x, a, scaling, offsets, shared_a);
     Middle<T>& middle = forward.middle;
     middle.router = router_of("softmax", false, scaling.size(0), indices.size(1));
@@ -85,8 +88,8 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
     if (plan == "segmented") {
       const OnDevice device(x);
       const RouterResults out = route(x, w, bias, router_bias, router, device.stream);
-      const auto [y, s] =
-          segmented_lora<T>(x, a, b, base, out.indices, out.weights, scaling, offsets, shared_a);
+      const auto [y, s] = segmented_lora<T>(x, a, b, base, out.indices, out.weights, scaling,
+                                            offsets, shared_a, {});
       return {y, out.indices, out.weights, out.logits, out.mean_prob, out.lse, out.counts, s};
     }
     Forward<T> forward(x, a, scaling, offsets, shared_a);

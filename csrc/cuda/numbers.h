@@ -34,6 +34,7 @@ struct Rows {
   int64_t stride = 0;
   bool aligned = false;            // every row starts on 16 bytes: packs may be loaded whole
   const int32_t* index = nullptr;  // if given, row i is the matrix's row index[i]
+  int64_t slot = 0;                // from a token's row to that of its next slot (0: the same)
 
   Rows() = default;
   Rows(const T* data_, int64_t stride_) : data(data_), stride(stride_) {
@@ -41,6 +42,13 @@ struct Rows {
   }
   __host__ __device__ const T* row(int64_t i) const {
     return data + (index ? index[i] : i) * stride;
+  }
+  // The rows of every token's slot j.
+  __host__ __device__ Rows of_slot(int64_t j) const {
+    Rows rows = *this;
+    rows.data += j * slot;
+    rows.aligned = aligned && j * slot * sizeof(T) % 16 == 0;
+    return rows;
   }
   __host__ __device__ explicit operator bool() const { return data != nullptr; }
 };

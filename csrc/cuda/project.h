@@ -13,6 +13,12 @@ inline void check_plan(const std::string& plan) {
         "plan: expected 'rank_dense', 'segmented' or 'decode', got '", plan, "'");
 }
 
+// Rows of slots are what the segmented plan has.
+inline void check_plan_of_slots(const std::string& slots, const std::string& plan) {
+  check(slots == "none" || plan == "segmented", "plan: expected 'segmented' with slots '", slots,
+        "', got '", plan, "'");
+}
+
 template <class T, class M>
 void project(Shrink<T> p, const M& middle, const std::string& plan, const Tensor& x,
              cudaStream_t stream) {

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (tile.count <= 0 || tile.e >= p.experts.E) return;
   const int ranks = p.experts.last(tile.e) - p.experts.first(tile.e), rank = blockIdx.y * 64;
   if (rank >= ranks) return;
+  x = x.of_slot(j);
   x.index = tile.tokens;
   Dot dot;
   dot.run(x, 0, tile.count, rows_of(rows, p, tile.e), rank, ranks, 0, columns, shared,
@@ -69,11 +70,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   dot.write(row, 0, tile.count, rank, ranks, shared);
 }
 
-// Neighbouring blocks share a tile; slot j adds to what the slots before it left.
+// Neighbouring blocks share a tile; slot j adds to what the slots before it left, or has rows of y
+// of its own.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     segmented_expand_kernel(Segments p, int j, Rows<T> h, Rows<T> rows, Rows<T> base,
-                            const float* wide_in, float* wide_out, int64_t columns, T* y) {
+                            const float* wide_in, float* wide_out, int64_t columns, T* y,
+                            int64_t y_stride) {
   if constexpr (!kServed<T>) return;
   constexpr int BN = 64;
   using Dot = Product<T, T, true, false, kTileTokens, BN>;
@@ -83,8 +86,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (tile.count <= 0) return;
   const bool none = tile.e >= p.experts.E;
   const int ranks = none ? 0 : p.experts.last(tile.e) - p.experts.first(tile.e);
-  h.data += j * p.max_rank;
-  h.aligned = h.aligned && j * p.max_rank * sizeof(T) % 16 == 0;
   h.index = tile.tokens;
   Dot dot;
   if (!none)
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (wide_out)
         wide_out[t * columns + d] = sum;
       else
-        y[t * columns + d] = narrow<T>(sum);
+        y[t * y_stride + d] = narrow<T>(sum);
     }
   });
 }
@@ -123,11 +124,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   Dot dot;
   for (int j = 0; j < p.K; ++j) {
     const int32_t* starts = p.starts + int64_t(j) * (p.experts.E + 2);
-    Rows<T> left = h;
-    left.data += j * p.max_rank;
-    left.aligned = h.aligned && j * p.max_rank * sizeof(T) % 16 == 0;
-    left.index = x.index = p.order + j * p.tokens + starts[e];
-    dot.run(left, rank, ranks, x, column, columns, 0, starts[e + 1] - starts[e], shared,
+    Rows<T> left = h.of_slot(j), right = x.of_slot(j);
+    left.index = right.index = p.order + j * p.tokens + starts[e];
+    dot.run(left, rank, ranks, right, column, columns, 0, starts[e + 1] - starts[e], shared,
             [](const T*, const T*, int64_t) {});
   }
   dot.write([&](int64_t r) { return out + (first + r) * columns; }, rank, ranks, column, columns,
@@ -218,22 +217,39 @@ void segmented_gate(const MiddleGrad<T>& m, const Segments& p, cudaStream_t stre
   launch_gate(m, p, stream);
 }
 
+// Slot after slot.
+template <class T>
+Rows<T> rank_rows(const Segments& p, const T* h) {
+  Rows<T> rows(h, int64_t(p.K) * p.max_rank);
+  rows.slot = p.max_rank;
+  return rows;
+}
+
 template <class T>
 void segmented_expand(const Segments& p, const T* h, const Rows<T>& rows, const Rows<T>& base,
                       float* wide, bool add_wide, int64_t columns, T* y, cudaStream_t stream) {
-  const Rows<T> h_rows(h, int64_t(p.K) * p.max_rank);
   for (int j = 0; j < p.K; ++j)
     launch("segmented_expand", segmented_expand_kernel<T>, tiles(p) * ceil_div(columns, 64),
-           kThreads, stream, p, j, h_rows, rows, j == 0 ? base : Rows<T>(),
-           j > 0 || add_wide ? wide : nullptr, j + 1 < p.K ? wide : nullptr, columns, y);
+           kThreads, stream, p, j, rank_rows(p, h).of_slot(j), rows, j == 0 ? base : Rows<T>(),
+           j > 0 || add_wide ? wide : nullptr, j + 1 < p.K ? wide : nullptr, columns, y, columns);
+}
+
+template <class T>
+void segmented_expand_apart(const Segments& p, const T* h, const Rows<T>& rows, const Rows<T>& base,
+                            int64_t columns, T* y, cudaStream_t stream) {
+  const float* none = nullptr;
+  for (int j = 0; j < p.K; ++j)
+    launch("segmented_expand", segmented_expand_kernel<T>, tiles(p) * ceil_div(columns, 64),
+           kThreads, stream, p, j, rank_rows(p, h).of_slot(j), rows, base.of_slot(j), none, nullptr,
+           columns, y + j * columns, p.K * columns);
 }
 
 template <class T>
 void segmented_gram(const Segments& p, const T* h, const Rows<T>& x, int64_t columns, float* out,
                     cudaStream_t stream) {
   const dim3 grid(ceil_div(columns, 128), ceil_div(p.max_rank, 64), p.experts.E);
-  launch("segmented_gram", segmented_gram_kernel<T>, grid, kThreads, stream, p,
-         Rows<T>(h, int64_t(p.K) * p.max_rank), x, columns, out);
+  launch("segmented_gram", segmented_gram_kernel<T>, grid, kThreads, stream, p, rank_rows(p, h), x,
+         columns, out);
 }
 
 #define LORA_MOE_SEGMENTED(T)                                                                      \
@@ -243,6 +259,8 @@ void segmented_gram(const Segments& p, const T* h, const Rows<T>& x, int64_t col
   template void segmented_gate(const MiddleGrad<T>&, const Segments&, cudaStream_t);               \
   template void segmented_expand(const Segments&, const T*, const Rows<T>&, const Rows<T>&,        \
                                  float*, bool, int64_t, T*, cudaStream_t);                         \
+  template void segmented_expand_apart(const Segments&, const T*, const Rows<T>&, const Rows<T>&,  \
+                                       int64_t, T*, cudaStream_t);                                 \
   template void segmented_gram(const Segments&, const T*, const Rows<T>&, int64_t, float*,         \
                                cudaStream_t);
 

@@ -1,0 +1,52 @@
+"""Slots kept apart and slots reduced, by the segmented plan:
+
+    apart  y_tj = base + w_tj s_e B_e A_e x_t         sum  y_t = base_t + sum over j of  w_tj s_e B_e A_e x_tj
+
+A slot is a token of its own here, with one expert, and the order that `sort_slots` gives is one of sorted
+tokens.  What has a row a token (x of the one, dy of the other, a base) is read through it by each of its
+slots, never copied.  Only where a sum over a token's slots comes out, which is y of the one and dx of the
+other, S or dS goes from slots to tiles of tokens first (`arrange_slots`), a few bytes a rank.
+
+Letters: T tokens, K slots a token, r the largest rank.
+"""
+
+import torch
+
+from .arrange_slots import arrange_slots
+from .list_experts import list_experts
+from .router_topk import Routing
+from .segmented_expand import segmented_expand
+from .segmented_gram import sorted_slots
+from .segmented_shrink import Segments, segmented_shrink, segments_of
+from .tiles import choose
+
+
+def of_each_slot(routing):
+    """The same routing of T*K tokens with one slot."""
+    return Routing(routing.indices.view(-1, 1), routing.weights.view(-1, 1))
+
+
+def segments_of_slots(x, routing, experts):
+    """Segments of T*K tokens with one slot, and what `segmented_gram` takes, in the same order."""
+    tile, E = choose("segmented", x, experts.own_columns), len(experts.scaling)
+    slots = sorted_slots(routing.indices, E)
+    return Segments(
+        slots[0], *list_experts(routing.indices, slots[0], E, tile["BLOCK_T"]), tile
+    ), slots
+
+
+def grouped_lora_of_slots(x, base, routing, experts, slots):
+    """y, (T*K, D_out) apart or (T, D_out) summed, and S (T, K*r)."""
+    (T, K), apart = routing.indices.shape, slots == "apart"
+    if T * K == 0:
+        y = x.new_zeros(0 if apart else T, experts.b.shape[1])
+        s = x.new_empty(T, K * experts.largest, dtype=torch.float32)
+        return y if base is None or apart else base + y, s
+    each = of_each_slot(routing)
+    segments, _ = segments_of_slots(x, each, experts)
+    s, h = segmented_shrink(x, experts.a, None, each, experts, segments, in_tiles=apart)
+    if not apart:
+        segments = segments_of(x, routing.indices, experts)
+        h = arrange_slots(s, routing.weights, routing.indices, experts, segments, x)
+    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
+    return y, s.view(T, -1)
