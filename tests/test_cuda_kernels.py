@@ -188,14 +188,14 @@ def nasty_routing(case):
 def grouped(ops, v, case, *plan):
     return ops.grouped_lora(
         v["x"], v["lora_A"], v["lora_B"], v["base"], v["ids"], v["weights"], v["scaling"],
-        case.offsets, case.shared_a, "none", *plan,
+        case.offsets, case.shared_a, *slots.none(ops), *plan,
     )  # fmt: skip
 
 
 def grouped_backward(ops, v, case, s, *rest):
     return ops.grouped_lora_backward(
         v["dy"], v["x"], v["lora_A"], v["lora_B"], s, v["ids"], v["weights"], v["scaling"],
-        case.offsets, case.shared_a, "none", *rest,
+        case.offsets, case.shared_a, *slots.none(ops), *rest,
     )  # fmt: skip
 
 

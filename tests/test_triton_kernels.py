@@ -218,13 +218,13 @@ def check_grouped_lora(case, dtype, plan):
     def forward(ops, v, *plan):
         return ops.grouped_lora(
             v["x"], v["lora_A"], v["lora_B"], v["base"], v["ids"], v["weights"], v["scaling"],
-            *experts(case), "none", *plan,
+            *experts(case), *slots.none(ops), *plan,
         )  # fmt: skip
 
     def backward(ops, v, s, *rest):
         return ops.grouped_lora_backward(
             v["dy"], v["x"], v["lora_A"], v["lora_B"], s, v["ids"], v["weights"], v["scaling"],
-            *experts(case), "none", *rest,
+            *experts(case), *slots.none(ops), *rest,
         )  # fmt: skip
 
     exact = {k: v.double() if k != "ids" and v is not None else v for k, v in inputs.items()}
