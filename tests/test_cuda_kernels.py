@@ -617,3 +617,21 @@ def test_what_is_refused(monkeypatch):
     routed(kernels, sample(case, torch.float16), case, "rank_dense")
     with pytest.raises(ValueError, match=r"bfloat16: expected .* 8.0 or newer, got 7"):
         routed(kernels, sample(case, torch.bfloat16), case, "rank_dense")
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_a_models_own_experts(kernels, family):
+    """LoraMoeExperts, whose slots are sorted by expert, equals its formula."""
+    pytest.importorskip("transformers")
+    from .stack import moes
+
+    layer, *given = moes.layer(family)
+    given[0].requires_grad_()
+    leaves = [given[0], *layer.adapter_state().values()]
+    want = moes.literal(layer, *given)
+    grads = torch.autograd.grad(want.sin().sum(), leaves)
+    with through(kernels):
+        y = layer(*given)
+        found = torch.autograd.grad(y.sin().sum(), leaves)
+    for a, b in zip([y, *found], [want, *grads], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

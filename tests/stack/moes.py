@@ -92,3 +92,32 @@ def as_peft_has(B):
         for j in range(r):
             out[:, j * E + e] = B[e * r + j]
     return out
+
+
+def layer(family="Mixtral", **fields):
+    """Experts outside of a model, an input and a decision for them."""
+    made = next(iter(injected(ours(family, **fields)).values()))
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(9, 16, generator=g)
+    ids = torch.stack([torch.randperm(E, generator=g)[:2] for _ in range(9)])
+    return made, x, ids, torch.rand(9, 2, generator=g)
+
+
+def literal(layer, x, ids, weights):
+    """The class's formula, token by token and slot by slot."""
+    base, r, s = layer.base_layer, layer.config.r, layer.config.scales[0]
+
+    def linear(name, e, v):
+        W = getattr(base, name)[e]
+        A, B = (getattr(layer, f"lora_{letter}_{name}")[e * r : (e + 1) * r] for letter in "AB")
+        y = v @ (W if base.is_transposed else W.T) + s * (v @ A.T) @ B
+        return y + getattr(base, f"{name}_bias")[e] if base.has_bias else y
+
+    rows = []
+    for v, own, w in zip(x, ids.tolist(), weights):
+        out = [
+            linear("down_proj", e, base._apply_gate(linear("gate_up_proj", e, v)[None])[0])
+            for e in own
+        ]
+        rows.append(sum(w_j * y for w_j, y in zip(w, out)))
+    return torch.stack(rows)

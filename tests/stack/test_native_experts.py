@@ -47,15 +47,6 @@ with interpreting() if not torch.cuda.is_available() else contextlib.nullcontext
     TRITON = importlib.import_module("lora_moe.triton_kernels")
 
 
-def a_layer(family="Mixtral", **fields):
-    """Experts outside of a model, an input and a decision for them."""
-    layer = next(iter(injected(moes.ours(family, **fields)).values()))
-    g = torch.Generator().manual_seed(3)
-    x = torch.randn(9, 16, generator=g)
-    ids = torch.stack([torch.randperm(moes.E, generator=g)[:2] for _ in range(9)])
-    return layer, x, ids, torch.rand(9, 2, generator=g)
-
-
 def gradients(layer, x, ids, weights):
     """y, and the gradients of x, the router's weights and the adapter."""
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
@@ -67,33 +58,13 @@ def gradients(layer, x, ids, weights):
 # --- the formula -----------------------------------------------------------------------------------
 
 
-def literal(layer, x, ids, weights):
-    """The class's formula, token by token and slot by slot."""
-    base, r, s = layer.base_layer, layer.config.r, layer.config.scales[0]
-
-    def linear(name, e, v):
-        W = getattr(base, name)[e]
-        A, B = (getattr(layer, f"lora_{letter}_{name}")[e * r : (e + 1) * r] for letter in "AB")
-        y = v @ (W if base.is_transposed else W.T) + s * (v @ A.T) @ B
-        return y + getattr(base, f"{name}_bias")[e] if base.has_bias else y
-
-    rows = []
-    for v, own, w in zip(x, ids.tolist(), weights):
-        out = [
-            linear("down_proj", e, base._apply_gate(linear("gate_up_proj", e, v)[None])[0])
-            for e in own
-        ]
-        rows.append(sum(w_j * y for w_j, y in zip(w, out)))
-    return torch.stack(rows)
-
-
 @every_family
 @pytest.mark.parametrize("kernels", ["serving", "triton", "reference"])
 def test_formula_on_every_backend(family, kernels):
-    layer, x, ids, weights = a_layer(family)
+    layer, x, ids, weights = moes.layer(family)
     x, weights = x.requires_grad_(), weights.requires_grad_()
     own = [x, weights, *layer.adapter_state().values()]
-    wanted = literal(layer, x, ids, weights)
+    wanted = moes.literal(layer, x, ids, weights)
     expected = torch.autograd.grad(wanted.sin().sum(), own)
     with contexts(kernels):
         y = layer(x, ids, weights)
@@ -203,7 +174,7 @@ class Allocations(TorchDispatchMode):
 
 @every_family
 def test_makes_nothing_of_the_size_of_the_experts(family):
-    layer, x, ids, weights = a_layer(family)
+    layer, x, ids, weights = moes.layer(family)
     stack = min(layer.base_layer.gate_up_proj.numel(), layer.base_layer.down_proj.numel())
     with Allocations() as allocations:
         gradients(layer, x, ids, weights)
@@ -242,7 +213,7 @@ def test_gradient_checkpointing_changes_nothing(family):
 
 @every_family
 def test_compiles_without_graph_breaks(family):
-    layer, *given = a_layer(family)
+    layer, *given = moes.layer(family)
     expected = gradients(layer, *given)
     sizes = []
 
@@ -523,7 +494,7 @@ def test_what_cannot_take_experts_is_refused():
 
 
 def test_checkpoint_of_the_layer_alone():
-    layer, x, ids, weights = a_layer()
+    layer, x, ids, weights = moes.layer()
     expected = gradients(layer, x, ids, weights)
     wrapped = nn.Module()
     wrapped.layer = layer
