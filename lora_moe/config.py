@@ -177,7 +177,8 @@ class LoraMoeConfig:
 
     def _leave_the_router_to_the_model(self):
         """Beside target_parameters nothing may be asked of a router or of its losses."""
-        own = TOKEN_FIELDS | {"top_k": None, "shared_a": False, "router": None, "middle": None}
+        own = {"top_k": None, "shared_a": False, "router": None, "middle": None}
+        own |= TOKEN_FIELDS | {"placement": "linear"}
         for name, default in own.items():
             expected = f"{default!r} with target_parameters, whose experts the model's router picks"
             _expect(getattr(self, name) == default, name, expected, getattr(self, name))

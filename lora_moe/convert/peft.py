@@ -95,6 +95,11 @@ def write_back(source: str | os.PathLike, directory: str | os.PathLike) -> list[
     info = adapter_info(source)
     sizes = {}
     for adapter in info["adapters"]:
+        if adapter["config"].target_parameters:
+            raise ValueError(
+                f"{source}: expected experts around linear modules, got LoRAs on a model's own experts, whose"
+                " parameters only the model orders: load_adapter(model, folder), then to_peft(model, folder)"
+            )
         for path in adapter["modules"]:
             try:
                 shapes = [info["tensors"][f"{path}.lora_{letter}"].shape for letter in "AB"]

@@ -441,6 +441,7 @@ CONFIGURATIONS = {
         {"balance_coef": 0.5},
         "balance_coef: expected 0 with target_parameters, as the model has",
     ),
+    "placement": ({"placement": "ffn"}, "placement: expected 'linear' with target_parameters"),
     "modules": ({"target_modules": ("q_proj",)}, "pass inject a list of two configurations"),
     "ranks": ({"r": (1, 2, 3, 4)}, "num_experts: expected the model's number of experts"),
 }

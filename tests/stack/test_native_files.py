@@ -238,6 +238,11 @@ def test_what_has_no_place_is_refused(tmp_path):
         ValueError, match="got target_parameters, which only the model itself explains"
     ):
         convert.convert(tmp_path, tmp_path / "out")
+    save_adapter(moes.ours(), tmp_path / "native")
+    with pytest.raises(
+        ValueError, match="expected experts around linear modules, got LoRAs on a model's"
+    ):
+        convert.convert(tmp_path / "native", tmp_path / "out")
     with pytest.raises(ValueError, match="gate: expected 'softmax' with target_parameters"):
         from_peft(moes.base(), [tmp_path], router={"gate": "sigmoid"})
     with pytest.raises(ValueError, match="experts: expected None, as LoRAs on the model's own"):
