@@ -53,18 +53,15 @@ def main(asked, answered):
     job = json.loads(Path(asked).read_text())
     llm = LLM(**job["engine"])
     told = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    loras = None
-    if "loras" in job:  # the folder of each prompt's own plain LoRA, null for none
-        number = {path: 1 + i for i, path in enumerate(dict.fromkeys(filter(None, job["loras"])))}
-        loras = [path and LoRARequest(path, number[path], path) for path in job["loras"]]
+    # without prompts' logprobs vLLM takes prefixes from its cache; with LoRAs it cannot make them
+    lora = LoRARequest("plain", 1, job["lora"]) if "lora" in job else None
     rounds = []
-    # without prompts' logprobs vLLM takes prefixes from its cache; beside LoRAs 0.32 cannot make them
-    for of_prompts in (None, None) if loras else (0, None):
+    for of_prompts, request in ((None, None), (None, lora)) if lora else ((0, None), (None, None)):
         how = SamplingParams(
             temperature=0, max_tokens=job["new"], logprobs=0, prompt_logprobs=of_prompts,
             detokenize=False, ignore_eos=True,
         )  # fmt: skip
-        outputs = llm.generate(told, how, lora_request=loras, use_tqdm=False)
+        outputs = llm.generate(told, how, lora_request=request, use_tqdm=False)
         rounds.append([_read(output) for output in outputs])
     key = llm.llm_engine.vllm_config.compute_hash()
     Path(answered).write_text(json.dumps({"rounds": rounds, "key": key}))

@@ -98,11 +98,8 @@ def gap(layer):
     if isinstance(config.router, ThresholdRouter):  # gates go to zero where an expert leaves
         return torch.ones(len(logits))
     gates = logits.sigmoid() if config.gate == "sigmoid" else logits.softmax(1)
-    scores = (
-        gates
-        if layer.adapter_state().get("selection_bias") is None
-        else gates + layer.selection_bias
-    )
+    biased = layer.adapter_state().get("selection_bias")
+    scores = logits if biased is None else gates + biased
     best = scores.sort(1, descending=True)
     near = [torch.ones(len(logits), 1)]
     if config.top_k < config.num_experts:
@@ -112,5 +109,5 @@ def gap(layer):
     if config.threshold is not None:
         near.append((gates - config.threshold).abs())
     if config.top_p is not None:
-        near.append((gates.gather(1, best.indices).cumsum(1) - config.top_p).abs())
+        near.append((gates.sort(1, descending=True).values.cumsum(1) - config.top_p).abs())
     return torch.cat(near, 1).amin(1)

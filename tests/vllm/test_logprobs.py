@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lora_moe
+from lora_moe import LoraMoeConfig
 
 from . import engine, models
 
@@ -15,7 +16,8 @@ pytest.importorskip(
 )
 
 NEW = 12
-GAP = 1e-5  # of gates, below which two computations may take different experts
+# of logits, or of gates where a bias or a bound decides: nearer, two computations may take other experts
+GAP = 1e-5
 
 
 def compare(model, rounds, most=1e-4):
@@ -72,6 +74,17 @@ def test_every_kind_of_experts(fields, base, every_kind, tmp_path):
     # the experts do something: the base alone says something else
     plain, _ = models.log_probabilities(models.load_base(base), first[0]["sequence"])
     assert (torch.tensor(first[0]["logprobs"]) - plain).abs().mean() > 0.05
+
+
+def test_a_second_adapter_does_not_get_the_graphs_of_the_first(base, every_kind, tmp_path):
+    """One folder for vLLM's compile cache; the graphs differ, as the second has fewer experts."""
+    few = [LoraMoeConfig(num_experts=2, r=2, top_k=1, target_modules=("up_proj", "o_proj"))]
+    few = models.save_adapter(base, tmp_path / "few", few)
+    for adapter in (every_kind, few):
+        job = {"prompts": models.prompts(4), "new": 4}
+        job["engine"] = engine.fields(base, adapter, enforce_eager=False)
+        rounds = engine.run(tmp_path, job, VLLM_CACHE_ROOT=tmp_path / "cache")["rounds"]
+        compare(lora_moe.load_adapter(models.load_base(base), adapter), rounds)
 
 
 def of_model(base, adapter, dtype, answers):
