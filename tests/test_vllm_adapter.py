@@ -104,6 +104,32 @@ def test_what_no_token_decides_is_refused_by_name(said, fields, tmp_path):
         Adapter(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("said", "fields"),
+    [
+        ("LoRAs on the model's own experts", {"target_parameters": ("mlp.experts.down_proj",)}),
+        (
+            "experts around a whole FFN",
+            {"placement": "ffn", "target_modules": ("gate_proj", "up_proj", "down_proj")},
+        ),
+    ],
+    ids=["fused", "ffn"],
+)
+def test_experts_that_are_around_no_linear_layer(said, fields, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    if "target_parameters" in fields:
+        own = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, **own))
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+    lora_moe.inject(model, LoraMoeConfig(r=2, **fields))
+    lora_moe.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=f"layers.0.mlp.*: {said}"):
+        Adapter(tmp_path)
+
+
 def test_modules_that_train_as_a_whole_are_refused(tmp_path):
     model = model_with(LoraMoeConfig(**SIZES, target_modules=("q",), modules_to_save=("o",)))
     lora_moe.save_adapter(model, tmp_path)

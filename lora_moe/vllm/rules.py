@@ -66,6 +66,10 @@ def refusal(config: LoraMoeConfig) -> str | None:
     """Why a server cannot serve these experts, None if it can: each token must decide by itself."""
     router, middle = config.router, config.middle
     if config.target_parameters:
+        return "LoRAs on the model's own experts (target_parameters); only linear layers are served"
+    if config.placement != "linear":
+        return f"experts around a whole FFN (placement={config.placement!r}); only linear layers are served"
+    if config.target_parameters:
         return (
             "it has LoRAs on the model's own experts; only experts around linear modules are served"
         )

@@ -99,7 +99,7 @@ def plain_lora(base, folder):
 def test_requests_with_a_plain_lora_beside_others(ranks, base, every_kind, tmp_path):
     """vLLM's own LoRA of a request adds to the mixture, which all requests have.
 
-    One batch after the other: on CPUs, vLLM 0.32 gives a LoRA to all requests of a batch, without experts too.
+    One batch after the other: on CPUs, vLLM 0.32 gives a LoRA to all of a batch, without experts too.
     """
     peft = pytest.importorskip("peft")
     lora = plain_lora(base, tmp_path / "lora")
