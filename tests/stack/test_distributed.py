@@ -24,7 +24,7 @@ from .processes.run import checks_of
 from .torchrun import run_to_the_end
 
 ROOT = Path(__file__).parents[2]
-MODULES = ["training", "saving", "accelerated", "freezing", "precision"]
+MODULES = ["training", "saving", "accelerated", "freezing", "precision", "native"]
 DEEPSPEED = (
     ROOT / "build" / "deepspeed"
 )  # where `make test` installs it, out of all other tests' sight
