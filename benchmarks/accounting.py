@@ -1,6 +1,7 @@
 """Launches and bytes of a LoraMoeLinear, counted from the real launches, beside those of other schemes.
 
-    python -m benchmarks.accounting [--T 8192] [--D 4096] [--E 8] [--r 16] [--K 2] [--plan PLAN] [--details]
+    python -m benchmarks.accounting [--T 8192] [--D 4096] [--E 8] [--r 16] [--K 2] [--plan PLAN]
+        [--slots apart|sum] [--details]
 
 The layer runs forward and backward up to its launches (benchmarks/launches.py).  A kernel must move what its
 arguments hold, once: the compiled code says which of them it reads and which it writes.  So must every
@@ -17,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from lora_moe import LoraMoeConfig, LoraMoeLinear
+from lora_moe import LoraMoeConfig, LoraMoeLinear, Routing
+from lora_moe import functional as F
 from lora_moe.plan import override
 
 from . import schemes, ttir
@@ -115,6 +117,22 @@ def layer(s, *, plan=None, dtype=torch.bfloat16, target="sm_90", adapters="base"
     return tuple(list(count(ours(events, base, x))) for events in (forward, backward))
 
 
+def grouped(s, slots, *, dtype=torch.bfloat16, target="sm_90"):
+    """(forward, backward) of grouped_lora with a row per slot, and a base per token without a gradient."""
+    like = {"device": "meta", "dtype": dtype}
+    own = (s.T, s.K, s.D)
+    x = torch.empty(own if slots == "sum" else (s.T, s.D), **like, requires_grad=True)
+    a, b = (torch.empty(s.E * s.r, s.D, **like, requires_grad=True) for _ in "ab")
+    gates = torch.empty(s.T, s.K, device="meta", requires_grad=True)
+    ids = torch.empty(s.T, s.K, dtype=torch.int32, device="meta")
+    routing, base = Routing.from_ids(ids, gates, num_experts=s.E), torch.empty(s.T, s.D, **like)
+    with launches(target) as forward:
+        y = F.grouped_lora(x, a, b, routing, rank_offsets=s.r, base=base, slots=slots)
+    with launches(target) as backward:
+        torch.autograd.grad(y, [x, a, b, gates], torch.empty_like(y))
+    return tuple(list(count(events)) for events in (forward, backward))
+
+
 def ours(events, base, x):
     """Without the base layer's products and the addition of its dx to ours."""
     weight = base.weight.untyped_storage()._cdata
@@ -154,8 +172,12 @@ def cells(name, *sides):
 
 def details(s, plan=None):
     """A row a launch of ours."""
+    yield from rows(layer(s, plan=plan))
+
+
+def rows(sides):
     yield "\n| | launch | reads MB | writes MB |\n|---|---|---|---|"
-    for side, moved in zip(("forward", "backward"), layer(s, plan=plan)):
+    for side, moved in zip(("forward", "backward"), sides):
         for m in moved:
             yield f"| {side} | {m.name} | {m.read / 1e6:.2f} | {m.written / 1e6:.2f} |"
 
@@ -165,12 +187,20 @@ def main():
     for letter, default in {"T": 8192, "D": 4096, "E": 8, "r": 16, "K": 2}.items():
         parser.add_argument(f"--{letter}", type=int, default=default)
     parser.add_argument("--plan", help="instead of the one that the cost model picks")
+    parser.add_argument(
+        "--slots", choices=("apart", "sum"), help="grouped_lora with a row per slot instead"
+    )
     parser.add_argument("--details", action="store_true", help="and every launch of ours")
     parser.add_argument("--json", action="store_true", help="only ours: [name, read, written], ...")
     args = parser.parse_args()
     s = schemes.Shape(args.T, args.D, args.E, args.r, args.K)
-    if args.json:
-        print(json.dumps(dict(zip(("forward", "backward"), layer(s, plan=args.plan)))))
+    if args.json or args.slots:
+        sides = grouped(s, args.slots) if args.slots else layer(s, plan=args.plan)
+        print(
+            json.dumps(dict(zip(("forward", "backward"), sides)))
+            if args.json
+            else "\n".join(rows(sides))
+        )
         return
     for line in (*table(s, args.plan), *(details(s, args.plan) if args.details else ())):
         print(line)

@@ -23,7 +23,8 @@ SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KB of shared memory a block
 ROOT = Path(__file__).parent.parent
 # few scenarios that launch every kernel between them: what --check compiles
 EACH_KERNEL = (
-    "many tokens", "few tokens", "1024 ranks, dense", "segmented", "frozen expert", "router", "logits given"
+    "many tokens", "few tokens", "1024 ranks, dense", "segmented", "frozen expert", "router", "logits given",
+    "slots summed",
 )  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32")
 

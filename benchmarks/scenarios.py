@@ -98,6 +98,17 @@ def grouped(v, scenario, shared_a=False):
     backward([v["x"], v["A"], v["B"], v["base"], v["gates"]], [y], v["dy"])
 
 
+def of_slots(v, scenario, slots):
+    """A row per slot in y, or in x."""
+    wide = "dy" if slots == "apart" else "x"
+    v[wide] = v[wide].new_empty(*v["ids"].shape, scenario.D).requires_grad_(wide == "x")
+    routing = Routing.from_ids(v["ids"], v["gates"], num_experts=len(scenario.ranks))
+    y = F.grouped_lora(
+        v["x"], v["A"], v["B"], routing, base=v["base"], slots=slots, **experts(scenario)
+    )
+    backward([v["x"], v["A"], v["B"], v["gates"]], [y], v["dy"])
+
+
 def logits_given(v, scenario):
     """A router of the caller's own."""
     logits = v["gates"].detach().new_empty(len(v["x"]), len(scenario.ranks)).requires_grad_()
@@ -141,6 +152,12 @@ SCENARIOS = {
     "segmented, frozen expert": Scenario(
         partial(routed, frozen=(1,)), MANY, (16,) * 64, plan="segmented"
     ),
+    "slots apart": Scenario(partial(of_slots, slots="apart"), MANY, (16,) * 64),
+    "slots apart, unequal ranks": Scenario(
+        partial(of_slots, slots="apart"), MANY, (4, 8, 16, 24), K=3
+    ),
+    "slots summed": Scenario(partial(of_slots, slots="sum"), MANY, (16,) * 64),
+    "slots summed, few tokens": Scenario(partial(of_slots, slots="sum"), FEW, (16,) * 8, K=3),
     "rank 64": Scenario(routed, MANY, (64,) * 8),
     "unequal ranks": Scenario(grouped, MANY, (4, 8, 16, 24)),
     "unequal ranks, few tokens": Scenario(grouped, FEW, (4, 8, 16, 24)),

@@ -16,6 +16,10 @@ GOALS = {
     "E=8, backward": (5, 430),
     "E=64, forward": (9, 320),
 }
+OF_SLOTS = {  # of grouped_lora with a row per slot
+    "apart": ((6, 285), (14, 440)),
+    "sum": ((12, 285), (8, 440)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +33,19 @@ def counted():
 
 @pytest.mark.parametrize("side", GOALS)
 def test_accounting(counted, side):
-    most_launches, most_mb = GOALS[side]
-    launches = counted[side]
+    check(counted[side], *GOALS[side])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("slots", OF_SLOTS)
+def test_accounting_of_slots(slots):
+    """No row is copied for each slot: beside x, base, y and their gradients next to nothing moves."""
+    sides = json.loads(run_compiled("benchmarks.accounting", "--json", "--slots", slots))
+    for launches, most in zip(sides.values(), OF_SLOTS[slots], strict=True):
+        check(launches, *most)
+
+
+def check(launches, most_launches, most_mb):
     assert len(launches) <= most_launches, launches
     assert sum(read + written for _, read, written in launches) <= most_mb * 1e6, launches
 

@@ -248,8 +248,7 @@ def test_segmented(kernels, case, dtype):
     compare(["dx", "dw", "da", "db", "drouter_bias"], got, want, dtype, case.T)
 
 
-@slots.every_form
-@slots.every_case
+@slots.every_call
 def test_slots(kernels, case, dtype, form):
     """Kept apart or summed, forward and backward."""
     slots.check(kernels, case, form, dtype)

@@ -18,6 +18,7 @@ from lora_moe import Routing
 from lora_moe import functional as F
 
 from . import eager
+from . import test_slots as slots_of
 from .cases import BY_NAME, in_double, leaves, sample, some_cases
 from .compare import assert_accurate
 from .test_functional import PARAMETERS, every_dtype, experts_of, routed
@@ -189,6 +190,20 @@ def check(function, case, dtype, layout, which=None):
 @some_cases("odd", "unequal ranks", "shared A", "no rows", "one expert")
 def test_every_layout_of_every_output(case, dtype, function, layout):
     check(function, case, dtype, layout)
+
+
+@every_layout
+@pytest.mark.parametrize("form", ["apart", "sum"])
+def test_every_layout_with_a_row_per_slot(form, layout):
+    case = BY_NAME["odd"]
+    inputs = slots_of.inputs_of(case, torch.float32, form)
+    v, exact = leaves(inputs, *slots_of.NAMES), leaves(in_double(inputs), *slots_of.NAMES)
+    y, truth = slots_of.ours(v, case, form), slots_of.theirs(exact, case, form)
+    dy, exact_dy = as_laid_out(layout, torch.Generator().manual_seed(5), y)
+    got = torch.autograd.grad(y, [v[n] for n in slots_of.NAMES], dy)
+    want = torch.autograd.grad(truth, [exact[n] for n in slots_of.NAMES], exact_dy)
+    for name, g, w in zip(slots_of.NAMES, got, want, strict=True):
+        assert_accurate(f"d{name}", g, w, units=64)
 
 
 OUTPUTS = {routed_lora: 5, router_topk: 4, from_logits: 4, grouped_lora: 1, shrink: 2, expand: 1}

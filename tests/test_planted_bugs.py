@@ -21,6 +21,7 @@ from lora_moe import Routing
 from lora_moe import functional as F
 from lora_moe.plan import DECODE, RANK_DENSE, SEGMENTED, override
 
+from . import slots
 from .cases import Case, in_double, sample
 from .compare import assert_accurate
 from .interpreter import Sanitizer, interpreting, overflow_checked
@@ -35,6 +36,7 @@ LAYER = Case("several tiles", 70, 4, 2, 16, 72, 80)  # nothing fits a tile
 LONG = Case("several stretches of tokens", 300, 4, 2, 4, 40, 40)
 FEW = Case("D in stretches", 5, 4, 2, 16, 72, 80)
 IDLE = Case("most experts idle", 5, 16, 1, 4, 40, 40, renormalize=False)
+SLOTS = Case("slots", 20, 3, 2, 4, 24, 40)
 number = itertools.count()
 
 
@@ -135,6 +137,31 @@ BUGS = {
         "segmented_shrink", "t = tl.load(order_ptr + i, mask=t_ok, other=0).to(tl.int64)",
         "t = tl.load(order_ptr + i, mask=t_ok, other=0)", INT32, "far_layer", plan=SEGMENTED,
     ),
+    "slots: a row of x for each": Bug(
+        "segmented_shrink", "t // SHARE, t_ok", "t, t_ok", f"{OUTSIDE}|{BETWEEN}", "of_slots", SLOTS,
+    ),
+    "slots: a row of base for each": Bug(
+        "segmented_expand", "(t // SHARE)[:, None]", "t[:, None]", f"{OUTSIDE}|{BETWEEN}", "of_slots", SLOTS,
+    ),
+    "slots: a row of x for each, summed over": Bug(
+        "segmented_gram", "K=sharing(len(order), x)", "K=1", f"{OUTSIDE}|{BETWEEN}", "of_slots", SLOTS,
+    ),
+    "slots: wrong divisor": Bug(
+        "segmented_shrink", "max(1, n // max(1, len(v)))", "max(1, 2 * n // max(1, len(v)) - 1)", WRONG,
+        "of_slots", SLOTS,
+    ),
+    "slots: a repeated id counts once": Bug(
+        "arrange_slots", "h += tl.where(hit[:, :, None], s[:, None, :], 0.0)",
+        "h = tl.where(hit[:, :, None], s[:, None, :], h)", WRONG, "of_slots", SLOTS,
+    ),
+    "slots: weight of the wrong slot": Bug(
+        "arrange_slots", "tl.load(weights_ptr + slot,", "tl.load(weights_ptr + t * K,", WRONG,
+        "of_slots", SLOTS,
+    ),
+    "slots: other dropped in front of a dot": Bug(
+        "arrange_slots", "mask=mine[:, None] & (c < r), other=0.0)", "mask=mine[:, None] & (c < r))", NAN,
+        "of_slots", SLOTS,
+    ),
     "decode: every program writes S": Bug(
         "decode", "s, mask=in_first(in_s, part))", "s, mask=in_s)", TWO, case=FEW, plan=DECODE,
     ),
@@ -196,6 +223,16 @@ def layer(kernels, bug):
         assert_accurate(name, g, w, units=20)
 
 
+def of_slots(kernels, bug):
+    """Both forms of slots, forward and backward, likewise."""
+    for form in ("apart", "sum"):
+        v = slots.inputs_of(bug.case, form, torch.float32)
+        v = {k: gapped(t) if k in ("x", "base", "dy") else t for k, t in v.items()}
+        with Sanitizer():
+            got = slots.results(kernels, v, bug.case, form)
+        slots.compare(got, v, bug.case, form, torch.float32)
+
+
 def gapped(t):
     """The same rows with memory between them that is no one's."""
     wide = torch.full((len(t), t.shape[1] + 5), float("nan"), dtype=t.dtype)
@@ -226,4 +263,4 @@ def far_layer(kernels, bug):
         F.grouped_lora(x, a, a, routing, rank_offsets=4)
 
 
-CALLS = {"layer": layer, "far_rows": far_rows, "far_layer": far_layer}
+CALLS = {"layer": layer, "of_slots": of_slots, "far_rows": far_rows, "far_layer": far_layer}

@@ -240,8 +240,7 @@ def check_grouped_lora(case, dtype, plan):
     compare(["dx", "dweights", "da", "db"], got, want, dtype, case.T)
 
 
-@slots.every_form
-@slots.every_case
+@slots.every_call
 def test_slots(case, dtype, form):
     """Kept apart or summed, forward and backward."""
     with watched():

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 
+from .. import slots
 from ..cases import Case, sample
 from .build import FOLDER, ROOT, Kernels, build
 
@@ -185,6 +186,8 @@ def outputs_of(kernels, case, dtype):
         saved = x, a, b_nan, s, ones, weights
         clean = kernels.grouped_lora_backward(dy, *saved, *experts, "none", *needs, plan)
         yield [*out, *grads, y, s, *more, *clean]
+    for form in () if case.shared_a else slots.FORMS[1:]:
+        yield slots.results(kernels, slots.inputs_of(case, form, dtype), case, form)
     shifted = torch.cat([x, x], 1)[:, 1 : x.shape[1] + 1]  # rows start between two packs
     yield kernels.shrink(shifted, a, w)
     nothing = kernels.expand(logits, w[:, :0], None, None, None, dtype)
