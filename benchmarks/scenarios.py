@@ -89,6 +89,18 @@ def inference(v, scenario):
         F.grouped_lora(v["x"], v["A"], v["B"], dense, **experts(scenario))
 
 
+def banks(v, scenario):
+    """Four layers side by side, as in a fused linear."""
+    E, D = len(scenario.ranks), v["B"].shape[1] // 4
+    apart = (v[name].repeat(4, 1).chunk(4) for name in ("W", "A"))
+    scaling = v["W"].new_empty(4 * E).split(E)
+    with torch.no_grad():
+        F.routed_lora_banks(
+            v["x"], *apart, v["B"].split(D, 1), scenario.K, v["base"], starts=range(0, 4 * D, D),
+            scaling=scaling, **experts(scenario),
+        )  # fmt: skip
+
+
 def grouped(v, scenario, shared_a=False):
     routing = Routing.from_ids(v["ids"], v["gates"], num_experts=len(scenario.ranks))
     a = v["A"][: scenario.ranks[0]] if shared_a else v["A"]
@@ -142,6 +154,7 @@ SCENARIOS = {
     "1024 ranks, dense": Scenario(routed, MANY, (16,) * 64, plan="rank_dense"),
     "decode": Scenario(routed, FEW, (16,) * 8, plan="decode"),
     "decode, unequal ranks": Scenario(grouped, FEW, (4, 8, 16, 24), plan="decode"),
+    "decode, four banks": Scenario(banks, FEW, (16,) * 8, plan="decode"),
     "segmented": Scenario(routed, MANY, (16,) * 64, plan="segmented"),
     "segmented, few tokens": Scenario(routed, FEW, (16,) * 64, plan="segmented"),
     "segmented, unequal ranks": Scenario(grouped, MANY, (4, 8, 16, 24), plan="segmented"),

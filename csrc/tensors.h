@@ -19,7 +19,7 @@ using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
 // Of the operators' schemas: ops.VERSION in Python, which refuses an extension built for others.
-constexpr int kOperators = 3;
+constexpr int kOperators = 4;
 
 // An operator refuses its arguments: ValueError in Python, as from the public functions, and never
 // what an allocation or a bug raises.  Why not TORCH_CHECK: the stable ABI's own macro buries the

@@ -19,7 +19,7 @@ from .checks import GATES, autocast_enabled, rank_offsets_of  # noqa: F401  laye
 from .reference import ALL_KEPT, accumulator
 from .routing import Routing
 
-__all__ = ["expand", "grouped_lora", "routed_lora", "router_topk", "shrink"]
+__all__ = ["expand", "grouped_lora", "routed_lora", "routed_lora_banks", "router_topk", "shrink"]
 
 _ops = torch.ops.lora_moe
 
@@ -124,13 +124,13 @@ def grouped_lora(
     top_k = checks.slots(routing, x, prod(leading))
     if slots is None:
         chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
-        base = _base(base, x, leading, lora_B)
+        base = _base(base, x, leading, lora_B.shape[1])
     else:
         chosen = plan.SEGMENTED
         if shared_a:  # whose sums have no slots: the experts read copies
             lora_A, shared_a = lora_A.repeat(E, 1), False
         apart = slots == "apart" and base is not None and base.dim() == len(leading) + 2
-        base = _base(base, x, (*leading, top_k) if apart else leading, lora_B)
+        base = _base(base, x, (*leading, top_k) if apart else leading, lora_B.shape[1])
     weights = routing.weights.to(accumulator(x.dtype))
     args = (
         base,
@@ -200,7 +200,7 @@ def routed_lora(
     )
     rows = _rows(x)
     chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
-    added = _base(base, x, x.shape[:-1], lora_B), checks.selection(bias, x)
+    added = _base(base, x, x.shape[:-1], lora_B.shape[1]), checks.selection(bias, x)
     options = (
         scales,
         offsets,
@@ -222,6 +222,86 @@ def routed_lora(
         router_bias = autograd.router_bias_operand(router_bias, x)
         y, *routing, _ = _ops.routed_lora(rows, w, *adapter, *added, router_bias, *options, chosen)
     return _like(x, y), _routing(*routing)
+
+
+def routed_lora_banks(
+    x: torch.Tensor,
+    router_weights: Sequence[torch.Tensor],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    top_k: int,
+    base: torch.Tensor,
+    *,
+    starts: Sequence[int],
+    rank_offsets: Sequence[int] | int,
+    scaling: Sequence[torch.Tensor],
+    shared_a: bool = False,
+    gate: str = "softmax",
+    renormalize: bool = True,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    top_p: float | None = None,
+    threshold: float | None = None,
+    router_biases: Sequence[torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """routed_lora of several layers that lie side by side and read the same x; for inference.
+
+        y[:, starts_i :][:, :D_i] = base + routed_lora of layer i,   every other column is base's
+
+    As in a linear that is q, k and v in one.  Where the layers' operands lie one after the other in memory
+    (lora_Bs along their columns), a few tokens on a GPU cost the two launches of one layer.
+
+    Args:
+        x: (..., D_in).
+        router_weights: of each layer, (E, D_in); all layers have E experts of the same ranks.
+        lora_As: (R, D_in) each, (r, D_in) with shared_a.
+        lora_Bs: (R, D_i) each.
+        base: (..., D_out) of x's dtype.
+        starts: of each layer, the first of its D_i columns in base; ascending.
+        scaling: of each layer, (E,).
+        biases, router_biases: of each layer, (E,) or None; None for none at all.
+        Others: as routed_lora.
+    Returns:
+        y (..., D_out) in x's dtype.
+    Raises:
+        ValueError, TypeError: an argument does not fit, or one requires a gradient.
+    """
+    x = checks.floating_input(x, "routed_lora_banks")
+    n, none = len(router_weights), [None] * len(router_weights)
+    biases, router_biases = biases or none, router_biases or none
+    lists = lora_As, lora_Bs, starts, scaling, biases, router_biases
+    if n == 0 or any(len(v) != n for v in lists):
+        raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
+    given = [x, base, *router_weights, *lora_As, *lora_Bs, *router_biases]
+    if _needs_graph(*given):
+        raise ValueError(
+            "banks: expected no gradient to be asked for; call routed_lora for each layer"
+        )
+    done = 0
+    for i, w in enumerate(router_weights):
+        checks.router(x, w, top_k, gate, biases[i], router_biases[i])
+        offsets, *_ = checks.experts(
+            x, lora_As[i], lora_Bs[i], len(w), rank_offsets, shared_a, (), scaling[i]
+        )
+        if type(starts[i]) is not int or starts[i] < done:
+            raise ValueError(
+                f"starts: expected ascending columns, one layer after the other, got {starts}"
+            )
+        done = starts[i] + lora_Bs[i].shape[1]
+    rows = _rows(x)
+    base = _base(base, x, x.shape[:-1], base.shape[-1])
+    if done > base.shape[1]:
+        raise ValueError(f"starts: expected columns of base's {base.shape[1]}, got {done}")
+    widest = max(lora_Bs, key=lambda b: b.shape[1])
+    y = _ops.routed_lora_banks(
+        rows, [autograd.router_operand(w, x) for w in router_weights],
+        *(list(map(autograd.rows_contiguous, v)) for v in (lora_As, lora_Bs)), base,
+        [checks.selection(b, x) for b in biases],
+        [autograd.router_bias_operand(b, x) for b in router_biases],
+        [checks.scales_of(s, len(w), x) for s, w in zip(scaling, router_weights)],
+        offsets, bool(shared_a), list(starts), top_k, gate, bool(renormalize),
+        *checks.sparsity(top_p, threshold, gate), _plan(rows, widest, offsets, top_k, shared_a),
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def shrink(
@@ -351,11 +431,11 @@ def routed_lora_at_once(
 # --- between the arguments and the operators -----------------------------------------------------
 
 
-def _base(base, x, leading, lora_B):
+def _base(base, x, leading, D_out):
     if base is None:
         return None
     why = "the tokens' leading dimensions and D_out"
-    checks.matrix("base", base, x, (*leading, lora_B.shape[1]), why)
+    checks.matrix("base", base, x, (*leading, D_out), why)
     if base.dtype != x.dtype:
         raise TypeError(f"base: expected x's dtype {x.dtype}, got {base.dtype}")
     return _rows(base)

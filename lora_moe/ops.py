@@ -1,6 +1,6 @@
 """Operator schemas, and the reference implementation behind every device.
 
-Ten operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels of one backend per
+Eleven operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels of one backend per
 device; whatever has none runs reference.py.  Gradients live in autograd.py, outside the operators.
 
 Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, W saved columns.
@@ -28,7 +28,7 @@ _SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
 _NEEDS = "int[] frozen, bool need_x, bool need_w, bool need_a, bool need_b"
 _AUX = "Tensor? dweights, Tensor? dlogits, Tensor? dmean_prob, Tensor? dlse"
 
-VERSION = 3  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
+VERSION = 4  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
 
 SCHEMAS = {
     # indices, weights, logits, mean_prob, lse, counts
@@ -54,6 +54,10 @@ SCHEMAS = {
     "routed_lora": "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? base, Tensor? bias,"
     f" Tensor? router_bias, {_EXPERTS}, {_ROUTER}, str plan)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # y of several layers side by side; for inference
+    "routed_lora_banks": "(Tensor x, Tensor[] w, Tensor[] a, Tensor[] b, Tensor base, Tensor?[] bias,"
+    " Tensor?[] router_bias, Tensor[] scaling, int[] offsets, bool shared_a, int[] starts,"
+    f" {_ROUTER}, str plan) -> Tensor",
     # dx, dw, da, db, drouter_bias
     "routed_lora_backward": f"(Tensor dy, {_AUX}, {_SAVED.format(w='Tensor w, ')}, {_ROUTING},"
     f" Tensor logits, {_EXPERTS}, str gate, bool renormalize, {_NEEDS}, bool need_router_bias, str plan)"
@@ -110,6 +114,19 @@ def _routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a
         x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, *router
     )
     return *out, _saved(s, out[1], offsets, shared_a, plan)
+
+
+def _routed_lora_banks(
+    x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, starts, *router_and_plan
+):
+    y = base.clone(memory_format=torch.contiguous_format)
+    for i, start in enumerate(starts):
+        columns = slice(start, start + b[i].shape[1])
+        y[:, columns] = _routed_lora(
+            x, w[i], a[i], b[i], base[:, columns], bias[i], router_bias[i], scaling[i], offsets, shared_a,
+            *router_and_plan,
+        )[0]  # fmt: skip
+    return y
 
 
 def _saved(s, indices, offsets, shared_a, plan):
@@ -202,6 +219,7 @@ _TABLE = {
     "grouped_lora": _grouped_lora,
     "grouped_lora_backward": _grouped_lora_backward,
     "routed_lora": _routed_lora,
+    "routed_lora_banks": _routed_lora_banks,
     "routed_lora_backward": _routed_lora_backward,
 }
 

@@ -45,7 +45,10 @@ def check_operands(operator, args):
     """Raises unless all tensors are dense and on the first one's device."""
     names = [a.name for a in getattr(torch.ops.lora_moe, operator).default._schema.arguments]
     tensors = [
-        (name, t) for name, t in zip(names, args, strict=True) if isinstance(t, torch.Tensor)
+        (name, t)
+        for name, given in zip(names, args, strict=True)
+        for t in (given if isinstance(given, list) else [given])
+        if isinstance(t, torch.Tensor)
     ]
     first, x = tensors[0]
     for name, t in tensors:
@@ -123,6 +126,10 @@ def routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a,
     routing = router_topk(x, w, bias, router_bias, top_k, *rest[:-1])
     y, s = grouped_lora(x, a, b, base, *routing[:2], scaling, offsets, shared_a, "none", plan)
     return y, *routing, s
+
+
+def routed_lora_banks(x, w, a, b, base, *rest):
+    return x.new_empty(base.shape)
 
 
 def _backward(x, dw, a, b, need_x, need_w, need_a, need_b):

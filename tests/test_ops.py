@@ -16,6 +16,7 @@ from lora_moe import Routing, backend, backend_info, plan, reference
 from lora_moe import functional as F
 from lora_moe.ops import SCHEMAS, VERSION
 
+from . import on_device
 from .cases import BY_NAME, leaves, sample, some_cases
 from .test_functional import BACKEND, PARAMETERS, experts_of, routed
 
@@ -57,12 +58,23 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
             (dy, *saved, *experts, "none", *partial),
         ],
         "routed_lora": [forward, (*forward[:4], None, None, None, *forward[7:])],
+        "routed_lora_banks": [banks_call(v, case, experts, router, plan)],
         "routed_lora_backward": [
             (dy, *more, x, w, a, b, s, indices, weights, logits, *experts, *router[1:3], *need[:5],
              more is aux, plan)
             for more, need in ((aux, needs), ((None,) * 4, partial))
         ],
     }  # fmt: skip
+
+
+def banks_call(v, case, experts, router, plan):
+    """Two banks of one layer's operands, the second columns further on."""
+    scaling, offsets, shared_a = experts
+    twice = [[v[k]] * 2 for k in ("router_weight", "lora_A", "lora_B")]
+    base = torch.cat([v["x"].new_ones(case.T, 2 * case.D_out + 1)], 1)
+    biases = [[v[k]] * 2 for k in ("bias", "router_bias")]
+    starts = [0, case.D_out + 1]
+    return v["x"], *twice, base, *biases, [scaling] * 2, offsets, shared_a, starts, *router, plan
 
 
 @pytest.mark.parametrize("name", operator_calls(BY_NAME["odd"]))
@@ -318,7 +330,7 @@ def test_operands_of_two_devices_are_refused_while_tracing(name):
 def test_a_call_on_meta_gives_the_shapes(name):
     args = operator_calls(BY_NAME["unequal ranks"])[name][0]
     want = getattr(ops, name)(*args)
-    got = getattr(ops, name)(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in args))
+    got = getattr(ops, name)(*on_device.moved(args, "meta"))
     pairs = zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (got, want)), strict=True)
     for a, b in pairs:
         assert a.device.type == "meta" and (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -327,7 +339,7 @@ def test_a_call_on_meta_gives_the_shapes(name):
 def test_extensions_are_built_for_this_version_of_the_schemas():
     """A schema that changes takes its number along: nothing else keeps an old build from misreading it."""
     digest = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:12]
-    assert (VERSION, digest) == (3, "b1a7b5048cfa")
+    assert (VERSION, digest) == (4, "eecc2693ad7b")
     header = Path(__file__).parent.parent / "csrc/tensors.h"
     assert f"kOperators = {VERSION};" in header.read_text()
 

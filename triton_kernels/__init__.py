@@ -9,6 +9,7 @@ if __name__ == "triton_kernels":
         "import lora_moe.triton_kernels: the name triton_kernels belongs to another project"
     )
 
+from .banks import routed_lora_banks
 from .expand import expand
 from .gram import gram
 from .lora_backward import grouped_lora_backward, routed_lora_backward
@@ -25,6 +26,7 @@ __all__ = [
     "route_logits",
     "routed_lora",
     "routed_lora_backward",
+    "routed_lora_banks",
     "router_topk",
     "router_topk_backward",
     "shrink",

@@ -3,6 +3,9 @@
     parts of [S | logits] = x @ [A | W]^T over stretches of D_in        (shrink)
     y = base + gate(S, logits) @ B, a tile of columns a program         (here)
 
+Layers that lie side by side and read the same x are banks: their A, W and B lie side by side as well, bank
+after bank, and the same two launches serve all of them.
+
 Every program adds up the parts in order and takes the decision again, which is nothing beside waiting for
 another launch; the first one stores it.  Blocks of experts that no token picked are skipped, B and all.
 Reads 4*PARTS*T*(R+E) bytes a program and the picked rows of B, writes T*D_out.
@@ -24,19 +27,21 @@ from .tiles import choose
 
 @triton.jit(do_not_specialize=["T"])
 def _decode_kernel(
-    s_parts_ptr,  # (PARTS, T, R or r)
-    logits_parts_ptr,  # (PARTS, T, E), or None: the routing is given
+    s_parts_ptr,  # (PARTS, T, BANKS, R or r)
+    logits_parts_ptr,  # (PARTS, T, BANKS, E), or None: the routing is given
     PARTS,
-    biases,
-    b_ptr,  # (R, D_out)
+    columns,  # (first column of y, one past the last, first column of b) of each bank
+    TILES,  # programs of a bank
+    biases,  # (BANKS, E)
+    b_ptr,  # (R, columns of all banks)
     stride_br,
     base_ptr,  # (T, D_out) or None
     stride_baset,
-    scaling_ptr,  # (E,)
+    scaling_ptr,  # (BANKS, E)
     offsets_ptr,  # (E+1,), or None: every expert has `rank` rows
     rank,
-    routing,  # indices (T, K), weights (T, K), …
-    s_ptr,  # (T, R or r)
+    routing,  # indices (T, K), weights (T, K), …; None with several banks
+    s_ptr,  # (T, R or r), or None
     y_ptr,  # (T, D_out)
     T,
     E,
@@ -48,6 +53,7 @@ def _decode_kernel(
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     SHARED: tl.constexpr,
+    BANKS: tl.constexpr,
     RP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -59,7 +65,15 @@ def _decode_kernel(
     t = t0 + tl.arange(0, BLOCK_T)
     t_ok = t < T
     part = tl.program_id(1)
-    n = (part * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    bank, begin, end, shift = 0, 0, D_out, 0
+    if BANKS > 1:
+        bank, part = part // TILES, part % TILES
+        for j in tl.static_range(BANKS):
+            begin = tl.where(bank == j, columns[j][0], begin)
+            end = tl.where(bank == j, columns[j][1], end)
+            shift = tl.where(bank == j, columns[j][2] - columns[j][0], shift)
+    n = (begin + part * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    n_ok = n < end
     width = R
     if SHARED:
         width = rank
@@ -68,10 +82,12 @@ def _decode_kernel(
     if logits_parts_ptr is not None:
         every = tl.arange(0, BLOCK_E)
         in_logits = t_ok[:, None] & (every < E)[None, :]
-        logits = add_parts(logits_parts_ptr, PARTS, T, t0, E, every, in_logits, BLOCK_T)
+        logits = add_parts(
+            logits_parts_ptr, PARTS, T, t0, BANKS * E, bank * E + every, in_logits, BLOCK_T
+        )
         gates = route(
             logits, biases, top_p, threshold, routing, part, t0, t, t_ok, every, every < E, T, E,
-            K, GATE, RENORMALIZE,
+            bank * E, K, GATE, RENORMALIZE,
         )  # fmt: skip
 
     y = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -89,22 +105,26 @@ def _decode_kernel(
             gate = tl.gather(gates, e_of_t, 1)
         else:
             gate = scatter_slots(routing.indices, routing.weights, t, t_ok, e, row_ok, K)
-        gate *= tl.load(scaling_ptr + e, mask=e < E, other=0.0)[None, :]
-        if (part == 0) | (tl.max(tl.max((gate != 0).to(tl.int32), 1), 0) > 0):
+        gate *= tl.load(scaling_ptr + bank * E + e, mask=e < E, other=0.0)[None, :]
+        saves = (part == 0) & (s_ptr is not None)
+        if saves | (tl.max(tl.max((gate != 0).to(tl.int32), 1), 0) > 0):
             s_row = row
             if SHARED:
                 s_row = column % RP
             in_s = t_ok[:, None] & row_ok[None, :]
-            s = add_parts(s_parts_ptr, PARTS, T, t0, width, s_row, in_s, BLOCK_T)
-            if SHARED:  # S is that of the first expert
-                in_s &= (e == 0)[None, :]
-            tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(in_s, part))
+            s = add_parts(
+                s_parts_ptr, PARTS, T, t0, BANKS * width, bank * width + s_row, in_s, BLOCK_T
+            )
+            if s_ptr is not None:
+                if SHARED:  # S is that of the first expert
+                    in_s &= (e == 0)[None, :]
+                tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(in_s, part))
             h = round_to(tl.where(gate != 0, s * gate, 0.0), y_ptr.dtype.element_ty)
-            b = b_ptr + row[:, None].to(tl.int64) * stride_br + n
-            b = tl.load(b, mask=row_ok[:, None] & (n < D_out), other=0.0)
+            b = b_ptr + row[:, None].to(tl.int64) * stride_br + n + shift
+            b = tl.load(b, mask=row_ok[:, None] & n_ok, other=0.0)
             y = dot(h, convert(b, h.dtype), y, PRECISION)
 
-    in_y = t_ok[:, None] & (n < D_out)
+    in_y = t_ok[:, None] & n_ok
     if base_ptr is not None:
         base = tl.load(base_ptr + t[:, None] * stride_baset + n, mask=in_y, other=0.0)
         y += widen(base)
@@ -115,7 +135,7 @@ def _decode_kernel(
 def decode(x, w, biases, base, experts, routing, gate):
     """y (T, D_out), what a router decides (None where `routing` is given), S (T, R or r)."""
     a, b = experts.a, experts.b
-    T, E, (R, D_out) = len(x), len(experts.scaling), b.shape
+    T, E, (_, D_out) = len(x), len(experts.scaling), b.shape
     s_parts, logits_parts = shrink_parts(x, a, w)
     results = None
     if w is None:
@@ -128,19 +148,38 @@ def decode(x, w, biases, base, experts, routing, gate):
         routing = new_routing(x, E, gate["K"], tile["BLOCK_T"])
     s, y = x.new_empty(T, len(a), dtype=torch.float32), x.new_empty(T, D_out)
     if T:
-        launch(
-            x,
-            _decode_kernel,
-            (triton.cdiv(T, tile["BLOCK_T"]), triton.cdiv(D_out, tile["BLOCK_N"])),
-            *(s_parts, logits_parts, len(s_parts), biases),
-            *(b, b.stride(0), base, 0 if base is None else base.stride(0)),
-            *(experts.scaling, experts.offsets, experts.rank, routing, s, y),
-            *(T, E, R, D_out),
-            SHARED=experts.shared_a,
-            RP=experts.RP,
-            BLOCK_E=16 if logits_parts is None else max(16, triton.next_power_of_2(E)),
-            PRECISION=precision(x),
-            **gate,
-            **tile,
-        )
+        parts = s_parts, logits_parts
+        _launch(x, parts, [(0, D_out, 0)], biases, base, experts, E, routing, s, y, gate, tile)
     return y, results or (None if w is None else routing.results()), s
+
+
+def _launch(x, parts, columns, biases, base, experts, E, routing, s, y, gate, tile):
+    (s_parts, logits_parts), b = parts, experts.b
+    tiles = max(triton.cdiv(end - begin, tile["BLOCK_N"]) for begin, end, _ in columns)
+    launch(
+        x,
+        _decode_kernel,
+        (triton.cdiv(len(x), tile["BLOCK_T"]), tiles * len(columns)),
+        *(s_parts, logits_parts, len(s_parts), tuple(columns), tiles, biases),
+        *(b, b.stride(0), base, 0 if base is None else base.stride(0)),
+        *(experts.scaling, experts.offsets, experts.rank, routing, s, y),
+        *(len(x), E, len(b), y.shape[1]),
+        SHARED=experts.shared_a,
+        BANKS=len(columns),
+        RP=experts.RP,
+        BLOCK_E=16 if logits_parts is None else max(16, triton.next_power_of_2(E)),
+        PRECISION=precision(x),
+        **gate,
+        **tile,
+    )
+
+
+def decode_banks(x, w, biases, base, experts, columns, gate, y):
+    """Writes y (T, D_out), base and the experts of banks that lie one after the other in all operands.
+
+    w (BANKS E, D_in), experts.a (BANKS R or r, D_in), experts.b (R, columns of all banks), biases and scaling
+    (BANKS E,); `columns` as the kernel takes them.
+    """
+    E = len(w) // len(columns)
+    parts, tile = shrink_parts(x, experts.a, w), choose("decode", x, experts.RP)
+    _launch(x, parts, columns, biases, base, experts, E, None, None, y, gate, tile)

@@ -63,7 +63,7 @@ def gate_values(logits, e_ok, GATE: tl.constexpr):
 
 
 @triton.jit
-def topk(p, bias_ptr, top_p, threshold, e, e_ok, K: tl.constexpr):
+def topk(p, bias_ptr, first_bias, top_p, threshold, e, e_ok, K: tl.constexpr):
     """Ids and gates of the K experts with the largest p + bias (None: zeros), and who was picked.
 
     Ties go to the lower id, NaN comes last; the mask of free experts, not a sentinel in the scores, is
@@ -73,7 +73,7 @@ def topk(p, bias_ptr, top_p, threshold, e, e_ok, K: tl.constexpr):
     """
     score = p
     if bias_ptr is not None:
-        score += tl.load(bias_ptr + e, mask=e_ok, other=0.0)[None, :]
+        score += tl.load(bias_ptr + first_bias + e, mask=e_ok, other=0.0)[None, :]
     score = tl.where(score == score, score, float("-inf"))
     free = tl.broadcast_to(e_ok[None, :], p.shape)
     picked = free & (e[None, :] < 0)
@@ -110,41 +110,44 @@ def route(
     e_ok,
     T,
     E,
+    first_bias,
     K: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
 ):
     """Pick K experts, store the routing and this tile's share of the statistics, return the gate.
 
-    The logits get biases.router added, and are stored so, unless out.logits is None.
+    The logits get biases.router added, and are stored so, unless out.logits is None; the experts' biases
+    begin at first_bias.  Where `out` is None nothing is stored.
     Of several programs that decide on the same tokens the first, part 0, stores.
     (BLOCK_T, E) -> (BLOCK_T, E), zero where not picked
     """
     if biases.router is not None:
-        logits += tl.load(biases.router + e, mask=e_ok, other=0.0)[None, :]
+        logits += tl.load(biases.router + first_bias + e, mask=e_ok, other=0.0)[None, :]
     p, lse = gate_values(logits, e_ok, GATE)
-    ids, weights, picked = topk(p, biases.selection, top_p, threshold, e, e_ok, K)
+    ids, weights, picked = topk(p, biases.selection, first_bias, top_p, threshold, e, e_ok, K)
     gate = p
     if RENORMALIZE:
         z = nonzero(tl.sum(weights, 1))[:, None]
         weights = weights / z
         gate = gate / z
 
-    slot = tl.arange(0, ids.shape[1])
-    stored, e_stored = in_first(t_ok, part), in_first(e_ok, part)
-    filled = stored[:, None] & (slot < K)[None, :]
-    tl.store(rows_of(out.indices, t0, K, slot, p.shape[0]), ids, mask=filled)
-    tl.store(rows_of(out.weights, t0, K, slot, p.shape[0]), weights, mask=filled)
-    if out.logits is not None:
-        inside = stored[:, None] & e_ok[None, :]
-        tl.store(rows_of(out.logits, t0, E, e, p.shape[0]), logits, mask=inside)
-    tl.store(out.lse + t, lse, mask=stored)
+    if out is not None:
+        slot = tl.arange(0, ids.shape[1])
+        stored, e_stored = in_first(t_ok, part), in_first(e_ok, part)
+        filled = stored[:, None] & (slot < K)[None, :]
+        tl.store(rows_of(out.indices, t0, K, slot, p.shape[0]), ids, mask=filled)
+        tl.store(rows_of(out.weights, t0, K, slot, p.shape[0]), weights, mask=filled)
+        if out.logits is not None:
+            inside = stored[:, None] & e_ok[None, :]
+            tl.store(rows_of(out.logits, t0, E, e, p.shape[0]), logits, mask=inside)
+        tl.store(out.lse + t, lse, mask=stored)
 
-    tile = tl.program_id(0).to(tl.int64) * E + e
-    mean_prob = tl.sum(tl.where(t_ok[:, None], p, 0.0), 0) / T
-    tl.store(out.mean_prob + tile, mean_prob, mask=e_stored)
-    counts = tl.sum((picked & t_ok[:, None]).to(tl.int32), 0)
-    tl.store(out.counts + tile, counts, mask=e_stored)
+        tile = tl.program_id(0).to(tl.int64) * E + e
+        mean_prob = tl.sum(tl.where(t_ok[:, None], p, 0.0), 0) / T
+        tl.store(out.mean_prob + tile, mean_prob, mask=e_stored)
+        counts = tl.sum((picked & t_ok[:, None]).to(tl.int32), 0)
+        tl.store(out.counts + tile, counts, mask=e_stored)
     return tl.where(picked, gate, 0.0)
 
 

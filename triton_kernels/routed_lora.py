@@ -106,7 +106,7 @@ def _routed_lora_kernel(
 
     if w_ptr is not None:
         gate = route(
-            logits, biases, top_p, threshold, routing, part, t0, t, t_ok, e, e < E, T, E,
+            logits, biases, top_p, threshold, routing, part, t0, t, t_ok, e, e < E, T, E, 0,
             K, GATE, RENORMALIZE,
         )  # fmt: skip
     else:

@@ -133,6 +133,7 @@ def _router_topk_kernel(
         e_ok,
         T,
         E,
+        0,
         K,
         GATE,
         RENORMALIZE,

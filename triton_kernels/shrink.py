@@ -88,7 +88,10 @@ def shrink_parts(x, a, w):
         return s, logits
     # beside ranks of many tokens, 64 experts spill with some Tritons; of few tokens, 32 do with others
     wide = x.dtype == torch.bfloat16 and (R == 0 or T <= FEW)
-    block_r, block_e = padded(R, 128), padded(E, 64 if wide else 32)
+    block_r = padded(R, 128)
+    # as many programs as the ranks need anyway share the experts
+    share = triton.cdiv(E, max(1, triton.cdiv(R, block_r)))
+    block_e = padded(share, 64 if wide else 32)
     columns = max(triton.cdiv(R, block_r), triton.cdiv(E, block_e))
     launch(
         x,

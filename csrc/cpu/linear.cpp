@@ -67,7 +67,7 @@ Tensor expand_to(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const 
   T* y_data = mutable_data<T>(y);
   const Blocks blocks(n);
   blocks.run([&](int64_t begin, int64_t end) {
-    Sums<T> sums(begin, end, D, base_rows, y_data);
+    Sums<T> sums(begin, end, D, base_rows, {y_data, D});
     first.add(sums, begin, end);
     second.add(sums, begin, end);
     blocks.few() ? sums.write_few(first.bytes(D) + second.bytes(D)) : sums.write();

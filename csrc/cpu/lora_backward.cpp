@@ -169,7 +169,7 @@ struct Backward {
     const auto all_dlogits = pointers<const C>(dlogits, experts.E, begin, w ? end : begin);
     const Ints own = per.x == 1 ? Ints() : group.slots_from_first(K);
     const int64_t* to = (per.x == 1 ? group.tokens : own).data();
-    Sums<T> sums(begin * per.x, end * per.x, D_in, {}, dx);
+    Sums<T> sums(begin * per.x, end * per.x, D_in, {}, {dx, D_in});
     if (experts.shared_a) sums.add(end - begin, nullptr, all_ds.data(), W, a.data, a.stride);
     for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e) {
       const int64_t i = group.start[e];

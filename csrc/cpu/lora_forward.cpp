@@ -18,11 +18,11 @@ struct Forward {
   Experts experts;
   RowsPerToken per;
   Rows<const T> x, base;
+  Rows<T> out;
   const C* scaling;
   int64_t tokens, D_in, D_out, K, W, sharing;
   ExpertMatrix<T> a, b;
   Tensor y, s;
-  T* y_data;
   C* s_data;
 
   Forward(const Tensor& x_, const Tensor& a_, const Tensor& b_, const MaybeTensor& base_,
@@ -42,9 +42,12 @@ struct Forward {
     sharing = shares ? std::max<int64_t>(per.y, 1) : 1;
     base = rows<T>("base", base_, shares ? tokens : tokens * per.y, D_out);
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
-    y_data = mutable_data<T>(y = empty<T>({tokens * per.y, D_out}));
     s_data = mutable_data<C>(s = empty<C>({tokens, W}));
   }
+
+  // y is a tensor of its own, or as `into` says where the caller has one.
+  void make_y() { out = {mutable_data<T>(y = empty<T>({tokens * per.y, D_out})), D_out}; }
+  void into(Rows<const T> base_, Rows<T> out_) { base = base_, out = out_; }
 
   // Tokens [begin, end) through shrink, gate and expand: a block, or in parallel all of a few.
   void run(int64_t begin, int64_t end, const int32_t* ids, const C* weights, bool few) {
@@ -60,7 +63,7 @@ struct Forward {
     const auto hs = pointers<const C>(h.get(), experts.max_rank, 0, group.size());
     const Ints own = per.y == 1 ? Ints() : group.slots_from_first(K);
     const int64_t* to = (per.y == 1 ? group.tokens : own).data();
-    Sums<T> sums(begin * per.y, end * per.y, D_out, base, y_data, sharing);
+    Sums<T> sums(begin * per.y, end * per.y, D_out, base, out, sharing);
     for (int64_t e = 0; e < experts.E; ++e) {
       const int64_t i = group.start[e];
       sums.add(group.count(e), to + i, hs.data() + i, experts.rank(e), b.row(e, 0), b.stride());
@@ -111,6 +114,12 @@ struct Forward {
   C* row_s(int64_t slot) { return s_data + slot / K * W + experts.column(slot % K); }
 };
 
+template <class T>
+void copy_columns(Rows<const T> from, Rows<T> to, int64_t n, int64_t begin, int64_t end) {
+  for (int64_t t = 0; begin < end && t < n; ++t)
+    std::copy(from.row(t) + begin, from.row(t) + end, to.row(t) + begin);
+}
+
 void check_plan(const std::string& plan) {
   check(plan == "segmented", "plan: the C++ backend runs 'segmented' only, got '", plan, "'");
 }
@@ -127,12 +136,28 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
     const C* weight = contiguous<C>("weights", weights, {n, K});
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, n, K,
                        RowsPerToken(slots, K, shared_a));
+    forward.make_y();
     check_ids(ids, n * K, forward.experts.E);
     const Blocks blocks(n, forward.experts.E, K);
     blocks.run(
         [&](int64_t begin, int64_t end) { forward.run(begin, end, ids, weight, blocks.few()); });
     return {forward.y, forward.s};
   });
+}
+
+template <class T, class W>
+void run(Router<T, W>& router, Forward<T>& forward) {
+  check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
+        " rows, one per expert, got ", router.E);
+  if (router.blocks.few()) {
+    router.few();
+    forward.run(0, router.tokens, router.ids, router.weight, true);
+  } else {
+    router.blocks.run([&](int64_t begin, int64_t end) {
+      router.block(begin, end);
+      forward.run(begin, end, router.ids, router.weight, false);
+    });
+  }
 }
 
 using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -145,26 +170,51 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
   return dispatch(x, w, [&]<class T, class W>() -> Routed {
     Router<T, W> router(x, w, bias, router_bias, top_k, Gate(gate, renormalize, top_p, threshold));
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, router.tokens, top_k);
-    check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
-          " rows, one per expert, got ", router.E);
-    if (router.blocks.few()) {
-      router.few();
-      forward.run(0, router.tokens, router.ids, router.weight, true);
-    } else {
-      router.blocks.run([&](int64_t begin, int64_t end) {
-        router.block(begin, end);
-        forward.run(begin, end, router.ids, router.weight, false);
-      });
-    }
+    forward.make_y();
+    run(router, forward);
     router.finish();
     return {forward.y,        router.indices, router.weights, router.logits,
             router.mean_prob, router.lse,     router.counts,  forward.s};
   });
 }
 
+// Layers that lie side by side and read the same x: bank i adds to columns starts[i].. of y.
+Tensor routed_lora_banks(Tensor x, std::vector<Tensor> w, std::vector<Tensor> a,
+                         std::vector<Tensor> b, Tensor base, std::vector<MaybeTensor> bias,
+                         std::vector<MaybeTensor> router_bias, std::vector<Tensor> scaling,
+                         Ints offsets, bool shared_a, Ints starts, int64_t top_k, std::string gate,
+                         bool renormalize, double top_p, double threshold, std::string plan) {
+  check_plan(plan);
+  const size_t n = w.size();
+  check(n > 0 && a.size() == n && b.size() == n && bias.size() == n && router_bias.size() == n &&
+            scaling.size() == n && starts.size() == n,
+        "banks: expected ", n, " of each operand");
+  return dispatch(x, w[0], [&]<class T, class W>() -> Tensor {
+    const int64_t tokens = x.size(0), D = base.size(1);
+    const auto base_rows = rows<T>("base", base, tokens, D);
+    Tensor y = empty<T>({tokens, D});
+    const Rows<T> out = {mutable_data<T>(y), D};
+    int64_t done = 0;
+    for (size_t i = 0; i < n; ++i) {
+      check(starts[i] >= done && starts[i] + b[i].size(1) <= D, "starts: expected columns of ", D,
+            " one after the other, got ", starts[i], " for ", b[i].size(1));
+      copy_columns(base_rows, out, tokens, done, starts[i]);
+      done = starts[i] + b[i].size(1);
+      const Gate kind(gate, renormalize, top_p, threshold);
+      Router<T, W> router(x, w[i], bias[i], router_bias[i], top_k, kind);
+      Forward<T> forward(x, a[i], b[i], {}, scaling[i], offsets, shared_a, tokens, top_k);
+      forward.into({base_rows.data + starts[i], base_rows.stride}, {out.data + starts[i], D});
+      run(router, forward);
+    }
+    copy_columns(base_rows, out, tokens, done, D);
+    return y;
+  });
+}
+
 }  // namespace
 
 void register_forward(Library& library) {
+  library.impl("routed_lora_banks", TORCH_BOX(&routed_lora_banks));
   library.impl("grouped_lora", TORCH_BOX(&grouped_lora));
   library.impl("routed_lora", TORCH_BOX(&routed_lora));
 }

@@ -25,7 +25,8 @@ inline const C* zeros() {
   return row;
 }
 
-// y = round(base + sum of products) for rows [begin, end) of y (T, D): `add` notes a product,
+// y = round(base + sum of products) for rows [begin, end) of y (T, D), which may be columns of a
+// wider matrix: `add` notes a product,
 // `write` computes them all, a chunk of columns after the other.  fp32 and fp64 add up in y itself.
 // `sharing` rows of y, one after the other, add to the same row of base.
 template <class T>
@@ -34,11 +35,11 @@ class Sums {
   using C = acc_t<T>;
   static constexpr bool kInPlace = std::is_same_v<T, C>;
 
-  Sums(int64_t begin, int64_t end, int64_t D, Rows<const T> base, T* y, int64_t sharing = 1)
+  Sums(int64_t begin, int64_t end, int64_t D, Rows<const T> base, Rows<T> y, int64_t sharing = 1)
       : tokens_(end - begin),
         D_(D),
         sharing_(sharing),
-        y_(y + begin * D),
+        y_{y.row(begin), y.stride},
         base_(base),
         touched_(tokens_) {
     if (base_) base_.data = base_.row(begin / sharing);
@@ -102,7 +103,7 @@ class Sums {
         };
         p.narrow ? run(static_cast<const T*>(p.b)) : run(static_cast<const C*>(p.b));
         for (int64_t i = p.at; !partial && c + chunk < end && i < p.at + p.rows; ++i)
-          if (slots_[i].first) prefetch<true>(y_ + slots_[i].row * D_ + c + chunk, columns);
+          if (slots_[i].first) prefetch<true>(y_.row(slots_[i].row) + c + chunk, columns);
       }
       finish(c, columns, chunk, scratch.get());
     }
@@ -117,7 +118,7 @@ class Sums {
     for (size_t i = 0; i < slots_.size(); ++i) {
       const auto [t, first] = slots_[i];
       if constexpr (kInPlace) {
-        to[i] = y_ + t * D_ + c;
+        to[i] = y_.row(t) + c;
         from[i] = !first ? to[i] : base_ ? base_row(t) + c : zeros<C>();
       } else {
         to[i] = scratch + t * chunk;
@@ -139,7 +140,7 @@ class Sums {
 
   void finish(int64_t c, int64_t columns, int64_t chunk, const C* scratch) const {
     for (int64_t t = 0; t < tokens_; ++t) {
-      T* y = y_ + t * D_ + c;
+      T* y = y_.row(t) + c;
       if constexpr (!kInPlace)
         narrow(touched_[t] || base_ ? scratch + t * chunk : zeros<C>(), columns, y);
       else if (!touched_[t])
@@ -161,7 +162,7 @@ class Sums {
   }
 
   int64_t tokens_, D_, sharing_;
-  T* y_;
+  Rows<T> y_;
   Rows<const T> base_;
   std::vector<char> touched_;
   std::vector<Slot> slots_;

@@ -112,9 +112,30 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
   });
 }
 
+// Layers that lie side by side and read the same x, one after the other.
+Tensor routed_lora_banks(Tensor x, std::vector<Tensor> w, std::vector<Tensor> a,
+                         std::vector<Tensor> b, Tensor base, std::vector<MaybeTensor> bias,
+                         std::vector<MaybeTensor> router_bias, std::vector<Tensor> scaling,
+                         Ints offsets, bool shared_a, Ints starts, int64_t top_k, std::string gate,
+                         bool renormalize, double top_p, double threshold, std::string plan) {
+  Tensor y = torch::stable::new_empty(base, base.sizes());
+  torch::stable::copy_(y, base);
+  for (size_t i = 0; i < w.size(); ++i) {
+    const int64_t width = b[i].size(1);
+    Tensor before = torch::stable::narrow(base, 1, starts[i], width);
+    Tensor into = torch::stable::narrow(y, 1, starts[i], width);
+    const auto routed =
+        routed_lora(x, w[i], a[i], b[i], before, bias[i], router_bias[i], scaling[i], offsets,
+                    shared_a, top_k, gate, renormalize, top_p, threshold, plan);
+    torch::stable::copy_(into, std::get<0>(routed));
+  }
+  return y;
+}
+
 }  // namespace
 
 void register_forward(Library& library) {
+  library.impl("routed_lora_banks", TORCH_BOX(&routed_lora_banks));
   library.impl("grouped_lora", TORCH_BOX(&grouped_lora));
   library.impl("routed_lora", TORCH_BOX(&routed_lora));
 }

@@ -16,7 +16,7 @@ from ..reference import expert_of_row
 from ..routers import ThresholdRouter
 from ..routers.token import tempered
 from . import ops  # noqa: F401  defines the operators
-from .rules import rule_of, to_text
+from .rules import alike, rule_of, to_text
 from .shards import Shard
 
 _ops = torch.ops.lora_moe_serving
@@ -59,10 +59,16 @@ class Banks:
         self.shard, self.count = shard, len(projections)
         rules = [rule_of(p.config, *shard.outputs(p.index)) for p in projections]
         self.rules = to_text(tuple(rules))
-        for i, projection in enumerate(projections):
-            for name, tensor in _buffers(shard, projection, dtype).items():
-                if tensor is not None:
-                    tensor = tensor.to(device).contiguous()
+        buffers = [_buffers(shard, projection, dtype) for projection in projections]
+        buffers = [{k: None if t is None else t.to(device) for k, t in b.items()} for b in buffers]
+        if len(rules) > 1 and alike(tuple(rules)):
+            buffers = _side_by_side(buffers)
+        else:
+            buffers = [
+                {k: t if t is None else t.contiguous() for k, t in b.items()} for b in buffers
+            ]
+        for i, named in enumerate(buffers):
+            for name, tensor in named.items():
                 layer.register_buffer(f"{PREFIX}{i}_{name}", tensor, persistent=False)
 
     def add(
@@ -93,6 +99,22 @@ class Banks:
 
     def _tensors(self, layer, i):
         return [getattr(layer, f"{PREFIX}{i}_{name}") for name in NAMES]
+
+
+def _side_by_side(buffers):
+    """The same in memory that lies bank after bank, B's along its columns: one launch reads all of them."""
+    joined = [dict(named) for named in buffers]
+    for name in NAMES:
+        tensors = [named[name] for named in buffers]
+        if any(t is None for t in tensors):
+            continue
+        dim = 1 if name == "b" else 0
+        whole = torch.cat(tensors, dim)
+        for named, part in zip(
+            joined, whole.split([t.shape[dim] for t in tensors], dim), strict=True
+        ):
+            named[name] = part
+    return joined
 
 
 def _buffers(shard, projection, dtype) -> dict[str, torch.Tensor | None]:

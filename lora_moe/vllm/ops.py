@@ -16,7 +16,7 @@ import torch
 
 from .. import functional as F
 from ..rows import dense_gates
-from .rules import Rule, from_text
+from .rules import Rule, alike, from_text
 
 NAMESPACE = "lora_moe_serving"
 _BANK = "Tensor{n} b, Tensor{n} scaling, Tensor{n} experts, Tensor?{n} bias, Tensor?{n} router_bias"
@@ -31,9 +31,16 @@ _SCHEMAS = {
 def add_experts(x, y, w, a, b, scaling, experts, bias, router_bias, rules):
     """y with every bank's experts added to its columns.  x (T, D_in), y (T, widths of this rank)
 
-    This is where the banks of a fused layer are called: one after the other, out of place.
+    Banks that decide by one rule are one call; others are called one after the other, out of place.
     """
     rules = from_text(rules)
+    if len(rules) > 1 and alike(rules):
+        rule = rules[0]
+        return F.routed_lora_banks(
+            x, w, a, b, rule.top_k, y, starts=[r.start for r in rules], rank_offsets=rule.offsets,
+            scaling=scaling, shared_a=rule.shared_a, gate=rule.gate, renormalize=rule.renormalize,
+            biases=bias, top_p=rule.top_p, threshold=rule.threshold, router_biases=router_bias,
+        )  # fmt: skip
     banks = list(zip(w, a, b, scaling, experts, bias, router_bias))
     if len(banks) == 1 and rules[0].stop - rules[0].start == y.shape[1]:
         return _bank(x, y, *banks[0], rules[0])

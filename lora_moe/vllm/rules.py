@@ -94,3 +94,10 @@ def to_text(rules: tuple[Rule, ...]) -> str:
 def from_text(text: str) -> tuple[Rule, ...]:
     """The inverse of to_text."""
     return tuple(Rule(a, b, tuple(offsets), *rest) for a, b, offsets, *rest in json.loads(text))
+
+
+@functools.lru_cache(maxsize=4096)
+def alike(rules: tuple[Rule, ...]) -> bool:
+    """Whether the banks differ in nothing but their columns; a learned threshold is not served together."""
+    kinds = {dataclasses.replace(rule, start=0, stop=0) for rule in rules}
+    return len(kinds) == 1 and rules[0].max_threshold is None
