@@ -67,14 +67,8 @@ def refusal(config: LoraMoeConfig) -> str | None:
     router, middle = config.router, config.middle
     if config.target_parameters:
         return "LoRAs on the model's own experts (target_parameters); only linear layers are served"
-    if config.placement != "linear":
-        return f"experts around a whole FFN (placement={config.placement!r}); only linear layers are served"
-    if config.target_parameters:
-        return (
-            "it has LoRAs on the model's own experts; only experts around linear modules are served"
-        )
     if config.placement == FFN:
-        return "its experts are whole FFNs; only experts around linear modules are served"
+        return f"experts around a whole FFN (placement={config.placement!r}); only linear layers are served"
     if middle is not None:
         return (
             f"{type(middle).__name__} stands between A and B, which a server does not compute; only the"
