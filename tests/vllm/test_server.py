@@ -32,13 +32,9 @@ def client_of(address):
     return OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
 
 
-def words(ids):
-    return " ".join(f"w{i}" for i in ids)
-
-
 def test_64_requests_at_once(base, every_kind, tmp_path):
     """Nothing is lost, and answers are those of requests that come alone, and transformers'."""
-    asked = [words(ids) for ids in models.prompts(64, 40, seed=3)]
+    asked = models.prompts(64, 40, seed=3)
     with serving(base, every_kind, tmp_path / "log", *OPTIONS) as address:
         client = client_of(address)
 
@@ -63,7 +59,7 @@ def test_64_requests_at_once(base, every_kind, tmp_path):
     model = lora_moe.load_adapter(models.load_base(base), every_kind)
     answers = [
         {"sequence": [*ids, *choice.token_ids], "logprobs": choice.logprobs.token_logprobs}
-        for ids, choice in zip(models.prompts(64, 40, seed=3), together)
+        for ids, choice in zip(asked, together)
     ]
     compare(model, [answers])
 
