@@ -28,7 +28,9 @@ SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-
 # what must hold on every backend alike
 BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py tests/test_banks.py
 # and this, of which a GPU's kernels leave out float64
-WIDE := tests/test_gradients.py tests/test_torch_features.py
+WIDE := tests/test_gradients.py tests/test_torch_features.py tests/test_mlp.py
+# and this of the CUDA kernels, compiled for the CPU
+ON_SHIM := tests/test_gradients.py tests/test_mlp.py tests/test_banks.py tests/test_slots.py
 # of these, what depends on the plan; fp16 differs from bf16 in nothing that does
 FORCED := tests/test_functional.py -k 'not float16 and not router_topk and not shrink'
 # every kernel, forward and backward, in few minutes
@@ -97,7 +99,7 @@ test-cuda: build $(VENV)/.test ## Run them on the CUDA kernels; without these or
 		LORA_MOE_BACKEND=cuda $(PYTEST) $(BLACK_BOX) $(WIDE) $(PYTEST_ARGS); \
 	elif [ -n "$(CXX_FOUND)" ]; then \
 		echo "no GPU, or no CUDA kernels (LORA_MOE_BUILD_CUDA=1): compiled for the CPU"; \
-		$(PYTEST) -p tests.cuda_shim.serving tests/test_gradients.py -k 'not float64' $(PYTEST_ARGS); \
+		$(PYTEST) -p tests.cuda_shim.serving $(ON_SHIM) -k 'not float64' $(PYTEST_ARGS); \
 	else echo "no GPU, and no C++ compiler ($(CXX)): the CUDA kernels are not tested"; fi
 
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
