@@ -1,6 +1,6 @@
 """An FFN with experts around it: MixLoRA's mixture, forward and backward.
 
-    lora-moe bench ffn [--tokens 480] [--dtype fp32] [--repeats 15] [--json FILE] [--markdown FILE]
+    lora-moe bench ffn [--tokens 480] [--dtype fp32] [--repeats 15] [--fresh] [--json FILE] ...
 
 The sizes of SmolLM2-135M's FFN, 576 and 1536, E=8, r=8, k=2; all contenders from the same weights:
 
@@ -10,6 +10,8 @@ The sizes of SmolLM2-135M's FFN, 576 and 1536, E=8, r=8, k=2; all contenders fro
     no adapter  the frozen FFN; its backward gives the gradient of x alone
 
 A call is the forward and the backward of x and of all adapters.  Their outputs agree, or nothing is timed.
+Freed memory is kept for the next call, as it is inside a model, whose larger tensors come and go between;
+--fresh leaves that to glibc, which maps the largest results of an FFN alone anew in each call.
 """
 
 import argparse
@@ -48,6 +50,8 @@ class FeedForward(nn.Module):
 
 def main(argv=None):
     args = parse(argv)
+    if not args.fresh:
+        machine.keep_memory()
     results = {}
     for dtype in args.dtype:
         calls = contenders(args.tokens, DTYPES[dtype])
@@ -56,6 +60,7 @@ def main(argv=None):
         results[dtype] = {
             "machine": machine.describe(),
             "tokens": args.tokens,
+            "fresh": args.fresh,
             "seconds": timing.interleave(
                 {name: call.step for name, call in calls.items()}, args.repeats
             ),
@@ -79,6 +84,9 @@ def parse(argv):
     parser.add_argument("--tokens", type=int, default=480)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"])
     parser.add_argument("--repeats", type=int, default=15, help="interleaved turns")
+    parser.add_argument(
+        "--fresh", action="store_true", help="pages of large results are new in each call"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     return parser.parse_args(argv)
@@ -192,7 +200,8 @@ def check(calls, agree):
 def markdown(dtype, result):
     seconds, peak = result["seconds"], result["peak"]
     lines = [
-        f"{result['machine']}; {dtype}; {result['tokens']} tokens; medians of"
+        f"{result['machine']}; {dtype}; {result['tokens']} tokens;"
+        f" {'fresh results' if result['fresh'] else 'memory kept'}; medians of"
         f" {len(seconds['ours'])} interleaved turns, quartiles in brackets.",
         "",
         "| | forward + backward | / ours | peak of a call |",
