@@ -1,7 +1,7 @@
 """Sizes of linear maps, and which modules are FFNs.
 
-An FFN holds linear maps D -> F (or D -> 2 F, gate and up in one) and one F -> D, and computes nothing but
-elementwise functions between them: gate / up / down, fc1 / fc2, wi / wo, c_fc / c_proj and others.
+An FFN holds linear maps D -> F (or D -> 2 F, gate and up in one) and one F -> D, no other matrix, and
+computes nothing but elementwise functions between them: gate / up / down, fc1 / fc2, wi / wo and others.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ def ffn_width(module: nn.Module) -> int | None:
 def last_of_ffn(module: nn.Module) -> str | None:
     """The name of an FFN's linear map F -> D, None for any other module."""
     sizes = linears_of(module)
+    own = {p for name in sizes for p in module.get_submodule(name).parameters()}
+    if any(p.ndim > 1 for p in module.parameters() if p not in own):
+        return None  # a layer with attention in it, or a whole model
     for name, (F, D) in reversed(sizes.items()):  # of two maps the second is the last one
         others = [size for other, size in sizes.items() if other != name]
         fits = all(d == D and f in (F, 2 * F) for d, f in others)

@@ -24,7 +24,7 @@ from lora_moe import (
     use_routing,
 )
 
-from . import tiny
+from . import models, tiny
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -197,6 +197,35 @@ def test_the_callers_tasks_are_experts():
         got = made(IDS).logits
     assert torch.equal(got[1], tiny.base(0).eval()(IDS).logits[1])
     assert not torch.equal(got[0], made(IDS).logits[0])
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "phi3", "bloom", "falcon", "t5", "modernbert", "clip", "wavlm", "deepseek-v3"],
+)
+def test_ffns_of_other_families(family):
+    torch.manual_seed(0)
+    made, batch = models.FAMILIES[family]()
+    want = made.eval()(**batch)[0]
+    inject(made, presets.mixlora(3, 2, target_modules="all-linear"))
+    ffns = {path: m for path, m in injected(made).items() if isinstance(m, LoraMoeMLP)}
+    assert len(ffns) >= 2 and not any("attention" in path for path in ffns)
+    torch.testing.assert_close(made(**batch)[0], want, rtol=1e-5, atol=1e-5)
+    for layer in ffns.values():
+        for tensor in layer.adapter_state().values():
+            nn.init.normal_(tensor, std=0.3)
+    got = made(**batch)[0]
+    assert (got - want).abs().max() > 1e-3
+    got.sum().backward()
+    for layer in ffns.values():
+        assert all(t.grad.isfinite().all() and t.grad.any() for pair in layer.pairs() for t in pair)
+
+
+@pytest.mark.parametrize("family", ["bart", "opt", "whisper", "bert", "mixtral", "mamba"])
+def test_models_whose_ffn_is_no_module_are_refused(family):
+    made, _ = models.FAMILIES[family]()
+    with pytest.raises(ValueError, match="expected linear maps of an FFN with placement='ffn'"):
+        inject(made, presets.mixlora(3, 2, target_modules="all-linear"))
 
 
 def test_removed_it_is_the_base_again():
