@@ -8,6 +8,7 @@ R rank rows of all experts together, r one expert's rank, D_in and D_out the lin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from math import prod
 
@@ -265,9 +266,20 @@ def routed_lora_banks(
     Raises:
         ValueError, TypeError: an argument does not fit, or one requires a gradient.
     """
-    x = checks.floating_input(x, "routed_lora_banks")
     n, none = len(router_weights), [None] * len(router_weights)
     biases, router_biases = biases or none, router_biases or none
+    if x.dim() == 2 and _runs_at_once(x):
+        drop = (
+            (ALL_KEPT, 0.0)
+            if top_p is None is threshold
+            else checks.sparsity(top_p, threshold, gate)
+        )
+        with contextlib.suppress(ValueError, RuntimeError):  # said again below, in these names
+            return _ops.routed_lora_banks.default(
+                x, router_weights, lora_As, lora_Bs, base, biases, router_biases, scaling, rank_offsets,
+                bool(shared_a), starts, top_k, gate, bool(renormalize), *drop, plan.SEGMENTED,
+            )  # fmt: skip
+    x = checks.floating_input(x, "routed_lora_banks")
     lists = lora_As, lora_Bs, starts, scaling, biases, router_biases
     if n == 0 or any(len(v) != n for v in lists):
         raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
@@ -386,16 +398,7 @@ def routed_lora_at_once(
     for operands that it does not take as they are; whatever else comes out of here is an error of types
     that checks.py explains, or one that must be seen.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or not x.is_cpu
-        or backend.serving("cpu") != "cpp"
-        or torch.is_autocast_enabled("cpu")
-        or type(top_k) is not int
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if not _runs_at_once(x) or type(top_k) is not int:
         return None
     shape = x.shape
     if not isinstance(scaling, torch.Tensor):
@@ -426,6 +429,19 @@ def routed_lora_at_once(
     elif len(shape) != 2:
         y = y.view(*shape[:-1], y.shape[1])
     return y, Routing(indices, weights, counts, logits, mean_prob, lse)
+
+
+def _runs_at_once(x):
+    """Whether C++ may take a call as it is: it checks what the public function checks."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not x.is_cpu
+        or backend.serving("cpu") != "cpp"
+        or torch.is_autocast_enabled("cpu")
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 # --- between the arguments and the operators -----------------------------------------------------

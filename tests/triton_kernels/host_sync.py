@@ -7,9 +7,9 @@ wait for: reading one raises, and a copy from or to the host shows among the ope
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks.launches import Launch, Operator, launches
 from benchmarks.scenarios import DEVICE, SCENARIOS, operands
+from lora_moe.vllm import ops as serving
+from lora_moe.vllm import rules as serving_rules
 
 PLANTED = {
     "item": lambda v: v["gates"].sum().item(),
@@ -30,6 +32,46 @@ PLANTED = {
     "a list to the device": lambda v: torch.tensor([1, 2, 3], device=DEVICE),
     "a tensor to the device": lambda v: v["ids"].copy_(torch.zeros(v["ids"].shape)),
 }
+
+
+def fused_layer(v):
+    """Two banks that decide by one rule, as a server calls them."""
+    serving.add_experts(v["x"].detach(), v["base"].detach(), *banks(v, 2), rules(v, 2))
+
+
+def unlike_banks(v):
+    different = serving_rules.to_text((rule(v, 0, 2), dataclasses.replace(rule(v, 1, 2), top_k=1)))
+    serving.add_experts(v["x"].detach(), v["base"].detach(), *banks(v, 2), different)
+
+
+def row_parallel(v):
+    """The experts of one rank's part of x; the logits' sum over the ranks is the server's own."""
+    (w,), (a,), *rest = banks(v, 1)
+    s, logits = serving.shrink(v["x"].detach(), w, a)
+    serving.add_gated(s, logits, v["base"].detach(), *(b for (b,) in rest), rules(v, 1))
+
+
+def banks(v, count):
+    """w, a, b, scaling, experts, bias, router_bias of each bank, bank after bank in memory."""
+    E, D = len(v["W"]), v["B"].shape[1] // count
+    w, a = (v[name].detach().repeat(count, 1).chunk(count) for name in ("W", "A"))
+    scaling, bias = (v["W"].new_empty(count * E).split(E) for _ in range(2))
+    experts = [torch.empty(len(v["B"]), dtype=torch.int64, device=DEVICE)] * count
+    columns = v["B"].detach().split(D, 1)
+    return [list(t) for t in (w, a, columns, scaling, experts, bias, bias)]
+
+
+def rule(v, i, count):
+    D, E = v["B"].shape[1] // count, len(v["W"])
+    offsets = tuple(range(0, len(v["B"]) + 1, len(v["B"]) // E))
+    return serving_rules.Rule(i * D, (i + 1) * D, offsets, False, 2, "softmax", True, None, None)
+
+
+def rules(v, count):
+    return serving_rules.to_text(tuple(rule(v, i, count) for i in range(count)))
+
+
+SERVING = {"fused layer": fused_layer, "unlike banks": unlike_banks, "row parallel": row_parallel}
 
 
 class Names(TorchDispatchMode):
@@ -91,9 +133,15 @@ def main(*plans):
     with launches("sm_90", compiled=False):
         for name, scenario in SCENARIOS.items():
             for plan in plans:
-                forced = replace(scenario, plan=plan)
+                forced = dataclasses.replace(scenario, plan=plan)
                 words, launched = waits(partial(forced.run, torch.bfloat16), ran)
                 found[f"{plan}: {name}"] = words if launched or words else ["nothing was launched"]
+        for T in (16, 1024):
+            v = operands(SCENARIOS["few tokens"], torch.bfloat16, T)
+            for name, call in SERVING.items():
+                words, launched = waits(partial(call, v))
+                words = words if launched or words else ["nothing was launched"]
+                found[f"serving, {T} tokens: {name}"] = words
         v = operands(SCENARIOS["few tokens"], torch.bfloat16, 16)
         found |= {f"planted: {name}": waits(partial(call, v))[0] for name, call in PLANTED.items()}
     print(json.dumps({"waits": found, "operators": sorted(ran.names)}))
