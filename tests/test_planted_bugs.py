@@ -166,7 +166,7 @@ BUGS = {
         "decode", "s, mask=in_first(in_s, part))", "s, mask=in_s)", TWO, case=FEW, plan=DECODE,
     ),
     "decode: partial sums one short": Bug(
-        "decode", "s = add_parts(s_parts_ptr, PARTS, T", "s = add_parts(s_parts_ptr, PARTS - 1, T",
+        "decode", "s_parts_ptr, PARTS, T, t0, BANKS", "s_parts_ptr, PARTS - 1, T, t0, BANKS",
         WRONG, case=FEW, plan=DECODE,
     ),
     "weight of the wrong slot": Bug(
