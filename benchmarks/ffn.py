@@ -14,25 +14,17 @@ Freed memory is kept for the next call, as it is inside a model, whose larger te
 --fresh leaves that to glibc, which maps the largest results of an FFN alone anew in each call.
 """
 
-import argparse
-import json
-import statistics
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks import machine, timing
-from benchmarks.timing import duration
-from examples.common import measure
+from benchmarks import one_layer
+from benchmarks.one_layer import PLAIN, Call
 from lora_moe import LoraMoeConfig, LoraMoeMLP
 
 D, F, E, R, K = 576, 1536, 8, 8, 2
 NAMES = {"gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-AGREE = {"fp32": 1e-5, "bf16": 3e-2}  # of the largest output
-PLAIN = "no adapter"
 
 
 class FeedForward(nn.Module):
@@ -49,82 +41,30 @@ class FeedForward(nn.Module):
 
 
 def main(argv=None):
-    args = parse(argv)
-    if not args.fresh:
-        machine.keep_memory()
-    results = {}
-    for dtype in args.dtype:
-        calls = contenders(args.tokens, DTYPES[dtype])
-        check(calls, AGREE[dtype])
-        print(f"{dtype}: {args.repeats} turns of {', '.join(calls)}", file=sys.stderr, flush=True)
-        results[dtype] = {
-            "machine": machine.describe(),
-            "tokens": args.tokens,
-            "fresh": args.fresh,
-            "seconds": timing.interleave(
-                {name: call.step for name, call in calls.items()}, args.repeats
-            ),
-            "peak": {name: measure.peak_bytes(call.step) for name, call in calls.items()},
-        }
-        if args.json:
-            args.json.write_text(json.dumps(results))
-    text = "\n".join(markdown(dtype, result) for dtype, result in results.items())
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text)
-    return 0
+    args = one_layer.parse(argv, "ffn", __doc__, tokens=480)
+    return one_layer.main(args, lambda dtype: contenders(args.tokens, dtype, args.device), "FFN's")
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="lora-moe bench ffn",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--tokens", type=int, default=480)
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"])
-    parser.add_argument("--repeats", type=int, default=15, help="interleaved turns")
-    parser.add_argument(
-        "--fresh", action="store_true", help="pages of large results are new in each call"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
-
-
-class Call:
-    """A contender's forward, and its forward and backward."""
-
-    def __init__(self, forward, x, trained):
-        self.forward, self.x, self.trained = forward, x, trained
-        self.dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
-
-    def step(self):
-        for tensor in (self.x, *self.trained):
-            tensor.grad = None
-        self.forward(self.x).backward(self.dy)
-
-
-def contenders(tokens, dtype):
+def contenders(tokens, dtype, device):
     torch.manual_seed(0)
-    base = FeedForward().to(dtype).requires_grad_(False)
-    x = torch.randn(1, tokens, D).to(dtype).requires_grad_()
-    W, pairs = torch.randn(E, D) * D**-0.5, {}
+    base = FeedForward().to(device, dtype).requires_grad_(False)
+    x = torch.randn(1, tokens, D).to(device, dtype).requires_grad_()
+    W, pairs = (torch.randn(E, D) * D**-0.5).to(device), {}
     for name, (D_in, D_out) in NAMES.items():
         A, B = torch.randn(E * R, D_in) * D_in**-0.5, torch.randn(E * R, D_out) * R**-0.5
-        pairs[name] = A.to(dtype), B.to(dtype)
+        pairs[name] = A.to(device, dtype), B.to(device, dtype)
     calls = {"ours": ours(base, x, W, pairs), "loop": loop(base, x, W, pairs)}
     try:
         calls["mixlora"] = mixlora(base, x, W, pairs)
     except ImportError as error:
         print(f"mixlora is left out: {error}", file=sys.stderr)
-    plain = FeedForward().to(dtype).requires_grad_(False)
+    plain = FeedForward().to(device, dtype).requires_grad_(False)
     plain.load_state_dict(base.state_dict())
-    return calls | {PLAIN: Call(plain, x, [])}
+    return calls | {PLAIN: Call(plain, (x,), [])}
 
 
 def ours(base, x, W, pairs):
-    inner = FeedForward().to(x.dtype).requires_grad_(False)
+    inner = FeedForward().to(x.device, x.dtype).requires_grad_(False)
     inner.load_state_dict(base.state_dict())
     config = LoraMoeConfig(
         num_experts=E, r=R, alpha=2.0 * R, top_k=K, placement="ffn", target_modules=tuple(NAMES),
@@ -136,7 +76,7 @@ def ours(base, x, W, pairs):
         for name, (A, B) in pairs.items():
             for parameter, value in zip(layer.pair(name), (A, B), strict=True):
                 parameter.copy_(value)
-    return Call(layer, x, list(layer.adapter_state().values()))
+    return Call(layer, (x,), list(layer.adapter_state().values()))
 
 
 def loop(base, x, W, pairs):
@@ -162,7 +102,7 @@ def loop(base, x, W, pairs):
             down = down.index_add(0, t, lora("down_proj", h, e))
         return (base.down_proj(mixed) + down).view(x.shape)
 
-    return Call(forward, x, [W, *(t for pair in pairs.values() for t in pair)])
+    return Call(forward, (x,), [W, *(t for pair in pairs.values() for t in pair)])
 
 
 def mixlora(base, x, W, pairs):
@@ -185,34 +125,7 @@ def mixlora(base, x, W, pairs):
             own = [expert.lora_A.weight, expert.lora_B.weight]
             trained += [t.requires_grad_() for t in own]
             layer.experts_[f"experts.{e}.{name}"] = expert
-    return Call(layer, x, trained)
-
-
-@torch.no_grad()
-def check(calls, agree):
-    want = calls["ours"].forward(calls["ours"].x).float()
-    for name, call in calls.items():
-        error = (call.forward(call.x).float() - want).abs().max() / want.abs().max()
-        if name != PLAIN and error > agree:
-            raise SystemExit(f"{name} differs from ours by {error:.3g}")
-
-
-def markdown(dtype, result):
-    seconds, peak = result["seconds"], result["peak"]
-    lines = [
-        f"{result['machine']}; {dtype}; {result['tokens']} tokens;"
-        f" {'fresh results' if result['fresh'] else 'memory kept'}; medians of"
-        f" {len(seconds['ours'])} interleaved turns, quartiles in brackets.",
-        "",
-        "| | forward + backward | / ours | peak of a call |",
-        "|---|---:|---:|---:|",
-    ]
-    for name, samples in seconds.items():
-        memory = "" if peak[name] is None else f"{peak[name] / 2**20:.0f} MiB"
-        ratio = timing.ratio(samples[: len(seconds["ours"])], seconds["ours"])
-        lines.append(f"| {name} | {duration(statistics.median(samples))} | {ratio} | {memory} |")
-    plain = timing.ratio(seconds["ours"], seconds[PLAIN])
-    return "\n".join([*lines, "", f"- ours: {plain} times the un-adapted FFN's"]) + "\n"
+    return Call(layer, (x,), trained)
 
 
 if __name__ == "__main__":

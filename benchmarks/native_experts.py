@@ -1,6 +1,6 @@
 """LoRA on a MoE model's own fused experts, forward and backward.
 
-    lora-moe bench experts [--tokens 512] [--dtype fp32] [--device cpu] [--repeats 15] [--json FILE] ...
+    lora-moe bench experts [--tokens 512] [--dtype fp32] [--device cpu] [--fresh] [--json FILE] ...
 
 Mixtral's experts of 1024 and 512, E=32, top-4, r=16 on both weights; all contenders from the same values:
 
@@ -10,84 +10,30 @@ Mixtral's experts of 1024 and 512, E=32, top-4, r=16 on both weights; all conten
     no adapter    the frozen experts; their backward gives the gradients of x and the router's weights alone
 
 A call is the forward and the backward of x, the router's weights and all adapters.  Their outputs agree, or
-nothing is timed.
+nothing is timed.  Freed memory is kept for the next call, as it is inside a model; --fresh leaves that to
+glibc.
 """
 
-import argparse
 import copy
-import json
-import statistics
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks import machine, timing
-from benchmarks.timing import duration
-from examples.common import measure
+from benchmarks import one_layer
+from benchmarks.one_layer import PLAIN, Call
 from lora_moe import LoraMoeConfig, LoraMoeExperts
 from lora_moe.peft_experts import columns_of
 
 D, F, E, R, K, ALPHA = 1024, 512, 32, 16, 4, 32
 NAMES = {"gate_up_proj": (D, 2 * F), "down_proj": (F, D)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-AGREE = {"fp32": 1e-5, "bf16": 3e-2}  # of the largest output
-PLAIN = "no adapter"
 
 
 def main(argv=None):
-    args = parse(argv)
-    results = {}
-    for dtype in args.dtype:
-        calls = contenders(args.tokens, DTYPES[dtype], args.device)
-        check(calls, AGREE[dtype])
-        print(f"{dtype}: {args.repeats} turns of {', '.join(calls)}", file=sys.stderr, flush=True)
-        steps = {name: call.step for name, call in calls.items()}
-        results[dtype] = {
-            "machine": machine.describe() if args.device == "cpu" else torch.cuda.get_device_name(),
-            "tokens": args.tokens,
-            "seconds": timing.interleave(steps, args.repeats),
-            "peak": {name: measure.peak_bytes(step) for name, step in steps.items()},
-        }
-        if args.json:
-            args.json.write_text(json.dumps(results))
-    text = "\n".join(markdown(dtype, result) for dtype, result in results.items())
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text)
-    return 0
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog="lora-moe bench experts",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+    args = one_layer.parse(argv, "experts", __doc__, tokens=512)
+    return one_layer.main(
+        args, lambda dtype: contenders(args.tokens, dtype, args.device), "experts'"
     )
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=15, help="interleaved turns")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    return parser.parse_args(argv)
-
-
-class Call:
-    """A contender's forward, and its forward and backward."""
-
-    def __init__(self, forward, given, trained):
-        self.forward, self.given, self.trained = forward, given, trained
-        self.dy = torch.randn_like(given[0])
-
-    def step(self):
-        x, _, weights = self.given
-        for tensor in (x, weights, *self.trained):
-            tensor.grad = None
-        self.forward(*self.given).backward(self.dy)
-        if x.is_cuda:
-            torch.cuda.synchronize()
 
 
 def contenders(tokens, dtype, device):
@@ -171,32 +117,6 @@ def two_products(base, given, pairs):
         return torch.zeros_like(x).index_add(0, order // K, h)
 
     return Call(forward, given, [t for pair in pairs.values() for t in pair])
-
-
-@torch.no_grad()
-def check(calls, agree):
-    want = calls["ours"].forward(*calls["ours"].given).float()
-    for name, call in calls.items():
-        error = (call.forward(*call.given).float() - want).abs().max() / want.abs().max()
-        if (error > agree) != (name == PLAIN):
-            raise SystemExit(f"{name} differs from ours by {error:.3g}")
-
-
-def markdown(dtype, result):
-    seconds, peak = result["seconds"], result["peak"]
-    lines = [
-        f"{result['machine']}; {dtype}; {result['tokens']} tokens; medians of"
-        f" {len(seconds['ours'])} interleaved turns, quartiles in brackets.",
-        "",
-        "| | forward + backward | / ours | peak of a call |",
-        "|---|---:|---:|---:|",
-    ]
-    for name, samples in seconds.items():
-        memory = "" if peak[name] is None else f"{peak[name] / 2**20:.0f} MiB"
-        ratio = timing.ratio(samples[: len(seconds["ours"])], seconds["ours"])
-        lines.append(f"| {name} | {duration(statistics.median(samples))} | {ratio} | {memory} |")
-    plain = timing.ratio(seconds["ours"], seconds[PLAIN])
-    return "\n".join([*lines, "", f"- ours: {plain} times the un-adapted experts'"]) + "\n"
 
 
 if __name__ == "__main__":

@@ -550,21 +550,37 @@ def test_modules_of_the_examples_compute_our_layer(tokens):
         assert entry.units([loop(inputs.x)], [outputs[0]], torch.float64) < 1000
 
 
-def test_native_experts_run(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name, sizes, peer",
+    [
+        (
+            "experts",
+            {"NAMES": {"gate_up_proj": (16, 16), "down_proj": (8, 16)}, "E": 4, "K": 2},
+            "PEFT",
+        ),
+        (
+            "ffn",
+            {"NAMES": {"gate_proj": (16, 8), "up_proj": (16, 8), "down_proj": (8, 16)}},
+            "mixlora",
+        ),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_benchmarks_of_one_layer_run(name, sizes, peer, monkeypatch, capsys):
     """Every contender agrees with ours before it is timed."""
-    pytest.importorskip("peft")
-    from benchmarks import native_experts
+    pytest.importorskip(peer.lower())
+    from benchmarks import ffn, native_experts, one_layer
 
-    names = {"gate_up_proj": (16, 16), "down_proj": (8, 16)}
-    sizes = {"D": 16, "F": 8, "E": 4, "R": 2, "K": 2, "NAMES": names}
-    for name, value in sizes.items():
-        monkeypatch.setattr(native_experts, name, value)
-    monkeypatch.setattr(native_experts.timing, "SAMPLE_S", 0.0)
-    monkeypatch.setattr(native_experts.machine, "describe", lambda: "a machine")
-    assert command.main(["experts", "--tokens", "5", "--repeats", "1"]) == 0
+    module = ffn if name == "ffn" else native_experts
+    for key, value in ({"D": 16, "F": 8, "R": 2} | sizes).items():
+        monkeypatch.setattr(module, key, value)
+    monkeypatch.setattr(one_layer.timing, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(one_layer.machine, "describe", lambda: "a machine")
+    assert command.main([name, "--tokens", "5", "--repeats", "1", "--fresh"]) == 0
     table = capsys.readouterr().out
-    assert all(f"| {name} |" in table for name in ("ours", "PEFT", "two products", "no adapter"))
-    calls = native_experts.contenders(5, torch.float32, "cpu")
-    calls["PEFT"].trained[0].data.add_(1.0)
-    with pytest.raises(SystemExit, match="PEFT differs from ours"):
-        native_experts.check(calls, 1e-5)
+    assert all(f"| {one} |" in table for one in ("ours", peer, "no adapter"))
+    calls = module.contenders(5, torch.float32, "cpu")
+    for tensor in calls[peer].trained:
+        tensor.data.add_(1.0)
+    with pytest.raises(SystemExit, match=f"{peer} differs from ours"):
+        one_layer.check(calls, 1e-5)
