@@ -5,7 +5,7 @@
 transformers' own grouped product does it (torch's where that serves), forward and backward.  Its backward
 is not taken: under torch.compile it would make the gradient of all experts' weights, wanted or not.
 
-Letters: T tokens, K picked experts a token, S = T K slots, E experts.
+Letters: T tokens, K picked experts per token, S = T K slots, E experts.
 """
 
 from __future__ import annotations

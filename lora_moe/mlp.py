@@ -126,12 +126,9 @@ class LoraMoeMLP(LoraMoeLayer):
         now.expect_done(self.config.target_modules, y)
         if not recomputing():
             records.remember(self, routing, tokens)
-        # each parameter gets a gradient, also where the caller decided
-        return (
-            y
-            if decision.routing is None and self.parts is None
-            else take_part(y, *self.router_parameters())
-        )
+        if decision.routing is None and self.parts is None:
+            return y
+        return take_part(y, *self.router_parameters())  # whoever decided, each gets a gradient
 
     def _route(self, x, decision):
         if decision.routing is not None:
@@ -310,9 +307,8 @@ class Mix(torch.autograd.Function):
         if dy is not None and ctx.needs_input_grad[1]:
             wide = dy.to(w.dtype)
             slots = (torch.linalg.vecdot(row.to(w.dtype), wide) for row in h.unbind(-2))
-            dw = torch.stack(
-                list(slots), -1
-            )  # a product of matrices per token takes five times as long
+            # a product of matrices per token takes five times as long
+            dw = torch.stack(list(slots), -1)
         if dy is not None and ctx.needs_input_grad[0]:
             dy, w = dy.unsqueeze(-2), w.unsqueeze(-1)
             if dh is None:

@@ -7,7 +7,7 @@ ids and w are what the model's router hands to its experts.  The slots are sorte
 transformers' "grouped_mm"; there a LoRA per expert is functional.grouped_lora, and no weight
 W_e + s_e B_e A_e is made.
 
-Letters: T tokens, K picked experts a token, S = T K slots, E experts, R = sum of their ranks.
+Letters: T tokens, K picked experts per token, S = T K slots, E experts, R = sum of their ranks.
 """
 
 from __future__ import annotations

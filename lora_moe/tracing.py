@@ -69,10 +69,6 @@ def _keep(grad, needed):
     return grad if needed else grad.new_empty(0)
 
 
-def _acc(x, *shape):
-    return x.new_empty(shape, dtype=accumulator(x.dtype))
-
-
 def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p, threshold):
     T, E = x.shape[0], w.shape[0]
     return (

@@ -2,7 +2,7 @@
 
 The operators of a backend against that, forward and backward, for tests of the kernels.
 
-Letters: T tokens, E experts, K slots a token.
+Letters: T tokens, E experts, K slots per token.
 """
 
 from __future__ import annotations

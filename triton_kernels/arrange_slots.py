@@ -4,7 +4,7 @@ What `segmented_expand` takes where each of a token's slots was shrunk by itself
 dS by slot has its gate already.  One rounding, after the sum.
 Reads T*K*r numbers, writes T*(columns of the tile).
 
-Letters: T tokens, E experts, K slots a token, r the largest rank, L experts a tile may hold.
+Letters: T tokens, E experts, K slots per token, r the largest rank, L experts a tile may hold.
 """
 
 import triton

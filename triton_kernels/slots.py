@@ -3,11 +3,11 @@
     apart  y_tj = base + w_tj s_e B_e A_e x_t         sum  y_t = base_t + sum over j of  w_tj s_e B_e A_e x_tj
 
 A slot is a token of its own here, with one expert, and the order that `sort_slots` gives is one of sorted
-tokens.  What has a row a token (x of the one, dy of the other, a base) is read through it by each of its
+tokens.  What has a row per token (x of the one, dy of the other, a base) is read through it by each of its
 slots, never copied.  Only where a sum over a token's slots comes out, which is y of the one and dx of the
-other, S or dS goes from slots to tiles of tokens first (`arrange_slots`), a few bytes a rank.
+other, S or dS goes from slots to tiles of tokens first (`arrange_slots`), a few bytes per rank.
 
-Letters: T tokens, K slots a token, r the largest rank.
+Letters: T tokens, K slots per token, r the largest rank.
 """
 
 import torch

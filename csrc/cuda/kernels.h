@@ -149,7 +149,7 @@ void segmented_gate(const MiddleGrad<T>&, const Segments&, cudaStream_t);
 template <class T>
 void segmented_expand(const Segments&, const T* h, const Rows<T>& rows, const Rows<T>& base,
                       float* wide, bool add_wide, int64_t columns, T* y, cudaStream_t);
-// The same without the sum: y (T, K, D), base a row a token or a slot.
+// The same without the sum: y (T, K, D), base a row per token or per slot.
 template <class T>
 void segmented_expand_apart(const Segments&, const T* h, const Rows<T>& rows, const Rows<T>& base,
                             int64_t columns, T* y, cudaStream_t);
