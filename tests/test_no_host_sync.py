@@ -36,6 +36,7 @@ def test_every_operator_is_covered(seen):
 def test_no_host_sync(waits):
     calls = {name: found for name, found in waits.items() if not name.startswith("planted")}
     assert len(calls) >= 10 * len(PLANS)
+    assert len([name for name in calls if name.startswith("serving")]) == 6
     assert {name: found for name, found in calls.items() if found} == {}
 
 
