@@ -61,11 +61,11 @@ def gradients(outputs, dys, inputs, names):
 
 
 def forward_bound(case, dtype):
-    """Rounding y once costs 0.42 u; the C++ kernels keep everything before it in fp32."""
+    """Rounding y once costs 0.42 u; the C++ kernels round nothing else, or in bf16 also H: 0.60 u."""
     wide = case.D_in >= 256 and case.R // case.E >= 8
     low = dtype in (torch.bfloat16, torch.float16)
     if BACKEND == "cpp" and low and wide:
-        return {"factor": 0.9, "units": 0.5}
+        return {"units": 0.62} if dtype == torch.bfloat16 else {"factor": 0.9, "units": 0.5}
     return {"factor": 1.02 if low and case.K == 1 else None}
 
 

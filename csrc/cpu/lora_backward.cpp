@@ -43,7 +43,9 @@ struct Backward {
   std::unique_ptr<C[]> ds;                    // (T, W)
   // What the sums over tokens multiply with: a rank row's numbers for all tokens one after the
   // other.
-  std::unique_ptr<C[]> ds_columns, h_columns, dlogits_columns;
+  using H = factor_t<T>;
+  std::unique_ptr<H[]> ds_columns, h_columns;
+  std::unique_ptr<C[]> dlogits_columns;
   Ints place;  // of a slot among those of its expert
 
   Backward(const Tensor& dy_, const Tensor& x_, const Tensor& a_, const Tensor& b_,
@@ -64,8 +66,8 @@ struct Backward {
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
     check_ids(ids, tokens * K, experts.E);
     ds = uninitialized<C>(tokens * W);
-    ds_columns = uninitialized<C>(tokens * W);
-    h_columns = uninitialized<C>(tokens * K * experts.max_rank);
+    ds_columns = uninitialized<H>(tokens * W);
+    h_columns = uninitialized<H>(tokens * K * experts.max_rank);
   }
 
   // The first pass: routing_gradient(begin, end) turns dweights of these tokens into dlogits.
@@ -94,7 +96,7 @@ struct Backward {
       xs[i] = x.row(all.row(i, per.x)), dys[i] = dy.row(all.row(i, per.y));
     const auto all_x = pointers(x.data, x.stride, 0, tokens);
     std::vector<std::function<void()>> tasks;
-    const auto add = [&](const GradientRows<T>& out, int64_t row, int64_t R, const C* h,
+    const auto add = [&](const GradientRows<T>& out, int64_t row, int64_t R, const auto* h,
                          int64_t count, const T* const* rows) {
       const int64_t span = gradient_span(R);
       for (int64_t c = 0; out && c < out.D; c += span)
@@ -144,8 +146,9 @@ struct Backward {
     for (int64_t e = 0; e < experts.E; ++e)
       for (int64_t i = group.start[e]; i < group.start[e + 1]; ++i)
         slot_gradient(all, group.slots[i], e, g.get() + i * r);
-    for (int64_t t = begin; experts.shared_a && t < end; ++t)
-      for (int64_t i = 0; i < W; ++i) ds_columns[i * tokens + t] = ds[t * W + i];
+    if (experts.shared_a)
+      for (int64_t t = begin; t < end; ++t)
+        to_column(ds.get() + t * W, W, ds_columns.get() + t, tokens);
   }
 
   void slot_gradient(const Grouping& all, int64_t slot, int64_t e, const C* g) {
@@ -153,24 +156,37 @@ struct Backward {
     const int64_t column = all.start[e] * experts.max_rank + place[slot] - all.start[e];
     const int64_t row = slot / K * W + experts.column(slot % K);
     const C gate = weights[slot] * scaling[e];
+    Room<C> memory(rank);
+    C* h = memory.get();
     for (int64_t i = 0; i < rank; ++i) {
       ds[row + i] += g[i] * gate;
-      if (!experts.shared_a) ds_columns[column + i * count] = ds[row + i];
-      h_columns[column + i * count] = s[row + i] * gate;
+      h[i] = s[row + i] * gate;
     }
+    if (!experts.shared_a) to_column(ds.get() + row, rank, ds_columns.get() + column, count);
+    to_column(h, rank, h_columns.get() + column, count);
     dweights[slot] = dot(g, s + row, rank) * scaling[e];
+  }
+
+  static void to_column(const C* from, int64_t n, H* to, int64_t stride) {
+    Room<H> memory(n);
+    H* rounded = memory.get();
+    round_row(from, n, rounded);
+    for (int64_t i = 0; i < n; ++i) to[i * stride] = rounded[i];
   }
 
   // dx of tokens [begin, end).
   void input_gradient(const Grouping& group, int64_t begin, int64_t end, bool few, T* dx) {
-    std::vector<const C*> from;
-    for (int64_t slot : group.slots) from.push_back(row_ds(slot));
-    const auto all_ds = pointers<const C>(ds.get(), W, begin, end);
+    std::vector<const C*> rows;
+    if (experts.shared_a)
+      rows = pointers<const C>(ds.get(), W, begin, end);
+    else
+      for (int64_t slot : group.slots) rows.push_back(row_ds(slot));
+    const Factors<T> from(std::move(rows), experts.max_rank);
     const auto all_dlogits = pointers<const C>(dlogits, experts.E, begin, w ? end : begin);
     const Ints own = per.x == 1 ? Ints() : group.slots_from_first(K);
     const int64_t* to = (per.x == 1 ? group.tokens : own).data();
     Sums<T> sums(begin * per.x, end * per.x, D_in, {}, {dx, D_in});
-    if (experts.shared_a) sums.add(end - begin, nullptr, all_ds.data(), W, a.data, a.stride);
+    if (experts.shared_a) sums.add(end - begin, nullptr, from.data(), W, a.data, a.stride);
     for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e) {
       const int64_t i = group.start[e];
       sums.add(group.count(e), to + i, from.data() + i, experts.rank(e), a.row(experts.offsets[e]),

@@ -53,17 +53,18 @@ struct Forward {
   void run(int64_t begin, int64_t end, const int32_t* ids, const C* weights, bool few) {
     const Grouping group(ids, K, experts.E, begin, end);
     if (a.waits()) a.pick(experts, group);
-    shrink(group, begin, end, few);
+    Sums<T> sums(begin * per.y, end * per.y, D_out, base, out, sharing);
+    shrink(group, begin, end, few, sums);
     if (b.waits()) {
       b.pick(experts, group);
       for_rows(experts, group, few, weight_bytes(group, D_out),
                [&](int64_t e, int64_t first, int64_t last) { b.round(e, first, last); });
     }
     const auto h = gated(group, weights);
-    const auto hs = pointers<const C>(h.get(), experts.max_rank, 0, group.size());
+    const Factors<T> hs(pointers<const C>(h.get(), experts.max_rank, 0, group.size()),
+                        experts.max_rank);
     const Ints own = per.y == 1 ? Ints() : group.slots_from_first(K);
     const int64_t* to = (per.y == 1 ? group.tokens : own).data();
-    Sums<T> sums(begin * per.y, end * per.y, D_out, base, out, sharing);
     for (int64_t e = 0; e < experts.E; ++e) {
       const int64_t i = group.start[e];
       sums.add(group.count(e), to + i, hs.data() + i, experts.rank(e), b.row(e, 0), b.stride());
@@ -76,7 +77,7 @@ struct Forward {
     return std::min(group.size(), experts.E) * experts.max_rank * D * int64_t(sizeof(T));
   }
 
-  void shrink(const Grouping& group, int64_t begin, int64_t end, bool few) {
+  void shrink(const Grouping& group, int64_t begin, int64_t end, bool few, const Sums<T>& sums) {
     const int64_t bytes = weight_bytes(group, D_in);
     if (experts.shared_a) {
       const auto from = pointers(x.data, x.stride, begin, end);
@@ -93,6 +94,9 @@ struct Forward {
         to.push_back(row_s(group.slots[i]) + first);
       }
       if (a.waits()) a.round(e, first, last);
+      if (!few && per.y == 1)
+        for (int64_t i = group.start[e]; i < group.start[e + 1]; ++i)
+          if (group.slots[i] % K == 0) sums.ask_for(group.tokens[i], 0, kChunk);
       dot_rows(from.data(), to.data(), group.count(e), a.row(e, first), a.stride(), last - first,
                D_in);
     });
@@ -107,6 +111,7 @@ struct Forward {
         const C gate = weights[group.slots[i]] * scaling[e];
         const C* from = row_s(group.slots[i]);
         for (int64_t j = 0; j < experts.rank(e); ++j) h[i * r + j] = from[j] * gate;
+        std::fill(h.get() + i * r + experts.rank(e), h.get() + (i + 1) * r, C(0));
       }
     return h;
   }

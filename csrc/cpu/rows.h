@@ -19,11 +19,50 @@ std::unique_ptr<C[]> uninitialized(int64_t n) {
   return std::unique_ptr<C[]>(new C[n]);
 }
 
-template <class C>
-inline const C* zeros() {
-  alignas(64) static const C row[kFewChunk] = {};
+template <class T>
+inline const T* zeros() {
+  alignas(64) static const T row[kFewChunk] = {};
   return row;
 }
+
+// Pointers to rows [begin, end) of a matrix.
+template <class C>
+inline std::vector<C*> pointers(C* p, int64_t stride, int64_t begin, int64_t end) {
+  std::vector<C*> out(end - begin);
+  for (int64_t t = begin; t < end; ++t) out[t - begin] = p + t * stride;
+  return out;
+}
+
+template <class C, class H>
+inline void round_row(const C* from, int64_t n, H* to) {
+  int64_t i = 0;
+  for (; i + kLanes<C> <= n; i += kLanes<C>) store(to + i, load(from + i));
+  if (i < n) store_tail(to + i, load_tail(from + i, n - i), n - i);
+}
+
+// Rows of R numbers as they multiply rows of T.
+template <class T>
+class Factors {
+ public:
+  using C = acc_t<T>;
+  using H = factor_t<T>;
+
+  Factors(std::vector<const C*> rows, int64_t R) {
+    if constexpr (std::is_same_v<H, C>) {
+      rows_ = std::move(rows);
+    } else {
+      const int64_t n = int64_t(rows.size());
+      own_.reset(new H[n * R]);
+      rows_ = pointers<const H>(own_.get(), R, 0, n);
+      for (int64_t i = 0; i < n; ++i) round_row(rows[i], R, own_.get() + i * R);
+    }
+  }
+  const H* const* data() const { return rows_.data(); }
+
+ private:
+  std::unique_ptr<H[]> own_;
+  std::vector<const H*> rows_;
+};
 
 // y = round(base + sum of products) for rows [begin, end) of y (T, D), which may be columns of a
 // wider matrix: `add` notes a product,
@@ -41,26 +80,33 @@ class Sums {
         sharing_(sharing),
         y_{y.row(begin), y.stride},
         base_(base),
-        touched_(tokens_) {
+        last_(tokens_, -1) {
     if (base_) base_.data = base_.row(begin / sharing);
   }
 
   // h[i] (R) times rows b (R, D) onto row which[i], or i; a row may stand twice, one after the
-  // other.
-  template <class B>
-  void add(int64_t n, const int64_t* which, const C* const* h, int64_t R, const B* b, int64_t ldb) {
+  // other.  h are C; or factor_t<T>, and b rows of T.
+  template <class H, class B>
+  void add(int64_t n, const int64_t* which, const H* const* h, int64_t R, const B* b, int64_t ldb) {
     if (R == 0) return;
+    constexpr bool rounded = !std::is_same_v<H, C>;
+    static_assert(!rounded || std::is_same_v<B, T>);
+    auto& factors = [this]() -> auto& {
+      if constexpr (rounded) return rounded_;
+      else return h_;
+    }();
+    factors.resize(slots_.size());
     const int64_t most = tile_rows(n);
     for (int64_t i = 0, rows; i < n; i += rows) {
       const int64_t at = int64_t(slots_.size());
       for (rows = 0; rows < most && i + rows < n; ++rows) {
         const int64_t t = which ? which[i + rows] : i + rows;
         if (rows && t == slots_.back().row) break;  // twice: not in the same tile
-        slots_.push_back({t, !touched_[t]});
-        h_.push_back(h[i + rows]);
-        touched_[t] = true;
+        slots_.push_back({t, last_[t] < 0});
+        factors.push_back(h[i + rows]);
+        last_[t] = at + rows;
       }
-      steps_.push_back({at, rows, R, ldb, b, std::is_same_v<B, T>});
+      steps_.push_back({at, rows, R, ldb, b, std::is_same_v<B, T>, rounded});
     }
   }
 
@@ -77,6 +123,13 @@ class Sums {
     });
   }
 
+  // These columns, and none of the next row's.
+  LORA_MOE_INLINE void ask_for(int64_t t, int64_t c, int64_t columns) const {
+    const int64_t n = std::min(columns, D_ - c);
+    prefetch<true>(y_.row(t) + c, n);
+    if (base_) prefetch(base_row(t) + c, n);
+  }
+
  private:
   struct Slot {
     int64_t row;
@@ -85,88 +138,68 @@ class Sums {
   struct Step {
     int64_t at, rows, R, ldb;  // slots [at, at + rows)
     const void* b;
-    bool narrow;  // b: rows of T, or else of C
+    bool narrow;   // b: rows of T, or else of C
+    bool rounded;  // h: of factor_t<T>, or else of C
   };
   static constexpr int64_t L = kLanes<C>;
+
+  using Row = std::conditional_t<kInPlace, SumRow<false, C>, RoundedRow<kSplit<T>, T>>;
 
   // Columns [begin, end).  `partial`: see stream_rows, by which it is asked for.
   void write(int64_t begin, int64_t end, int64_t chunk, C* partial) const {
     Room<C> scratch(kInPlace ? 0 : tokens_ * chunk);
-    std::vector<const C*> from(slots_.size());
-    std::vector<C*> to(slots_.size());
+    std::vector<Row> out(slots_.size());
     for (int64_t c = begin; c < end; c += chunk) {
       const int64_t columns = std::min(chunk, end - c);
-      start(c, columns, chunk, scratch.get(), from.data(), to.data());
+      for (size_t i = 0; i < slots_.size(); ++i) out[i] = row(i, c, scratch.get(), chunk);
       for (const Step& p : steps_) {
-        const auto run = [&](auto* b) {
-          multiply(p, b + c, columns, from.data(), to.data(), partial, chunk);
+        const auto run = [&](const auto& h, auto* b) {
+          multiply(p, h.data(), b + c, columns, out.data(), partial, chunk);
         };
-        p.narrow ? run(static_cast<const T*>(p.b)) : run(static_cast<const C*>(p.b));
+        if (p.rounded)
+          run(rounded_, static_cast<const T*>(p.b));
+        else if (p.narrow)
+          run(h_, static_cast<const T*>(p.b));
+        else
+          run(h_, static_cast<const C*>(p.b));
         for (int64_t i = p.at; !partial && c + chunk < end && i < p.at + p.rows; ++i)
-          if (slots_[i].first) prefetch<true>(y_.row(slots_[i].row) + c + chunk, columns);
+          if (slots_[i].first) ask_for(slots_[i].row, c + chunk, columns);
       }
-      finish(c, columns, chunk, scratch.get());
+      for (int64_t t = 0; t < tokens_; ++t)
+        if (last_[t] < 0) std::copy_n(base_row(t) + (base_ ? c : 0), columns, y_.row(t) + c);
     }
   }
 
-  const T* base_row(int64_t t) const { return base_.row(sharing_ == 1 ? t : t / sharing_); }
-
-  void start(int64_t c, int64_t columns, int64_t chunk, C* scratch, const C** from, C** to) const {
-    if constexpr (!kInPlace)
-      for (int64_t t = 0; base_ && t < tokens_; ++t)
-        widen(base_row(t) + c, columns, scratch + t * chunk);
-    for (size_t i = 0; i < slots_.size(); ++i) {
-      const auto [t, first] = slots_[i];
-      if constexpr (kInPlace) {
-        to[i] = y_.row(t) + c;
-        from[i] = !first ? to[i] : base_ ? base_row(t) + c : zeros<C>();
-      } else {
-        to[i] = scratch + t * chunk;
-        from[i] = first && !base_ ? zeros<C>() : to[i];
-      }
-    }
+  // Columns from c of the row of slot i.
+  Row row(int64_t i, int64_t c, C* scratch, int64_t chunk) const {
+    const auto [t, first] = slots_[i];
+    const T* base = base_row(t) + (base_ ? c : 0);
+    if constexpr (kInPlace)
+      return {first ? base : y_.row(t) + c, y_.row(t) + c};
+    else
+      return {first ? base : nullptr, last_[t] == i ? y_.row(t) + c : nullptr, scratch + t * chunk};
   }
 
-  template <class B>
-  void multiply(const Step& p, const B* b, int64_t columns, const C* const* from, C* const* to,
+  const T* base_row(int64_t t) const {
+    return base_ ? base_.row(sharing_ == 1 ? t : t / sharing_) : zeros<T>();
+  }
+
+  template <class H, class B>
+  void multiply(const Step& p, const H* const* h, const B* b, int64_t columns, const Row* out,
                 C* partial, int64_t chunk) const {
     if (partial)
-      stream_rows<kSplit<T>>(h_.data() + p.at, p.rows, p.R, b, p.ldb, columns, from + p.at,
-                             to + p.at, partial, chunk);
+      stream_rows<kSplit<T>>(h + p.at, p.rows, p.R, b, p.ldb, columns, out + p.at, partial, chunk);
     else
-      add_rows<kSplit<T>>(h_.data() + p.at, p.rows, p.R, MatrixRows<B>{b, p.ldb}, columns,
-                          from + p.at, to + p.at);
-  }
-
-  void finish(int64_t c, int64_t columns, int64_t chunk, const C* scratch) const {
-    for (int64_t t = 0; t < tokens_; ++t) {
-      T* y = y_.row(t) + c;
-      if constexpr (!kInPlace)
-        narrow(touched_[t] || base_ ? scratch + t * chunk : zeros<C>(), columns, y);
-      else if (!touched_[t])
-        std::copy_n(base_ ? base_row(t) + c : zeros<C>(), columns, y);
-    }
-  }
-
-  static void widen(const T* from, int64_t columns, C* to) {
-    for (int64_t c = 0; c < columns; c += 2 * L) {
-      const int64_t left = std::min(2 * L, columns - c);
-      store_pair<false>(to + c, load_pair_tail<kSplit<T>>(from + c, left));
-    }
-  }
-  static void narrow(const C* from, int64_t columns, T* to) {
-    int64_t c = 0;
-    for (; c + 2 * L <= columns; c += 2 * L)
-      store_pair<kSplit<T>>(to + c, load_pair<false>(from + c));
-    if (c < columns) store_pair_tail<kSplit<T>>(to + c, load_pair<false>(from + c), columns - c);
+      add_rows<kSplit<T>>(h + p.at, p.rows, p.R, MatrixRows<B>{b, p.ldb}, columns, out + p.at);
   }
 
   int64_t tokens_, D_, sharing_;
   Rows<T> y_;
   Rows<const T> base_;
-  std::vector<char> touched_;
+  Ints last_;  // slot of each row, or -1
   std::vector<Slot> slots_;
-  std::vector<const C*> h_;  // of the slots
+  std::vector<const C*> h_;  // of the slots, here or there
+  std::vector<const factor_t<T>*> rounded_;
   std::vector<Step> steps_;
 };
 
@@ -177,13 +210,6 @@ inline int64_t gradient_span(int64_t R) {
   return std::clamp<int64_t>((1 << 15) / R / kChunk * kChunk, kChunk, 1024);
 }
 
-// Pointers to rows [begin, end) of a matrix.
-template <class C>
-inline std::vector<C*> pointers(C* p, int64_t stride, int64_t begin, int64_t end) {
-  std::vector<C*> out(end - begin);
-  for (int64_t t = begin; t < end; ++t) out[t - begin] = p + t * stride;
-  return out;
-}
 
 // A gradient that is a sum over tokens: rows of `out` in the parameter's dtype, T or the sums' own.
 template <class T>
@@ -196,7 +222,8 @@ struct GradientRows {
 
   // out[row + i][c .. c + columns) = sum over s of h[i][s] x[s][c ..]   for i < R, s < n.
   // A tile of a run of tokens stays in cache for all i, and the next one is on its way meanwhile.
-  void sum(int64_t row, int64_t R, const C* h, int64_t n, const T* const* x, int64_t c,
+  template <class H>
+  void sum(int64_t row, int64_t R, const H* h, int64_t n, const T* const* x, int64_t c,
            int64_t columns) const {
     const int64_t at = row * D + c;
     if (n == 0) return wide ? clear<C>(at, R, columns) : clear<T>(at, R, columns);
@@ -222,7 +249,8 @@ struct GradientRows {
     for (int64_t i = 0; i < R; ++i) std::fill_n(static_cast<P*>(data) + at + i * D, columns, P());
   }
 
-  static void add_runs(C* sums, int64_t stride, int64_t R, const C* h, int64_t n, const T* const* x,
+  template <class H>
+  static void add_runs(C* sums, int64_t stride, int64_t R, const H* h, int64_t n, const T* const* x,
                        int64_t c, int64_t columns) {
     for (int64_t s = 0; s < n; s += kRun) {
       const int64_t run = std::min(kRun, n - s);
@@ -236,17 +264,18 @@ struct GradientRows {
     }
   }
 
-  static void add(C* sums, int64_t stride, int64_t R, const C* h, int64_t ldh, int64_t n,
+  template <class H>
+  static void add(C* sums, int64_t stride, int64_t R, const H* h, int64_t ldh, int64_t n,
                   ListedRows<T> rows, int64_t columns, bool first) {
-    const C *hs[kTileRows], *from[kTileRows];
-    C* to[kTileRows];
+    const H* hs[kTileRows];
+    SumRow<kSplit<T>, C> out[kTileRows];
     const int64_t most = tile_rows(R);
     for (int64_t i = 0; i < R; i += most) {
       const int64_t count = std::min(most, R - i);
       for (int64_t m = 0; m < count; ++m) {
+        C* to = sums + (i + m) * stride;
         hs[m] = h + (i + m) * ldh;
-        to[m] = sums + (i + m) * stride;
-        from[m] = first ? zeros<C>() : to[m];
+        out[m] = {first ? zeros<C>() : to, to};
       }
       // every pass over the tile asks for its share of the next one's columns
       constexpr int64_t line = 64 / sizeof(T);
@@ -254,7 +283,7 @@ struct GradientRows {
       ListedRows<T> share = rows;
       share.next_column += begin * line;
       share.count = (end - begin) * line;
-      add_rows<kSplit<T>>(hs, count, n, share, columns, from, to);
+      add_rows<kSplit<T>>(hs, count, n, share, columns, out);
     }
   }
 

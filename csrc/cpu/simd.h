@@ -265,6 +265,12 @@ LORA_MOE_INLINE V interleave(V a, V b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * sizeof...(I))...);
 }
 
+// Lanes of the first half of v and of the second one in turn.
+template <class V, size_t... I>
+LORA_MOE_INLINE V interleave_halves(V v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, (I / 2 + I % 2 * sizeof...(I) / 2)...);
+}
+
 template <bool Split, class T>
 LORA_MOE_INLINE Pair<acc_t<T>> as_pair(Vec<acc_t<T>> a, Vec<acc_t<T>> b) {
   if constexpr (Split) return {even_lanes(a, b), odd_lanes(a, b)};
@@ -302,13 +308,26 @@ LORA_MOE_INLINE Word32 rounded_bits(Vec<float> v) {  // bf16 in the upper half, 
   return is_nan ? bits | 0x400000 : bits + 0x7fff + (bits >> 16 & 1);
 }
 
+LORA_MOE_INLINE Word32 rounded_columns(Vec<float> even, Vec<float> odd) {
+#if defined(__AVX512BF16__)
+  // The CPU's own rounding takes numbers below 2^-126 for zeros.
+  const __m512i exponent = _mm512_set1_epi32(0x7f800000);
+  const __mmask16 tiny = _mm512_testn_epi32_mask((__m512i)even, exponent) |
+                         _mm512_testn_epi32_mask((__m512i)odd, exponent);
+  if (__builtin_expect(tiny == 0, 1)) {
+    const auto halves = (Vec<uint16_t>)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+    return (Word32)interleave_halves(halves, LanesOf<Vec<uint16_t>>{});
+  }
+#endif
+  return rounded_bits(even) >> 16 | (rounded_bits(odd) & 0xffff0000);
+}
+
 template <bool Split, class T>
 LORA_MOE_INLINE void store_pair_tail(T* p, Pair<acc_t<T>> v, int64_t n) {
   using V = Vec<acc_t<T>>;
   constexpr int64_t L = kLanes<acc_t<T>>;
   if constexpr (std::is_same_v<T, bf16> && Split) {
-    const Word32 columns = rounded_bits(v.first) >> 16 | (rounded_bits(v.second) & 0xffff0000);
-    store_bytes(p, columns, n * sizeof(T));
+    store_bytes(p, rounded_columns(v.first, v.second), n * sizeof(T));
   } else if constexpr (Split) {
     store_pair_tail<false>(p,
                            Pair<acc_t<T>>{interleave<0>(v.first, v.second, LanesOf<V>{}),
