@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "dot.h"
 #include "tensors.h"
-#include "tiles.h"
 
 namespace lora_moe {
 
@@ -90,8 +90,8 @@ inline void for_rows(const Experts& experts, const Grouping& group, bool paralle
   });
 }
 
-// Rows of the experts in a parameter, rounded to T.  Of fp32 rows beside a 16-bit x, a call with
-// few tokens rounds those of picked experts only: a decoding step must not read the others.
+// Rows of the experts in a parameter, as T.  Of fp32 rows beside a 16-bit x, a call with few tokens
+// rounds those of picked experts only, as it reads them: a decoding step must not read the others.
 template <class T>
 class ExpertMatrix {
  public:
@@ -108,45 +108,25 @@ class ExpertMatrix {
     }
   }
 
-  bool waits() const { return bool(wide_); }  // for pick, and for round of what is read
+  int64_t row_bytes() const { return D_ * int64_t(wide_ ? sizeof(C) : sizeof(T)); }
 
-  // Makes room for the rows of the experts that have slots.
-  void pick(const Experts& experts, const Grouping& group) {
-    int64_t n = 0;
-    place_.resize(experts.E);
-    for (int64_t e = 0; e < experts.E; ++e) {
-      place_[e] = n;
-      if (group.count(e) > 0) n += experts.rank(e);
-    }
-    first_ = place_.data();
-    start_ = experts.offsets.data();
-    rounded_.reset(new T[n * D_]);
-    rows_ = {rounded_.get(), D_};
+  // f(row i of an expert, the stride of rows)
+  template <class F>
+  void with_row(int64_t e, int64_t i, F f) const {
+    if constexpr (!std::is_same_v<T, C>)
+      if (wide_) {
+        const C* row = wide_.row(first_[e] + i);
+        return f(reinterpret_cast<const rounded_to<T>*>(row), wide_.stride);
+      }
+    f(rows_.row(first_[e] + i), rows_.stride);
   }
-
-  // Rounds rows [begin, end) of an expert that has slots.
-  void round(int64_t e, int64_t begin, int64_t end) const {
-    constexpr int64_t L = kLanes<C>;
-    for (int64_t i = begin; i < end; ++i) {
-      const C* from = wide_.row(start_[e] + i);
-      T* to = rounded_.get() + (first_[e] + i) * D_;
-      int64_t c = 0;
-      for (; c + L <= D_; c += L) store(to + c, load(from + c));
-      for (; c < D_; ++c) to[c] = narrow<T>(from[c]);
-    }
-  }
-
-  const T* row(int64_t e, int64_t i) const { return rows_.row(first_[e] + i); }
-  int64_t stride() const { return rows_.stride; }
 
  private:
   int64_t D_;
   Tensor whole_;
   Rows<const C> wide_;
   Rows<const T> rows_;
-  std::unique_ptr<T[]> rounded_;
-  const int64_t *first_, *start_ = nullptr;  // of each expert in rows_, and in the parameter
-  Ints place_;
+  const int64_t* first_;  // of each expert
 };
 
 }  // namespace lora_moe

@@ -35,7 +35,7 @@ struct Forward {
         D_out(b_.size(1)),
         K(top_k),
         W(experts.saved(top_k)),
-        a("lora_A", a_, experts.rows_a(), D_in, experts, Blocks(tokens).few() && !shared_a),
+        a("lora_A", a_, experts.rows_a(), D_in, experts, Blocks(tokens).few()),
         b("lora_B", b_, experts.R, D_out, experts, Blocks(tokens).few()) {
     x = rows<T>("x", x_, tokens * per.x, D_in);
     const bool shares = per.y != 1 && base_ && base_->size(0) == tokens;
@@ -52,14 +52,8 @@ struct Forward {
   // Tokens [begin, end) through shrink, gate and expand: a block, or in parallel all of a few.
   void run(int64_t begin, int64_t end, const int32_t* ids, const C* weights, bool few) {
     const Grouping group(ids, K, experts.E, begin, end);
-    if (a.waits()) a.pick(experts, group);
     Sums<T> sums(begin * per.y, end * per.y, D_out, base, out, sharing);
     shrink(group, begin, end, few, sums);
-    if (b.waits()) {
-      b.pick(experts, group);
-      for_rows(experts, group, few, weight_bytes(group, D_out),
-               [&](int64_t e, int64_t first, int64_t last) { b.round(e, first, last); });
-    }
     const auto h = gated(group, weights);
     const Factors<T> hs(pointers<const C>(h.get(), experts.max_rank, 0, group.size()),
                         experts.max_rank);
@@ -67,22 +61,26 @@ struct Forward {
     const int64_t* to = (per.y == 1 ? group.tokens : own).data();
     for (int64_t e = 0; e < experts.E; ++e) {
       const int64_t i = group.start[e];
-      sums.add(group.count(e), to + i, hs.data() + i, experts.rank(e), b.row(e, 0), b.stride());
+      b.with_row(e, 0, [&](auto* row, int64_t stride) {
+        sums.add(group.count(e), to + i, hs.data() + i, experts.rank(e), row, stride);
+      });
     }
-    few ? sums.write_few(weight_bytes(group, D_out)) : sums.write();
+    few ? sums.write_few(weight_bytes(group, b)) : sums.write();
   }
 
  private:
-  int64_t weight_bytes(const Grouping& group, int64_t D) const {
-    return std::min(group.size(), experts.E) * experts.max_rank * D * int64_t(sizeof(T));
+  int64_t weight_bytes(const Grouping& group, const ExpertMatrix<T>& weights) const {
+    return std::min(group.size(), experts.E) * experts.max_rank * weights.row_bytes();
   }
 
   void shrink(const Grouping& group, int64_t begin, int64_t end, bool few, const Sums<T>& sums) {
-    const int64_t bytes = weight_bytes(group, D_in);
+    const int64_t bytes = weight_bytes(group, a);
     if (experts.shared_a) {
       const auto from = pointers(x.data, x.stride, begin, end);
       const auto to = pointers(s_data, W, begin, end);
-      dot_rows(from.data(), to.data(), end - begin, a.row(0, 0), a.stride(), W, D_in);
+      a.with_row(0, 0, [&](auto* row, int64_t stride) {
+        dot_rows(from.data(), to.data(), end - begin, row, stride, W, D_in);
+      });
       return;
     }
     std::fill_n(s_data + begin * W, (end - begin) * W, C(0));
@@ -93,12 +91,12 @@ struct Forward {
         from.push_back(x.row(group.row(i, per.x)));
         to.push_back(row_s(group.slots[i]) + first);
       }
-      if (a.waits()) a.round(e, first, last);
       if (!few && per.y == 1)
         for (int64_t i = group.start[e]; i < group.start[e + 1]; ++i)
           if (group.slots[i] % K == 0) sums.ask_for(group.tokens[i], 0, kChunk);
-      dot_rows(from.data(), to.data(), group.count(e), a.row(e, first), a.stride(), last - first,
-               D_in);
+      a.with_row(e, first, [&](auto* row, int64_t stride) {
+        dot_rows(from.data(), to.data(), group.count(e), row, stride, last - first, D_in);
+      });
     });
   }
 

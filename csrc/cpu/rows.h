@@ -2,8 +2,9 @@
 // after expert adds to them, and each number is rounded and written once.
 #pragma once
 
+#include "add.h"
+#include "dot.h"
 #include "tensors.h"
-#include "tiles.h"
 
 namespace lora_moe {
 
@@ -85,16 +86,11 @@ class Sums {
   }
 
   // h[i] (R) times rows b (R, D) onto row which[i], or i; a row may stand twice, one after the
-  // other.  h are C; or factor_t<T>, and b rows of T.
+  // other.  h are C, and b rows of T or C; or factor_t<T>, and b rows of T, or rounded to it.
   template <class H, class B>
   void add(int64_t n, const int64_t* which, const H* const* h, int64_t R, const B* b, int64_t ldb) {
     if (R == 0) return;
-    constexpr bool rounded = !std::is_same_v<H, C>;
-    static_assert(!rounded || std::is_same_v<B, T>);
-    auto& factors = [this]() -> auto& {
-      if constexpr (rounded) return rounded_;
-      else return h_;
-    }();
+    auto& factors = factors_of<H>(*this);
     factors.resize(slots_.size());
     const int64_t most = tile_rows(n);
     for (int64_t i = 0, rows; i < n; i += rows) {
@@ -106,7 +102,7 @@ class Sums {
         factors.push_back(h[i + rows]);
         last_[t] = at + rows;
       }
-      steps_.push_back({at, rows, R, ldb, b, std::is_same_v<B, T>, rounded});
+      steps_.push_back({at, rows, R, ldb, b, &Sums::multiply<H, B>});
     }
   }
 
@@ -135,15 +131,12 @@ class Sums {
     int64_t row;
     bool first;  // that adds to its row
   };
+  using Row = std::conditional_t<kInPlace, SumRow<false, C>, RoundedRow<kSplit<T>, T>>;
   struct Step {
     int64_t at, rows, R, ldb;  // slots [at, at + rows)
     const void* b;
-    bool narrow;   // b: rows of T, or else of C
-    bool rounded;  // h: of factor_t<T>, or else of C
+    void (Sums::*multiply)(const Step&, int64_t, int64_t, const Row*, C*, int64_t) const;
   };
-  static constexpr int64_t L = kLanes<C>;
-
-  using Row = std::conditional_t<kInPlace, SumRow<false, C>, RoundedRow<kSplit<T>, T>>;
 
   // Columns [begin, end).  `partial`: see stream_rows, by which it is asked for.
   void write(int64_t begin, int64_t end, int64_t chunk, C* partial) const {
@@ -153,15 +146,7 @@ class Sums {
       const int64_t columns = std::min(chunk, end - c);
       for (size_t i = 0; i < slots_.size(); ++i) out[i] = row(i, c, scratch.get(), chunk);
       for (const Step& p : steps_) {
-        const auto run = [&](const auto& h, auto* b) {
-          multiply(p, h.data(), b + c, columns, out.data(), partial, chunk);
-        };
-        if (p.rounded)
-          run(rounded_, static_cast<const T*>(p.b));
-        else if (p.narrow)
-          run(h_, static_cast<const T*>(p.b));
-        else
-          run(h_, static_cast<const C*>(p.b));
+        (this->*p.multiply)(p, c, columns, out.data(), partial, chunk);
         for (int64_t i = p.at; !partial && c + chunk < end && i < p.at + p.rows; ++i)
           if (slots_[i].first) ask_for(slots_[i].row, c + chunk, columns);
       }
@@ -184,13 +169,23 @@ class Sums {
     return base_ ? base_.row(sharing_ == 1 ? t : t / sharing_) : zeros<T>();
   }
 
-  template <class H, class B>
-  void multiply(const Step& p, const H* const* h, const B* b, int64_t columns, const Row* out,
-                C* partial, int64_t chunk) const {
-    if (partial)
-      stream_rows<kSplit<T>>(h + p.at, p.rows, p.R, b, p.ldb, columns, out + p.at, partial, chunk);
+  template <class H, class Self>
+  static auto& factors_of(Self& self) {
+    if constexpr (std::is_same_v<H, C>)
+      return self.h_;
     else
-      add_rows<kSplit<T>>(h + p.at, p.rows, p.R, MatrixRows<B>{b, p.ldb}, columns, out + p.at);
+      return self.rounded_;
+  }
+
+  template <class H, class B>
+  void multiply(const Step& p, int64_t c, int64_t columns, const Row* out, C* partial,
+                int64_t chunk) const {
+    const H* const* h = factors_of<H>(*this).data() + p.at;
+    const B* b = static_cast<const B*>(p.b) + c;
+    if (partial)
+      stream_rows<kSplit<T>>(h, p.rows, p.R, b, p.ldb, columns, out + p.at, partial, chunk);
+    else
+      add_rows<kSplit<T>>(h, p.rows, p.R, MatrixRows<B>{b, p.ldb}, columns, out + p.at);
   }
 
   int64_t tokens_, D_, sharing_;
@@ -209,7 +204,6 @@ class Sums {
 inline int64_t gradient_span(int64_t R) {
   return std::clamp<int64_t>((1 << 15) / R / kChunk * kChunk, kChunk, 1024);
 }
-
 
 // A gradient that is a sum over tokens: rows of `out` in the parameter's dtype, T or the sums' own.
 template <class T>
