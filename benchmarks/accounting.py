@@ -6,8 +6,8 @@
 The layer runs forward and backward up to its launches (benchmarks/launches.py).  A kernel must move what its
 arguments hold, once: the compiled code says which of them it reads and which it writes.  So must every
 operator of PyTorch's that is neither a view nor an allocation.  Buffers with a static bound count whole,
-also where a routing fills part of them.  The base layer's own GEMMs and autograd's addition of its dx to
-ours are left out: what is counted is what the experts add.
+also where a routing fills part of them.  Of the base layer only its own products are left out: what they
+read beside x, dy and its weight counts, as does the sum of its dx and ours.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lora_moe.plan import override
 
 from . import schemes, ttir
 from .launches import Launch, Operator, launches
+from .on_chip import on_chip
 
 ALLOCATIONS = (
     "empty",
@@ -45,15 +46,21 @@ OVERWRITES = (
 
 
 class Moved(NamedTuple):
+    """Bytes of memory read and written, bytes from L2 to the multiprocessors, products, programs."""
+
     name: str
     read: int
     written: int
+    l2: int = 0
+    flops: int = 0
+    programs: int | None = None  # of PyTorch's operators: as many as fill a device
+    launches: int = 1
 
 
 def count(events):
     """What each launch among them moves."""
     for event in events:
-        moved = kernel(event) if isinstance(event, Launch) else operator(event)
+        moved = COUNTED[type(event)](event)
         if moved is not None:
             yield moved
 
@@ -65,8 +72,8 @@ def kernel(launch):
     for access in ttir.accesses(launch.kernel.asm["ttir"]):
         sides[True] |= {access.argument} if access.reads else set()
         sides[False] |= {access.argument} if access.writes else set()
-    read, written = (sum(size(launch.args[a]) for a in side) for side in sides.values())
-    return Moved(launch.name, read, written)
+    read, written = ({a: size(launch.args[a]) for a in side} for side in sides.values())
+    return Moved(launch.name, sum(read.values()), sum(written.values()), *on_chip(launch, read))
 
 
 def operator(event):
@@ -83,7 +90,22 @@ def operator(event):
     if name in OVERWRITES:
         arguments = arguments[1:]
     written = written or results
-    return Moved(f"aten::{name}", sum(map(size, arguments)), sum(map(size, written)))
+    read = sum(map(size, arguments))
+    return Moved(f"aten::{name}", read, sum(map(size, written)), read)
+
+
+class Added(NamedTuple):
+    """What the base's product is added to, in its own launch."""
+
+    target: torch.Tensor
+
+
+def added(event):
+    n = size(event.target)
+    return Moved("sum in the base's product", n, 0, n, launches=0)
+
+
+COUNTED = {Launch: kernel, Operator: operator, Added: added}
 
 
 def tensors(values):
@@ -114,7 +136,7 @@ def layer(s, *, plan=None, dtype=torch.bfloat16, target="sm_90", adapters="base"
     trained = [p for p in experts.parameters() if p.requires_grad]
     with launches(target) as backward:
         torch.autograd.grad(y, [x, *trained], torch.empty_like(y))
-    return tuple(list(count(ours(events, base, x))) for events in (forward, backward))
+    return tuple(list(count(ours(events, base))) for events in (forward, backward))
 
 
 def grouped(s, slots, *, dtype=torch.bfloat16, target="sm_90"):
@@ -133,13 +155,15 @@ def grouped(s, slots, *, dtype=torch.bfloat16, target="sm_90"):
     return tuple(list(count(events)) for events in (forward, backward))
 
 
-def ours(events, base, x):
-    """Without the base layer's products and the addition of its dx to ours."""
+def ours(events, base):
+    """Without the base layer's own products; one that adds to what is there reads that for us."""
     weight = base.weight.untyped_storage()._cdata
     for event in events:
         if isinstance(event, Operator):
             of_base = any(v.untyped_storage()._cdata == weight for v in tensors(event.args))
-            if of_base or (event.func._opname in ("add", "add_") and event.result.shape == x.shape):
+            if of_base and event.func._opname == "addmm_":
+                yield Added(event.args[0])
+            if of_base:
                 continue
         yield event
 
@@ -148,7 +172,7 @@ def ours(events, base, x):
 
 
 def total(moved):
-    return len(moved), sum(m.read + m.written for m in moved)
+    return sum(m.launches for m in moved), sum(m.read + m.written for m in moved)
 
 
 def table(s, plan=None):
@@ -176,10 +200,11 @@ def details(s, plan=None):
 
 
 def rows(sides):
-    yield "\n| | launch | reads MB | writes MB |\n|---|---|---|---|"
+    yield "\n| | launch | reads MB | writes MB | L2 reads MB | programs |\n|---|---|---|---|---|---|"
     for side, moved in zip(("forward", "backward"), sides):
         for m in moved:
-            yield f"| {side} | {m.name} | {m.read / 1e6:.2f} | {m.written / 1e6:.2f} |"
+            sizes = (f"{n / 1e6:.2f}" for n in (m.read, m.written, m.l2))
+            yield f"| {side} | {m.name} | {' | '.join(sizes)} | {m.programs or '-'} |"
 
 
 def main():

@@ -200,7 +200,7 @@ def accounting():
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stderr, file=sys.stderr)
     sides = json.loads(done.stdout)
-    return {name: read + written for side in sides.values() for name, read, written in side}
+    return {name: read + written for side in sides.values() for name, read, written, *_ in side}
 
 
 def doctor():

@@ -1,0 +1,163 @@
+"""What a launch takes from the L2 cache and multiplies: counted from its grid, its tiles and its operands.
+
+A program reads its tiles whatever others read, so an operand passes from L2 to the multiprocessors as many
+times as the grid is long along the axes that do not move its tile.  What is not named is read once.
+Operands in L2 are counted without what the hardware shares between neighbors.
+
+Letters: T tokens, E experts, K picked experts a token, R rank rows, D columns of x or of y.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lora_moe.plan import experts_in_a_tile
+
+# axes of the grid along which programs read the same of an operand
+AGAIN = {
+    "_routed_lora_kernel": {
+        "x_ptr": (1,), "a_ptr": (0, 1), "w_ptr": (0, 1), "b_ptr": (0,), "s_parts_ptr": (1,),
+        "logits_parts_ptr": (1,),
+    },
+    "_rank_gradient_kernel": {"b_ptr": (0,)},
+    "_router_topk_kernel": {"w_ptr": (0,)},
+    "_shrink_kernel": {"x_ptr": (1,), "a_ptr": (0,), "w_ptr": (0,)},
+    "_expand_kernel": {"h_ptr": (1,), "h2_ptr": (1,), "b_ptr": (0,), "b2_ptr": (0,)},
+    "_gram_kernel": {"x_ptr": (1,), "h_ptr": (0,), "h2_ptr": (0,)},
+}  # fmt: skip
+
+
+class OnChip(NamedTuple):
+    """Of one launch: bytes from L2 to the multiprocessors, tensor-core operations, programs."""
+
+    l2: int
+    flops: int
+    programs: int
+
+
+def on_chip(launch, read):
+    """`read`: bytes of each argument that the kernel reads, each byte once."""
+    programs = 1
+    for n in launch.grid:
+        programs *= n
+    if launch.name.startswith("_segmented"):
+        read = SEGMENTED[launch.name](Call(launch), read)
+    else:
+        axes = AGAIN.get(launch.name, {})
+        read = {name: size * times(launch.grid, axes.get(name, ())) for name, size in read.items()}
+    return OnChip(round(sum(read.values())), round(flops(launch)), programs)
+
+
+def times(grid, axes):
+    n = 1
+    for axis in axes:
+        n *= grid[axis] if axis < len(grid) else 1
+    return n
+
+
+# --- products: a router's fp32 operand is three bf16 terms -----------------------------------------
+
+
+def flops(launch):
+    return 2 * sum(rows * inner * columns for rows, inner, columns in products(Call(launch)))
+
+
+def products(c):
+    """(rows, inner, columns) of every product, as the tensor cores do it: padded and term by term."""
+    T, E = c.get("T"), c.get("E")
+    D = c.get("D") or c.get("D_in") or c.get("D_out")
+    wide = (c.get("EP") or 1) * (c.get("RP") or 1)
+    if c.name == "_routed_lora_kernel":
+        if c.tensor("x_ptr"):
+            yield T, D, wide
+            if c.tensor("w_ptr"):
+                yield T, D, 3 * c.get("BLOCK_E")
+        if c.tensor("y_ptr"):
+            yield T, wide, c.get("D_out")
+    elif c.name == "_router_topk_kernel" and c.tensor("x_ptr"):
+        yield T, D, 3 * c.get("BLOCK_E")
+    elif c.name == "_rank_gradient_kernel" and c.tensor("dy_ptr"):
+        yield T, D, wide
+    elif c.name == "_shrink_kernel":
+        yield T, D, padded(c.get("R"), c.get("BLOCK_R")) + 3 * padded(E, c.get("BLOCK_E"))
+    elif c.name in ("_expand_kernel", "_gram_kernel"):
+        R, R2 = c.get("R"), c.get("R2")
+        yield T, D, padded(R, c.get("BLOCK_R")) + 3 * padded(R2, c.get("BLOCK_R2"))
+    elif c.name == "_segmented_gram_kernel":
+        yield c.slots, D, c.get("BLOCK_R")
+    elif c.name in ("_segmented_shrink_kernel", "_segmented_expand_kernel"):
+        yield T, D, c.held * c.get("RP")
+        if c.tensor("h2_ptr"):
+            yield T, D, 3 * padded(c.get("R2"), c.get("BLOCK_R2"))
+
+
+def padded(n, block):
+    return -(-n // block) * block if n else 0
+
+
+# --- the segmented plan: what a tile of sorted tokens holds, for a router that spreads them evenly ---
+
+
+class Call:
+    """A launch's sizes by name."""
+
+    def __init__(self, launch):
+        self.name, self.values, self.grid = launch.name, launch.args | launch.options, launch.grid
+
+    def get(self, name):
+        value = self.values.get(name)
+        return value if isinstance(value, int) else 0
+
+    def tensor(self, name):
+        return hasattr(self.values.get(name), "shape")
+
+    @property
+    def slots(self):
+        return self.values["order_ptr"].numel()
+
+    @property
+    def tiles(self):
+        return len(self.values["number_ptr"])
+
+    @property
+    def held(self):
+        """Experts of a tile."""
+        L = self.values["experts_ptr"].shape[1]
+        K = self.get("K") or max(1, L // self.get("BLOCK_T"))
+        return experts_in_a_tile(self.get("T"), self.get("E"), K, self.get("BLOCK_T"))
+
+    @property
+    def rows(self):
+        """Bytes of the rank rows of a tile's experts."""
+        v = self.values.get("a_ptr") if self.tensor("a_ptr") else self.values["b_ptr"]
+        return self.held / self.get("E") * v.numel() * v.element_size()
+
+
+def segmented_shrink(c, read):
+    blocks = max(1.0, c.held / c.get("EP"))
+    return read | {"x_ptr": read["x_ptr"] * blocks, "a_ptr": c.tiles * c.rows}
+
+
+def segmented_expand(c, read):
+    blocks = c.get("BLOCKS")
+    h = c.values["h_ptr"]
+    own = c.get("T") * c.held * c.get("RP") * h.element_size()
+    again = {"h_ptr": own * blocks, "b_ptr": c.tiles * c.rows}
+    if c.tensor("h2_ptr"):
+        again |= {"h2_ptr": read["h2_ptr"] * blocks, "b2_ptr": read["b2_ptr"] * c.tiles}
+    return read | again
+
+
+def segmented_gram(c, read):
+    """Every slot gathers its row of x, and every tile of columns all of H."""
+    x = c.values["x_ptr"]
+    row_blocks = c.get("RP") // c.get("BLOCK_R")
+    gathered = c.slots * x.shape[1] * x.element_size() * row_blocks
+    return read | {"x_ptr": gathered, "h_ptr": read["h_ptr"] * c.grid[0]}
+
+
+SEGMENTED = {
+    "_segmented_shrink_kernel": segmented_shrink,
+    "_segmented_expand_kernel": segmented_expand,
+    "_segmented_gram_kernel": segmented_gram,
+}

@@ -1,0 +1,136 @@
+"""What the accounting says a kernel reads from L2 is what its programs load, counted in the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import gpu_model
+from benchmarks.on_chip import AGAIN, on_chip
+
+from .cases import Case, sample
+from .compiled import run_compiled
+from .interpreter import interpreting
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("needs the interpreter, which is not there with a GPU", allow_module_level=True)
+with interpreting():
+    kernels = importlib.import_module("lora_moe.triton_kernels")
+
+FULL = Case(
+    "", 70, 8, 2, 16, 136, 200
+)  # every size is ragged but E and R, of which loads are whole
+
+
+@contextlib.contextmanager
+def loads():
+    """A list of launches, each with the bytes loaded of every argument and the addresses of them."""
+    from triton.runtime import interpreter
+
+    call, load = (
+        interpreter.GridExecutor.__call__,
+        interpreter.InterpreterBuilder.create_masked_load,
+    )
+    seen, tensors = [], {}
+
+    def counted_call(executor, *args, **kwargs):
+        values = dict(zip(executor.arg_names, args)) | kwargs
+        tensors.clear()
+        tensors.update({n: v for n, v in values.items() if isinstance(v, torch.Tensor)})
+        launch = SimpleNamespace(
+            name=executor.fn.__name__, args=values, options={}, grid=executor.grid
+        )
+        seen.append((launch, Counter(), {}))
+        return call(executor, *args, **kwargs)
+
+    def counted_load(builder, pointers, mask, *rest):
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if addresses.size:
+            name, v = owner(int(addresses.flat[0]))
+            if name is not None:
+                _, total, distinct = seen[-1]
+                total[name] += addresses.size * v.element_size()
+                distinct.setdefault(name, set()).update(addresses.flatten().tolist())
+        return load(builder, pointers, mask, *rest)
+
+    def owner(address):
+        for name, v in tensors.items():
+            if v.data_ptr() <= address < v.data_ptr() + v.numel() * v.element_size():
+                return name, v
+        return None, None
+
+    interpreter.GridExecutor.__call__ = counted_call
+    interpreter.InterpreterBuilder.create_masked_load = counted_load
+    try:
+        yield seen
+    finally:
+        interpreter.GridExecutor.__call__ = call
+        interpreter.InterpreterBuilder.create_masked_load = load
+
+
+def run_every_dense_kernel():
+    v = sample(FULL, torch.bfloat16)
+    x, w, a, b = (v[n] for n in ("x", "router_weight", "lora_A", "lora_B"))
+    offsets = list(range(0, FULL.R + 1, 16))
+    kernels.router_topk(x, w.float(), None, None, 2, "softmax", True, 2.0, 0.0)
+    kernels.shrink(x, a, w.float())
+    for T in (70, 15):  # whole in one launch, and with `shrink` ahead
+        *routing, s = kernels.routed_lora(
+            x[:T], w.float(), a, b, v["base"][:T], None, None, v["scaling"], offsets, False, 2,
+            "softmax", True, 2.0, 0.0, "rank_dense",
+        )  # fmt: skip
+        kernels.routed_lora_backward(
+            v["base"][:T], None, None, None, None, x[:T], w.float(), a, b, s, *routing[1:4],
+            v["scaling"], offsets, False, "softmax", True, (), *[True] * 4, False, "rank_dense",
+        )  # fmt: skip
+
+
+def test_reads_are_those_of_the_programs():
+    with loads() as seen:
+        run_every_dense_kernel()
+    checked = set()
+    for launch, total, distinct in seen:
+        if launch.name not in AGAIN:
+            continue
+        wide = {n for n in AGAIN[launch.name] if total[n]} | {"x_ptr", "dy_ptr", "base_ptr"}
+        once = {
+            n: len(addresses) * launch.args[n].element_size()
+            for n, addresses in distinct.items()
+            if n in wide
+        }
+        assert on_chip(launch, once).l2 == sum(total[n] for n in once), (launch.name, total)
+        checked |= {(launch.name, n) for n in once}
+    assert {name for name, _ in checked} == set(AGAIN)
+    left = {(name, n) for name, axes in AGAIN.items() for n in axes} - checked
+    assert left <= {("_shrink_kernel", "w_ptr"), ("_routed_lora_kernel", "s_parts_ptr")}, left
+
+
+def test_a_program_more_than_there_are_multiprocessors_takes_a_second_wave():
+    part = gpu_model.PARTS["H100"]
+    one, two = (gpu_model.seconds(part, 0, n * 1e6, 0, n) for n in (132, 133))
+    assert two == pytest.approx(2 * one)
+    assert gpu_model.seconds(part, 3e12, 0, 0) == 1
+
+
+def test_the_rival_is_no_faster_than_its_operands_pass():
+    part = gpu_model.PARTS["H100"]
+    for M, N, K in ((8192, 128, 4096), (128, 4096, 8192), (8192, 4096, 128), (8192, 8, 4096)):
+        floor = 2 * (M * K + N * K + M * N) / part.bytes_per_s
+        assert floor <= gpu_model.product(part, M, N, K) < 4 * floor
+
+
+def test_every_side_of_the_table_is_there():
+    out = json.loads(
+        run_compiled("benchmarks.gpu_model", "--json", "--T", "8192", "--parts", "H100")
+    )
+    ((forward, backward), *rivals), floor = out["H100"], 2 * 3 * 8192 * 4096 / 3.0e6
+    assert floor < forward < 2 * floor and 2 * floor < backward
+    assert all(0.4 * floor < side for rival in rivals for side in rival)
