@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from . import cpp_source
 from .mutants import Mutant
-from .suites import LANGUAGES, ROOT, tests_of
+from .suites import LANGUAGES, ROOT, more_tests_of, tests_of
 
 VECTORS = ("compare", "logic")  # kinds of mutants, in a header, at which GCC 12 may crash
 LEFT_OUT = (".*", "build", "dist", "__pycache__", "*.egg-info")
@@ -136,15 +136,28 @@ class Workspace:
 
     def judge(self, mutant: Mutant | None, number: int = 0, tests=()) -> Verdict:
         """What the tests say of it; of the unchanged sources if it is None."""
-        if mutant is None or self.language == "cpp":
-            return self._run(mutant, tests or tests_of(mutant.file), number)
+        if mutant is None:
+            return self._run(mutant, tests)
+        if self.language == "cpp":
+            return self._ask(mutant, number, tests)
         path = self.folder / mutant.file
         whole = path.read_bytes()
         path.write_bytes(mutant.apply(whole))
         try:
-            return self._run(mutant, tests or tests_of(mutant.file))
+            return self._ask(mutant, number, tests)
         finally:
             path.write_bytes(whole)
+
+    def _ask(self, mutant, number, tests):
+        verdict = self._run(mutant, tests or tests_of(mutant.file), number)
+        more = () if tests or verdict.killed else more_tests_of(mutant.file)
+        if not more:
+            return verdict
+        second = self._run(mutant, more, number)
+        late = second.by == "timeout"  # of many tests: says nothing of the mutant
+        return second._replace(
+            killed=second.killed and not late, seconds=verdict.seconds + second.seconds
+        )
 
     def _run(self, mutant, tests, number=0):
         report = self.folder / "first_failure"
