@@ -3,6 +3,8 @@
     make mutate                                      12 mutants of each language
     make mutate MUTATE="--sample 300 cpp"            300 of the C++ kernels
     make mutate MUTATE="--since main --sample 12"    12 in the files that differ from main
+    make mutate MUTATE="--sample 200 --first 120 python"    the last 80 of 200: a sample in several sittings
+    make mutate MUTATE="--names FILE python"         those named in FILE, a line each: survivors once more
 
 Each mutant is one small change (see python_source.py and cpp_source.py).  The tests of its file run
 with -x, those that killed the last mutants first; a mutant that all of them accept survives.  The
@@ -26,6 +28,8 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation")
     parser.add_argument("languages", nargs="*", help=f"of {', '.join(LANGUAGES)}; all by default")
     parser.add_argument("--sample", type=int, default=12, help="mutants, of each language")
+    parser.add_argument("--first", type=int, default=0, help="of the sample to begin with")
+    parser.add_argument("--names", type=Path, help="a file of mutants' names, in place of a sample")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", default="", help="a regular expression for their paths")
     parser.add_argument(
@@ -71,6 +75,9 @@ def pick(args) -> dict[str, tuple[list[Mutant], list[Mutant]]]:
     for language in languages:
         files = [f for f in sources(language) if changed is None or f in changed]
         found[language] = [m for m in mutants(language, files) if is_wanted(args.files)(m)]
+    if args.names:
+        names = {line.strip() for line in args.names.read_text().splitlines()}
+        return {k: ([m for m in v if m.name in names], []) for k, v in found.items()}
     if changed is None:
         shuffled = {k: sample(v, len(v), args.seed) for k, v in found.items()}
         sizes = dict.fromkeys(found, args.sample)
@@ -82,7 +89,7 @@ def pick(args) -> dict[str, tuple[list[Mutant], list[Mutant]]]:
             for k, v in found.items()
         }
         sizes = {k: sum(m.name in first for m in v) for k, v in found.items()}
-    picked = {k: (v[: sizes[k]], v[sizes[k] :]) for k, v in shuffled.items()}
+    picked = {k: (v[args.first : sizes[k]], v[sizes[k] :]) for k, v in shuffled.items()}
     return {k: v for k, v in picked.items() if v[0]}
 
 
