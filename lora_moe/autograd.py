@@ -171,12 +171,13 @@ class RouteLogits(Function):
 
 class GroupedLora(Function):
     """y = apply(
-    x, lora_A, lora_B, base, indices, weights, scaling, offsets, shared_a, slots, frozen, plan)
+    x, lora_A, lora_B, base, indices, weights, scaling, offsets, shared_a, slots, frozen, plan,
+    base_weight)
     """
 
     @staticmethod
     def forward(
-        ctx, x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, frozen, plan
+        ctx, x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, frozen, plan, w0
     ):
         y, s = _ops.grouped_lora(
             *map(rows_contiguous, (x, a, b)),
@@ -189,7 +190,7 @@ class GroupedLora(Function):
             slots,
             plan,
         )
-        ctx.save_for_backward(x, a, b, s, indices, weights, scaling)
+        ctx.save_for_backward(x, a, b, s, indices, weights, scaling, w0)
         ctx.options = offsets, shared_a, slots, frozen, plan
         ctx.base_rows = None if base is None else len(base)
         return y
@@ -197,7 +198,7 @@ class GroupedLora(Function):
     @staticmethod
     @once
     def backward(ctx, saved, dy):
-        x, a, b, s, indices, weights, scaling = saved
+        x, a, b, s, indices, weights, scaling, w0 = saved
         offsets, shared_a, slots, frozen, plan = ctx.options
         need_x, need_a, need_b, need_base, _, need_weights = ctx.needs_input_grad[:6]
         dx, dweights, da, db = _ops.grouped_lora_backward(
@@ -217,14 +218,19 @@ class GroupedLora(Function):
             plan,
         )
         return (
-            dx if need_x else None,
+            _with_base(dx, dy, w0) if need_x else None,
             da if need_a else None,
             db if need_b else None,
             _base_gradient(dy, ctx.base_rows) if need_base else None,
             None,
             dweights if need_weights else None,
-            *(None,) * 6,
+            *(None,) * 7,
         )
+
+
+def _with_base(dx, dy, w0):
+    """dx + dy W0, rounded once more: the product adds to what is there, and no sum is left to autograd."""
+    return dx if w0 is None else dx.addmm_(dy, w0)
 
 
 def _base_gradient(dy, rows):
@@ -239,13 +245,13 @@ def _base_gradient(dy, rows):
 class RoutedLora(Function):
     """y, indices, weights, logits, mean_prob, lse, counts = apply(
     x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, offsets, shared_a, top_k,
-    gate, renormalize, top_p, threshold, frozen, plan)
+    gate, renormalize, top_p, threshold, frozen, plan, base_weight)
     """
 
     @staticmethod
     def forward(
         ctx, x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, gate,
-        renormalize, top_p, threshold, frozen, plan,
+        renormalize, top_p, threshold, frozen, plan, w0,
     ):  # fmt: skip
         *out, s = _ops.routed_lora(
             rows_contiguous(x),
@@ -265,7 +271,7 @@ class RoutedLora(Function):
             plan,
         )
         _, indices, weights, logits, _, _, counts = out
-        ctx.save_for_backward(x, w, a, b, s, indices, weights, logits, scaling)
+        ctx.save_for_backward(x, w, a, b, s, indices, weights, logits, scaling, w0)
         ctx.bias_dtype = None if router_bias is None else router_bias.dtype
         ctx.options = gate, renormalize
         ctx.experts = offsets, shared_a, frozen, plan
@@ -276,14 +282,14 @@ class RoutedLora(Function):
     @staticmethod
     @once
     def backward(ctx, saved, dy, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
-        x, w, a, b, s, indices, weights, logits, scaling = saved
+        x, w, a, b, s, indices, weights, logits, scaling, w0 = saved
         aux = dweights, dlogits, dmean_prob, dlse
         need_x, need_w, need_a, need_b, need_base, _, need_router_bias = ctx.needs_input_grad[:7]
         if dy is None:  # only the routing reached the loss
             dx, dw, drouter_bias = _router_backward(
                 ctx, aux, x, w, indices, weights, logits, need_router_bias
             )
-            return dx, dw, *(None,) * 4, drouter_bias, *(None,) * 10
+            return dx, dw, *(None,) * 4, drouter_bias, *(None,) * 11
         offsets, shared_a, frozen, plan = ctx.experts
         dx, dw, da, db, drouter_bias = _ops.routed_lora_backward(
             rows_contiguous(dy),
@@ -308,14 +314,14 @@ class RoutedLora(Function):
             plan,
         )
         return (
-            dx if need_x else None,
+            _with_base(dx, dy, w0) if need_x else None,
             dw.to(w.dtype) if need_w else None,
             da if need_a else None,
             db if need_b else None,
             dy if need_base else None,
             None,
             drouter_bias.to(ctx.bias_dtype) if need_router_bias else None,
-            *(None,) * 10,
+            *(None,) * 11,
         )
 
 

@@ -148,6 +148,22 @@ def experts(x, lora_A, lora_B, num_experts, rank_offsets, shared_a, frozen, scal
     return offsets, frozen_ids(frozen, num_experts), scales_of(scaling, num_experts, x)
 
 
+def base_weight(weight, x, D_out, base, slots=None):
+    """One that trains, or whose base is not there or by slot, would get a wrong gradient."""
+    if base is None or slots is not None:
+        raise ValueError(
+            "base_weight: expected one only with base and without slots, got"
+            f" base={'None' if base is None else 'a tensor'}, {slots=}"
+        )
+    shape_is("base_weight", weight, (D_out, x.shape[-1]), "as nn.Linear's weight")
+    device_is("base_weight", weight, x)
+    if weight.dtype != x.dtype or weight.requires_grad or base.requires_grad:
+        raise ValueError(
+            f"base_weight: expected a frozen {x.dtype} and a base without a graph, got {weight.dtype},"
+            f" requires_grad={weight.requires_grad}, of base {base.requires_grad}"
+        )
+
+
 def frozen_ids(frozen, num_experts):
     if isinstance(frozen, (int, str)) or not isinstance(frozen, Collection):
         raise TypeError(f"frozen: expected a collection of expert ids, got {frozen!r}")

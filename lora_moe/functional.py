@@ -84,6 +84,7 @@ def grouped_lora(
     base: torch.Tensor | None = None,
     frozen: Sequence[int] = (),
     slots: str | None = None,
+    base_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Experts with the routing given:  y_t = base_t + sum over slots j of  w_tj s_e B_e A_e x_t,  e = ids_tj.
 
@@ -106,6 +107,9 @@ def grouped_lora(
             (..., K, D_out) too; one with a row per token is read K times, not copied.
         frozen: expert ids whose rows of lora_B (and lora_A) get an exactly zero gradient.
         slots: None, "apart" or "sum"; see above.
+        base_weight: (D_out, D_in) in x's dtype, frozen: `base` came from x by it without a graph, and the
+            gradient of x takes dy @ base_weight in, where autograd would add two tensors of x's size.
+            Not with slots.
     Returns:
         y (..., D_out) in x's dtype; (..., K, D_out) with slots="apart".  A token without experts, and an
         empty slot that stands apart, equals base bit for bit (0 without).
@@ -133,6 +137,8 @@ def grouped_lora(
         apart = slots == "apart" and base is not None and base.dim() == len(leading) + 2
         base = _base(base, x, (*leading, top_k) if apart else leading, lora_B.shape[1])
     weights = routing.weights.to(accumulator(x.dtype))
+    if base_weight is not None:
+        checks.base_weight(base_weight, x, lora_B.shape[1], base, slots)
     args = (
         base,
         routing.indices.contiguous(),
@@ -143,7 +149,7 @@ def grouped_lora(
         slots or "none",
     )
     if _needs_graph(x, lora_A, lora_B, base, weights):
-        y = autograd.GroupedLora.apply(rows, lora_A, lora_B, *args, frozen, chosen)
+        y = autograd.GroupedLora.apply(rows, lora_A, lora_B, *args, frozen, chosen, base_weight)
     else:
         y, _ = _ops.grouped_lora(
             rows, *map(autograd.rows_contiguous, (lora_A, lora_B)), *args, chosen
@@ -171,6 +177,7 @@ def routed_lora(
     threshold: float | None = None,
     frozen: Sequence[int] = (),
     router_bias: torch.Tensor | None = None,
+    base_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Routing]:
     """Router, top-k and experts in a single pass over x:  grouped_lora(x, ..., router_topk(x, ...)).
 
@@ -202,6 +209,8 @@ def routed_lora(
     rows = _rows(x)
     chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
     added = _base(base, x, x.shape[:-1], lora_B.shape[1]), checks.selection(bias, x)
+    if base_weight is not None:
+        checks.base_weight(base_weight, x, lora_B.shape[1], base)
     options = (
         scales,
         offsets,
@@ -215,8 +224,8 @@ def routed_lora(
         raise failed  # no argument is wrong: not a refusal, so not to be tried again
     if _needs_graph(x, router_weight, lora_A, lora_B, base, router_bias):
         y, *routing = autograd.RoutedLora.apply(
-            rows, router_weight, lora_A, lora_B, *added, router_bias, *options, frozen, chosen
-        )
+            rows, router_weight, lora_A, lora_B, *added, router_bias, *options, frozen, chosen, base_weight
+        )  # fmt: skip
     else:
         w = autograd.router_operand(router_weight, x)
         adapter = map(autograd.rows_contiguous, (lora_A, lora_B))

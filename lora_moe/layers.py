@@ -18,6 +18,7 @@ from . import records
 from .config import LoraMoeConfig
 from .context import fit_rows, recomputing, told
 from .linear import linear_features
+from .own_dx import base_weight
 from .parts import Batch, TensorSpec
 from .placement import LoraMoeLayer
 from .routers import TokenRouter
@@ -132,15 +133,30 @@ class LoraMoeLinear(LoraMoeLayer):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
-        return self.adapt(x, self.base_layer(x, *args, **kwargs))
+        weight = None
+        if (
+            self.parts is None
+            and not (self.training and self.config.dropout)
+            and not (args or kwargs)
+        ):
+            weight = base_weight(self.base_layer, x)
+        if weight is None:
+            return self.adapt(x, self.base_layer(x, *args, **kwargs))
+        decision = told(self, x)
+        if decision.disabled:
+            return self.base_layer(x)
+        with torch.no_grad():  # the experts' backward does the base's as well
+            y = self.base_layer(x)
+        return self._adapt(x, y, decision, weight)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """y, the base's output for x, plus the experts; what the caller decided and records included."""
         if not isinstance(y, torch.Tensor):
             raise TypeError(f"base_layer: expected a tensor from it, got {type(y).__name__}")
         decision = told(self, x)
-        if decision.disabled:
-            return y
+        return y if decision.disabled else self._adapt(x, y, decision)
+
+    def _adapt(self, x, y, decision, weight=None):
         tokens = tokens_of(x, decision)
         device = "cpu" if x.is_cpu else x.device.type
         if F.autocast_enabled(device):
@@ -148,14 +164,14 @@ class LoraMoeLinear(LoraMoeLayer):
                 y, routing = self._add(x.to(y.dtype), y, decision)
         else:
             x = x if x.dtype == y.dtype else x.to(y.dtype)
-            y, routing = self._add(x, y, decision)
+            y, routing = self._add(x, y, decision, weight)
         if not recomputing():
             records.remember(self, routing, tokens)
         return y
 
-    def _add(self, x, y, decision):
+    def _add(self, x, y, decision, weight=None):
         if self.parts is None:
-            return self.add_experts(x, y, decision.routing)
+            return self.add_experts(x, y, decision.routing, weight)
         return self._add_by_parts(x, y, decision)
 
     def _add_by_parts(self, x, base, decision):
@@ -178,11 +194,15 @@ class LoraMoeLinear(LoraMoeLayer):
         return take_part(y, *(getattr(self, name) for name in (*own, *between))), routing
 
     def add_experts(
-        self, x: torch.Tensor, base: torch.Tensor, given: Routing | None = None
+        self,
+        x: torch.Tensor,
+        base: torch.Tensor,
+        given: Routing | None = None,
+        base_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing]:
         """base + the experts' sum by the token router, and the routing taken; `given` stands in for it.
 
-        x (..., D_in) and base (..., D_out) have the same dtype.
+        x (..., D_in) and base (..., D_out) have the same dtype; base_weight as in functional.grouped_lora.
         """
         config = self.config
         A, B, router_weight, router_bias, selection_bias = self._tensors()
@@ -197,7 +217,7 @@ class LoraMoeLinear(LoraMoeLayer):
                     x, weight, A, B, config.top_k, rank_offsets=self.offsets, scaling=scaling,
                     shared_a=config.shared_a, base=base, gate=config.gate, renormalize=config.normalizes,
                     bias=selection_bias, top_p=config.top_p, threshold=config.threshold,
-                    frozen=self._frozen, router_bias=bias,
+                    frozen=self._frozen, router_bias=bias, base_weight=base_weight,
                 )  # fmt: skip
             routing = F.router_topk(
                 x, weight, config.top_k, gate=config.gate, renormalize=config.normalizes,
@@ -207,7 +227,7 @@ class LoraMoeLinear(LoraMoeLayer):
             x = nn.functional.dropout(x, dropout)
         y = F.grouped_lora(
             x, A, B, routing, rank_offsets=self.offsets, scaling=scaling, shared_a=config.shared_a,
-            base=base, frozen=self._frozen,
+            base=base, frozen=self._frozen, base_weight=base_weight,
         )  # fmt: skip
         if given is not None:
             y = take_part(y, router_weight, router_bias)
