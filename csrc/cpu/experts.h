@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dot.h"
+#include "rows.h"
 #include "tensors.h"
 
 namespace lora_moe {
@@ -102,9 +103,10 @@ class ExpertMatrix {
       : D_(D), first_(experts.offsets.data()) {
     if (few && !std::is_same_v<T, C> && t.scalar_type() == scalar_type_of<C>()) {
       wide_ = rows<C>(name, t, n, D);
+    } else if (t.scalar_type() == scalar_type_of<C>() && !std::is_same_v<T, C>) {
+      rows_ = round_all(rows<C>(name, t, n, D), n);
     } else {
-      whole_ = as_dtype(t, scalar_type_of<T>());
-      rows_ = rows<T>(name, whole_, n, D);
+      rows_ = rows<T>(name, whole_ = as_dtype(t, scalar_type_of<T>()), n, D);
     }
   }
 
@@ -122,6 +124,16 @@ class ExpertMatrix {
   }
 
  private:
+  Rows<const T> round_all(Rows<const C> from, int64_t n) {
+    T* to = mutable_data<T>(whole_ = empty<T>({n, D_}));
+    constexpr int64_t some = 16;  // rows a task
+    for_tasks((n + some - 1) / some, n * row_bytes(), [&](int64_t i) {
+      for (int64_t row = i * some; row < std::min(n, (i + 1) * some); ++row)
+        round_row(from.row(row), D_, to + row * D_);
+    });
+    return {to, D_};
+  }
+
   int64_t D_;
   Tensor whole_;
   Rows<const C> wide_;

@@ -35,7 +35,8 @@ struct Backward {
   RowsPerToken per;
   Needs needs;
   int64_t tokens, D_in, D_out, K, W;
-  Rows<const T> dy, x, a, b;
+  Rows<const T> dy, x;
+  ExpertMatrix<T> a, b;
   Rows<const RouterWeight> w;
   const C *s, *weights, *scaling;
   const int32_t* ids;
@@ -53,13 +54,16 @@ struct Backward {
            Ints offsets, bool shared_a, Needs needs_, RowsPerToken per_token = {})
       : experts(std::move(offsets), shared_a, scaling_.size(0)),
         per(per_token),
-        needs(std::move(needs_)) {
-    tokens = indices.size(0), D_in = x_.size(1), D_out = b_.size(1), K = indices.size(1);
-    W = experts.saved(K);
+        needs(std::move(needs_)),
+        tokens(indices.size(0)),
+        D_in(x_.size(1)),
+        D_out(b_.size(1)),
+        K(indices.size(1)),
+        W(experts.saved(K)),
+        a("lora_A", a_, experts.rows_a(), D_in, experts, Blocks(tokens).few()),
+        b("lora_B", b_, experts.R, D_out, experts, Blocks(tokens).few()) {
     dy = rows<T>("dy", dy_, tokens * per.y, D_out);
     x = rows<T>("x", x_, tokens * per.x, D_in);
-    a = rows<T>("lora_A", a_, experts.rows_a(), D_in);
-    b = rows<T>("lora_B", b_, experts.R, D_out);
     s = contiguous<C>("S", s_, {tokens, W});
     ids = contiguous<int32_t>("indices", indices, {tokens, K});
     weights = contiguous<C>("weights", weights_, {tokens, K});
@@ -134,14 +138,15 @@ struct Backward {
     const auto g = uninitialized<C>(n * r);
     std::fill_n(ds.get() + begin * W, (end - begin) * W, C(0));
     std::fill_n(dweights + begin * K, (end - begin) * K, C(0));
-    const int64_t bytes = std::min(n, experts.E) * r * D_out * int64_t(sizeof(T));
+    const int64_t bytes = std::min(n, experts.E) * r * b.row_bytes();
     for_rows(experts, group, few, bytes, [&](int64_t e, int64_t first, int64_t last) {
       const int64_t i = group.start[e], count = group.count(e);
       std::vector<const T*> from;
       for (int64_t j = i; j < i + count; ++j) from.push_back(dy.row(group.row(j, per.y)));
       const auto to = pointers(g.get() + first, r, i, i + count);
-      dot_rows(from.data(), to.data(), count, b.row(experts.offsets[e] + first), b.stride,
-               last - first, D_out);
+      b.with_row(e, first, [&](auto* row, int64_t stride) {
+        dot_rows(from.data(), to.data(), count, row, stride, last - first, D_out);
+      });
     });
     for (int64_t e = 0; e < experts.E; ++e)
       for (int64_t i = group.start[e]; i < group.start[e + 1]; ++i)
@@ -186,15 +191,19 @@ struct Backward {
     const Ints own = per.x == 1 ? Ints() : group.slots_from_first(K);
     const int64_t* to = (per.x == 1 ? group.tokens : own).data();
     Sums<T> sums(begin * per.x, end * per.x, D_in, {}, {dx, D_in});
-    if (experts.shared_a) sums.add(end - begin, nullptr, from.data(), W, a.data, a.stride);
+    if (experts.shared_a)
+      a.with_row(0, 0, [&](auto* row, int64_t stride) {
+        sums.add(end - begin, nullptr, from.data(), W, row, stride);
+      });
     for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e) {
       const int64_t i = group.start[e];
-      sums.add(group.count(e), to + i, from.data() + i, experts.rank(e), a.row(experts.offsets[e]),
-               a.stride);
+      a.with_row(e, 0, [&](auto* row, int64_t stride) {
+        sums.add(group.count(e), to + i, from.data() + i, experts.rank(e), row, stride);
+      });
     }
     if (w) sums.add(end - begin, nullptr, all_dlogits.data(), experts.E, w.data, w.stride);
     const int64_t picked = std::min(group.size(), experts.E) * experts.max_rank;
-    few ? sums.write_few((experts.E + picked) * D_in * int64_t(sizeof(T))) : sums.write();
+    few ? sums.write_few((experts.E + picked) * a.row_bytes()) : sums.write();
   }
 };
 
@@ -225,11 +234,9 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
                             Tensor weights, Tensor scaling, Ints offsets, bool shared_a,
                             std::string slots, Ints frozen, bool need_x, bool need_w, bool need_a,
                             bool need_b, std::string plan) {
-  const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
   return dispatch(x, [&]<class T>() -> Grads {
     using C = acc_t<T>;
-    Backward<T, T> backward(dy, x, a_rounded, b_rounded, s, indices, weights, scaling,
-                            std::move(offsets), shared_a,
+    Backward<T, T> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets), shared_a,
                             {std::move(frozen), need_x, need_w, need_a, need_b},
                             RowsPerToken(slots, indices.size(1), shared_a));
     const int64_t n = backward.tokens;
@@ -253,12 +260,10 @@ RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dl
                                  std::string gate_name, bool renormalize, Ints frozen, bool need_x,
                                  bool need_w, bool need_a, bool need_b, bool need_router_bias,
                                  std::string plan) {
-  const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
   return dispatch(x, w, [&]<class T, class W>() -> RoutedGrads {
     using C = acc_t<T>;
     const Gate gate(gate_name, renormalize);
-    Backward<T, W> backward(dy, x, a_rounded, b_rounded, s, indices, weights, scaling,
-                            std::move(offsets), shared_a,
+    Backward<T, W> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets), shared_a,
                             {std::move(frozen), need_x, need_w, need_a, need_b});
     const int64_t n = backward.tokens, E = backward.experts.E, K = backward.K;
     const RoutingGrad<C> grad(dweights, dlogits, dmean_prob, dlse, n, E, K);
