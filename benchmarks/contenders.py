@@ -17,6 +17,7 @@ UNROLLED = 16  # experts; torch.compile unrolls a loop over them, for minutes wh
 # Errors ||out - truth|| / ||truth|| in units in the last place.  Right ones stay below 7 in 16 bit (gather:
 # its gradients are summed in 16 bit) and below 30 in fp32; a wrong expert errs by hundreds.
 LIMITS = {torch.float32: 64.0, torch.bfloat16: 10.0, torch.float16: 10.0}
+WIDE = "ours, fp32 adapters"  # as LoraMoeLinear keeps them beside a 16-bit x
 
 
 class LeftOut(Exception):
@@ -29,6 +30,11 @@ class Contender:
     forward: Callable  # (x, router, a, b, top_k) -> y
     layout: Callable = peers.rows
     same: bool = True
+    adapters: torch.dtype | None = None  # of A, B and router; x's by default
+
+    def differs(self, dtype):
+        """From another contender, beside an x of this dtype."""
+        return self.adapters != dtype
 
 
 def ours(x, router, a, b, top_k):
@@ -45,6 +51,7 @@ def planned(name, *args):
 def contenders(device="cpu", compiled=True):
     """Ours; each plan of ours where there are several; each peer, eager and compiled."""
     yield Contender("ours", ours)
+    yield Contender(WIDE, ours, adapters=torch.float32)
     plans = plan.BACKENDS[backend.serving(device)]
     if len(plans) > 1:
         yield from (Contender(f"ours, {name}", partial(planned, name)) for name in plans)
@@ -66,18 +73,18 @@ def refuse_hopeless(name, shape, itemsize):
         raise LeftOut(f"the plan is for up to {plan.FEW} tokens")
 
 
-def states(layout, shape, inputs, backward, copies):
+def states(layout, shape, inputs, backward, copies, adapters=None):
     """`copies` of (x, router, a, b), the rows kept as `layout` says; they require grad if asked."""
 
-    def own(t):
-        copy = torch.empty(t.shape, dtype=t.dtype, device=t.device).copy_(t)
+    def own(t, dtype=None):
+        copy = torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device).copy_(t)
         return copy.requires_grad_(backward)
 
     def one():
-        a, b = ([own(t) for t in tensors] for tensors in layout(inputs, shape.K))
+        a, b = ([own(t, adapters) for t in tensors] for tensors in layout(inputs, shape.K))
         if layout is not peers.separate:
             (a,), (b,) = a, b
-        return own(inputs.x), own(inputs.router), a, b
+        return own(inputs.x), own(inputs.router, adapters), a, b
 
     return [one() for _ in range(copies)]
 

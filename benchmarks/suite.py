@@ -120,13 +120,18 @@ def admit(shape, inputs, backward, copies, options):
     calls, errors, left_out, states, right = {}, {}, {}, {}, {}
     dy = inputs.dy if backward else None
     for one in entry.contenders(options.device, options.compiled):
+        if not one.differs(inputs.x.dtype):
+            continue
+        kind = one.layout, one.adapters
         try:
             entry.refuse_hopeless(one.name, shape, inputs.x.element_size())
             if one.same not in right:
                 right[one.same] = entry.truth(one, shape, inputs, backward)
-            if one.layout not in states:
-                states[one.layout] = entry.states(one.layout, shape, inputs, backward, copies)
-            call = entry.prepare(one.forward, states[one.layout], shape.K, dy)
+            if kind not in states:
+                states[kind] = entry.states(
+                    one.layout, shape, inputs, backward, copies, one.adapters
+                )
+            call = entry.prepare(one.forward, states[kind], shape.K, dy)
             outputs = entry.joined(call(), one.layout, shape)
             errors[one.name] = units = entry.units(outputs, right[one.same], inputs.x.dtype)
             if not units <= entry.LIMITS[inputs.x.dtype]:
