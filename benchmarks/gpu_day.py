@@ -27,6 +27,10 @@ NO_GPU = (
     "no GPU that this PyTorch can use: run this where torch.cuda.is_available() is true,"
     " or with --dry-run to play the stages without one"
 )
+NO_TORCH = (
+    f"{sys.executable} has no PyTorch: name the Python that has one,"
+    " as in `make check-gpu PYTHON=/path/to/python`"
+)
 
 
 class Stage(NamedTuple):
@@ -110,8 +114,8 @@ def wrong(result):
 
 def report(results, dry_run):
     """Markdown: what is wrong first, then a line a stage, then all findings."""
-    kind = "dry run, without a GPU: nothing here is evidence" if dry_run else "on this GPU"
-    yield f"# lora-moe, checked {kind}\n"
+    kind = "a dry run without one; nothing here is evidence" if dry_run else "what was checked"
+    yield f"# lora-moe on a GPU: {kind}\n"
     failures = [(name, f) for name, result in results.items() for f in wrong(result)]
     for name, f in failures:
         yield f"- **wrong** in {name}: {f['what']}: {f['detail']}"
@@ -131,7 +135,9 @@ def report(results, dry_run):
 
 def verdict(result):
     failed, checked = len(wrong(result)), sum(f["ok"] is not None for f in result["findings"])
-    return f"{failed} of {checked} checks wrong" if failed else f"{checked} checks right"
+    if failed:
+        return f"{failed} of {checked} wrong"
+    return "1 check, right" if checked == 1 else f"{checked} checks, all right"
 
 
 def chosen(names, results):
@@ -144,10 +150,13 @@ def chosen(names, results):
     return [s for s in STAGES if (s.name in names if names else s.name not in passed)]
 
 
-def has_gpu():
-    import torch
-
-    return torch.cuda.is_available()
+def why_no_gpu():
+    """None where there is one."""
+    try:
+        import torch
+    except ImportError:
+        return NO_TORCH
+    return None if torch.cuda.is_available() else NO_GPU
 
 
 def main(argv=None):
@@ -158,8 +167,8 @@ def main(argv=None):
         "--out", type=Path, help="default build/gpu_day, of a dry run build/gpu_day_dry"
     )
     args = parser.parse_args(argv)
-    if not args.dry_run and not has_gpu():
-        print(NO_GPU)
+    if not args.dry_run and (why := why_no_gpu()):
+        print(why)
         return 3
     out = args.out or ROOT / "build" / ("gpu_day_dry" if args.dry_run else "gpu_day")
     out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ The stages themselves run small by `python -m benchmarks.gpu_day --dry-run`.
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def day(monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu_day, "STAGES", [Stage("one", 10, "x"), Stage("two", 20, "y")])
     monkeypatch.setattr(gpu_day, "run", run)
-    monkeypatch.setattr(gpu_day, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_day, "why_no_gpu", lambda: None)
 
     def call(*options):
         ran.clear()
@@ -38,17 +39,23 @@ def day(monkeypatch, tmp_path):
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(gpu_day, "has_gpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_day.main(["--out", str(tmp_path / "new")]) == 3
     assert "no GPU that this PyTorch can use" in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
+
+
+def test_without_pytorch_it_says_which_python(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert gpu_day.main(["--out", str(tmp_path / "new")]) == 3
+    assert f"{sys.executable} has no PyTorch" in capsys.readouterr().out
 
 
 def test_all_right(day):
     status, ran, report = day()
     assert (status, ran) == (0, ["one", "two"])
     assert "Nothing is wrong" in report
-    assert report.count("1 checks right") == 2
+    assert report.count("1 check, right") == 2
 
 
 def test_what_is_wrong_comes_first_and_in_the_exit_status(day):
@@ -56,7 +63,7 @@ def test_what_is_wrong_comes_first_and_in_the_exit_status(day):
     status, ran, report = day()
     assert (status, ran) == (1, ["one", "two"])
     assert report.index("**wrong** in one: bits: they differ") < report.index("| stage |")
-    assert "1 of 1 checks wrong" in report
+    assert "1 of 1 wrong" in report
 
 
 def test_a_second_call_repeats_what_failed_and_what_is_named(day):
