@@ -8,9 +8,7 @@ once; the upper ones are adapted, by five arms that differ in the experts and th
 results: docs/c_lorae.md.
 """
 
-import random
 import time
-from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,147 +16,16 @@ import torch
 import torch.nn.functional as F
 
 import lora_moe
-from examples.c_lorae import data as kaomoji_sets
 from examples.c_lorae import report as c_lorae_report
 from examples.c_lorae import upper as parts
-from examples.common import evidence, smollm2
+from examples.c_lorae.arms import ARMS, TASKS
+from examples.c_lorae.study import FULL, QUICK, Study
+from examples.common import evidence
 from lora_moe.methods import c_lorae
-from lora_moe.methods.c_lorae import extraction, visual
+from lora_moe.methods.c_lorae import visual
 from lora_moe.methods.c_lorae.achievement import AchievementLoss
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TASKS = tuple(kaomoji_sets.LABELS)
-COLLABORATIVE = c_lorae.CLoraeConfig(
-    num_tasks=3, r=24, alpha=24.0, mutual_information=True, target_modules=LINEARS
-)
-ONE = COLLABORATIVE.one_lora()
-
-
-@dataclass(frozen=True)
-class Arm:
-    experts: c_lorae.CLoraeConfig
-    rate: float  # of learning, for the experts
-    mutual_information: float = 0.0  # coefficient
-    achievement: bool = False
-
-
-ARMS = {
-    "universal only": Arm(replace(COLLABORATIVE, num_tasks=0, mutual_information=False), 2e-3),
-    "one LoRA": Arm(ONE, 2e-3),
-    "plain sum": Arm(replace(COLLABORATIVE, gate="sum"), 2e-3, 0.01),
-    "C-LoRAE, equal weights": Arm(COLLABORATIVE, 2e-3, 0.01),
-    "C-LoRAE": Arm(COLLABORATIVE, 2e-3, 0.01, achievement=True),
-    # to explain: 24 + 8 rank rows act on a token in C-LoRAE, and s_t = 3 s_U there
-    "one LoRA, active size": Arm(replace(ONE, r=32, alpha=32.0), 2e-3),
-    "C-LoRAE, one scale": Arm(replace(COLLABORATIVE, task_alpha=8.0), 2e-3, 0.01),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    layers: int | None  # of the model; None: all
-    adapted: int  # of them, the upper ones
-    train: tuple[int, int, int]
-    validation: int
-    heldout: int
-    batch: tuple[int, int, int]  # items of each task in a step
-    steps: int
-    evaluations: int  # of the achievement, during a run
-
-
-FULL = Size(None, 6, (1500, 150, 1500), 60, 500, (15, 2, 15), 100, 3)
-QUICK = Size(4, 2, (60, 12, 60), 6, 12, (6, 2, 6), 6, 2)
 VISUAL_RATE, GATE_RATE = 3e-3, 2e-2
-MAX_TEXT, MAX_ANSWER = 8, 10  # tokens
-
-
-class Study:
-    """Data, and what the lower layers made of it; the same for every arm and seed."""
-
-    def __init__(self, size, dtype):
-        self.size, self.tokenizer = size, smollm2.load_tokenizer()
-        model = smollm2.load_model(size.layers).to(dtype)
-        below = len(model.model.layers) - size.adapted
-        self.lower, self.upper = parts.Lower(model, below), parts.upper(model, below)
-        self.dtype = dtype
-        self.tasks = kaomoji_sets.load(size.train, size.validation, size.heldout)
-        self.eye = kaomoji_sets.Eye([item.drawing for task in self.tasks for item in task.train])
-        self.train = [self._training(t, task.train) for t, task in enumerate(self.tasks)]
-        self.validation = self._questions([task.validation for task in self.tasks])
-        self.heldout = self._questions([task.heldout for task in self.tasks])
-
-    def prompt(self, task, item):
-        text = self.tokenizer.encode(item.text)[:MAX_TEXT]
-        schema = kaomoji_sets.SCHEMAS[task]
-        return self.tokenizer.encode(
-            extraction.instruction(schema, self.tokenizer.decode(text), brief=True)
-        )
-
-    def _training(self, task, items):
-        """[(hidden (L, D), targets (L,), picture (P, D_v), mask (P,))] of a task."""
-        prompts = [self.prompt(task, item) for item in items]
-        ends = [
-            [*self.tokenizer.encode(" " + item.answer), self.tokenizer.eos_token_id]
-            for item in items
-        ]
-        hidden = self.lower.hidden([p + e[:-1] for p, e in zip(prompts, ends)])
-        targets = [torch.tensor([-100] * (len(p) - 1) + e) for p, e in zip(prompts, ends)]
-        return list(zip(hidden, targets, *self.eye([item.drawing for item in items])))
-
-    def _questions(self, items):
-        """[(task, item)] of all tasks, and their Prompts."""
-        asked = [(t, item) for t, of_task in enumerate(items) for item in of_task]
-        return asked, self.lower.prompts([self.prompt(*question) for question in asked])
-
-    def batches(self, seed, steps, counts):
-        """(hidden (B, L, D), targets (B, L), pictures, mask, tasks (B,)) of each step."""
-        rng = random.Random(seed)
-        streams = [endless(items, rng) for items in self.train]
-        for _ in range(steps):
-            rows = [(next(streams[t]), t) for t, n in enumerate(counts) for _ in range(n)]
-            hidden, targets, pictures, masks = zip(*(row for row, _ in rows))
-            yield (
-                torch.nn.utils.rnn.pad_sequence(hidden, True),
-                torch.nn.utils.rnn.pad_sequence(targets, True, -100),
-                torch.stack(pictures),
-                torch.stack(masks),
-                torch.tensor([t for _, t in rows]),
-            )
-
-    def answers(self, model, questions, pictures=True, expert=lambda t: t):
-        """[(task, item, text)] of greedy generation.
-
-        `pictures=False`: from the text alone; `expert`: which task's expert a task is given.
-        """
-        asked, prompts = questions
-        said = [None] * len(asked)
-        seen, masks = self.eye([item.drawing for _, item in asked])
-        for group in prompts:
-            c_lorae.set_tasks(model, torch.tensor([expert(asked[i][0]) for i in group.items]))
-            shown = (seen[group.items], masks[group.items]) if pictures else (None,)
-            visual.set_images(model, *shown)
-            ids = parts.generate(self.lower, model, group, self.tokenizer.eos_token_id, MAX_ANSWER)
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            for i, text in zip(group.items, texts):
-                said[i] = text.strip()
-        return [(*question, text) for question, text in zip(asked, said)]
-
-    def scores(self, model, questions, **how):
-        """{task: [set F1 of each item]}"""
-        found = {name: [] for name in TASKS}
-        for task, item, text in self.answers(model, questions, **how):
-            reading = extraction.read(kaomoji_sets.SCHEMAS[task], text)
-            found[TASKS[task]].append(extraction.set_f1(reading, item.wanted))
-        return found
-
-    def f1(self, model, questions, **how):
-        """{task: mean set F1}"""
-        return {name: float(np.mean(s)) for name, s in self.scores(model, questions, **how).items()}
-
-
-def endless(items, rng):
-    while True:
-        yield from rng.sample(items, len(items))
 
 
 def prepare(study, config, seed):

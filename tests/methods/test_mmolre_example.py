@@ -145,7 +145,7 @@ def test_plain_block_computes_ours():
 def test_difference_of_weighted_f1():
     import numpy as np
 
-    from examples.mmolre.report import f1_difference
+    from examples.mmolre.comparisons import f1_difference
     from lora_moe.methods.mmolre.affect import multilabel_metrics
 
     draw = np.random.default_rng(0)

