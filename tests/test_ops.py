@@ -23,6 +23,7 @@ from .test_functional import BACKEND, PARAMETERS, experts_of, routed
 ops = torch.ops.lora_moe
 PLANS = plan.BACKENDS[BACKEND]
 PLAN = PLANS[0]
+SLOTS_PLAN = "segmented" if "segmented" in PLANS else PLAN
 no_double = pytest.mark.skipif(BACKEND == "triton", reason="Triton kernels have no float64")
 
 
@@ -39,6 +40,8 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
     dy = torch.ones_like(y)
     needs = ([0], True, True, True, True, plan)
     partial = ([], True, False, False, True, plan)
+    apart = () if case.shared_a or plan != SLOTS_PLAN else ("apart", "sum")
+    every, every_dy = (t.repeat_interleave(case.K, 0) for t in (x, dy))  # a row per slot
     return {
         "router_topk": [(x, w, v["bias"], v["router_bias"], *router)],
         "route_logits": [(logits, v["bias"], *router)],
@@ -52,10 +55,21 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
             (logits, w, logits, w, x, dtype),
         ],
         "gram": [(logits, x)],
-        "grouped_lora": [(x, a, b, v["base"], indices, weights, *experts, "none", plan)],
+        "grouped_lora": [
+            (x, a, b, v["base"], indices, weights, *experts, "none", plan),
+            *(
+                (every if slots == "sum" else x, a, b, None, indices, weights, *experts, slots, plan)
+                for slots in apart
+            ),
+        ],
         "grouped_lora_backward": [
             (dy, *saved, *experts, "none", *needs),
             (dy, *saved, *experts, "none", *partial),
+            *(
+                (every_dy, *saved, *experts, slots, *needs) if slots == "apart"
+                else (dy, every, *saved[1:], *experts, slots, *needs)
+                for slots in apart
+            ),
         ],
         "routed_lora": [forward, (*forward[:4], None, None, None, *forward[7:])],
         "routed_lora_banks": [banks_call(v, case, experts, router, plan)],

@@ -27,7 +27,10 @@ TESTS = {
     "lora_moe/methods/branch_lora": ("tests/methods/test_branch_lora.py", "tests/fuzz"),
     "lora_moe/methods/c_lorae": ("tests/methods/test_c_lorae.py", "tests/methods/test_visual.py"),
     "lora_moe/methods/mmolre": ("tests/methods/test_mmolre.py", "tests/methods/test_affect.py"),
-    "lora_moe/routers": ("tests/test_routers.py", "tests/stack/test_routers.py"),
+    "lora_moe/routers": (
+        *("tests/test_routers.py", "tests/presets/test_parts.py"),
+        *("tests/presets/test_formulas.py", "tests/stack/test_routers.py"),
+    ),
     "lora_moe/ffn_targets.py": ("tests/test_mlp.py", "tests/stack/test_ffn.py"),
     "lora_moe/grouped.py": ("tests/stack/test_native_experts.py",),
     "lora_moe/conditions.py": ("tests/test_forwards.py",),
