@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +41,7 @@ class Workspace:
 
     def __init__(self, folder: Path, language: str, isa: str, timeout: float):
         self.folder, self.language, self.isa, self.timeout = folder, language, isa, timeout
+        self.worker: subprocess.Popen | None = None
         self.memory = folder.parent / f"killers_{language}.json"
         self.killers: dict[str, list[str]] = (
             json.loads(self.memory.read_text()) if self.memory.exists() else {}
@@ -168,19 +172,13 @@ class Workspace:
         environment |= {"LORA_MOE_REPORT": str(report), "LORA_MOE_MUTANT": str(number)}
         if self.language == "cpp":
             environment |= {"LORA_MOE_ISA": self.isa}
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-        command += ["-p", "tests.mutation.order", "--deselect", "tests/mutation", *tests]
+        arguments = ["-q", "-x", "-p", "no:cacheprovider", "-p", "tests.mutation.order"]
+        arguments += ["--deselect", "tests/mutation", *tests]
         start = time.monotonic()
-        with subprocess.Popen(
-            command, cwd=self.folder, env=environment, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        ) as process:  # fmt: skip
-            try:
-                said, _ = process.communicate(timeout=self.timeout)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                return Verdict(True, "timeout", time.monotonic() - start)
-        seconds, status = time.monotonic() - start, process.returncode
+        status, said = self._pytest(arguments, environment)
+        seconds = time.monotonic() - start
+        if status is None:
+            return Verdict(True, "timeout", seconds)
         if status == 0:
             return Verdict(False, "", seconds)
         if status > 3:  # pytest itself had nothing to run
@@ -189,6 +187,33 @@ class Workspace:
         if mutant is not None and "::" in by:
             self._remember(mutant, by)
         return Verdict(True, by if mutant else said[-3000:], seconds)
+
+    def _pytest(self, arguments, environment):
+        """Its exit status, None after the timeout, and what it printed."""
+        output = self.folder / "output"
+        request = {"arguments": arguments, "environment": environment}
+        request |= {"folder": str(self.folder), "output": str(output)}
+        if self.worker is None:
+            self.worker = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("worker.py"))], text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | environment,
+            )  # fmt: skip
+            weakref.finalize(self, _end, self.worker)
+        self.worker.stdin.write(json.dumps(request) + "\n")
+        self.worker.stdin.flush()
+        child, late = int(self.worker.stdout.readline()), threading.Event()
+
+        def stop():
+            late.set()
+            os.killpg(child, signal.SIGKILL)
+
+        timer = threading.Timer(self.timeout, stop)
+        timer.start()
+        status = int(self.worker.stdout.readline())
+        timer.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # what the tests started and left
+        return None if late.is_set() else status, output.read_text(errors="replace")
 
     def _likely(self, mutant):
         own = self.killers.get(mutant.file, []) if mutant else []
@@ -199,3 +224,9 @@ class Workspace:
         before = self.killers.get(mutant.file, [])
         self.killers[mutant.file] = [by, *(name for name in before if name != by)][:40]
         self.memory.write_text(json.dumps(self.killers, indent=1))
+
+
+def _end(worker):
+    worker.stdin.close()
+    worker.stdout.close()
+    worker.wait()
