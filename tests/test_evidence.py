@@ -43,3 +43,28 @@ def test_a_restart_repeats_no_run(tmp_path):
     assert {key: value["score"] for key, value in found.items()} == {
         (arm, seed): [seed, arm] for arm in "ab" for seed in (0, 1)
     }
+
+
+def score(arm, rate, seed):
+    return {"score": -abs(rate - {"a": 1e-3, "b": 4e-3}[arm]) + seed * 1e-6}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_arm_is_tuned_over_the_same_grid(tmp_path, processes):
+    path = tmp_path / "rates.json"
+    evidence.tune(tmp_path, path, ("a", "b"), (1e-3, 2e-3, 4e-3), [7, 8], score, processes)
+    assert evidence.rates(path) == {"a": 1e-3, "b": 4e-3}
+    text = evidence.tuning(path)
+    assert "6 runs an arm (seeds [7, 8])" in text
+    assert [line.count("**") for line in text.splitlines()[2:4]] == [2, 2]
+
+
+def test_processes_find_what_one_process_finds(tmp_path):
+    def run(arm, seed):
+        return {"score": [seed, arm]}
+
+    keys = ("a", "b", "c"), (0, 1)
+    one = evidence.runs(tmp_path / "one", *keys, run)
+    two = evidence.runs(tmp_path / "two", *keys, run, processes=2)
+    assert list(one) == list(two)
+    assert [run["score"] for run in one.values()] == [run["score"] for run in two.values()]

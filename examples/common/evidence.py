@@ -7,7 +7,10 @@ alike differ by exactly nothing.
 
 import argparse
 import json
+import multiprocessing
+import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,27 +32,92 @@ def parser(description, out):
     parser.add_argument("--out", type=Path, default=Path(out), help="folder for what is written")
     parser.add_argument("--quick", action="store_true", help="seconds: shows that it runs, no more")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     return parser
 
 
-def runs(out, arms, seeds, run):
-    """{(arm, seed): run(arm, seed)}; each result is kept in out/runs.jsonl, where a restart finds it.
+def runs(out, arms, seeds, run, processes=1, file="runs.jsonl"):
+    """{(arm, seed): run(arm, seed)}; each result is kept in out/file, where a restart finds it.
 
-    A result is what JSON holds; "seconds" is added to it.
+    A result is what JSON holds; "seconds" is added to it.  Processes are forked: what `run` holds is
+    shared, and each should compute in one thread.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "runs.jsonl"
+    path = out / file
     lines = path.read_text().splitlines() if path.exists() else []
     done = {(found["arm"], found["seed"]): found for found in map(json.loads, lines)}
     wanted = [(arm, seed) for seed in seeds for arm in arms]
-    for arm, seed in tqdm([key for key in wanted if key not in done], unit="run"):
-        started = time.perf_counter()
-        found = {"arm": arm, "seed": seed} | run(arm, seed)
-        found["seconds"] = time.perf_counter() - started
-        with path.open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        done[arm, seed] = found
+    missing = [key for key in wanted if key not in done]
+    for found in tqdm(
+        _each(partial(_timed, run), missing, processes), total=len(missing), unit="run"
+    ):
+        with path.open("a") as lines:
+            lines.write(json.dumps(found) + "\n")
+        done[found["arm"], found["seed"]] = found
     return {key: done[key] for key in wanted}
+
+
+def _timed(run, arm, seed):
+    started = time.perf_counter()
+    found = {"arm": arm, "seed": seed} | run(arm, seed)
+    return found | {"seconds": time.perf_counter() - started}
+
+
+def _each(call, keys, processes):
+    """call(*key) of each, as they are finished."""
+    if processes < 2:
+        yield from (call(*key) for key in keys)
+        return
+    global _forked  # a forked process inherits it: models and closures need not be pickled
+    _forked = call
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        yield from pool.imap_unordered(_call_forked, keys)
+
+
+def _call_forked(key):
+    return _forked(*key)
+
+
+def tune(out, path, arms, grid, seeds, run, processes=1):
+    """Every arm at every rate of the grid, from seeds of their own: the same budget for each.
+
+    Args:
+        path: the JSON file, kept with the protocol, that `rates` and `tuning` read.
+        run: run(arm, rate, seed) -> {"score": of the validation items, higher is better}.
+    """
+    keys = {f"{arm} at {rate:g}": (arm, rate) for arm in arms for rate in grid}
+    found = runs(
+        out, keys, seeds, lambda key, seed: run(*keys[key], seed), processes, "tuning.jsonl"
+    )
+    scores = {
+        arm: {
+            f"{rate:g}": [found[f"{arm} at {rate:g}", s]["score"] for s in seeds] for rate in grid
+        }
+        for arm in arms
+    }
+    minutes = sum(each["seconds"] for each in found.values()) / 60
+    path.write_text(json.dumps({"seeds": seeds, "minutes": minutes, "scores": scores}, indent=1))
+
+
+def rates(path):
+    """{arm: its best rate}, by the mean over the tuning seeds."""
+    scores = json.loads(path.read_text())["scores"]
+    return {arm: float(max(of, key=lambda rate: np.mean(of[rate]))) for arm, of in scores.items()}
+
+
+def tuning(path, scale=100.0, digits=1):
+    """The grid as a table, with the budget; an arm's best rate is bold."""
+    found, best = json.loads(path.read_text()), rates(path)
+    grid = list(next(iter(found["scores"].values())))
+    rows = []
+    for arm, of in found["scores"].items():
+        cells = {rate: f"{scale * np.mean(values):.{digits}f}" for rate, values in of.items()}
+        rows.append([arm, *(f"**{c}**" if float(r) == best[arm] else c for r, c in cells.items())])
+    count = len(grid) * len(found["seeds"])
+    budget = (
+        f"{count} runs an arm (seeds {found['seeds']}), {found['minutes']:.0f} CPU minutes in all."
+    )
+    return table(["validation score at rate", *grid], rows) + "\n\n" + budget
 
 
 def interval(values):
