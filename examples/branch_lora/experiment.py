@@ -21,9 +21,9 @@ from torch.nn.functional import cross_entropy
 
 import lora_moe
 from benchmarks import timing
-from examples.branch_lora import minilm, report
+from examples.branch_lora import report
 from examples.branch_lora.tasks import SOURCES, load_tasks
-from examples.common import evidence
+from examples.common import evidence, minilm
 from examples.common.training import chunks, optimizer_of, rate_at
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.branch_lora.continual import TaskSelector

@@ -225,11 +225,12 @@ def test_half_precision_base_with_fp32_experts():
 
 
 @fp64
-def test_mutual_information_loss_equals_the_formula():
+@pytest.mark.parametrize("negatives", ["batch", "task"])
+def test_mutual_information_loss_equals_the_formula(negatives):
     layer = make(dataclasses.replace(CONFIGS["softmax"], mutual_information=True))
     x = samples().requires_grad_()
     layer(x)
-    loss = c_lorae.mutual_information_loss(layer, temperature=0.2)
+    loss = c_lorae.mutual_information_loss(layer, temperature=0.2, negatives=negatives)
     a, b, ranks = layer.lora_A, layer.lora_B, layer.config.ranks
     rows = torch.arange(sum(ranks)).split(list(ranks))
 
@@ -241,10 +242,16 @@ def test_mutual_information_loss_equals_the_formula():
     kept = [i for i, task in enumerate(TASKS.tolist()) if task >= 0]
     u = [mean_output(0, x[i]) for i in kept]
     d = [mean_output(1 + int(TASKS[i]), x[i]) for i in kept]
-    want = 0
+    task, want, pairs = TASKS[kept].tolist(), 0, 0
     for i in range(len(kept)):
-        scores = torch.stack([u[i] @ d[j] for j in range(len(kept))]) / 0.2
-        want = want - torch.log(scores[i].exp() / scores.exp().sum()) / len(kept)
+        others = [j for j in range(len(kept)) if negatives == "batch" or task[j] == task[i]]
+        scores = torch.stack([u[i] @ d[j] for j in others]) / 0.2
+        own = scores[others.index(i)]
+        want, pairs = (
+            want - torch.log(own.exp() / scores.exp().sum()) / len(kept),
+            pairs + len(others),
+        )
+    assert len(kept) < pairs and (pairs < len(kept) ** 2) == (negatives == "task")
     assert relative_error(loss, want) < 1e-12
     leaves = (x, a, b)
     ours, truth = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (loss, want))
@@ -279,6 +286,9 @@ def test_mutual_information_needs_its_option_and_a_forward():
     layer = make(dataclasses.replace(CONFIGS["softmax"], mutual_information=True))
     with pytest.raises(RuntimeError, match="forward"):
         c_lorae.mutual_information_loss(layer)
+    layer(samples())
+    with pytest.raises(ValueError, match="negatives: expected one of"):
+        c_lorae.mutual_information_loss(layer, negatives="tasks")
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import nn
 from ... import functional as F
 from ...context import recomputing
 from ...layers import LoraMoeLinear
+from ...parts import one_of
 from ...routing import Routing
 
 
@@ -67,7 +68,12 @@ class Pooling:
         return self.__dict__ | {"mean": None, "tasks": None}
 
 
-def mutual_information_loss(model: nn.Module, temperature: float = 0.1) -> torch.Tensor:
+NEGATIVES = ("batch", "task")
+
+
+def mutual_information_loss(
+    model: nn.Module, temperature: float = 0.1, negatives: str = "batch"
+) -> torch.Tensor:
     """Mean over layers of InfoNCE(u, d): lower means more information between the two experts' outputs.
 
         L = -mean_b log( exp(cos(u_b, d_b) / tau) / sum_c exp(cos(u_b, d_c) / tau) ),   I(u; d) >= log B - L
@@ -80,10 +86,13 @@ def mutual_information_loss(model: nn.Module, temperature: float = 0.1) -> torch
     Args:
         model: injected with mutual_information=True, after a forward.
         temperature: tau.
+        negatives: the c of the sum.  "batch": all samples that have a task.  "task": those of b's own
+            task, so that nothing is gained by telling tasks apart and the universal expert is not
+            taught to.  Which one C-LoRAE takes is not known.
     Returns:
         0-dim, fp32 (fp64), differentiable.
     Raises:
-        ValueError: no layer keeps what is needed.
+        ValueError: no layer keeps what is needed, or negatives is neither of the two.
         RuntimeError: no forward has run yet.
     Source of the bound: van den Oord et al. 2018 (CPC), arXiv 1807.03748, eq. 4-5.
     """
@@ -95,14 +104,19 @@ def mutual_information_loss(model: nn.Module, temperature: float = 0.1) -> torch
         raise RuntimeError(
             "model: expected a forward to have run, but no layer holds its samples yet"
         )
-    losses = [info_nce(*pooling.representations(), temperature) for pooling in ran]
+    losses = [info_nce(*pooling.representations(), temperature, negatives) for pooling in ran]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
-def info_nce(u, d, tasks, temperature: float = 0.1) -> torch.Tensor:
-    """-mean_b log softmax_c(cos(u_b, d_c) / tau)[b] over the samples with a task.  u, d (B, D), tasks (B,)"""
+def info_nce(u, d, tasks, temperature: float = 0.1, negatives: str = "batch") -> torch.Tensor:
+    """-mean_b log softmax_c(cos(u_b, d_c) / tau)[b] over the samples with a task.  u, d (B, D), tasks (B,)
+
+    negatives="task" takes the softmax over the samples of b's task alone.
+    """
+    one_of("negatives", negatives, NEGATIVES)
     idle = tasks < 0
-    logits = (_unit(u) @ _unit(d).T / temperature).masked_fill(idle, -torch.inf)  # (B, B)
+    left_out = idle if negatives == "batch" else tasks[:, None] != tasks  # (B,) or (B, B)
+    logits = (_unit(u) @ _unit(d).T / temperature).masked_fill(left_out, -torch.inf)  # (B, B)
     own = torch.arange(len(u), device=u.device).masked_fill(idle, -100)
     return nn.functional.cross_entropy(logits, own, reduction="sum") / (~idle).sum().clamp(min=1)
 
