@@ -1,0 +1,132 @@
+"""The conflict dial: is a mixture's gain over one LoRA the larger, the more the tasks disagree?
+
+    python -m examples.c_lorae.conflict --tune      # each arm's rate, into conflict_rates.json
+    python -m examples.c_lorae.conflict --out build/conflict
+
+Six questions by number on one pool of words (examples/c_lorae/questions.py); of the second three, none,
+one, two or all swap yes and no.  Protocol and results: docs/conflict.md.
+"""
+
+import copy
+import time
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from examples.c_lorae import conflict_report, learning, questions
+from examples.c_lorae.encoder import Encoder, Items
+from examples.common import evidence
+
+STEPS, EACH = 150, 4  # items of each question in a step
+LONG = 4  # times as many steps, for the arms that say whether time heals
+RATES = Path(__file__).with_name("conflict_rates.json")
+GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+TUNING_SEEDS, SEEDS = [100, 101], [0, 1, 2, 3, 4]
+LOOKS = 5  # at the validation items and, for one LoRA, at the gradients, evenly over a run
+ARMS = {
+    name: arm
+    for name, arm in learning.arms_of(questions.QUESTIONS).items()
+    if name != "C-LoRAE without mutual information"
+}
+
+
+class Study:
+    """The items, encoded once; `at` a point of the dial."""
+
+    def __init__(self, steps=STEPS, train=4000, validation=120, test=200):
+        self.steps, self.encoder = steps, Encoder(questions.ANSWERS)
+        sizes = {"train": train, "validation": validation, "test": test}
+        self.items = {
+            split: Items(self.encoder, questions.load(split, most)) for split, most in sizes.items()
+        }
+
+    def at(self, swapped, split):
+        items = copy.copy(self.items[split])
+        items.wanted = questions.swap(items.wanted, items.tasks, swapped)
+        return items
+
+
+def trained(study, key, rate, seed, watch=lambda *_: None):
+    arm, swapped, times = conflict_report.parted(key)
+    items = study.at(swapped, "train")
+    batches = learning.balanced(items, times * study.steps, EACH, seed)
+    learner = learning.Learner(ARMS[arm], study.encoder, seed)
+    return learning.train(learner, items, batches, rate, watch=partial(watch, learner))
+
+
+def tuned(study, arm, rate, seed):
+    """Mean validation accuracy at both ends of the dial."""
+    scores = []
+    for swapped in (questions.DIAL[0], questions.DIAL[-1]):
+        learner = trained(study, conflict_report.key(arm, swapped), rate, seed)
+        scores.append(np.mean(learning.right(learner, study.at(swapped, "validation"))))
+    return {"score": float(np.mean(scores))}
+
+
+def run(study, rates, key, seed):
+    """An arm at a point of the dial: which test items are right, its course, how its gradients lie."""
+    arm, swapped, times = conflict_report.parted(key)
+    validation, test = study.at(swapped, "validation"), study.at(swapped, "test")
+    curve, looks, every = [], [], max(1, times * study.steps // LOOKS)
+
+    def watch(learner, step, losses, tasks):
+        if step % every:
+            return
+        curve.append(float(np.mean(learning.right(learner, validation))))
+        learner.model.train()
+        if arm == learning.ONE:
+            looks.append(gradients(learner, losses, tasks))
+
+    learner = trained(study, key, rates[arm], seed, watch)
+    curve.append(float(np.mean(learning.right(learner, validation))))
+    found = {"right": learning.right(learner, test), "curve": curve, "gradients": looks}
+    found["experts"] = sum(p.numel() for p in learner.parameters())
+    if arm.startswith("C-LoRAE"):
+        found["universal"] = learning.right(learner, test, universal=True)
+    return found
+
+
+def gradients(learner, losses, tasks):
+    """Cosines of the questions' gradients over the experts, of each pair; largest norm / smallest."""
+    each = []
+    for task in tasks.unique():
+        loss = losses[tasks == task].mean()
+        of_task = torch.autograd.grad(loss, learner.parameters(), retain_graph=True)
+        each.append(torch.cat([g.flatten() for g in of_task]))
+    norms = torch.stack([g.norm() for g in each])
+    pairs = combinations(range(len(each)), 2)
+    cosines = [float(torch.cosine_similarity(each[i], each[j], 0)) for i, j in pairs]
+    return {"cosines": cosines, "norm ratio": float(norms.max() / norms.min())}
+
+
+def main(argv=None):
+    parser = evidence.parser(__doc__, "build/conflict")
+    parser.set_defaults(seeds=SEEDS)
+    parser.add_argument("--tune", action="store_true", help="find each arm's rate, nothing else")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    study = Study(5, 60, 12, 12) if args.quick else Study()
+    if args.tune:
+        path = args.out / RATES.name if args.quick else RATES
+        seeds, grid = (TUNING_SEEDS[:1], GRID[:2]) if args.quick else (TUNING_SEEDS, GRID)
+        evidence.tune(args.out, path, ARMS, grid, seeds, partial(tuned, study), args.processes)
+        print(evidence.tuning(path))
+        return
+    seeds = args.seeds[:2] if args.quick else args.seeds
+    keys = [conflict_report.key(arm, at) for at in questions.DIAL for arm in ARMS]
+    keys += [conflict_report.key(arm, questions.DIAL[-1], LONG) for arm in conflict_report.LONGER]
+    rates = evidence.rates(RATES)
+    found = evidence.runs(args.out, keys, seeds, partial(run, study, rates), args.processes)
+    text = conflict_report.markdown(found, list(ARMS), seeds)
+    text += "\n\n" + evidence.setting(seeds, started)
+    (args.out / "report.md").write_text(text + "\n")
+    conflict_report.draw(args.out / "dial.png", found, list(ARMS), seeds)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
