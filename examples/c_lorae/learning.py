@@ -8,6 +8,7 @@ the others read it from the text, as the text says it to all.
 
 import random
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -133,10 +134,7 @@ def by_task(values, tasks):
 
 def proportional(items, steps, size, seed):
     """`steps` lists of item numbers, every item as likely as any other."""
-    rng = random.Random(f"proportional {seed}")
-    order = []
-    while len(order) < steps * size:
-        order += rng.sample(range(len(items)), len(items))
+    order = drawn(range(len(items)), steps * size, f"proportional {seed}")
     return [order[i * size : (i + 1) * size] for i in range(steps)]
 
 
@@ -146,3 +144,8 @@ def balanced(items, steps, each, seed):
     of_task = [(items.tasks == t).nonzero()[:, 0].tolist() for t in items.tasks.unique()]
     streams = [endless(rows, rng) for rows in of_task]
     return [[next(s) for s in streams for _ in range(each)] for _ in range(steps)]
+
+
+def drawn(rows, count, seed):
+    """`count` of the rows, each once before any comes again."""
+    return list(islice(endless(rows, random.Random(seed)), count))

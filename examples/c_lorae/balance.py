@@ -1,0 +1,141 @@
+"""The achievement loss apart: does it help the tasks that lag, and what of it does?
+
+    python -m examples.c_lorae.balance --tune       # rates and potentials
+    python -m examples.c_lorae.balance --out build/balance
+
+C-LoRAE's experts on the seven tasks of examples/c_lorae/natural.py, in batches as unbalanced as the data;
+the arms differ in how a step's losses are weighted.  Protocol and results: docs/achievement.md.
+"""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from examples.branch_lora.tasks import SOURCES
+from examples.c_lorae import balance_report, learning, natural
+from examples.common import evidence
+from lora_moe.methods.c_lorae import AchievementLoss
+
+RATES = Path(__file__).with_name("balance_rates.json")
+POTENTIALS = Path(__file__).with_name("balance_potentials.json")
+UPDATES, MOMENTUM = 25, 0.3
+ALONE, ALONE_RATE = 16, 2e-3  # items a step, rate of a single task's LoRA; the natural best
+ARMS = {  # None: the mean over items; "equal": of the tasks' means; else AchievementLoss's options
+    "mean over items": None,
+    "mean over tasks": "equal",
+    "geometric mean": {"form": "geometric"},
+    "achievement, geometric": {"form": "geometric"},
+    "achievement, sum": {"form": "sum"},
+    "achievement, weights / sum": {"form": "sum", "normalisation": "sum"},
+}
+EXPERTS = "C-LoRAE"
+
+
+class Weighing:
+    """A step's loss from its items' losses; watches the run and measures the tasks, if it has to."""
+
+    def __init__(self, study, arm, potentials):
+        self.study, self.arm = study, arm
+        options = ARMS[arm] if isinstance(ARMS[arm], dict) else {}
+        self.loss = AchievementLoss(potentials, momentum=MOMENTUM, **options)
+        self.measures, self.weights = "achievement" in arm, []
+
+    def __call__(self, losses, tasks):
+        if ARMS[self.arm] is None:
+            return losses.mean()
+        names = self.loss.tasks
+        each = {names[t]: losses[tasks == t].mean() for t in tasks.unique().tolist()}
+        if ARMS[self.arm] == "equal":
+            return torch.stack(list(each.values())).mean()
+        return self.loss(each)
+
+    def update(self, learner):
+        validation = self.study.validation
+        right = learning.by_task(learning.right(learner, validation), validation.tasks)
+        self.loss.update(dict(zip(self.loss.tasks, right)))
+        self.weights.append(self.loss.weights().tolist())
+        learner.model.train()
+
+
+def trained(study, potentials, arm, rate, seed):
+    weighing = Weighing(study, arm, potentials)
+    every = max(1, study.steps // (UPDATES + 1))
+
+    def watch(learner, step, *_):
+        if weighing.measures and step and step % every == 0:
+            weighing.update(learner)
+
+    learner = study.trained(study.arms[EXPERTS], rate, seed, weigh=weighing, watch=watch)
+    return learner, weighing.weights
+
+
+def tuned(study, potentials, arm, rate, seed):
+    learner, _ = trained(study, potentials, arm, rate, seed)
+    right = learning.right(learner, study.validation)
+    return {"score": natural.mean_of_tasks(right, study.validation)}
+
+
+def alone(study, task, seed):
+    """What one LoRA achieves on a task alone, on its validation items, after as many steps."""
+    rows = (study.train.tasks == task).nonzero()[:, 0].tolist()
+    order = learning.drawn(rows, study.steps * ALONE, f"alone {seed}")
+    batches = [order[i * ALONE : (i + 1) * ALONE] for i in range(study.steps)]
+    learner = learning.Learner(study.arms[learning.ONE], study.encoder, seed)
+    learning.train(learner, study.train, batches, ALONE_RATE)
+    right = learning.right(learner, study.validation)
+    return {"accuracy": learning.by_task(right, study.validation.tasks)[task]}
+
+
+def run(study, potentials, rates, arm, seed):
+    learner, weights = trained(study, potentials, arm, rates[arm], seed)
+    return {"right": learning.right(learner, study.test), "weights": weights}
+
+
+def tune(study, args):
+    """Potentials first, since two arms' rates depend on them."""
+    folder = args.out if args.quick else RATES.parent
+    seeds = natural.TUNING_SEEDS[:1] if args.quick else natural.TUNING_SEEDS
+    grid = natural.GRID[:2] if args.quick else natural.GRID
+    numbers, work = range(len(study.tasks)), partial(alone, study)
+    found = evidence.runs(args.out, numbers, seeds, work, args.processes, "alone.jsonl")
+    potentials = {
+        task.name: float(np.mean([found[number, seed]["accuracy"] for seed in seeds]))
+        for number, task in enumerate(study.tasks)
+    }
+    (folder / POTENTIALS.name).write_text(json.dumps(potentials, indent=1) + "\n")
+    path, work = folder / RATES.name, partial(tuned, study, potentials)
+    evidence.tune(args.out, path, ARMS, grid, seeds, work, args.processes)
+    print(potentials, evidence.tuning(path), sep="\n\n")
+
+
+def main(argv=None):
+    parser = evidence.parser(__doc__, "build/balance")
+    parser.set_defaults(seeds=natural.SEEDS)
+    parser.add_argument(
+        "--tune", action="store_true", help="find potentials and rates, nothing else"
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    study = natural.Study(4, 40, 6) if args.quick else natural.Study()
+    if args.tune:
+        tune(study, args)
+        return
+    seeds = args.seeds[:2] if args.quick else args.seeds
+    potentials = json.loads(POTENTIALS.read_text())
+    work = partial(run, study, potentials, evidence.rates(RATES))
+    found = evidence.runs(args.out, ARMS, seeds, work, args.processes)
+    text = balance_report.markdown(study, found, potentials, seeds)
+    text += "\n\n" + evidence.setting(seeds, started)
+    text += "\n\n" + "\n".join(f"- {source}" for source in SOURCES)
+    (args.out / "report.md").write_text(text + "\n")
+    balance_report.draw(args.out / "weights.png", study, found, seeds)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
