@@ -1,0 +1,1 @@
+"""The settings of the three papers, for where their models and data are; see docs/published.md."""

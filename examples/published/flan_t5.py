@@ -1,0 +1,112 @@
+"""Flan-T5 with C-LoRAE's experts and visual adapters: batches, losses, answers, scores."""
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPVisionModel,
+    T5ForConditionalGeneration,
+)
+
+from examples.common.training import chunks
+from examples.published import common
+from lora_moe.methods import c_lorae
+from lora_moe.methods.c_lorae import extraction, visual
+
+TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+
+
+class System:
+    """A T5 with experts and visual adapters, its tokenizer, and the frozen image encoder."""
+
+    def __init__(self, args, sets):
+        self.args, self.sets = args, sets
+        self.tasks = list(dict.fromkeys(found.task for found in sets.values()))
+        self.device, dtype = common.device_and_dtype()
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.pixels = AutoImageProcessor.from_pretrained(args.vision)
+        self.eyes = CLIPVisionModel.from_pretrained(args.vision, dtype=dtype).to(self.device).eval()
+        model = T5ForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
+        blocks = [f"encoder.block.{i}" for i in range(model.config.num_layers)]
+        width = self.eyes.config.hidden_size
+        visual.add_visual(model, tuple(blocks[-args.visual_layers :]), width)
+        alone = len(self.tasks) == 1
+        config = c_lorae.CLoraeConfig(
+            num_tasks=0 if alone else len(self.tasks), r=args.rank, alpha=args.alpha,
+            gate=args.gate, mutual_information=not alone, target_modules=TARGETS,
+        )  # fmt: skip
+        self.model = c_lorae.inject(model, config).to(self.device)
+
+    def collate(self, examples):
+        """[(name of the set, item)] -> tensors; what the dataset's processes do."""
+        prompts, answers, images = [], [], []
+        for name, item in examples:
+            schema = self.sets[name].schema
+            prompts.append(extraction.instruction(schema, item.text))
+            answers.append(extraction.write(schema, item.records))
+            images.append(common.square(item.image))
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        batch = dict(self.tokenizer(prompts, max_length=self.args.max_length, **options))
+        labels = self.tokenizer(answers, max_length=self.args.answer_length, **options)
+        batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+        batch["pixel_values"] = self.pixels(images=images, return_tensors="pt")["pixel_values"]
+        batch["tasks"] = torch.tensor([self.tasks.index(self.sets[n].task) for n, _ in examples])
+        return batch
+
+    def told(self, batch):
+        """The batch for the model, which knows tasks and images of its samples from now on."""
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        with torch.no_grad():
+            seen = self.eyes(pixel_values=batch.pop("pixel_values").to(self.eyes.dtype))
+        visual.set_images(self.model, seen.last_hidden_state[:, 1:].float())  # without [CLS]
+        tasks = batch.pop("tasks")
+        c_lorae.set_tasks(self.model, tasks)
+        return batch, tasks
+
+    def losses(self, batch):
+        """{task: mean loss of its samples} of the tasks that the batch has."""
+        batch, tasks = self.told(batch)
+        logits, labels = self.model(**batch).logits.float(), batch["labels"]
+        each = cross_entropy(logits.mT, labels, reduction="none")  # (B, L), 0 where not asked
+        each = each.sum(1) / (labels >= 0).sum(1)
+        return {self.tasks[t]: each[tasks == t].mean() for t in tasks.unique().tolist()}
+
+    @torch.no_grad()
+    def answers(self, name, items):
+        """A Reading of each item's generated answer."""
+        found = []
+        for some in chunks(items, self.args.batch_size):
+            batch, _ = self.told(self.collate([(name, item) for item in some]))
+            del batch["labels"]
+            ids = self.model.generate(
+                **batch, max_new_tokens=self.args.answer_length, do_sample=False, num_beams=1
+            )
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            found += [extraction.read(self.sets[name].schema, text) for text in texts]
+        return found
+
+    def scores(self, split):
+        """{set: {measure: F1}} of the items of a split."""
+        self.model.eval()
+        found = {}
+        for name, data in self.sets.items():
+            items = getattr(data, split)
+            said = self.answers(name, items)
+            found[name] = measures(data.schema, said, [item.records for item in items])
+        self.model.train()
+        return found
+
+    def achieved(self, scores):
+        """{task: mean of its sets' measures}"""
+        values = {task: [] for task in self.tasks}
+        for name, found in scores.items():
+            values[self.sets[name].task] += found.values()
+        return {task: sum(of) / len(of) for task, of in values.items()}
+
+
+def measures(schema, said, wanted):
+    if schema.kind != "events":
+        return {"f1": extraction.f1(said, wanted).f1}
+    trigger, argument = extraction.trigger_f1, extraction.argument_f1
+    return {"trigger f1": trigger(said, wanted).f1, "argument f1": argument(said, wanted).f1}
