@@ -4,11 +4,12 @@
 
 DATA and IMAGES hold what examples/published/coin_data.py says.  After each task the branches that it
 used most are frozen, and all tasks so far are asked; the selector, not the task's name, picks each
-question's router.  OUT/scores.json holds the accuracy on task j after task i, ACC, MAA and BWT, and
-how often the selector was right.  OUT/branch_lora.safetensors is the state (branch_lora.load).
+question's router.
 
-A run that was stopped goes on from OUT: in the middle of a task from its checkpoint, between tasks
-from the state.
+OUT/scores.json holds the accuracy on task j after task i, ACC, MAA and BWT, and how often the selector
+was right; OUT/answers.json the last answers.  OUT/branch_lora.safetensors is the state
+(branch_lora.load), from which a run that was stopped goes on; in the middle of a task, from its
+checkpoint.
 """
 
 import shutil
@@ -85,9 +86,10 @@ def main(argv=None):
         here = args.out / f"task-{number}"
         found["loss"].append(learn(system, samples, here))
         bl.save(system.model, args.out, system.selector)
-        asked = [system.accuracy(j, tests[j]) for j in range(number + 1)]
-        for name, values in zip(("accuracy", "selector"), zip(*asked)):
-            found[name].append(list(values))
+        said, accuracy, chosen = zip(*(system.ask(j, tests[j]) for j in range(number + 1)))
+        found["accuracy"].append(list(accuracy))
+        found["selector"].append(list(chosen))
+        common.write_json(args.out / "answers.json", dict(zip(args.tasks, said)))
         found |= bl.continual_metrics(found["accuracy"])._asdict()
         common.write_json(path, found)
         shutil.rmtree(here)

@@ -14,7 +14,7 @@ from examples.published import common
 from lora_moe.methods import c_lorae
 from lora_moe.methods.c_lorae import extraction, visual
 
-TARGETS = ("q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo")
+TARGETS = r".*\.(q|k|v|o|wi|wi_0|wi_1|wo)"
 
 
 class System:
@@ -74,7 +74,7 @@ class System:
 
     @torch.no_grad()
     def answers(self, name, items):
-        """A Reading of each item's generated answer."""
+        """What the model says, greedily."""
         found = []
         for some in chunks(items, self.args.batch_size):
             batch, _ = self.told(self.collate([(name, item) for item in some]))
@@ -82,25 +82,29 @@ class System:
             ids = self.model.generate(
                 **batch, max_new_tokens=self.args.answer_length, do_sample=False, num_beams=1
             )
-            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            found += [extraction.read(self.sets[name].schema, text) for text in texts]
+            found += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return found
 
-    def scores(self, split):
-        """{set: {measure: F1}} of the items of a split."""
+    def ask(self, split):
+        """{set: answers} to the items of a split."""
         self.model.eval()
-        found = {}
-        for name, data in self.sets.items():
-            items = getattr(data, split)
-            said = self.answers(name, items)
-            found[name] = measures(data.schema, said, [item.records for item in items])
+        said = {name: self.answers(name, getattr(data, split)) for name, data in self.sets.items()}
         self.model.train()
+        return said
+
+    def scores(self, split, said):
+        """{set: {measure: F1}} of the answers to a split."""
+        found = {}
+        for name, texts in said.items():
+            schema, items = self.sets[name].schema, getattr(self.sets[name], split)
+            read = [extraction.read(schema, text) for text in texts]
+            found[name] = measures(schema, read, [item.records for item in items])
         return found
 
-    def achieved(self, scores):
-        """{task: mean of its sets' measures}"""
+    def achieved(self):
+        """{task: mean of its sets' measures} on the validation items."""
         values = {task: [] for task in self.tasks}
-        for name, found in scores.items():
+        for name, found in self.scores("valid", self.ask("valid")).items():
             values[self.sets[name].task] += found.values()
         return {task: sum(of) / len(of) for task, of in values.items()}
 

@@ -76,7 +76,7 @@ class System:
             "labels": pad(labels, True, -100),
         }
         if "pixel_values" in batch:
-            made["pixel_values"] = torch.as_tensor(batch["pixel_values"])
+            made["pixel_values"] = torch.stack([torch.as_tensor(p) for p in batch["pixel_values"]])
         return made
 
     def plain(self, text):
@@ -106,9 +106,9 @@ class System:
             yield some, self.asked(some, padding=True, return_tensors="pt").to(self.device)
 
     @torch.no_grad()
-    def accuracy(self, number, samples):
-        """(share of right answers, share of right choices of the selector) on task `number`."""
-        points, chosen = [], []
+    def ask(self, number, samples):
+        """Answers on task `number`, the share of right ones, and that of the selector's choices."""
+        said, points, chosen = [], [], []
         for some, batch in self.batches(samples):
             tasks = self.selector(*self.keys(some, batch))
             bl.set_task(self.model, tasks)
@@ -116,8 +116,9 @@ class System:
                 **batch, max_new_tokens=self.args.answer_length, do_sample=False
             )
             new = ids[:, batch["input_ids"].shape[1] :]
-            texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            texts = [t.strip() for t in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
             task = self.args.tasks[number]
-            points += [coin_data.right(task, t.strip(), s) for t, s in zip(texts, some)]
+            points += [coin_data.right(task, text, s) for text, s in zip(texts, some)]
             chosen += (tasks == number).tolist()
-        return sum(points) / len(points), sum(chosen) / len(chosen)
+            said += texts
+        return said, sum(points) / len(points), sum(chosen) / len(chosen)

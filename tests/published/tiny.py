@@ -53,8 +53,8 @@ def clip(folder):
 def llava(folder):
     torch.manual_seed(2)
     text = hf.LlamaConfig(
-        vocab_size=len(SPECIAL) + 256, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, bos_token_id=2, max_position_embeddings=2048, **IDS,
+        vocab_size=len(SPECIAL) + 256, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, bos_token_id=2, initializer_range=0.3, **IDS,
     )  # fmt: skip
     config = hf.LlavaConfig(
         vision_config=hf.CLIPVisionConfig(**CLIP), text_config=text, image_token_id=3,
