@@ -6,8 +6,10 @@
                  (number of the strongest); sentiment or label2b (its sign), by which rows are checked
 
 The pickles are aligned_50.pkl and unaligned_50.pkl; described in github.com/thuiar/Self-MM (README)
-and github.com/thuiar/MMSA (src/MMSA/data_loader.py).  The table is All Labels of the CMU-MultimodalSDK;
-github.com/s3prl/s3prl has one with label6 (s3prl/downstream/mosei/utility/CMU_MOSEI_Labels.csv).
+and github.com/thuiar/MMSA (src/MMSA/data_loader.py).  Padding is rows of zeros, in front or behind; of
+"text" it is what "text_bert" says, if that is there and as long.  The table is All Labels of the
+CMU-MultimodalSDK; github.com/s3prl/s3prl has one with label6 in
+s3prl/downstream/mosei/utility/CMU_MOSEI_Labels.csv.
 
 A pickle can run anything when it is read.  Here it may build numpy arrays of numbers and strings, plain
 lists and dicts, and nothing else: a name beyond these ends the program before it is called.
@@ -107,7 +109,7 @@ def emotions(path, splits):
     """(kind of task, {split: labels}): (N, 6) of 0, 1 or NaN, or (N,) of 0 .. 5 or -100, not known."""
     text = expect(path, "a table of emotions", "github.com/s3prl/s3prl").read_text("utf-8")
     rows = list(csv.DictReader(text.splitlines()))
-    columns = rows[0].keys() if rows else ()
+    columns = rows[0] if rows else {}
     known = {f"{field(row, 'file', path)}$_${field(row, 'index', path)}": row for row in rows}
     many = all(name in columns for name in EMOTIONS)
     if not many:
