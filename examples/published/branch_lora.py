@@ -25,12 +25,13 @@ from lora_moe.methods import branch_lora as bl
 def arguments(argv):
     parser = common.parser("branch_lora", __doc__, model="llava-hf/llava-1.5-7b-hf")
     parser.add_argument("--images", type=common.Path, required=True, help="see above")
+    parser.add_argument("--test-items", type=int, help="test questions of each task; all")
     parser.add_argument("--tasks", nargs="+", choices=coin_data.TASKS, default=coin_data.TASKS)
     option(parser, "--branches", 8, PUBLISHED, "E")
     option(parser, "--rank", 16, PUBLISHED, "r of the trunk and of each branch")
     option(parser, "--top-k", 2, PUBLISHED, "branches a sequence, and frozen after a task")
     option(parser, "--alpha", 256.0, PUBLISHED, "scaled by alpha / (E r): inferred")
-    option(parser, "--reads", "mean", INFERRED, "what routes; first is published: a causal BOS")
+    option(parser, "--reads", "mean", INFERRED, "tokens that route; the published first is a BOS")
     option(parser, "--projector-rate", 2e-5, INFERRED, "of the projector, as in CoIN")
     option(parser, "--selector-items", 2000, INFERRED, "training items that a task's keys see")
     option(parser, "--max-length", 2048, INFERRED, "tokens, as in CoIN")
@@ -45,7 +46,7 @@ def arguments(argv):
 def learn(system, samples, folder):
     """One task, from its beginning or its checkpoint; returns the losses."""
     args = system.args
-    if not system.course.learning:
+    if not system.learning:
         bl.begin_task(system.model)
         system.selector.begin_task()
         for some, batch in system.batches(samples[: args.selector_items]):
@@ -58,7 +59,7 @@ def learn(system, samples, folder):
     ]
     system.model.train()
     losses = training.train(
-        groups, samples, system.collate, system.loss, args, out=folder,
+        groups, samples, system.conversations, system.loss, args, out=folder,
         steps=training.steps_of(args, len(samples)),
         save=lambda folder: bl.save(system.model, folder, system.selector),
     )  # fmt: skip
@@ -76,7 +77,8 @@ def main(argv=None):
     )
     done = len(found["accuracy"])
     data = [args.data, args.images]
-    tests = [coin_data.test_samples(*data, task)[: args.limit] for task in args.tasks]
+    count = args.test_items or args.limit
+    tests = [coin_data.test_samples(*data, task)[:count] for task in args.tasks]
     folder = training.newest(args.out / f"task-{done}")
     if folder is None and done:
         folder = args.out

@@ -82,7 +82,7 @@ def main(argv=None):
     examples = [(name, item) for name, data in sets.items() for item in data.train]
     trained = [p for p in system.model.parameters() if p.requires_grad]
     losses = training.train(
-        [{"params": trained, "rate": args.rate}], examples, system.collate, loss_of, args,
+        [{"params": trained, "rate": args.rate}], examples, system.batches, loss_of, args,
         steps=training.steps_of(args, len(examples)), out=args.out, watch=watch, also=weigh,
         save=lambda folder: c_lorae.save(system.model, folder),
     )  # fmt: skip

@@ -71,7 +71,7 @@ def tweets(data, name, split):
         pairs = [line.rsplit("\t", 1) for line in lines]
         if not head.startswith("IMGID:") or any(len(pair) != 2 for pair in pairs):
             raise SystemExit(
-                f"{path}: expected IMGID: and lines of word, tab, tag, got {block!r:.99}"
+                f"{path}: expected IMGID: and lines of word, tab, tag, got {block!r:.80}"
             )
         words, tags = zip(*pairs) if pairs else ((), ())
         unknown = {tag for tag in tags if tag != "O" and tag[2:] not in ENTITIES}
@@ -182,14 +182,10 @@ def plain(words):
 
 def with_images(items, images):
     """Items whose image is missing see none: a few are in all of these sets, but all is a mistake."""
-    seen = [item._replace(image=None) if not_there(item.image) else item for item in items]
+    seen = [i if i.image and i.image.is_file() else i._replace(image=None) for i in items]
     if items and not any(item.image for item in seen):
         raise SystemExit(f"{images}: expected the images of {len(items)} texts, found none of them")
     return seen
-
-
-def not_there(image):
-    return image is not None and not image.is_file()
 
 
 READ = {

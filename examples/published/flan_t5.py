@@ -17,15 +17,40 @@ from lora_moe.methods.c_lorae import extraction, visual
 TARGETS = r".*\.(q|k|v|o|wi|wi_0|wi_1|wo)"
 
 
+class Batches:
+    """Items of some sets as tensors; what the processes that read the data hold."""
+
+    def __init__(self, args, sets):
+        self.sets, self.args = sets, args
+        self.tasks = list(dict.fromkeys(found.task for found in sets.values()))
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.pixels = AutoImageProcessor.from_pretrained(args.vision)
+
+    def __call__(self, examples):
+        """[(name of the set, item)] -> {name: tensor}"""
+        prompts, answers, images, tasks = [], [], [], []
+        for name, item in examples:
+            task, schema = self.sets[name][:2]
+            prompts.append(extraction.instruction(schema, item.text))
+            answers.append(extraction.write(schema, item.records))
+            images.append(common.square(item.image))
+            tasks.append(self.tasks.index(task))
+        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        batch = dict(self.tokenizer(prompts, max_length=self.args.max_length, **options))
+        labels = self.tokenizer(answers, max_length=self.args.answer_length, **options)
+        batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
+        batch["pixel_values"] = self.pixels(images=images, return_tensors="pt")["pixel_values"]
+        return batch | {"tasks": torch.tensor(tasks)}
+
+
 class System:
-    """A T5 with experts and visual adapters, its tokenizer, and the frozen image encoder."""
+    """A T5 with experts and visual adapters, and the frozen image encoder."""
 
     def __init__(self, args, sets):
         self.args, self.sets = args, sets
-        self.tasks = list(dict.fromkeys(found.task for found in sets.values()))
+        self.batches = Batches(args, sets)
+        self.tasks = self.batches.tasks
         self.device, dtype = common.device_and_dtype()
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.pixels = AutoImageProcessor.from_pretrained(args.vision)
         self.eyes = CLIPVisionModel.from_pretrained(args.vision, dtype=dtype).to(self.device).eval()
         model = T5ForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
         blocks = [f"encoder.block.{i}" for i in range(model.config.num_layers)]
@@ -36,26 +61,10 @@ class System:
             num_tasks=0 if alone else len(self.tasks), r=args.rank, alpha=args.alpha,
             gate=args.gate, mutual_information=not alone, target_modules=TARGETS,
         )  # fmt: skip
-        self.model = c_lorae.inject(model, config).to(self.device)
-
-    def collate(self, examples):
-        """[(name of the set, item)] -> tensors; what the dataset's processes do."""
-        prompts, answers, images = [], [], []
-        for name, item in examples:
-            schema = self.sets[name].schema
-            prompts.append(extraction.instruction(schema, item.text))
-            answers.append(extraction.write(schema, item.records))
-            images.append(common.square(item.image))
-        options = {"padding": True, "truncation": True, "return_tensors": "pt"}
-        batch = dict(self.tokenizer(prompts, max_length=self.args.max_length, **options))
-        labels = self.tokenizer(answers, max_length=self.args.answer_length, **options)
-        batch["labels"] = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
-        batch["pixel_values"] = self.pixels(images=images, return_tensors="pt")["pixel_values"]
-        batch["tasks"] = torch.tensor([self.tasks.index(self.sets[n].task) for n, _ in examples])
-        return batch
+        self.model = c_lorae.inject(model, config).to(self.device).train()
 
     def told(self, batch):
-        """The batch for the model, which knows tasks and images of its samples from now on."""
+        """(the batch for the model, tasks): from now on it knows the samples' tasks and images."""
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         with torch.no_grad():
             seen = self.eyes(pixel_values=batch.pop("pixel_values").to(self.eyes.dtype))
@@ -77,12 +86,12 @@ class System:
         """What the model says, greedily."""
         found = []
         for some in chunks(items, self.args.batch_size):
-            batch, _ = self.told(self.collate([(name, item) for item in some]))
+            batch, _ = self.told(self.batches([(name, item) for item in some]))
             del batch["labels"]
             ids = self.model.generate(
                 **batch, max_new_tokens=self.args.answer_length, do_sample=False, num_beams=1
             )
-            found += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            found += self.batches.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return found
 
     def ask(self, split):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from examples.published import branch_lora, coin_data, training
+from examples.published import branch_lora, coin_data, common, training
 from examples.published.llava import PROJECTOR, System
 from lora_moe.methods import branch_lora as method
 
@@ -125,14 +125,14 @@ def test_labels_are_the_answers_and_their_ends(place, tmp_path):
     system = System(args, None)
     samples = coin_data.training_samples(args.data, args.images, "ScienceQA")
     assert samples[0].image is None and len(samples[1].turns) == 2
-    batch = system.collate(samples[:2])
+    batch = system.conversations(samples[:2])
     assert batch["pixel_values"].shape == (1, 3, 8, 8)
     asked = [row[row >= 0].tolist() for row in batch["labels"]]
-    answer = [*system.plain("B"), system.tokenizer.eos_token_id]
+    answer = [*system.conversations.plain("B"), system.conversations.tokenizer.eos_token_id]
     assert asked == [answer, answer * 2]
     images = (batch["input_ids"] == system.model.config.image_token_id).sum(1)
     assert images.tolist() == [0, 4]
-    text = system.tokenizer.decode(batch["input_ids"][0])
+    text = system.conversations.tokenizer.decode(batch["input_ids"][0])
     assert text.startswith("<s>A chat between") and "USER: Which?" in text
     assert (
         batch["attention_mask"].sum(1)
@@ -150,10 +150,31 @@ def test_the_loss_does_not_depend_on_padding(place, tmp_path):
     system = System(args, None)
     method.begin_task(system.model)
     samples = coin_data.training_samples(args.data, args.images, "ScienceQA")[:2]
-    alone = [system.loss(system.collate([sample])) for sample in samples]
-    both = system.loss(system.collate(samples))
+    alone = [system.loss(system.conversations([sample])) for sample in samples]
+    both = system.loss(system.conversations(samples))
     mean = (alone[0] * 2 + alone[1] * 4) / 6
     assert both.item() == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_samples_without_their_image_are_left_out(place, capsys):
+    path = place["data"] / "TextVQA/train.json"
+    entries = json.loads(path.read_text())
+    data = place["data"].parent / "more"
+    (data / "TextVQA").mkdir(parents=True)
+    (data / "TextVQA/train.json").write_text(
+        json.dumps([{**entries[0], "image": "no.png"}, *entries])
+    )
+    assert len(coin_data.training_samples(data, place["images"], "TextVQA")) == 4
+    assert capsys.readouterr().out == "1 of 5 left out: their images are missing\n"
+
+
+def test_a_bf16_model_has_fp32_adapters(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "device_and_dtype", lambda: ("cpu", torch.bfloat16))
+    found = branch_lora.main(command(place, tmp_path, "--steps=2", "--workers=1"))
+    assert all(losses[1] < losses[0] for losses in found["loss"])
+    system = System(branch_lora.arguments(command(place, tmp_path)), tmp_path)
+    assert {p.dtype for p in system.model.parameters() if p.requires_grad} == {torch.float32}
+    assert system.model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
 def sample(answer, answers=()):
@@ -195,7 +216,7 @@ def test_right_answers(task, said, wanted, share):
         (
             "data/GQA/test.json",
             [{"text": "q", "answer": "a", "image": "GQA/1.jpg"}],
-            "GQA/1.jpg is missing: expected the images below",
+            "images: expected GQA/1.jpg, from the sources",
         ),
     ],
 )

@@ -6,8 +6,10 @@ import json
 import math
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from examples.published import c_lorae, extraction_data, training
+from examples.published import c_lorae, common, extraction_data, training
 from examples.published.flan_t5 import System, measures
 from lora_moe.methods import c_lorae as method
 from lora_moe.methods.c_lorae import extraction
@@ -157,18 +159,45 @@ def test_trains_saves_and_reads_back(place, whole):
         assert len(rows) == 4 and all(expert.abs().max() > 0 for expert in rows)
 
 
-def test_potentials_weigh_the_tasks(place, tmp_path):
-    for task, value in (("mner", 0.5), ("mre", 0.4), ("mee", 0.3)):
+def stop_in_call(patch, number):
+    """System.losses ends the run when it is called for the number-th time."""
+    losses, calls = System.losses, []
+
+    def stop(self, batch):
+        calls.append(batch)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        return losses(self, batch)
+
+    patch.setattr(System, "losses", stop)
+
+
+def test_potentials_weigh_the_tasks_over_a_stop(place, tmp_path, monkeypatch):
+    potentials = {"mner": 0.5, "mre": 0.4, "mee": 0.3}
+    for task, value in potentials.items():
         (tmp_path / task).mkdir()
         (tmp_path / task / "scores.json").write_text(json.dumps({"achieved": {task: value}}))
-    folders = [str(tmp_path / task) for task in ("mner", "mre", "mee")]
-    more = ["--potentials", *folders, "--evaluate-every=1", "--steps=1", "--limit=2"]
+    folders = [str(tmp_path / task) for task in potentials]
+    monkeypatch.setattr(System, "achieved", lambda self: {"mner": 0.5, "mre": 0.2, "mee": 0.0})
+    more = ["--potentials", *folders, "--evaluate-every=1", "--save-every=1", "--steps=2"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in_call(patch, 2)
+        c_lorae.main(command(place, tmp_path / "out", *more))
     found = c_lorae.main(command(place, tmp_path / "out", *more))
-    assert sum(found["weights"].values()) == pytest.approx(1)
-    with pytest.raises(
-        SystemExit, match=r"potentials: expected .*'mee', 'mner', 'mre'.*got .*'mner'"
-    ):
+    missing = [1 - 0.5 / 0.525, 1 - 0.2 / 0.42, 1]  # of the potentials and 5 % more
+    weights = torch.tensor(missing).square().softmax(0)
+    assert list(found["weights"].values()) == pytest.approx(weights.tolist())
+    told = r"potentials: expected .*'mee', 'mner', 'mre'.*got .*'mner'"
+    with pytest.raises(SystemExit, match=told):
         c_lorae.main(command(place, tmp_path / "out", "--potentials", folders[0]))
+
+
+def test_a_bf16_model_has_fp32_adapters(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "device_and_dtype", lambda: ("cpu", torch.bfloat16))
+    c_lorae.main(command(place, tmp_path, "--steps=2", "--workers=1"))
+    tensors = load_file(tmp_path / method.FILE_NAME)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert max(t.abs().max() for name, t in tensors.items() if name.endswith("lora_B")) > 0
 
 
 def test_one_task_alone_has_a_universal_expert_only(place, tmp_path):
@@ -177,16 +206,8 @@ def test_one_task_alone_has_a_universal_expert_only(place, tmp_path):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(place, whole, tmp_path, monkeypatch):
-    losses, calls = System.losses, []
-
-    def stop(self, batch):
-        calls.append(batch)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return losses(self, batch)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(System, "losses", stop)
+        stop_in_call(patch, 3)
         c_lorae.main(command(place, tmp_path, "--save-every=2"))
     assert training.newest(tmp_path).name == "checkpoint-2"
     assert c_lorae.main(command(place, tmp_path)) == whole[1]
