@@ -30,8 +30,14 @@ def arguments(argv):
     option(parser, "--branches", 8, PUBLISHED, "E")
     option(parser, "--rank", 16, PUBLISHED, "r of the trunk and of each branch")
     option(parser, "--top-k", 2, PUBLISHED, "branches a sequence, and frozen after a task")
-    option(parser, "--alpha", 256.0, PUBLISHED, "scaled by alpha / (E r): inferred")
-    option(parser, "--reads", "mean", INFERRED, "tokens that route; the published first is a BOS")
+    option(
+        parser,
+        "--alpha",
+        256.0,
+        PUBLISHED,
+        "of the total rank: branches are scaled by alpha / (E r)",
+    )
+    option(parser, "--reads", "mean", INFERRED, "what picks branches; the paper: the first token")
     option(parser, "--projector-rate", 2e-5, INFERRED, "of the projector, as in CoIN")
     option(parser, "--selector-items", 2000, INFERRED, "training items that a task's keys see")
     option(parser, "--max-length", 2048, INFERRED, "tokens, as in CoIN")

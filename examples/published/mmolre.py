@@ -72,10 +72,8 @@ def collate(clips):
 def load(args):
     """({split: Clips}, {task: Task})"""
     splits = affect_data.read(args.data, args.modalities)
-    tasks, labels = (
-        {"sentiment": Task("mae")},
-        {n: {"sentiment": s.sentiment} for n, s in splits.items()},
-    )
+    tasks = {"sentiment": Task("mae")}
+    labels = {name: {"sentiment": split.sentiment} for name, split in splits.items()}
     if args.emotions:
         kind, found = affect_data.emotions(args.emotions, splits)
         tasks["emotion"] = Task(kind, len(affect_data.EMOTIONS))
