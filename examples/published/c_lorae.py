@@ -36,6 +36,7 @@ def arguments(argv):
         parser, "--gate", "softmax", INFERRED, "of a token's two logits; that it gates: published"
     )
     option(parser, "--information", 0.01, INFERRED, "of the mutual information's loss, published")
+    option(parser, "--negatives", "task", INFERRED, "of that loss: the batch's or the task's")
     option(parser, "--visual-layers", 4, INFERRED, "last encoder blocks with a visual adapter")
     option(parser, "--max-length", 512, INFERRED, "tokens of an instruction")
     option(parser, "--answer-length", 128, INFERRED, "tokens of an answer, as in UMIE")
@@ -70,7 +71,8 @@ def main(argv=None):
         losses = system.losses(batch)
         loss = weigh(losses) if weigh else sum(losses.values()) / len(losses)
         if len(system.tasks) > 1:
-            loss = loss + args.information * c_lorae.mutual_information_loss(system.model)
+            told = c_lorae.mutual_information_loss(system.model, negatives=args.negatives)
+            loss = loss + args.information * told
         return loss
 
     def watch(step):
