@@ -1,7 +1,7 @@
 """The achievement loss apart: does it help the tasks that lag, and what of it does?
 
-    python -m examples.c_lorae.balance --tune       # rates and potentials
-    python -m examples.c_lorae.balance --out build/balance
+    python -m examples.c_lorae.achievement --tune       # rates and potentials
+    python -m examples.c_lorae.achievement --out build/achievement
 
 C-LoRAE's experts on the seven tasks of examples/c_lorae/natural.py, in batches as unbalanced as the data;
 the arms differ in how a step's losses are weighted.  Protocol and results: docs/achievement.md.
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from examples.branch_lora.tasks import SOURCES
-from examples.c_lorae import balance_report, learning, natural
+from examples.c_lorae import achievement_report, learning, natural
 from examples.common import evidence
 from lora_moe.methods.c_lorae import AchievementLoss
 
-RATES = Path(__file__).with_name("balance_rates.json")
-POTENTIALS = Path(__file__).with_name("balance_potentials.json")
+RATES = Path(__file__).with_name("achievement_rates.json")
+POTENTIALS = Path(__file__).with_name("achievement_potentials.json")
 UPDATES, MOMENTUM = 25, 0.3
 ALONE, ALONE_RATE = 16, 2e-3  # items a step, rate of a single task's LoRA; the natural best
 ARMS = {  # None: the mean over items; "equal": of the tasks' means; else AchievementLoss's options
@@ -103,7 +103,7 @@ def tune(study, args):
     numbers, work = range(len(study.tasks)), partial(alone, study)
     found = evidence.runs(args.out, numbers, seeds, work, args.processes, "alone.jsonl")
     potentials = {
-        task.name: float(np.mean([found[number, seed]["accuracy"] for seed in seeds]))
+        task.name: max(float(np.mean([found[number, seed]["accuracy"] for seed in seeds])), 0.01)
         for number, task in enumerate(study.tasks)
     }
     (folder / POTENTIALS.name).write_text(json.dumps(potentials, indent=1) + "\n")
@@ -113,7 +113,7 @@ def tune(study, args):
 
 
 def main(argv=None):
-    parser = evidence.parser(__doc__, "build/balance")
+    parser = evidence.parser(__doc__, "build/achievement")
     parser.set_defaults(seeds=natural.SEEDS)
     parser.add_argument(
         "--tune", action="store_true", help="find potentials and rates, nothing else"
@@ -129,11 +129,11 @@ def main(argv=None):
     potentials = json.loads(POTENTIALS.read_text())
     work = partial(run, study, potentials, evidence.rates(RATES))
     found = evidence.runs(args.out, ARMS, seeds, work, args.processes)
-    text = balance_report.markdown(study, found, potentials, seeds)
+    text = achievement_report.markdown(study, found, potentials, seeds)
     text += "\n\n" + evidence.setting(seeds, started)
     text += "\n\n" + "\n".join(f"- {source}" for source in SOURCES)
     (args.out / "report.md").write_text(text + "\n")
-    balance_report.draw(args.out / "weights.png", study, found, seeds)
+    achievement_report.draw(args.out / "weights.png", study, found, seeds)
     print(text)
 
 
