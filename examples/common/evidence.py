@@ -96,7 +96,9 @@ def tune(out, path, arms, grid, seeds, run, processes=1):
         for arm in arms
     }
     minutes = sum(each["seconds"] for each in found.values()) / 60
-    path.write_text(json.dumps({"seeds": seeds, "minutes": minutes, "scores": scores}, indent=1))
+    arms = ",\n".join(f"  {json.dumps(arm)}: {json.dumps(of)}" for arm, of in scores.items())
+    head = f'"seeds": {json.dumps(seeds)},\n "minutes": {minutes:.1f},\n "scores": '
+    path.write_text("{" + head + "{\n" + arms + "\n}}\n")  # one line per arm
 
 
 def rates(path):
@@ -114,9 +116,7 @@ def tuning(path, scale=100.0, digits=1):
         cells = {rate: f"{scale * np.mean(values):.{digits}f}" for rate, values in of.items()}
         rows.append([arm, *(f"**{c}**" if float(r) == best[arm] else c for r, c in cells.items())])
     count = len(grid) * len(found["seeds"])
-    budget = (
-        f"{count} runs an arm (seeds {found['seeds']}), {found['minutes']:.0f} CPU minutes in all."
-    )
+    budget = f"{count} runs an arm (seeds {found['seeds']}), {found['minutes']:.0f} minutes of one process."
     return table(["validation score at rate", *grid], rows) + "\n\n" + budget
 
 
