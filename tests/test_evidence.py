@@ -24,6 +24,10 @@ def test_seeds_that_disagree_widen_the_interval():
     disagreeing = agreeing + np.array([[-2.0], [0.0], [2.0]])
     assert evidence.interval(agreeing)[1] > 0 > evidence.interval(disagreeing)[1]
     assert evidence.interval([1.0, 2.0, 3.0]) == (2.0, 1.0, 3.0)
+    orders = agreeing + np.array([-2.0, 0.0, 2.0])[:, None, None]  # (orders, seeds, items)
+    low, high = evidence.interval(orders)[1:]
+    assert low < orders[0].mean() + 0.2 and high > orders[2].mean() - 0.2
+    assert evidence.interval([agreeing] * 3) == pytest.approx(evidence.interval(agreeing), abs=0.05)
 
 
 def test_a_restart_repeats_no_run(tmp_path):

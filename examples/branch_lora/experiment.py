@@ -132,7 +132,7 @@ def main():
     started = time.perf_counter()
     path, size = arms.RATES, (ITEMS, STEPS, None)
     if args.quick:  # also tunes, into its own folder
-        path, size, args.seeds = args.out / "rates.json", (8, 2, 3), args.seeds[:1]
+        path, size, args.seeds = args.out / "rates.json", (8, 1, 3), args.seeds[:1]
     if args.tune or args.quick:
         grid, seeds = (arms.GRID[-1:], [100]) if args.quick else (arms.GRID, TUNING_SEEDS)
         tune(args, path, size, grid, seeds)

