@@ -17,6 +17,7 @@ import time
 import torch
 
 from examples.branch_lora import arms, pictures, report
+from examples.branch_lora.claims import claims
 from examples.branch_lora.data import Data, mixed
 from examples.branch_lora.steps import step_times
 from examples.branch_lora.tasks import SOURCES, orders
@@ -149,7 +150,8 @@ def main():
         print(report.times(json.loads(times.read_text())))
         return
     runs = every_run(args, data, arms.settings(path))
-    text = report.markdown(data, runs, args.seeds, json.loads(times.read_text()))
+    found = data, runs, args.seeds, json.loads(times.read_text())
+    text = "**Claims of the abstract.**\n\n" + claims(*found) + "\n\n" + report.markdown(*found)
     text += "\n\n**Tuning**: ACC on the validation items, the first order.\n\n"
     text += evidence.tuning(path) + " " + arms.chosen(path)
     text += "\n\n" + evidence.setting(args.seeds, started)

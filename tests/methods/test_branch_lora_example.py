@@ -68,7 +68,8 @@ def test_the_evidence_runs(tmp_path):
     command = [sys.executable, "-m", "examples.branch_lora", "--quick", "--out", tmp_path]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     text = (tmp_path / "report.md").read_text()
-    assert "MoELoRA" in text and "selector is right" in text and "seeds [0]" in text
+    claim = "| a selector replaces the task's identity | selector is right: share - 90 |"
+    assert claim in text and "selector is right" in text and "seeds [0]" in text
     runs = {}
     for order in ("given", "reversed", "hashed"):
         lines = (tmp_path / f"{order}.jsonl").read_text().splitlines()
