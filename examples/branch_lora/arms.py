@@ -4,10 +4,10 @@ import json
 import statistics
 from pathlib import Path
 
-from examples.common import minilm
 from examples.branch_lora.baselines import Ewc, Lwf
 from examples.branch_lora.data import FIRST
 from examples.branch_lora.learners import BRANCHES, Branched, Learner, PerTask, Rung
+from examples.common import minilm
 
 BRANCHED = {
     "shared A": Rung("token", BRANCHES, routers=False, freeze=0),

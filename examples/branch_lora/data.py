@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from examples.common import minilm
 from examples.branch_lora.tasks import load_tasks
+from examples.common import minilm
 from examples.common.training import chunks
 
 FIRST = 4  # layer with experts: its [CLS] has read the sentence; what lies below is computed once

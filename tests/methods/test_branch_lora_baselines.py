@@ -10,10 +10,11 @@ import lora_moe
 
 transformers = pytest.importorskip("transformers")
 
-from examples.branch_lora import arms, minilm  # noqa: E402
+from examples.branch_lora import arms  # noqa: E402
 from examples.branch_lora.baselines import Ewc, Lwf  # noqa: E402
 from examples.branch_lora.data import BATCH, Batch, mixed  # noqa: E402
 from examples.branch_lora.learners import TOTAL, Branched, Learner, PerTask  # noqa: E402
+from examples.common import minilm  # noqa: E402
 from examples.common.training import optimizer_of  # noqa: E402
 
 D, A = 16, 5  # width, answers
