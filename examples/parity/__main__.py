@@ -1,0 +1,97 @@
+"""Prints the table: a process for each package, which alone sees the package's folder."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from .measure import Found
+from .packages import FOLDER, PACKAGES, Package
+
+HEAD = (
+    "ours", "theirs", "package", "dtype", "loss, ours", "loss, theirs", "loss apart", "dx apart",
+    "gradients apart", "verdict",
+)  # fmt: skip
+TABLE = re.compile(r"^\| ours \|.*?\n(?!\|)", re.MULTILINE | re.DOTALL)
+MARK = "found: "
+
+
+def rows(package: Package) -> list[list[str]]:
+    """Its rows of the table, found by another process."""
+    whose = f"{package.by}, {package.license}"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths(package))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", __package__, "--one", package.name],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    (line,) = [x for x in done.stdout.splitlines() if x.startswith(MARK)] or [""]
+    if not line:
+        raise RuntimeError(f"{package.name}: {done.stderr.strip()[-2000:]}")
+    found = json.loads(line.removeprefix(MARK))
+    if found["missing"]:
+        empty, told = ["-"] * 6, f"not installed: `{package.command}`"
+        return [
+            [*names, f"{package.name} ({whose})", *empty, told] for names in package.pairs.values()
+        ]
+    return [
+        [*package.pairs[pair], f"{found['version']} ({whose})", *cells(Found(**values))]
+        for pair, values in found["pairs"].items()
+    ]
+
+
+def paths(package: Package) -> list[str]:
+    """Where its process finds modules: its own folder first, if it has one."""
+    folder = Path(FOLDER, package.module)
+    return [*([str(folder)] if folder.is_dir() else []), ".", os.environ.get("PYTHONPATH", "")]
+
+
+def cells(found: Found) -> list[str]:
+    apart = [f"{value:.1e}" for value in (found.loss, found.dx, found.gradients)]
+    apart[2] += f" of {found.tensors}"
+    verdict = "agree" if found.agrees else "**differ**"
+    if found.why:
+        verdict += f" to {found.bound:.0e}: {found.why}"
+    return [found.dtype, *(f"{loss:.9g}" for loss in found.losses), *apart, verdict]
+
+
+def one(package: Package) -> None:
+    """What the process of a package prints."""
+    logging.disable(logging.WARNING)
+    found = {"missing": package.missing(), "pairs": {}}
+    if not found["missing"]:
+        found["version"] = package.version
+        found["pairs"] = {pair: dataclasses.asdict(package.compare(pair)) for pair in package.pairs}
+    print(MARK + json.dumps(found))
+
+
+def main() -> None:
+    known = {package.name: package for package in PACKAGES}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=", ".join(known))
+    parser.add_argument("--into", type=Path, help="a page whose table this replaces")
+    parser.add_argument("--one", choices=known, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := set(args.packages) - known.keys():
+        parser.error(f"expected packages among {', '.join(known)}, got {', '.join(unknown)}")
+    if args.one:
+        return one(known[args.one])
+    wanted = [known[name] for name in args.packages or known]
+    lines = [HEAD, ["---"] * len(HEAD), *(row for package in wanted for row in rows(package))]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    print(table, end="")
+    if args.into:
+        text, count = TABLE.subn(lambda _: table + "\n", args.into.read_text())
+        if count != 1:
+            parser.error(f"{args.into}: expected one table that starts with | ours |, got {count}")
+        args.into.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
