@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_moe import load_adapter
+from lora_moe import LoraMoeConfig, disable_adapters, inject, load_adapter, save_adapter
 
 from . import tiny
 from .torchrun import run_to_the_end
@@ -29,6 +29,7 @@ NEEDS = {
     "fsdp2": ("accelerate", "transformers"),
     "qlora": ("trl", "bitsandbytes"),
     "lit": ("lightning", "transformers"),
+    "harness": ("lm_eval", "datasets", "transformers"),
 }
 
 
@@ -93,6 +94,38 @@ def test_recipe_with_lightning(base, tmp_path, monkeypatch):
     trainer = run("lit", base, tmp_path, monkeypatch)["trainer"]
     assert trainer.global_step == 4 and "router/entropy" in trainer.logged_metrics
     expect_trained(base, tmp_path / "out/lit")
+
+
+def test_recipe_with_lm_eval(base, tmp_path, monkeypatch):
+    code = recipe("harness", base)
+    import datasets
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    config = LoraMoeConfig(num_experts=4, r=4, top_k=2, target_modules="all-linear")
+    model = inject(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    tiny.train_by_hand(model)
+    save_adapter(model, tmp_path / "out/trainer")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "harness.py", "exec"), scope := {"__name__": "__main__"})
+
+    def accuracy():
+        right = [
+            picked(model, row["text"], row["choices"]) == row["answer"] for row in scope["rows"]
+        ]
+        return sum(right) / len(right)
+
+    assert scope["with_experts"]["next_word"]["acc,none"] == accuracy()
+    with disable_adapters(model):
+        assert scope["without"]["next_word"]["acc,none"] == accuracy()
+
+
+@torch.no_grad()
+def picked(model, text, choices):
+    """The choice, of one token, that is likeliest after the text."""
+    tokenizer = tiny.tokenizer()
+    logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
+    return int(logits[tokenizer.convert_tokens_to_ids(choices)].argmax())
 
 
 def test_recipe_with_fsdp2_by_torchrun(base, tmp_path):
