@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from .measure import Found
@@ -19,29 +20,30 @@ HEAD = (
     "ours", "theirs", "package", "dtype", "loss, ours", "loss, theirs", "loss apart", "dx apart",
     "gradients apart", "verdict",
 )  # fmt: skip
-TABLE = re.compile(r"^\| ours \|.*?\n(?!\|)", re.MULTILINE | re.DOTALL)
+TABLE = re.compile(r"^\| ours \|.*\n(?:\|.*\n)*", re.MULTILINE)
 MARK = "found: "
 
 
 def rows(package: Package) -> list[list[str]]:
     """Its rows of the table, found by another process."""
-    whose = f"{package.by}, {package.license}"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths(package))}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __package__, "--one", package.name],
         env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    (line,) = [x for x in done.stdout.splitlines() if x.startswith(MARK)] or [""]
-    if not line:
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not lines:
         raise RuntimeError(f"{package.name}: {done.stderr.strip()[-2000:]}")
-    found = json.loads(line.removeprefix(MARK))
+    return shown(package, json.loads(lines[0].removeprefix(MARK)))
+
+
+def shown(package: Package, found: dict) -> list[list[str]]:
+    whose = f"({package.by}, {package.license})"
     if found["missing"]:
         empty, told = ["-"] * 6, f"not installed: `{package.command}`"
-        return [
-            [*names, f"{package.name} ({whose})", *empty, told] for names in package.pairs.values()
-        ]
+        return [[*names, f"{package.name} {whose}", *empty, told] for names in package.pairs.values()]
     return [
-        [*package.pairs[pair], f"{found['version']} ({whose})", *cells(Found(**values))]
+        [*package.pairs[pair], f"{found['version']} {whose}", *cells(Found(**values))]
         for pair, values in found["pairs"].items()
     ]
 
@@ -71,6 +73,18 @@ def one(package: Package) -> None:
     print(MARK + json.dumps(found))
 
 
+def table(packages: Iterable[Package]) -> str:
+    lines = [HEAD, ["---"] * len(HEAD), *(row for package in packages for row in rows(package))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def put_into(page: Path, text: str) -> None:
+    whole, count = TABLE.subn(lambda _: text, page.read_text())
+    if count != 1:
+        raise SystemExit(f"{page}: expected one table that starts with | ours |, got {count}")
+    page.write_text(whole)
+
+
 def main() -> None:
     known = {package.name: package for package in PACKAGES}
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,16 +95,12 @@ def main() -> None:
     if unknown := set(args.packages) - known.keys():
         parser.error(f"expected packages among {', '.join(known)}, got {', '.join(unknown)}")
     if args.one:
-        return one(known[args.one])
-    wanted = [known[name] for name in args.packages or known]
-    lines = [HEAD, ["---"] * len(HEAD), *(row for package in wanted for row in rows(package))]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    print(table, end="")
+        one(known[args.one])
+        return
+    found = table(known[name] for name in args.packages or known)
+    print(found, end="")
     if args.into:
-        text, count = TABLE.subn(lambda _: table + "\n", args.into.read_text())
-        if count != 1:
-            parser.error(f"{args.into}: expected one table that starts with | ours |, got {count}")
-        args.into.write_text(text)
+        put_into(args.into, found)
 
 
 if __name__ == "__main__":

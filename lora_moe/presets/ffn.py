@@ -35,8 +35,8 @@ def mixlora(
     Raises:
         ValueError: top_p and switch are both given, or a field does not fit.
     Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, and its code, whose balance loss is K where it is
-    balanced: balance_coef is K times its 0.01.  Of MoE-PEFT's dynamic and switch routers weights and losses
-    are inferred.
+    balanced: balance_coef is K times its 0.01.  The dynamic and switch routers are MoE-PEFT's; the balance
+    loss of its dynamic one is ours times the mean number of experts per token.
     """
     if top_p is not None and switch:
         raise ValueError(f"top_p: expected None with switch=True, got {top_p!r:.99}")

@@ -25,8 +25,8 @@ def mtl_lora(
 
     One A, E heads B, and of each task a core matrix C_t (r, r), the identity at first, and weights w_t (E,).
 
-    Source: Yang et al. 2024 (MTL-LoRA), arXiv 2410.09437, and its code, whose Lambda is C; the default
-    temperature is inferred.
+    Source: Yang et al. 2024 (MTL-LoRA), arXiv 2410.09437, and its code, whose Lambda is C and whose script
+    has this temperature.
     """
     sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts, "shared_a": True}
     parts = {"router": TaskRouter(num_tasks), "middle": CoreMiddle(num_tasks)}
