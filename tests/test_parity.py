@@ -53,7 +53,10 @@ def test_a_package_that_is_missing_is_named(capsys, monkeypatch):
     found = script.json.loads(capsys.readouterr().out.removeprefix(script.MARK))
     assert "no_such_module" in found["missing"]
     (row,) = script.shown(absent, found)
-    assert row[-1] == f"not installed: `pip install --no-deps --target {FOLDER}/no_such_module loralib==0.1.2`"
+    assert (
+        row[-1]
+        == f"not installed: `pip install --no-deps --target {FOLDER}/no_such_module loralib==0.1.2`"
+    )
     assert len(row) == len(script.HEAD)
 
 
@@ -62,6 +65,15 @@ def test_a_process_for_each_package(monkeypatch):
     (row,) = script.rows(PACKAGES[0])
     there = Path(FOLDER, "loralib").is_dir() or not PACKAGES[0].missing()
     assert row[-1].startswith("agree" if there else "not installed")
+
+
+@pytest.mark.parametrize("package", [p for p in PACKAGES[1:] if p.apart], ids=lambda p: p.name)
+def test_agrees_in_a_folder_of_its_own(package, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if not Path(FOLDER, package.module).is_dir():
+        pytest.skip(package.command)
+    for row in script.rows(package):
+        assert row[-1].startswith("agree"), row
 
 
 def test_the_page_shows_every_pair_with_the_version_that_is_named():
@@ -76,7 +88,9 @@ def test_the_page_shows_every_pair_with_the_version_that_is_named():
 
 def test_what_this_environment_has_is_what_is_named():
     pinned = (ROOT / "requirements/constraints.txt").read_text().splitlines()
-    assert {need for package in PACKAGES if not package.apart for need in package.needs} <= {*pinned}
+    assert {need for package in PACKAGES if not package.apart for need in package.needs} <= {
+        *pinned
+    }
 
 
 def test_a_table_goes_into_a_page(tmp_path):

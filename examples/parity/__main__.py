@@ -41,7 +41,9 @@ def shown(package: Package, found: dict) -> list[list[str]]:
     whose = f"({package.by}, {package.license})"
     if found["missing"]:
         empty, told = ["-"] * 6, f"not installed: `{package.command}`"
-        return [[*names, f"{package.name} {whose}", *empty, told] for names in package.pairs.values()]
+        return [
+            [*names, f"{package.name} {whose}", *empty, told] for names in package.pairs.values()
+        ]
     return [
         [*package.pairs[pair], f"{found['version']} {whose}", *cells(Found(**values))]
         for pair, values in found["pairs"].items()

@@ -1,8 +1,4 @@
-"""Others' code on the same weights: X-LoRA of peft, MTL-LoRA of adapters; frozen experts of PEFT.
-
-adapters wants another transformers than this environment has: pip install --no-deps it, and the one that it
-names, into a folder on PYTHONPATH.
-"""
+"""X-LoRA of PEFT on the same weights; frozen experts of PEFT.  More of others' code: examples/parity."""
 
 from __future__ import annotations
 
@@ -107,31 +103,3 @@ def test_adapters_are_frozen_and_the_router_trains(preset, tmp_path):
     save_adapter(model, tmp_path / "saved")
     again = load_adapter(tiny.base(0), tmp_path / "saved")
     assert {layer.frozen for layer in injected(again).values()} == {(0, 1, 2)}
-
-
-def test_mtl_lora_is_that_of_adapters():
-    """Their module around a linear, for each task; its cores are diagonal."""
-    pytest.importorskip("adapters")
-    from adapters import MTLLoRAConfig
-    from adapters.methods.lora import MTLLoRA
-
-    torch.manual_seed(0)
-    r, heads, D_in, D_out = 3, 2, 6, 5
-    config = MTLLoRAConfig(r=r, alpha=8, n_up_projection=heads, weights_sharpness=0.5, dropout=0.0)
-    holder = nn.Sequential(nn.Linear(D_in, D_out))
-    model = inject(holder, presets.mtl_lora(2, heads, r, 8, temperature=0.5, target_modules=("0",)))
-    layer = model[0]
-    for tensor in layer.adapter_state().values():
-        nn.init.normal_(tensor.data)
-    layer.middle_core.data = torch.diag_embed(torch.randn(2, r))
-    x = torch.randn(2, 4, D_in)
-    with torch.no_grad(), use_routing(model, task_ids=torch.tensor([1, 0])):
-        got = model(x)
-        for b, t in ((0, 1), (1, 0)):
-            theirs = MTLLoRA((r, D_in), (D_out, r), config)
-            theirs.lora_A.copy_(layer.lora_A)
-            theirs.lora_B.copy_(layer.lora_B.view(heads, r, D_out).mT)
-            theirs.task_specific.values.copy_(layer.middle_core[t].diagonal())
-            theirs.weights.copy_(layer.router_table[t])
-            want = layer.base_layer(x[b : b + 1]) + theirs(None, x[b : b + 1])[0]
-            torch.testing.assert_close(got[b : b + 1], want, rtol=1e-5, atol=1e-5)
