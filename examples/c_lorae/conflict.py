@@ -21,7 +21,7 @@ from examples.c_lorae.encoder import Encoder, Items
 from examples.common import evidence
 
 STEPS, EACH = 150, 4  # items of each question in a step
-LONG = 4  # times as many steps, for the arms that say whether time heals
+LONG = conflict_report.LONG
 RATES = Path(__file__).with_name("conflict_rates.json")
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEEDS, SEEDS = [100, 101], [0, 1, 2, 3, 4]
@@ -57,11 +57,15 @@ def trained(study, key, rate, seed, watch=lambda *_: None):
     return learning.train(learner, items, batches, rate, watch=partial(watch, learner))
 
 
-def tuned(study, arm, rate, seed):
-    """Mean validation accuracy at both ends of the dial."""
+def tuned(study, name, rate, seed):
+    """Mean validation accuracy at both ends of the dial; of longer training at its far end."""
+    arm, times = (
+        conflict_report.LONGER.get(name, name),
+        LONG if name in conflict_report.LONGER else 1,
+    )
     scores = []
-    for swapped in (questions.DIAL[0], questions.DIAL[-1]):
-        learner = trained(study, conflict_report.key(arm, swapped), rate, seed)
+    for swapped in (questions.DIAL[-1],) if times > 1 else (questions.DIAL[0], questions.DIAL[-1]):
+        learner = trained(study, conflict_report.key(arm, swapped, times), rate, seed)
         scores.append(np.mean(learning.right(learner, study.at(swapped, "validation"))))
     return {"score": float(np.mean(scores))}
 
@@ -80,7 +84,8 @@ def run(study, rates, key, seed):
         if arm == learning.ONE:
             looks.append(gradients(learner, losses, tasks))
 
-    learner = trained(study, key, rates[arm], seed, watch)
+    rate = rates[arm if times == 1 else conflict_report.longer(arm)]
+    learner = trained(study, key, rate, seed, watch)
     curve.append(float(np.mean(learning.right(learner, validation))))
     found = {"right": learning.right(learner, test), "curve": curve, "gradients": looks}
     found["experts"] = sum(p.numel() for p in learner.parameters())
@@ -113,12 +118,14 @@ def main(argv=None):
     if args.tune:
         path = args.out / RATES.name if args.quick else RATES
         seeds, grid = (TUNING_SEEDS[:1], GRID[:2]) if args.quick else (TUNING_SEEDS, GRID)
-        evidence.tune(args.out, path, ARMS, grid, seeds, partial(tuned, study), args.processes)
+        names = [*ARMS, *conflict_report.LONGER]
+        evidence.tune(args.out, path, names, grid, seeds, partial(tuned, study), args.processes)
         print(evidence.tuning(path))
         return
     seeds = args.seeds[:2] if args.quick else args.seeds
     keys = [conflict_report.key(arm, at) for at in questions.DIAL for arm in ARMS]
-    keys += [conflict_report.key(arm, questions.DIAL[-1], LONG) for arm in conflict_report.LONGER]
+    longer = conflict_report.LONGER.values()
+    keys += [conflict_report.key(arm, questions.DIAL[-1], LONG) for arm in longer]
     rates = evidence.rates(RATES)
     found = evidence.runs(args.out, keys, seeds, partial(run, study, rates), args.processes)
     text = conflict_report.markdown(found, list(ARMS), seeds)

@@ -18,8 +18,15 @@ COLORS = {
     "C-LoRAE": figures.OURS,
     "C-LoRAE, negatives within the task": "#56B4E9",
 }
-LONGER = (ONE, "one LoRA per task", "C-LoRAE")
+LONG = 4  # times as many steps, for the arms that say whether time heals
 LAST = DIAL[-1]
+
+
+def longer(arm):
+    return f"{arm}, {LONG} times the steps"
+
+
+LONGER = {longer(arm): arm for arm in (ONE, "one LoRA per task", "C-LoRAE")}
 
 
 def key(arm, swapped, times=1):
