@@ -1,128 +1,124 @@
-"""Which of MMoLRE's claims the runs show: differences between arms, with intervals."""
+"""Which of MMoLRE's claims the runs show: differences of normalized test losses, with intervals."""
 
 import statistics
 
 import numpy as np
 
 from examples.common import evidence
+from examples.mmolre.arms import TASKS
 
-FIRST, FULL = "MMoLRE", "full-rank experts"
+FIRST, HARD, FULL, ALONE = "MMoLRE", "hard sharing", "full-rank experts", "each task alone"
+SHARED, ROUTER = "no task experts", "no task experts, one router"
 LOW = ("MMoLRE, rank 2", FIRST, "MMoLRE, rank 32")  # against FULL
-COMPARED = {  # other arms (sentiment's, emotion's): what it says that ours is better
-    ("hard sharing",) * 2: "shared and task experts beat hard sharing at equal parameters",
-    ("hard sharing, rank 2",) * 2: "the same with all ranks 2",
-    ("no task experts",) * 2: "task-specific experts beat as many more shared ones",
-    ("text alone",) * 2: "both modalities matter: more than the text",
-    ("image alone",) * 2: "both modalities matter: more than the image",
-    ("sentiment alone", "emotion alone"): "two tasks in one model beat a model for each",
-}
-OURS_AT = {"hard sharing, rank 2": "MMoLRE, rank 2"}  # FIRST for the others
-MARGINS = {"error": 0.05, "f1": 0.02}  # similar quality: at most this much worse
-RESAMPLES = 2000
+COMPARED = (  # (what it says, the better arm, the other)
+    ("**MMoLRE beats hard sharing at equal parameters**", FIRST, HARD),
+    ("... because of the tasks' own experts", FIRST, SHARED),
+    ("... because of the tasks' own routers and streams", SHARED, ROUTER),
+    ("... because of the tasks' own fusion", ROUTER, HARD),
+    ("each task alone beats hard sharing: there is a conflict to avoid", ALONE, HARD),
+    ("**MMoLRE beats one model per task of equal total size**", FIRST, "one model per task, equal size"),
+    ("MMoLRE beats each task alone", FIRST, ALONE),
+    ("MMoLRE needs the image", FIRST, "text alone"),
+    ("MMoLRE needs the text", FIRST, "image alone"),
+)  # fmt: skip
+MARGIN = 0.02  # similar quality: the mean loss is at most this much higher
+MEAN = "mean"
 
 
-def compared(found, arms, seeds, held_out):
-    """[(other arm, claim, sentiment's difference, emotion's)], intervals of what ours is better by."""
-    truth = held_out.labels["emotion"].numpy() > 0.5
-    rows = []
-    for (first, second), claim in COMPARED.items():
-        ours = OURS_AT.get(first, FIRST)
-        if not {first, second, ours} <= set(arms):
-            continue
-        name = first if first == second else "one task alone"
-        error = evidence.difference(
-            *([found[arm, seed]["error"] for seed in seeds] for arm in (first, ours))
-        )
-        rows.append((name, claim, error, f1_difference(found, ours, second, seeds, truth)))
-    return rows
-
-
-def f1_difference(found, first, second, seeds, truth):
-    """evidence.difference of weighted F1, first less second; it is no mean over items, so drawn anew."""
-    picked = [np.array([found[arm, s]["labels"] for s in seeds]) > 0 for arm in (first, second)]
-    draw, (count, items) = np.random.default_rng(0), picked[0].shape[:2]
-
-    def difference(rows, columns):
-        scores = [[_weighted_f1(p[row][columns], truth[columns]) for row in rows] for p in picked]
-        return np.mean(scores[0]) - np.mean(scores[1])
-
-    means = [
-        difference(draw.integers(count, size=count), draw.integers(items, size=items))
-        for _ in range(RESAMPLES)
-    ]
-    middle = difference(range(count), np.arange(items))
-    return float(middle), *(float(v) for v in np.quantile(means, (0.025, 0.975)))
-
-
-def _weighted_f1(picked, true):
-    """As affect.multilabel_metrics; (N, 6) bool."""
-    hits, support = (picked & true).sum(0), true.sum(0)
-    f1 = 2 * hits / np.maximum(picked.sum(0) + support, 1)
-    return (f1 * support).sum() / max(support.sum(), 1)
-
-
-def claims(rows):
-    head = ["claim", "sentiment: MAE saved", "shown", "emotion: points of weighted F1", "shown"]
-    return rows and evidence.table(
-        head,
-        [
-            [
-                claim,
-                evidence.shown(error, 1, 3),
-                evidence.verdict(error),
-                evidence.shown(f1, 100, 1),
-                evidence.verdict(f1),
-            ]
-            for _, claim, error, f1 in rows
-        ],
+def losses(found, arm, seeds):
+    """(seeds, items, tasks), normalized; NaN where a label is missing."""
+    return np.array(
+        [np.transpose([found[arm, s]["tasks"][t]["losses"] for t in TASKS]) for s in seeds],
+        dtype=np.float64,
     )
 
 
-def full_rank(found, seeds, held_out):
-    """Low-rank experts against full-rank ones: similar quality for fewer parameters and less time?"""
-    full, truth = FULL, held_out.labels["emotion"].numpy() > 0.5
+def gains(found, first, second, seeds):
+    """{"mean" or task: (mean, low, high)} of the loss that the first arm saves against the second.
 
-    def median(arm, name):
-        return statistics.median(found[arm, seed][name] for seed in seeds)
+    As evidence.interval, but a task's mean is over the labelled ones of the drawn items, and the
+    tasks' mean is drawn with them.
+    """
+    saved = losses(found, second, seeds) - losses(found, first, seeds)
+    draw, (count, items, _) = np.random.default_rng(0), saved.shape
 
-    head = [
-        "against full-rank experts",
-        "parameters",
-        "CPU seconds to train",
-        "MAE worse by",
-        f"at most {MARGINS['error']}",
-        "points of weighted F1 lower by",
-        f"at most {100 * MARGINS['f1']:.0f}",
+    def means(rows, columns):
+        each = np.nanmean(saved[rows].mean(0)[columns], 0)  # (tasks,)
+        return np.array([each.mean(), *each])
+
+    drawn = [
+        means(draw.integers(count, size=count), draw.integers(items, size=items))
+        for _ in range(evidence.RESAMPLES)
     ]
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
+    columns = zip(means(range(count), range(items)), low, high)
+    return {name: tuple(map(float, of)) for name, of in zip((MEAN, *TASKS), columns)}
+
+
+def claims(found, arms, seeds):
+    """Points of the constant predictor's loss that the first arm of each comparison saves."""
+    rows = []
+    for claim, first, second in COMPARED:
+        if {first, second} <= set(arms):
+            saved = gains(found, first, second, seeds)
+            verdict = evidence.verdict(saved[MEAN])
+            rows.append([claim, evidence.shown(saved[MEAN]), verdict])
+            rows[-1] += [evidence.shown(saved[task]) for task in TASKS]
+    head = ["points of loss saved", "mean over tasks", "shown", *TASKS]
+    return evidence.table(head, rows) if rows else ""
+
+
+def full_rank(found, arms, seeds):
+    """Low-rank experts against full-rank ones: similar quality for fewer parameters and less time?"""
+    if not {FULL, *LOW} <= set(arms):
+        return ""
+
+    def ratio(arm, name):
+        of, full = (statistics.median(found[a, s][name] for s in seeds) for a in (arm, FULL))
+        return f"{of / full:.2f} times"
+
     rows = []
     for arm in LOW:
-        error = evidence.difference(*([found[a, s]["error"] for s in seeds] for a in (arm, full)))
-        f1 = f1_difference(found, full, arm, seeds, truth)
-        ratios = (
-            f"{median(arm, k) / median(full, k):.2f} times" for k in ("parameters", "trained")
-        )
-        similar = (error[2] <= MARGINS["error"], f1[2] <= MARGINS["f1"])
-        one, two = ("yes" if holds else "**not shown**" for holds in similar)
+        saved = gains(found, FULL, arm, seeds)
+        similar = "yes" if saved[MEAN][2] <= MARGIN else "**not shown**"
         name = f"{FIRST}, rank 8" if arm == FIRST else arm
-        rows.append(
-            [name, *ratios, evidence.shown(error, 1, 3), one, evidence.shown(f1, 100, 1), two]
-        )
+        rows.append([name, ratio(arm, "parameters"), ratio(arm, "trained")])
+        rows[-1] += [evidence.shown(saved[MEAN]), similar]
+        rows[-1] += [evidence.shown(saved[task]) for task in TASKS]
+    head = ["against full-rank experts", "parameters", "CPU seconds to train"]
+    head += ["mean loss higher by, points", f"at most {100 * MARGIN:.0f}", *TASKS]
     return evidence.table(head, rows)
 
 
-def agreement(found, arms, seeds):
-    """Do the tasks pull the shared parameters apart?  Cosines of their gradients under hard sharing."""
-    rows = []
-    for arm in (arm for arm in arms if "hard sharing" in arm):
-        cosines = np.array([found[arm, seed]["cosines"] for seed in seeds])
-        thirds = np.array_split(cosines, 3, axis=1)
-        thirds = [f"{part.mean():+.2f}" if part.size else "" for part in thirds]
-        rows.append([arm, *thirds, f"{(cosines < 0).mean():.0%}"])
-    head = [
-        "cosine of the two tasks' gradients",
-        "first third",
-        "second",
-        "last",
-        "steps below zero",
-    ]
-    return evidence.table(head, rows) if rows else ""
+class Conflict:
+    """The tasks' gradients under hard sharing, (seeds, looks, tasks, tasks) of inner products."""
+
+    def __init__(self, found, seeds):
+        inner = np.array([found[HARD, seed]["gradients"] for seed in seeds])
+        own = np.diagonal(inner, axis1=2, axis2=3)  # (seeds, looks, tasks)
+        norm, row = np.sqrt(own), inner.sum(-1)
+        rest = np.sqrt(inner.sum((2, 3))[..., None] - 2 * row + own)  # |sum of the others|
+        self.pairs = inner / (norm[..., None] * norm[..., None, :])
+        self.with_rest = (row - own) / (norm * rest)
+        others = (norm.sum(-1, keepdims=True) - norm) / (len(TASKS) - 1)
+        self.ratio = norm / others
+
+    def table(self):
+        """A row for each task: cosine with the others, and with their sum, by thirds of training."""
+        rows = []
+        for t, task in enumerate(TASKS):
+            pairs = [
+                "" if s == t else f"{self.pairs[..., t, s].mean():+.2f}" for s in range(len(TASKS))
+            ]
+            cosine, ratio = self.with_rest[..., t], self.ratio[..., t]
+            below = f"{(cosine < 0).mean():.0%}"
+            rows.append([task, *pairs, *_thirds(cosine, "+.2f"), below, *_thirds(ratio, ".2f")])
+        head = ["cosine with", *TASKS]
+        head += ["the rest, first third", "second", "last", "below zero"]
+        head += ["norm by the others' mean, first third", "second", "last"]
+        return evidence.table(head, rows)
+
+
+def _thirds(values, form):
+    """The means of three parts of the looks (axis 1)."""
+    return [f"{part.mean():{form}}" for part in np.array_split(values, 3, axis=1) if part.size]

@@ -1,44 +1,41 @@
-"""Sentiment and emotion of two words and a kaomoji: real labels, and no modality knows the answer alone.
+"""Four tasks on two words and a kaomoji, with real labels.
 
     item        two words of the NRC lexicon (text) and one kaomoji, drawn (image)
     sentiment   the sum of the three polarities, in [-3, 3] like CMU-MOSI's scores
     emotion     the emotions of the three together, any of six, like CMU-MOSEI's
+    intent      what the kaomoji is for (greeting, kiss, shrug), any of nine; most have none: missing
+    subject     what it shows (animal, heart, music), any of seven; most have none: missing
 
 A word's polarity (1 positive, -1 negative, 0 both or neither) and emotions are the lexicon's.  A
 kaomoji's are the lexicon's too, looked up for the emotion words that the data set labels it with
 (happy, smile, glad, cheerful, joy): the mean polarity of those that the lexicon knows, and the
-emotions of more than half of them; with fewer than two known words it is neutral.  The label words
-are no input: the model sees the drawing alone.
+emotions of more than half of them; with fewer than two known words it is neutral.  Its intents and
+subjects are the data set's.  No label word is an input: the model sees the drawing alone.
 
 Text features are MiniLM's last states of each word's tokens, frozen; image features are the pixels
-of each character, drawn in a cell of its own.  Only kaomoji are kept whose characters, in Unicode's
-compatible form, the font DejaVu Sans has.
+of each character, drawn in a cell of its own.
 
 Words are held out by root and kaomoji by face (what stands in the brackets), so that neither
 `abandoned` nor `\\(^o^)/` is known from `abandon` or `(^o^)`.  A hash decides: tenths 0 to 2 of the
-families are the test's, 3 is the validation's, the others train.  A held-out word is in one item only.
+families are the test's, 3 is the validation's, the others train.  A held-out word, or kaomoji, is in
+one item only.
 """
 
-import gzip
 import hashlib
 import json
 import random
 import re
-import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from examples.common.tasks import root_of
-from examples.mmolre.features import CELL, charmap, glyph, package, token_states
+from examples.mmolre.features import CELL, glyph, package, token_states
+from examples.mmolre.kaomoji import EMOTIONS, SETS, drawable, face_of, meaning, picked, polarity
 
-EMOTIONS = ("joy", "sadness", "anger", "fear", "disgust", "surprise")
 WORDS = 2  # an item
-MOST_GLYPHS = 16  # of a kaomoji
 TEXT, IMAGE = 384, CELL * CELL  # features
 TEST, VALIDATION = (0, 1, 2), (3,)  # of ten
-BROWS = "\N{ACUTE ACCENT}\N{DIAERESIS}\N{MACRON}"
-ENOUGH = 2  # label words that the lexicon must know
 
 SOURCES = (
     "NRC Word-Emotion Association Lexicon, (c) National Research Council Canada, for research use; "
@@ -60,6 +57,7 @@ class Parts:
     polarity: torch.Tensor  # (P,)
     emotions: torch.Tensor  # (P, 6) of 0 and 1
     split: dict[str, list[int]]  # train, validation, test
+    sets: dict[str, torch.Tensor] = field(default_factory=dict)  # intent (P, 9), subject (P, 7)
 
 
 @dataclass
@@ -68,7 +66,7 @@ class Items:
 
     features: dict[str, torch.Tensor]  # (B, L, features)
     masks: dict[str, torch.Tensor]  # (B, L)
-    labels: dict[str, torch.Tensor]  # sentiment (B,), emotion (B, 6)
+    labels: dict[str, torch.Tensor]  # sentiment (B,), the others (B, labels); NaN: missing
 
 
 def load(seed=0, most_words=None):
@@ -80,86 +78,60 @@ def load(seed=0, most_words=None):
     return _words(words), _kaomoji(lexicon)
 
 
-def held_out(words, kaomoji, split, most, seed=0):
-    """Items of a held-out split; no word stands in two of them, kaomoji repeat where they are fewer."""
-    rng = random.Random(seed)
-    first = rng.sample(words.split[split], len(words.split[split]))
-    count = min(most, len(first) // WORDS)
-    faces = kaomoji.split[split]
-    drawn = [f for _ in range(-(-count // len(faces))) for f in rng.sample(faces, len(faces))]
+def held_out(words, kaomoji, split, most):
+    """Items of a held-out split; no word and no kaomoji stands in two of them."""
+    rng = random.Random(0)
+    first, faces = (rng.sample(p.split[split], len(p.split[split])) for p in (words, kaomoji))
+    count = min(most, len(first) // WORDS, len(faces))
     pairs = [first[WORDS * i : WORDS * (i + 1)] for i in range(count)]
-    return compose(words, kaomoji, pairs, drawn[:count])
+    return compose(words, kaomoji, pairs, faces[:count])
 
 
 def training(words, kaomoji, steps, size, seed):
     """`steps` batches of `size` items put together anew from the training words and kaomoji."""
     rng = random.Random(seed)
     for _ in range(steps):
-        pairs = [rng.sample(words.split["train"], WORDS) for _ in range(size)]
-        faces = rng.choices(kaomoji.split["train"], k=size)
-        yield compose(words, kaomoji, pairs, faces)
+        yield compose(words, kaomoji, *_drawn(words, kaomoji, size, rng))
+
+
+def training_labels(words, kaomoji, size=20_000):
+    """Of many training items, the labels alone."""
+    return _labels(words, kaomoji, *_drawn(words, kaomoji, size, random.Random(0)))
+
+
+def _drawn(words, kaomoji, size, rng):
+    pairs = [rng.sample(words.split["train"], WORDS) for _ in range(size)]
+    return torch.tensor(pairs), torch.tensor(rng.choices(kaomoji.split["train"], k=size))
 
 
 def compose(words, kaomoji, pairs, faces):
     """Items of word pairs and faces, given by their numbers."""
-    pairs, faces = torch.tensor(pairs), torch.tensor(faces)  # (B, 2), (B,)
+    pairs, faces = torch.as_tensor(pairs), torch.as_tensor(faces)  # (B, 2), (B,)
     text, mask = words.states[pairs].flatten(1, 2), words.mask[pairs].flatten(1, 2)
     order = (~mask).long().argsort(stable=True, dim=1)  # the second word moves up to the first
     text, mask = text.gather(1, order[..., None].expand_as(text)), mask.gather(1, order)
     image, there = kaomoji.states[faces], kaomoji.mask[faces]
     longest, widest = (int(m.sum(1).max()) for m in (mask, there))
-    emotions = words.emotions[pairs].amax(1).maximum(kaomoji.emotions[faces])
     return Items(
         {"text": text[:, :longest], "image": image[:, :widest]},
         {"text": mask[:, :longest], "image": there[:, :widest]},
-        {
-            "sentiment": words.polarity[pairs].sum(1) + kaomoji.polarity[faces],
-            "emotion": emotions,
-        },
+        _labels(words, kaomoji, pairs, faces),
     )
 
 
-def drawable():
-    """{kaomoji in compatible form: its English emotion words}; texts with two readings are left out."""
-    have, readings = charmap(), {}
-    with gzip.open(
-        package("kaomoji_dataset") / "data/kaomoji.jsonl.gz", "rt", encoding="utf-8"
-    ) as file:
-        for row in map(json.loads, file):
-            text = plain(row["text"])
-            fits = 3 <= len(text) <= MOST_GLYPHS and have.issuperset(text)
-            if fits and row["emotion"] and not any(map(unicodedata.combining, text)):
-                readings.setdefault(text, set()).add(tuple(row["emotion"]))
-    return {text: found.pop() for text, found in sorted(readings.items()) if len(found) == 1}
-
-
-def plain(text):
-    """Unicode's compatible form without spaces; the accents that serve as brows stay as they are."""
-    kept = (c if c in BROWS else unicodedata.normalize("NFKC", c) for c in text)
-    return "".join("".join(kept).split()).replace("・", "·")
-
-
-def face_of(text):
-    """What near-duplicates share: the longest part in brackets, without sweat and blush at its ends."""
-    inside = re.findall(r"\(([^()]+)\)", text) or [text]
-    return max(inside, key=len).strip("*~.'\"#+;:,") or text
-
-
-def meaning(lexicon, labels):
-    """(polarity, emotions (6,)) of a kaomoji's label words."""
-    known = [lexicon[word] for word in labels if word in lexicon]
-    if len(known) < ENOUGH:
-        return 0.0, [0.0] * len(EMOTIONS)
-    share = [sum(emotion in tags for tags in known) / len(known) for emotion in EMOTIONS]
-    return sum(map(_polarity, known)) / len(known), [float(s > 0.5) for s in share]
+def _labels(words, kaomoji, pairs, faces):
+    return {
+        "sentiment": words.polarity[pairs].sum(1) + kaomoji.polarity[faces],
+        "emotion": words.emotions[pairs].amax(1).maximum(kaomoji.emotions[faces]),
+    } | {name: of[faces] for name, of in kaomoji.sets.items()}
 
 
 def _words(lexicon):
     states, mask, names = token_states(sorted(lexicon))
     roots = root_of(names)
     emotions = [[float(e in lexicon[name]) for e in EMOTIONS] for name in names]
-    polarity = [float(_polarity(lexicon[name])) for name in names]
-    labels = map(torch.tensor, (polarity, emotions))
+    score = [float(polarity(lexicon[name])) for name in names]
+    labels = map(torch.tensor, (score, emotions))
     return Parts(names, _scaled(states, mask), mask, *labels, _split(names, roots))
 
 
@@ -170,10 +142,14 @@ def _kaomoji(lexicon):
     rows = [torch.stack([drawn[c] for c in name]) for name in names]
     states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = torch.arange(states.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-    polarity, emotions = zip(*(meaning(lexicon, labels[name]) for name in names))
+    score, emotions = zip(*(meaning(lexicon, labels[name]["emotion"]) for name in names))
     family = {name: face_of(name) for name in names}
-    labels = map(torch.tensor, (polarity, emotions))
-    return Parts(names, _scaled(states, mask), mask, *labels, _split(names, family))
+    sets = {
+        task: torch.tensor([picked(labels[name][task], of) for name in names])
+        for task, of in SETS.items()
+    }
+    meanings = map(torch.tensor, (score, emotions))
+    return Parts(names, _scaled(states, mask), mask, *meanings, _split(names, family), sets)
 
 
 def _scaled(states, mask):
@@ -187,7 +163,3 @@ def _split(names, family):
     for i, t in enumerate(tenth):
         split["test" if t in TEST else "validation" if t in VALIDATION else "train"].append(i)
     return split
-
-
-def _polarity(tags):
-    return ("positive" in tags) - ("negative" in tags)

@@ -1,112 +1,131 @@
-"""What the runs of examples/mmolre/experiment.py say: tables in Markdown, and two pictures."""
+"""What the runs of examples/mmolre/experiment.py say: tables in Markdown, and a picture."""
 
+import math
 import statistics
 
-from benchmarks import timing
+import numpy as np
+
 from examples.common import evidence
-from examples.mmolre import data as mmolre_data
-from examples.mmolre.comparisons import FIRST, FULL, LOW, agreement, claims, compared, full_rank
-from examples.mmolre.pictures import draw_differences, draw_gates
+from examples.mmolre import data
+from examples.mmolre.arms import TASKS
+from examples.mmolre.comparisons import FIRST, HARD, Conflict, claims, full_rank, gains, losses
+from examples.mmolre.losses import spread
+from examples.mmolre.pictures import draw_gains
 
 COLUMNS = (  # (head, task, metric, format)
-    ("MAE", "sentiment", "mae", "{:.3f}"),
+    ("sentiment: MAE", "sentiment", "mae", "{:.3f}"),
     ("Corr", "sentiment", "corr", "{:.3f}"),
     ("Acc-7", "sentiment", "acc7", "{:.1%}"),
-    ("Acc-2 (< 0, >= 0)", "sentiment", "acc2_non_negative", "{:.1%}"),
-    ("F1", "sentiment", "f1_non_negative", "{:.1%}"),
     ("Acc-2 (< 0, > 0)", "sentiment", "acc2_positive", "{:.1%}"),
     ("F1", "sentiment", "f1_positive", "{:.1%}"),
-    ("labels right", "emotion", "accuracy", "{:.1%}"),
-    ("weighted F1", "emotion", "weighted_f1", "{:.1%}"),
+    *((f"{task}: weighted F1", task, "weighted_f1", "{:.1%}") for task in list(TASKS)[1:]),
 )
 
 
-def write(args, sizes, data, found, times, setting):
-    """results.md and the pictures into args.out; prints the former."""
-    seeds, arms, held_out = args.seeds, args.arms, data[2]
-    rows = compared(found, arms, seeds, held_out)
-    trained = sum(run["trained"] for run in found.values()) / 60
+def write(args, study, found, rates, setting):
+    """results.md and the picture into args.out; prints the former."""
+    seeds, arms = args.seeds, args.arms
+    minutes = sum(run["trained"] for run in found.values()) / 60
     parts = [
-        described(sizes, data),
-        quality(found, arms, seeds, held_out),
+        described(study),
+        evidence.tuning(rates),
+        quality(study, found, arms, seeds),
+        normalized(study, found, arms, seeds),
         each_seed(found, arms, seeds),
-        claims(rows),
-        full_rank(found, seeds, held_out) if {FULL, *LOW} <= set(arms) else "",
-        agreement(found, arms, seeds),
-        steps(times, sizes.timed),
-        f"{setting} The arms trained for {trained:.1f} CPU minutes.",
-        "\n".join(f"- {source}" for source in mmolre_data.SOURCES),
+        claims(found, arms, seeds),
+        full_rank(found, arms, seeds),
+        Conflict(found, seeds).table() if HARD in arms else "",
+        own_gates(found, seeds) if FIRST in arms else "",
+        f"{setting} The arms trained for {minutes:.1f} CPU minutes.",
+        "\n".join(f"- {source}" for source in data.SOURCES),
     ]
     text = "\n\n".join(filter(None, parts))
     (args.out / "results.md").write_text(text + "\n")
     print(text)
-    if rows:
-        draw_differences(args.out / "differences.png", rows)
-    if FIRST in arms:
-        draw_gates(args.out / "gates.png", [found[FIRST, seed]["gates"] for seed in seeds])
+    if {FIRST, HARD} <= set(arms):
+        draw_gains(args.out / "gains.png", gain_and_cosine(found, seeds))
 
 
-def described(sizes, data):
-    words, kaomoji, held_out = data
-    count = len(held_out.labels["sentiment"])
+def described(study):
+    counts = ", ".join(
+        f"{len(getattr(study, split).labels['sentiment'])} {split}"
+        for split in ("validation", "test")
+    )
+    labelled = ", ".join(f"{task} {share:.0%}" for task, share in study.labelled.items())
     return (
-        f"{len(words.split['train']):,} words and {len(kaomoji.split['train']):,} kaomoji to train from,"
-        f" {count:,} held-out items of {len(words.split['test']):,} other words and"
-        f" {len(kaomoji.split['test']):,} other kaomoji; {sizes.steps} steps of {sizes.batch} items."
+        f"{len(study.words.split['train']):,} words and {len(study.kaomoji.split['train']):,} kaomoji"
+        f" to train from; {counts} items; labelled: {labelled}; {study.sizes.steps} steps of"
+        f" {study.sizes.batch} items."
     )
 
 
-def quality(found, arms, seeds, held_out):
-    """Means over seeds."""
+def quality(study, found, arms, seeds):
+    """The field's metrics, means over seeds."""
     head = ["arm", "parameters", *(name for name, *_ in COLUMNS), "CPU seconds to train"]
-    rows = [
-        ["median, or no emotion", "", *(_constant(held_out, *column) for column in COLUMNS), ""]
-    ]
+    constant = [{"tasks": _constant(study)}]
+    rows = [["constant predictor", "", *_metrics(constant), ""]]
     for arm in arms:
         runs = [found[arm, seed] for seed in seeds]
-        cells = [
-            text.format(statistics.mean(r[task][metric] for r in runs)) if task in runs[0] else ""
-            for _, task, metric, text in COLUMNS
-        ]
         seconds = statistics.median(run["trained"] for run in runs)
-        rows.append([arm, f"{runs[0]['parameters']:,}", *cells, f"{seconds:.0f}"])
+        rows.append([arm, f"{runs[0]['parameters']:,}", *_metrics(runs), f"{seconds:.0f}"])
     return evidence.table(head, rows)
 
 
-def _constant(held_out, _, task, metric, text):
-    """What the best constant gets: the median score, and no emotion at all (under a half each)."""
-    if metric == "mae":
-        score = held_out.labels["sentiment"]
-        return text.format(float((score - score.median()).abs().mean()))
-    if metric == "accuracy":
-        share = held_out.labels["emotion"].mean(0)
-        return text.format(float(share.maximum(1 - share).mean()))
-    return ""
+def _constant(study):
+    return study.judge(spread(study.constants, study.test.labels))
+
+
+def _metrics(runs):
+    means = [
+        (text, statistics.mean(run["tasks"][task][metric] for run in runs))
+        for _, task, metric, text in COLUMNS
+    ]
+    return ["" if math.isnan(mean) else text.format(mean) for text, mean in means]
+
+
+def normalized(study, found, arms, seeds):
+    """Validation and test losses at the best look, means over seeds; 1 is the constant predictor."""
+    test = losses({("constant", 0): {"tasks": _constant(study)}}, "constant", [0])
+    rows = [["constant predictor", *_pairs([1.0] * len(TASKS), _mean(test)), ""]]
+    for arm in arms:
+        runs = [found[arm, seed] for seed in seeds]
+        validation = [statistics.mean(run["validation"][task] for run in runs) for task in TASKS]
+        steps = [step for run in runs for step in run["steps"]]
+        steps = f"{min(steps)} to {max(steps)}"
+        rows.append([arm, *_pairs(validation, _mean(losses(found, arm, seeds))), steps])
+    head = ["loss, validation / test", "mean over tasks", *TASKS, "stopped at steps"]
+    return evidence.table(head, rows)
+
+
+def _pairs(validation, test):
+    """ "validation / test" of the mean over tasks, and of each task."""
+    return [
+        f"{v:.3f} / {t:.3f}" for v, t in zip(*([np.mean(of), *of] for of in (validation, test)))
+    ]
+
+
+def _mean(values):
+    """(seeds, items, tasks) -> each task's mean over its labelled items."""
+    return np.nanmean(values, (0, 1)).tolist()
 
 
 def each_seed(found, arms, seeds):
-    head = ["arm", *(f"MAE, seed {s}" for s in seeds), *(f"weighted F1, seed {s}" for s in seeds)]
-    rows = []
-    for arm in arms:
-        runs = [found[arm, seed] for seed in seeds]
-        errors = [f"{r['sentiment']['mae']:.3f}" if "sentiment" in r else "" for r in runs]
-        f1 = [f"{r['emotion']['weighted_f1']:.1%}" if "emotion" in r else "" for r in runs]
-        rows.append([arm, *errors, *f1])
-    return evidence.table(head, rows)
-
-
-def steps(times, timed):
-    """Forward and backward of one block; medians of interleaved turns."""
-    width, rank, items, length, turns = timed
-    first = next(iter(times.values()))[1]
+    """The mean over tasks of the normalized test loss."""
     rows = [
-        [name, f"{size:,}", f"{1e3 * statistics.median(t):.1f} ms", timing.ratio(t, first)]
-        for name, (size, t) in times.items()
+        [arm, *(f"{statistics.mean(_mean(losses(found, arm, [s]))):.3f}" for s in seeds)]
+        for arm in arms
     ]
-    head = [
-        f"one block, width {width}, rank {rank}, {items} x {length} positions, fp32, 1 thread",
-        "parameters",
-        f"forward and backward, median of {turns}",
-        "times ours [quartiles]",
-    ]
-    return evidence.table(head, rows)
+    return evidence.table(["mean test loss", *(f"seed {seed}" for seed in seeds)], rows)
+
+
+def own_gates(found, seeds):
+    shares = [found[FIRST, seed]["own gates"] for seed in seeds]
+    cells = [f"{statistics.mean(of[task] for of in shares):.0%}" for task in TASKS]
+    return evidence.table(["MMoLRE", *TASKS], [["mean gate of the task's own expert", *cells]])
+
+
+def gain_and_cosine(found, seeds):
+    """[(task, interval of the cosine with the rest, interval of MMoLRE's gain over hard sharing)]"""
+    cosines = Conflict(found, seeds).with_rest.mean(1)  # (seeds, tasks)
+    saved = gains(found, FIRST, HARD, seeds)
+    return [(task, evidence.interval(cosines[:, t]), saved[task]) for t, task in enumerate(TASKS)]

@@ -1,0 +1,81 @@
+"""What MMoLRE's example compares: the models of each arm."""
+
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from examples.mmolre import data
+from examples.mmolre.kaomoji import EMOTIONS, SETS
+from lora_moe.methods.mmolre import MMoLRE, MMoLREConfig, Task
+
+WIDTH, RANK, SHARED = 128, 8, 4
+TASKS = {
+    "sentiment": Task("mae"),
+    "emotion": Task("multilabel", len(EMOTIONS)),
+    **{name: Task("multilabel", len(labels)) for name, labels in SETS.items()},
+}
+FEATURES = {"text": data.TEXT, "image": data.IMAGE}
+OURS = MMoLREConfig(
+    modalities=FEATURES,
+    tasks=TASKS,
+    width=WIDTH,
+    shared_ranks=(RANK,) * SHARED,
+    task_rank=RANK,
+)
+# as many experts, all of them shared: streams and routers stay each task's own
+ONLY_SHARED = replace(OURS, shared_ranks=(RANK,) * (SHARED + len(TASKS)), task_rank=0)
+# three fusions and three routers fewer, so the experts get their parameters
+HARD = replace(ONLY_SHARED, shared_ranks=(12,) * 4 + (11,) * 4, hard_sharing=True)
+SMALL = replace(OURS, width=64, shared_ranks=(5,) * SHARED, task_rank=6)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Models that are trained apart, each with its own tasks; together they have all."""
+
+    models: tuple[MMoLREConfig, ...]
+    one_fusion: bool = False  # all tasks read the same fused vector
+
+
+def with_rank(rank):
+    """OURS with another rank of all experts."""
+    return Arm((replace(OURS, shared_ranks=(rank,) * SHARED, task_rank=rank),))
+
+
+def with_modality(name):
+    return Arm((replace(OURS, modalities={name: FEATURES[name]}),))
+
+
+def each_task(config):
+    return Arm(tuple(replace(config, tasks={name: task}) for name, task in TASKS.items()))
+
+
+ARMS = {
+    "MMoLRE": Arm((OURS,)),
+    "hard sharing": Arm((HARD,), one_fusion=True),
+    "no task experts": Arm((ONLY_SHARED,)),
+    "no task experts, one router": Arm((replace(ONLY_SHARED, hard_sharing=True),)),
+    "one model per task, equal size": each_task(SMALL),
+    "each task alone": each_task(OURS),
+    "full-rank experts": with_rank(WIDTH),
+    "MMoLRE, rank 2": with_rank(2),
+    "MMoLRE, rank 32": with_rank(32),
+    "text alone": with_modality("text"),
+    "image alone": with_modality("image"),
+}
+
+
+def build(config, one_fusion=False):
+    """The model with linear heads: a deep head of its own would hide what sharing costs a task."""
+    model = MMoLRE(config)
+    for name, task in config.tasks.items():
+        model.heads[name] = nn.Linear(config.width, task.outputs)
+    if one_fusion:
+        first = next(iter(model.fusion.values()))
+        for name in config.tasks:
+            model.fusion[name] = first
+    return model
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
