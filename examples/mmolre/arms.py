@@ -21,6 +21,7 @@ OURS = MMoLREConfig(
     width=WIDTH,
     shared_ranks=(RANK,) * SHARED,
     task_rank=RANK,
+    dropout=0.3,  # without it, intent and subject are learnt by heart in 300 steps
 )
 # as many experts, all of them shared: streams and routers stay each task's own
 ONLY_SHARED = replace(OURS, shared_ranks=(RANK,) * (SHARED + len(TASKS)), task_rank=0)
@@ -69,7 +70,8 @@ def build(config, one_fusion=False):
     """The model with linear heads: a deep head of its own would hide what sharing costs a task."""
     model = MMoLRE(config)
     for name, task in config.tasks.items():
-        model.heads[name] = nn.Linear(config.width, task.outputs)
+        head = nn.Linear(config.width, task.outputs)
+        model.heads[name] = nn.Sequential(nn.Dropout(config.dropout), head)
     if one_fusion:
         first = next(iter(model.fusion.values()))
         for name in config.tasks:

@@ -24,7 +24,7 @@ def train(config, one_fusion, batches, steps, rate, seed, scale, validation, pro
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda n: min((n + 1) / warm, (steps - n) / (steps - warm + 1))
     )
-    best, grams = Best(model), []
+    best, inner = Best(model), []
     for step, items in enumerate(batches, 1):
         loss = mean(normalized(model, items, scale))
         optimizer.zero_grad()
@@ -33,10 +33,12 @@ def train(config, one_fusion, batches, steps, rate, seed, scale, validation, pro
         optimizer.step()
         schedule.step()
         if step % every == 0 or step == steps:
+            model.eval()  # without dropout
             best.look(step, validation, scale)
             if probe is not None and len(best.losses) % 2:
-                grams.append(gradients(model, normalized(model, probe, scale)))
-    return best.model(), {"step": best.step, "validation": best.losses, "gradients": grams}
+                inner.append(gradients(model, normalized(model, probe, scale)))
+            model.train()
+    return best.model(), {"step": best.step, "validation": best.losses, "gradients": inner}
 
 
 def mean(losses):
