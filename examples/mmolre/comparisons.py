@@ -39,20 +39,21 @@ def gains(found, first, second, seeds):
     As evidence.interval, but a task's mean is over the labelled ones of the drawn items, and the
     tasks' mean is drawn with them.
     """
-    saved = losses(found, second, seeds) - losses(found, first, seeds)
-    draw, (count, items, _) = np.random.default_rng(0), saved.shape
+    saved = losses(found, second, seeds) - losses(found, first, seeds)  # (seeds, items, tasks)
+    (count, items, _), there = saved.shape, ~np.isnan(saved[0])
+    draw = np.random.default_rng(0)  # how often each seed and each item is drawn
+    rows, columns = (
+        draw.multinomial(n, np.full(n, 1 / n), evidence.RESAMPLES) for n in (count, items)
+    )
+    summed = np.einsum("rs,rn,snt->rt", rows / count, columns, np.nan_to_num(saved), optimize=True)
+    low, high = np.quantile(_with_mean(summed / (columns @ there)), (0.025, 0.975), axis=0)
+    middle = _with_mean(np.nanmean(saved, axis=(0, 1)))
+    return {name: tuple(map(float, of)) for name, of in zip((MEAN, *TASKS), zip(middle, low, high))}
 
-    def means(rows, columns):
-        each = np.nanmean(saved[rows].mean(0)[columns], 0)  # (tasks,)
-        return np.array([each.mean(), *each])
 
-    drawn = [
-        means(draw.integers(count, size=count), draw.integers(items, size=items))
-        for _ in range(evidence.RESAMPLES)
-    ]
-    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-    columns = zip(means(range(count), range(items)), low, high)
-    return {name: tuple(map(float, of)) for name, of in zip((MEAN, *TASKS), columns)}
+def _with_mean(each):
+    """(..., tasks) -> (..., 1 + tasks): the tasks' mean before them."""
+    return np.concatenate([each.mean(-1, keepdims=True), each], -1)
 
 
 def claims(found, arms, seeds):

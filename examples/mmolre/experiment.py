@@ -141,7 +141,7 @@ def main(argv=None):
 
 
 def tune(args, study, path):
-    grid, seeds = (GRID[-2:], TUNING_SEEDS[:1]) if args.quick else (GRID, TUNING_SEEDS)
+    grid, seeds = (GRID[-1:], TUNING_SEEDS[:1]) if args.quick else (GRID, TUNING_SEEDS)
     run = partial(tuning_run, study)
     evidence.tune(args.out, path, ARMS, grid, seeds, run, args.processes)
 
