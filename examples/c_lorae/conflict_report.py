@@ -12,6 +12,7 @@ from examples.common.evidence import shown, table, verdict
 
 WITHOUT = "C-LoRAE, task experts removed at test"
 COLORS = {
+    ONE: figures.LOOP,
     "universal only": figures.GREY,
     "one LoRA per task": "#CC79A7",
     "plain sum": "#E69F00",
@@ -68,7 +69,11 @@ def markdown(found, arms, seeds):
         accuracies(found, arms, seeds),
         "**Gain over one LoRA**, item by item: mean and 95 % interval over seeds and items; points.",
         differences(found, arms, seeds),
-        "**Gradients** of one LoRA while it trains: of the questions with and without a swapped twin.",
+        "**Course**: accuracy on the validation words, points, after each fifth of the steps.",
+        courses(found, arms, seeds),
+        f"**Does more training help?** c = 1 with {LONG} times the steps, each arm at its own rate.",
+        long_runs(found, seeds),
+        "**Gradients** of one LoRA while it trains.",
         gradients(found, seeds),
     ]
     return "\n\n".join(parts)
@@ -99,6 +104,30 @@ def differences(found, arms, seeds):
     return table(["arm", *head], rows)
 
 
+def course(found, arm, swapped, seeds):
+    """(looks,), mean over seeds, points."""
+    return 100 * np.mean([found[key(arm, swapped), s]["curve"] for s in seeds], 0)
+
+
+def courses(found, arms, seeds):
+    rows = []
+    for at in (DIAL[0], LAST):
+        for arm in arms:
+            cells = [f"{v:.1f}" for v in course(found, arm, at, seeds)[1:]]
+            rows.append([f"c = {conflict(at)}, {arm}", *cells])
+    return table(["arm", *(f"{i}/{len(rows[0]) - 1}" for i in range(1, len(rows[0])))], rows)
+
+
+def long_runs(found, seeds):
+    base, rows = right(found, ONE, LAST, seeds, LONG), []
+    for arm in LONGER.values():
+        each = right(found, arm, LAST, seeds, LONG)
+        single = ", ".join(f"{100 * v:.1f}" for v in each.mean(1))
+        gain = "" if arm == ONE else shown(evidence.difference(each, base))
+        rows.append([arm, f"{100 * each.mean():.1f} ({single})", gain])
+    return table(["arm", "accuracy (each seed)", "gain over one LoRA"], rows)
+
+
 def gradients(found, seeds):
     """Cosines of twins (the same words, equal or opposite answers) and of the others; norm ratios."""
     pairs = [(i, j) for i in range(QUESTIONS) for j in range(i + 1, QUESTIONS)]
@@ -116,23 +145,35 @@ def gradients(found, seeds):
 
 
 def draw(path, found, arms, seeds):
-    """Gain over one LoRA against conflict."""
-    c = [at / LAST for at in DIAL]
+    """Gain over one LoRA against conflict, and the course of training at full conflict."""
     with plt.rc_context(figures.STYLE):
-        figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-        axes.axhline(0, color=figures.INK, lw=1)
-        axes.text(0.01, 0.3, "one LoRA of the same size", color=figures.INK, fontsize=9)
-        for arm in (arm for arm in arms if arm in COLORS):
-            found_gains = [evidence.interval(each) for each in gains(found, arm, seeds)]
-            mean, low, high = 100 * np.array(found_gains).T
-            width = 3.2 if arm == "C-LoRAE" else 1.8
-            axes.fill_between(c, low, high, color=COLORS[arm], alpha=0.12, lw=0)
-            axes.plot(c, mean, "o-", color=COLORS[arm], lw=width, ms=width + 2, label=arm)
-        axes.set_xticks(c, [f"{conflict(at)}" for at in DIAL])
-        axes.set(
-            xlabel="conflict: share of the second half of the tasks that swap yes and no",
-            ylabel="points of accuracy above one LoRA",
-        )
-        axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-        axes.set_title("What a mixture gains where tasks disagree", pad=56)
+        figure, (left, right_) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+        draw_gains(left, found, arms, seeds)
+        draw_course(right_, found, arms, seeds)
+        handles, labels = right_.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
         figures.save(figure, path)
+
+
+def draw_gains(axes, found, arms, seeds):
+    c = [at / LAST for at in DIAL]
+    axes.axhline(0, color=COLORS[ONE], lw=2)
+    for arm in (arm for arm in arms if arm in COLORS and arm != ONE):
+        found_gains = [evidence.interval(each) for each in gains(found, arm, seeds)]
+        mean, low, high = 100 * np.array(found_gains).T
+        width = 3.2 if arm == "C-LoRAE" else 1.8
+        axes.fill_between(c, low, high, color=COLORS[arm], alpha=0.12, lw=0)
+        axes.plot(c, mean, "o-", color=COLORS[arm], lw=width, ms=width + 2)
+    axes.set_xticks(c, [f"{conflict(at)}" for at in DIAL])
+    axes.set(xlabel="conflict: share of twins that swap yes and no", ylabel="points of accuracy")
+    axes.set_title("Gain over one LoRA of the same size", size=12)
+
+
+def draw_course(axes, found, arms, seeds):
+    for arm in (arm for arm in arms if arm in COLORS):
+        values = course(found, arm, LAST, seeds)
+        at = np.linspace(0, 100, len(values))
+        width = 3.2 if arm in ("C-LoRAE", ONE) else 1.8
+        axes.plot(at, values, "o-", color=COLORS[arm], lw=width, ms=width + 2, label=arm)
+    axes.set(xlabel="steps, % of the run", ylabel="accuracy on validation words, points")
+    axes.set_title("Training where every twin disagrees (c = 1)", size=12)
