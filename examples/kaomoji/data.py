@@ -1,6 +1,6 @@
 """Kaomoji as pictures with words, and three sets to extract from each: emotion, intent, subject.
 
-    (≧▽≦)ﾉ ヤッホー☆      picture: one cell a character      text: "yahhoo"
+    (≧▽≦)ﾉ ヤッホー☆      picture: one cell a character      text: "yatuho"
                           emotion: happy      intent: greeting      subject: sparkle
 
 The picture is what a terminal would draw: each character in a cell of 16 x 16 pixels.  The text is what
@@ -19,18 +19,14 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
-from fontTools.ttLib import TTCollection
-from PIL import Image, ImageDraw, ImageFont
 
+from examples.kaomoji.pictures import CELLS, drawable
 from lora_moe.methods.c_lorae.extraction import Schema, write
 
-CELL, CELLS = 16, 20  # pixels of a cell's side; characters of a drawing at most
 LABELS = {
     "emotion": "happy angry surprised sad shy sleepy cool cute doubt excited dissatisfied love confused"
     " laugh scared crying indifferent hurt thinking panic",
@@ -39,11 +35,6 @@ LABELS = {
     " bird drink magic",
 }
 SCHEMAS = [Schema("labels", name, tuple(labels.split())) for name, labels in LABELS.items()]
-FONT_FOLDERS = (
-    "/usr/share/fonts/opentype/noto",
-    "/usr/share/fonts/noto-cjk",
-    Path.home() / ".fonts",
-)
 CAP = 0.1  # of a split: more of one and the same set (happy alone is half of all) is left out
 SOURCE = (
     "kaomoji-dataset, CC BY 4.0, fontvibe.ai/tools/kaomoji, from the package kaomoji-dataset; drawn with"
@@ -97,7 +88,7 @@ def _rows():
 def _drawing(text):
     """The characters to draw, or None where the font lacks one, or they are too many."""
     text = " ".join(text.split())
-    return text if len(text) <= CELLS and set(text) <= _drawable() else None
+    return text if len(text) <= CELLS and set(text) <= drawable() else None
 
 
 def _spoken(drawing):
@@ -160,67 +151,3 @@ def _pick(items, size):
 
 def _digest(text):
     return int(hashlib.sha256(text.encode()).hexdigest(), 16)
-
-
-# --- pictures ------------------------------------------------------------------------------------
-
-
-class Eye:
-    """Drawings as features (CELLS, width): each cell's pixels and its neighbours', whitened, and its place.
-
-    The basis is the principal components of the training drawings' cells; nothing here is trained.
-    """
-
-    COMPONENTS, PLACES = 64, 16
-    width = 3 * COMPONENTS + PLACES
-
-    def __init__(self, drawings):
-        pixels = np.concatenate([cells(d)[: len(d)] for d in drawings])  # (n, CELL * CELL)
-        self.mean = pixels.mean(0)
-        values, vectors = np.linalg.eigh(np.cov(pixels - self.mean, rowvar=False))
-        top = np.argsort(values)[::-1][: self.COMPONENTS]
-        self.basis = vectors[:, top] / np.sqrt(values[top] + 1e-3)  # (CELL * CELL, COMPONENTS)
-        angle = np.arange(CELLS)[:, None] / CELLS ** (np.arange(8) / 8)
-        self.places = np.concatenate([np.sin(angle), np.cos(angle)], 1)  # (CELLS, PLACES)
-
-    def __call__(self, drawings):
-        """(features (B, CELLS, width) fp32, mask (B, CELLS))"""
-        shown = np.stack([(cells(d) - self.mean) @ self.basis for d in drawings])  # (B, CELLS, C)
-        mask = np.arange(CELLS) < np.array([len(d) for d in drawings])[:, None]
-        shown = np.pad(shown * mask[..., None], ((0, 0), (1, 1), (0, 0)))
-        places = np.broadcast_to(self.places, (len(drawings), *self.places.shape))
-        features = [shown[:, :-2], shown[:, 1:-1], shown[:, 2:], places]
-        return torch.from_numpy(np.concatenate(features, 2)).float(), torch.from_numpy(mask)
-
-
-def cells(drawing):
-    """(CELLS, CELL * CELL) in [0, 1]: one character a row, empty ones at the end."""
-    drawn = np.zeros((CELLS, CELL * CELL), np.float32)
-    for row, character in zip(drawn, drawing):
-        row[:] = _glyph(character)
-    return drawn
-
-
-@cache
-def _glyph(character):
-    image = Image.new("L", (CELL, CELL))
-    draw = ImageDraw.Draw(image)
-    draw.text((CELL / 2, CELL / 2), character, 255, _font(), anchor="mm")
-    return np.asarray(image, np.float32).ravel() / 255
-
-
-@cache
-def _font():
-    for folder in FONT_FOLDERS:
-        path = Path(folder) / "NotoSansCJK-Regular.ttc"
-        if path.exists():
-            return ImageFont.truetype(str(path), CELL - 2)
-    raise SystemExit(
-        "the font is missing: apt install fonts-noto-cjk (or copy its file to ~/.fonts)"
-    )
-
-
-@cache
-def _drawable():
-    with TTCollection(_font().path, lazy=True) as fonts:
-        return {chr(code) for code in fonts.fonts[0].getBestCmap()}
