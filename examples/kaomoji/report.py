@@ -32,7 +32,7 @@ def write(out, study, seeds, found, rates, started):
         "Paired differences in points, 95 % intervals over items and seeds.",
         differences(seeds, found),
         "What carries it: set F1 on the validation items, mean of tasks and seeds, and the training loss of"
-        " the last 20 steps.",
+        " the last 50 steps.",
         ablations(seeds, found),
         "How each arm's rate was chosen: mean set F1 on the validation items, in points.",
         evidence.tuning(rates),

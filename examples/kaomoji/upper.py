@@ -75,21 +75,24 @@ def upper(model, n):
 
 
 @torch.no_grad()
-def generate(lower, model, prompts, end, max_tokens):
-    """Greedy answers to Prompts: token ids (B, up to max_tokens); `end` after an answer's end."""
-    cache, hidden, answer = DynamicCache(), prompts.hidden, []
-    done = torch.zeros(len(hidden), dtype=torch.bool)
-    length = hidden.shape[1]
+def generate(lower, model, prompts, end, max_tokens, tell=lambda rows: None):
+    """Greedy answers to Prompts: token ids (B, up to max_tokens); `end` after an answer's end.
+
+    tell(rows) says which of the prompts the following forwards have.
+    """
+    below, above = copy.deepcopy(prompts.cache), DynamicCache()
+    hidden, answer = prompts.hidden, []
+    alive = torch.arange(len(hidden))  # rows whose answer has not ended; the others cost nothing
     for _ in range(max_tokens):
-        out = model.model(inputs_embeds=hidden, past_key_values=cache, use_cache=True)
-        token = (
-            model.lm_head(out.last_hidden_state[:, -1]).argmax(-1).masked_fill(done, end)
-        )  # (B,)
-        answer.append(token)
-        done |= token == end
-        if done.all():
+        tell(alive)
+        out = model.model(inputs_embeds=hidden, past_key_values=above, use_cache=True)
+        token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
+        answer.append(torch.full((len(prompts.hidden),), end).index_copy(0, alive, token))
+        rest = (token != end).nonzero()[:, 0]
+        if not len(rest):
             break
-        hidden = lower.step(token[:, None], prompts.cache)
-    if extra := prompts.cache.get_seq_length() - length:
-        prompts.cache.crop(-extra)
+        alive = alive[rest]
+        for cache in (below, above):
+            cache.batch_select_indices(rest)
+        hidden = lower.step(token[rest, None], below)
     return torch.stack(answer, 1)

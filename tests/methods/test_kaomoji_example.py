@@ -1,9 +1,8 @@
-"""The page's code as it is printed, and the example in its quick mode."""
+"""The kaomoji example: its parts, and its quick mode."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -13,64 +12,102 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs/c_lorae.md").read_text()
 PARTS = ("train", "validation", "heldout")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def test_the_pages_code_runs_and_is_short(tmp_path, monkeypatch):
-    pytest.importorskip("transformers")
-    monkeypatch.chdir(tmp_path)
+def small_llama(layers):
+    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    task = torch.arange(6) % 3
-    ids, labels = torch.randint(3, 60, (6, 9)), torch.randint(3, 60, (6, 4))
-    metrics = {"entities": 0.5, "relations": 0.1, "events": 0.3}
-    images = torch.randn(6, 4, 12)
-    few = task < 2  # a batch without one of the tasks
-    batches = [(task, ids, images, labels), (task[few], ids[few], images[few], labels[few])]
-    scope = {
-        "batches": [*batches * 50, batches[0]],
-        "evaluate": lambda model: metrics,
-    }
-    exec(BLOCKS[0], scope)
-    assert len(BLOCKS[0].splitlines()) < 30
-    assert (tmp_path / "adapter" / "c_lorae.safetensors").is_file()
-    weights = scope["loss_of"].weights()
-    assert weights[1] == weights.max()
-    assert scope["each"].mean() < 0.5 * torch.tensor(64).log()
-    exec(BLOCKS[1], scope)
-    assert scope["said"].malformed == 1
-    assert scope["score"] == pytest.approx((1 / 2, 1, 2 / 3))
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=layers,
+        intermediate_size=24,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
 def test_lower_and_upper_layers_in_a_row_are_the_model():
-    transformers = pytest.importorskip("transformers")
-    from examples.c_lorae import upper as parts
+    from examples.kaomoji import upper as parts
 
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=5,
-        intermediate_size=24, eos_token_id=7,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = small_llama(5)
     rows = [torch.randint(8, 40, (n,)).tolist() for n in (3, 6, 3, 5)]
     lower, upper = parts.Lower(model, 3), parts.upper(model, 3)
     for row, hidden in zip(rows, lower.hidden(rows), strict=True):
         whole = model(input_ids=torch.tensor([row])).logits
         assert torch.allclose(upper(inputs_embeds=hidden[None]).logits, whole, atol=1e-5)
-    groups = lower.prompts(rows)
-    assert sorted(i for group in groups for i in group.items) == [0, 1, 2, 3]
+
+
+def test_answers_are_those_of_the_whole_model_and_ended_ones_leave_the_batch():
+    from examples.kaomoji import upper as parts
+
+    model = small_llama(5)
+    rows = [torch.randint(8, 40, (n,)).tolist() for n in (3, 6, 3, 5, 3)]
+    lower, upper = parts.Lower(model, 3), parts.upper(model, 3)
+    free = [greedy(model, row, 6) for row in rows]
+    end = free[0][2]  # so that the first answer has three tokens
+    groups, lengths = lower.prompts(rows), set()
+    assert sorted(i for group in groups for i in group.items) == [0, 1, 2, 3, 4]
     for group in groups * 2:  # the second time finds the prompts as they were
-        said = parts.generate(lower, upper, group, 7, 6)
-        for i, answer in zip(group.items, said, strict=True):
-            want = model.generate(torch.tensor([rows[i]]), max_new_tokens=6, do_sample=False)
-            want = want[0, len(rows[i]) :]
-            assert torch.equal(answer[: len(want)], want) and (answer[len(want) :] == 7).all()
+        told = []
+        said = parts.generate(lower, upper, group, end, 6, told.append).tolist()
+        wanted = [
+            free[i][: free[i].index(end) + 1] if end in free[i] else free[i] for i in group.items
+        ]
+        for answer, want in zip(said, wanted, strict=True):
+            assert answer == (want + [end] * 6)[: len(answer)]
+        alive = [[i for i, want in enumerate(wanted) if len(want) > n] for n in range(len(told))]
+        assert [rows.tolist() for rows in told] == alive
+        lengths |= {len(want) for want in wanted}
+    assert len(lengths) > 1
+
+
+def greedy(model, row, tokens):
+    said = model.generate(torch.tensor([row]), max_new_tokens=tokens, do_sample=False)
+    return said[0, len(row) :].tolist()
+
+
+def test_a_step_weighs_items_not_tokens():
+    from examples.kaomoji import experiment
+    from lora_moe.methods import c_lorae
+    from lora_moe.methods.c_lorae import visual
+
+    model = c_lorae.inject(small_llama(2), c_lorae.CLoraeConfig(2, r=4, target_modules=("q_proj",)))
+    visual.add_visual(model, ("model.layers.0",), 6)
+    hidden, tasks = torch.randn(3, 7, 16), torch.tensor([0, 1, 0])
+    targets = torch.full((3, 7), -100)
+    targets[0, 4:6], targets[1, 2:7], targets[2, 3] = 5, 9, 30
+    batch = hidden, targets, torch.randn(3, 4, 6), torch.ones(3, 4, dtype=torch.bool), tasks
+    losses = experiment.losses_of(model, batch)
+    for row in range(3):
+        c_lorae.set_tasks(model, tasks[row : row + 1])
+        visual.set_images(model, batch[2][row : row + 1])
+        logits = model(inputs_embeds=hidden[row : row + 1]).logits[0]
+        want = torch.nn.functional.cross_entropy(logits, targets[row])
+        assert losses[row].item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_one_lora_and_one_a_task_are_no_smaller_than_c_lorae():
+    transformers = pytest.importorskip("transformers")
+    import lora_moe
+    from examples.kaomoji.arms import ARMS
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}  # as in SmolLM2-135M
+
+    def count(arm):
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
+            lora_moe.inject(model, getattr(ARMS[arm], "mixture", ARMS[arm]))
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    ours = count("C-LoRAE")
+    assert count("universal only") < ours
+    for arm in ("one LoRA", "one LoRA per task"):
+        assert ours <= count(arm) < 1.05 * ours
 
 
 @pytest.mark.skipif(find_spec("kaomoji_dataset") is None, reason="kaomoji-dataset is missing")
 def test_the_splits_do_not_leak():
-    from examples.c_lorae import data as kaomoji_sets
+    from examples.kaomoji import data as kaomoji_sets
 
     try:
         splits = kaomoji_sets.load((300, 30, 300), 60, 100)
@@ -96,7 +133,7 @@ def test_the_splits_do_not_leak():
 )
 def test_quick_mode(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "examples.c_lorae", "--quick", "--out", tmp_path]
+    command = [sys.executable, "-m", "examples.kaomoji", "--quick", "--out", tmp_path]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -109,4 +146,4 @@ def test_quick_mode(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "| C-LoRAE > one LoRA |" in done.stdout
     files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"runs.jsonl", "report.md", "scores.png", "kaomoji.png"}
+    assert files == {"runs.jsonl", "tuning.jsonl", "rates.json", "report.md", "kaomoji.png"}
