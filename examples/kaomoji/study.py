@@ -38,11 +38,11 @@ class Study:
     """Data, and what the lower layers made of it."""
 
     def __init__(self, size, dtype):
+        self.tasks = data.load(size.train, size.validation, size.heldout)
         self.size, self.tokenizer = size, smollm2.load_tokenizer()
         model = smollm2.load_model(size.layers).to(dtype)
         below = len(model.model.layers) - size.adapted
         self.lower, self.upper = Lower(model, below), upper(model, below)
-        self.tasks = data.load(size.train, size.validation, size.heldout)
         self.eye = pictures.Eye([item.drawing for task in self.tasks for item in task.train])
         self.train = [self._training(t, task.train) for t, task in enumerate(self.tasks)]
         self.validation = self._questions([task.validation for task in self.tasks])

@@ -156,7 +156,7 @@ def c_lorae(
     """y = W0 x + g1(x) s_U B_U A_U x + g2(x) s_t B_t A_t x,   [g1, g2] = softmax(W x),   t the task.
 
     Expert 0, U, is for all tasks and has rank r; expert 1 + t is task t's and has rank r / N.  Scales
-    are alpha / r of each.  The achievement loss is methods.c_lorae.AchievementLoss.
+    are alpha / r of each (inferred).  The achievement loss is methods.c_lorae.AchievementLoss.
 
     Args:
         num_tasks: N, at most r.

@@ -3,16 +3,17 @@
     a_t <- (1 - momentum) a_t + momentum metric_t        at each evaluation, the first value as it is
     p_t  = single_task_metric_t * (1 + margin)           what a model of this task alone achieves, and more
     w_t  = max(0, 1 - a_t / p_t)^gamma                   "achievement": 0 where the task is solved
-    w_t  = -(1 - a_t)^gamma log a_t                      "dtp", dynamic task prioritisation
+    w_t  = -(1 - a_t)^gamma log a_t                      "dtp", dynamic task prioritization
     w_t  = (1 - a_t)^gamma                               "focal"
 
     weights  w <- softmax(w)  or  w / sum(w)
     loss     prod_t L_t^w_t   (geometric)   or   sum_t w_t L_t
 
-Sources: Yun and Cho, Achievement-Based Training Progress Balancing for Multi-Task Learning, ICCV 2023;
-that C-LoRAE's loss of the same name is this one is inferred.  Guo et al., Dynamic Task Prioritization for
-Multitask Learning, ECCV 2018, without a sum and with gamma 1 by default: here "dtp" and "focal" have the
-gamma and the normalization of the others.
+Sources: Yun and Cho, Achievement-Based Training Progress Balancing for Multi-Task Learning, ICCV 2023:
+"achievement" is exact for it; that C-LoRAE's loss of the same name is this one is inferred.  Guo et al.,
+Dynamic Task Prioritization for Multitask Learning, ECCV 2018.  "dtp" and "focal" differ from what was
+published: dynamic task prioritization has gamma 1 by default and does not normalize, focal weights are
+divided by their sum; here both have gamma 2 and the softmax by default, as "achievement" has.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class CLoraeConfig:
     Args:
         num_tasks: N.  0 leaves the universal expert alone, an ordinary LoRA: the ablation.
         r: rank of the universal expert, at least N.
-        alpha: an expert of rank r_e is scaled by s = alpha / r_e.
+        alpha: an expert of rank r_e is scaled by s = alpha / r_e (inferred).
         task_alpha: the same of the task experts; None is alpha, so that s_t = N s_U.
         gate: "softmax" of two logits of the token; "sigmoid" of each; "sum", both weights 1: the
             ablation.  That there are two logits from x is inferred, the paper's text has not been

@@ -80,8 +80,9 @@ def mutual_information_loss(
 
     u_b and d_b are a sample's universal and task representation (Pooling.representations).
     Add it to the loss with a small coefficient: maximising the bound keeps the task expert speaking of
-    the same samples as the universal one.  That C-LoRAE maximises a mutual information is known; this
-    bound, the pooling (over all positions, padding too) and the temperature are inferred.
+    the same samples as the universal one.  That C-LoRAE maximises a mutual information is known.  Inferred
+    are the two variables (task and gate are an equal candidate), this bound, the pooling (over all
+    positions, padding too) and the temperature.
 
     Args:
         model: injected with mutual_information=True, after a forward.
