@@ -72,3 +72,14 @@ def test_processes_find_what_one_process_finds(tmp_path):
     two = evidence.runs(tmp_path / "two", *keys, run, processes=2)
     assert list(one) == list(two)
     assert [run["score"] for run in one.values()] == [run["score"] for run in two.values()]
+
+
+def test_runs_of_other_settings_are_refused(tmp_path):
+    def run(arm, seed):
+        return {"score": 1}
+
+    evidence.runs(tmp_path, ("a",), (0,), run, setting={"rates": {"a": 1e-3}})
+    with pytest.raises(SystemExit, match="other settings: choose another --out"):
+        evidence.runs(tmp_path, ("a",), (0,), run, setting={"rates": {"a": 2e-3}})
+    with pytest.raises(SystemExit, match="is missing: find the rates with --tune"):
+        evidence.rates(tmp_path / "rates.json")

@@ -109,7 +109,9 @@ def tune(args, path, size, grid, seeds):
         found = run(data, order, {arm: (rate, strength)}, arm, seed, course=False)
         return {"score": statistics.mean(map(statistics.mean, found["right"][-1]))}
 
-    evidence.tune(args.out, path, arms.tuned(), grid, seeds, score, args.processes)
+    evidence.tune(
+        args.out, path, arms.tuned(), grid, seeds, score, args.processes, setting=args.quick
+    )
 
 
 def every_run(args, data, settings):
@@ -118,8 +120,10 @@ def every_run(args, data, settings):
     for name, order in orders(data.tasks).items():
         learned = arms.IN_A_ROW if found else arms.ARMS
         call = functools.partial(run, data, order, settings)
-        file = f"{name}.jsonl"
-        found[name] = evidence.runs(args.out, learned, args.seeds, call, args.processes, file)
+        file, setting = f"{name}.jsonl", {"quick": args.quick, "settings": settings}
+        found[name] = evidence.runs(
+            args.out, learned, args.seeds, call, args.processes, file, setting
+        )
     return found
 
 

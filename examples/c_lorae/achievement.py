@@ -95,21 +95,20 @@ def run(study, potentials, rates, arm, seed):
     return {"right": learning.right(learner, study.test), "weights": weights}
 
 
-def tune(study, args):
-    """Potentials first, since two arms' rates depend on them."""
-    folder = args.out if args.quick else RATES.parent
+def tune(study, args, folder):
+    """Potentials first, since some arms' rates depend on them."""
     seeds = natural.TUNING_SEEDS[:1] if args.quick else natural.TUNING_SEEDS
-    grid = natural.GRID[:2] if args.quick else natural.GRID
-    numbers, work = range(len(study.tasks)), partial(alone, study)
-    found = evidence.runs(args.out, numbers, seeds, work, args.processes, "alone.jsonl")
+    grid = natural.GRID[:1] if args.quick else natural.GRID
+    numbers, work, processes = range(len(study.tasks)), partial(alone, study), args.processes
+    found = evidence.runs(args.out, numbers, seeds, work, processes, "alone.jsonl", args.quick)
     potentials = {
         task.name: max(float(np.mean([found[number, seed]["accuracy"] for seed in seeds])), 0.01)
         for number, task in enumerate(study.tasks)
     }
     (folder / POTENTIALS.name).write_text(json.dumps(potentials, indent=1) + "\n")
     path, work = folder / RATES.name, partial(tuned, study, potentials)
-    evidence.tune(args.out, path, ARMS, grid, seeds, work, args.processes)
-    print(potentials, evidence.tuning(path), sep="\n\n")
+    setting = {"quick": args.quick, "potentials": potentials}
+    evidence.tune(args.out, path, ARMS, grid, seeds, work, processes, setting=setting)
 
 
 def main(argv=None):
@@ -122,13 +121,18 @@ def main(argv=None):
     torch.set_num_threads(1)
     started = time.perf_counter()
     study = natural.Study(4, 40, 6) if args.quick else natural.Study()
+    folder = args.out if args.quick else RATES.parent
+    if args.tune or (args.quick and not (folder / RATES.name).exists()):
+        tune(study, args, folder)
+    rates = evidence.rates(folder / RATES.name)
+    potentials = json.loads((folder / POTENTIALS.name).read_text())
     if args.tune:
-        tune(study, args)
+        print(potentials, evidence.tuning(folder / RATES.name), sep="\n\n")
         return
-    seeds = args.seeds[:2] if args.quick else args.seeds
-    potentials = json.loads(POTENTIALS.read_text())
-    work = partial(run, study, potentials, evidence.rates(RATES))
-    found = evidence.runs(args.out, ARMS, seeds, work, args.processes)
+    seeds = args.seeds[:1] if args.quick else args.seeds
+    work = partial(run, study, potentials, rates)
+    setting = {"quick": args.quick, "rates": rates, "potentials": potentials}
+    found = evidence.runs(args.out, ARMS, seeds, work, args.processes, setting=setting)
     text = achievement_report.markdown(study, found, potentials, seeds)
     text += "\n\n" + evidence.setting(seeds, started)
     text += "\n\n" + "\n".join(f"- {source}" for source in SOURCES)

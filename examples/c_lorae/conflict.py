@@ -115,19 +115,22 @@ def main(argv=None):
     torch.set_num_threads(1)
     started = time.perf_counter()
     study = Study(5, 60, 12, 12) if args.quick else Study()
-    if args.tune:
-        path = args.out / RATES.name if args.quick else RATES
-        seeds, grid = (TUNING_SEEDS[:1], GRID[:2]) if args.quick else (TUNING_SEEDS, GRID)
+    path = args.out / RATES.name if args.quick else RATES
+    if args.tune or (args.quick and not path.exists()):
+        seeds, grid = (TUNING_SEEDS[:1], GRID[:1]) if args.quick else (TUNING_SEEDS, GRID)
         names = [*ARMS, *conflict_report.LONGER]
-        evidence.tune(args.out, path, names, grid, seeds, partial(tuned, study), args.processes)
+        work = partial(tuned, study)
+        evidence.tune(args.out, path, names, grid, seeds, work, args.processes, setting=args.quick)
+    if args.tune:
         print(evidence.tuning(path))
         return
-    seeds = args.seeds[:2] if args.quick else args.seeds
+    seeds = args.seeds[:1] if args.quick else args.seeds
     keys = [conflict_report.key(arm, at) for at in questions.DIAL for arm in ARMS]
     longer = conflict_report.LONGER.values()
     keys += [conflict_report.key(arm, questions.DIAL[-1], LONG) for arm in longer]
-    rates = evidence.rates(RATES)
-    found = evidence.runs(args.out, keys, seeds, partial(run, study, rates), args.processes)
+    rates = evidence.rates(path)
+    work, setting = partial(run, study, rates), {"quick": args.quick, "rates": rates}
+    found = evidence.runs(args.out, keys, seeds, work, args.processes, setting=setting)
     text = conflict_report.markdown(found, list(ARMS), seeds)
     text += "\n\n" + evidence.setting(seeds, started)
     (args.out / "report.md").write_text(text + "\n")

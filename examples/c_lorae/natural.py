@@ -77,17 +77,20 @@ def main(argv=None):
     torch.set_num_threads(1)
     started = time.perf_counter()
     study = Study(4, 40, 6) if args.quick else Study()
-    if args.tune:
-        path = args.out / RATES.name if args.quick else RATES
-        seeds, grid = (TUNING_SEEDS[:1], GRID[:2]) if args.quick else (TUNING_SEEDS, GRID)
+    path = args.out / RATES.name if args.quick else RATES
+    if args.tune or (args.quick and not path.exists()):
+        seeds, grid = (TUNING_SEEDS[:1], GRID[:1]) if args.quick else (TUNING_SEEDS, GRID)
+        work = partial(tuned, study)
         evidence.tune(
-            args.out, path, study.arms, grid, seeds, partial(tuned, study), args.processes
+            args.out, path, study.arms, grid, seeds, work, args.processes, setting=args.quick
         )
+    if args.tune:
         print(evidence.tuning(path))
         return
-    seeds = args.seeds[:2] if args.quick else args.seeds
-    work = partial(run, study, evidence.rates(RATES))
-    found = evidence.runs(args.out, study.arms, seeds, work, args.processes)
+    seeds = args.seeds[:1] if args.quick else args.seeds
+    rates = evidence.rates(path)
+    work, setting = partial(run, study, rates), {"quick": args.quick, "rates": rates}
+    found = evidence.runs(args.out, study.arms, seeds, work, args.processes, setting=setting)
     text = natural_report.markdown(study, found, seeds)
     text += "\n\n" + evidence.setting(seeds, started)
     text += "\n\n" + "\n".join(f"- {source}" for source in seven.SOURCES)

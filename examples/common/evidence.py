@@ -36,15 +36,20 @@ def parser(description, out):
     return parser
 
 
-def runs(out, arms, seeds, run, processes=1, file="runs.jsonl"):
+def runs(out, arms, seeds, run, processes=1, file="runs.jsonl", setting=None):
     """{(arm, seed): run(arm, seed)}; each result is kept in out/file, where a restart finds it.
 
     A result is what JSON holds; "seconds" is added to it.  Processes are forked: what `run` holds is
-    shared, and each should compute in one thread.
+    shared, and each should compute in one thread.  `setting` is what else decides a result (sizes,
+    rates), as JSON: results of another setting are refused, not mixed in.
     """
     out.mkdir(parents=True, exist_ok=True)
-    path = out / file
-    lines = path.read_text().splitlines() if path.exists() else []
+    path, head = out / file, json.dumps({"setting": setting})
+    if not path.exists():
+        path.write_text(head + "\n")
+    first, *lines = path.read_text().splitlines()
+    if first != head:
+        raise SystemExit(f"{path} holds runs of other settings: choose another --out or delete it")
     done = {(found["arm"], found["seed"]): found for found in map(json.loads, lines)}
     wanted = [(arm, seed) for seed in seeds for arm in arms]
     missing = [key for key in wanted if key not in done]
@@ -78,23 +83,25 @@ def _call_forked(key):
     return _forked(*key)
 
 
-def tune(out, path, arms, grid, seeds, run, processes=1):
+def tune(out, path, arms, grid, seeds, run, processes=1, setting=None):
     """Every arm at every rate of the grid, from seeds of their own: the same budget for each.
 
     Args:
         path: the JSON file, kept with the protocol, that `rates` and `tuning` read.
         run: run(arm, rate, seed) -> {"score": of the validation items, higher is better}.
+        setting: as of runs.
     """
     keys = {f"{arm} at {rate:g}": (arm, rate) for arm in arms for rate in grid}
-    found = runs(
-        out, keys, seeds, lambda key, seed: run(*keys[key], seed), processes, "tuning.jsonl"
-    )
-    scores = {
-        arm: {
-            f"{rate:g}": [found[f"{arm} at {rate:g}", s]["score"] for s in seeds] for rate in grid
-        }
-        for arm in arms
-    }
+
+    def score(key, seed):
+        return run(*keys[key], seed)
+
+    found = runs(out, keys, seeds, score, processes, "tuning.jsonl", setting)
+
+    def scores_of(arm, rate):
+        return [round(found[f"{arm} at {rate:g}", seed]["score"], 5) for seed in seeds]
+
+    scores = {arm: {f"{rate:g}": scores_of(arm, rate) for rate in grid} for arm in arms}
     minutes = sum(each["seconds"] for each in found.values()) / 60
     arms = ",\n".join(f"  {json.dumps(arm)}: {json.dumps(of)}" for arm, of in scores.items())
     head = f'"seeds": {json.dumps(seeds)},\n "minutes": {minutes:.1f},\n "scores": '
@@ -103,6 +110,8 @@ def tune(out, path, arms, grid, seeds, run, processes=1):
 
 def rates(path):
     """{arm: its best rate}, by the mean over the tuning seeds."""
+    if not path.exists():
+        raise SystemExit(f"{path} is missing: find the rates with --tune first")
     scores = json.loads(path.read_text())["scores"]
     return {arm: float(max(of, key=lambda rate: np.mean(of[rate]))) for arm, of in scores.items()}
 

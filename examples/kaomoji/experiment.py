@@ -129,10 +129,13 @@ def main():
     study = Study(size, torch.bfloat16 if fast_bf16 else torch.float32)
     if args.tune or args.quick:
         of = partial(score, study)
-        evidence.tune(args.out, path, ARMS, grid, TUNING_SEEDS, of, args.processes)
+        evidence.tune(
+            args.out, path, ARMS, grid, TUNING_SEEDS, of, args.processes, setting=args.quick
+        )
     if args.tune:
         print(evidence.tuning(path))
         return
-    of = partial(run, study, evidence.rates(path))
-    found = evidence.runs(args.out, ARMS, args.seeds, of, args.processes)
+    rates = evidence.rates(path)
+    of, setting = partial(run, study, rates), {"quick": args.quick, "rates": rates}
+    found = evidence.runs(args.out, ARMS, args.seeds, of, args.processes, setting=setting)
     report.write(args.out, study, args.seeds, found, path, started)

@@ -145,12 +145,13 @@ def main(argv=None):
 def tune(args, study, path):
     grid, seeds = (GRID[-1:], TUNING_SEEDS[:1]) if args.quick else (GRID, TUNING_SEEDS)
     run = partial(tuning_run, study)
-    evidence.tune(args.out, path, ARMS, grid, seeds, run, args.processes)
+    evidence.tune(args.out, path, ARMS, grid, seeds, run, args.processes, setting=args.quick)
 
 
 def compare(args, study, path):
     if args.quick and not path.exists():
         tune(args, study, path)
-    started, each = time.perf_counter(), partial(run, study, evidence.rates(path))
-    found = evidence.runs(args.out, args.arms, args.seeds, each, args.processes)
+    started, rates = time.perf_counter(), evidence.rates(path)
+    each, setting = partial(run, study, rates), {"quick": args.quick, "rates": rates}
+    found = evidence.runs(args.out, args.arms, args.seeds, each, args.processes, setting=setting)
     report.write(args, study, found, path, evidence.setting(args.seeds, started))
