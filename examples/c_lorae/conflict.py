@@ -23,7 +23,8 @@ from examples.common import evidence
 STEPS, EACH = 150, 4  # items of each question in a step
 LONG = conflict_report.LONG
 RATES = Path(__file__).with_name("conflict_rates.json")
-GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+LONG_RATES = Path(__file__).with_name("conflict_long_rates.json")
+GRID, LONG_GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (5e-4, 1e-3, 2e-3)
 TUNING_SEEDS, SEEDS = [100, 101], [0, 1, 2, 3, 4]
 LOOKS = 5  # at the validation items and, for one LoRA, at the gradients, evenly over a run
 ARMS = {
@@ -51,6 +52,7 @@ class Study:
 
 def trained(study, key, rate, seed, watch=lambda *_: None):
     arm, swapped, times = conflict_report.parted(key)
+    arm, _, _ = arm.partition(" at ")
     items = study.at(swapped, "train")
     batches = learning.balanced(items, times * study.steps, EACH, seed)
     learner = learning.Learner(ARMS[arm], study.encoder, seed)
@@ -59,12 +61,10 @@ def trained(study, key, rate, seed, watch=lambda *_: None):
 
 def tuned(study, name, rate, seed):
     """Mean validation accuracy at both ends of the dial; of longer training at its far end."""
-    arm, times = (
-        conflict_report.LONGER.get(name, name),
-        LONG if name in conflict_report.LONGER else 1,
-    )
+    arm, first, last = conflict_report.LONGER.get(name), questions.DIAL[0], questions.DIAL[-1]
+    points = [(arm, last, LONG)] if arm else [(name, first, 1), (name, last, 1)]
     scores = []
-    for swapped in (questions.DIAL[-1],) if times > 1 else (questions.DIAL[0], questions.DIAL[-1]):
+    for arm, swapped, times in points:
         learner = trained(study, conflict_report.key(arm, swapped, times), rate, seed)
         scores.append(np.mean(learning.right(learner, study.at(swapped, "validation"))))
     return {"score": float(np.mean(scores))}
@@ -84,7 +84,8 @@ def run(study, rates, key, seed):
         if arm == learning.ONE:
             looks.append(gradients(learner, losses, tasks))
 
-    rate = rates[arm if times == 1 else conflict_report.longer(arm)]
+    _, _, rate = arm.partition(" at ")
+    rate = float(rate or rates[arm if times == 1 else conflict_report.longer(arm)])
     learner = trained(study, key, rate, seed, watch)
     curve.append(float(np.mean(learning.right(learner, validation))))
     found = {"right": learning.right(learner, test), "curve": curve, "gradients": looks}
@@ -107,6 +108,13 @@ def gradients(learner, losses, tasks):
     return {"cosines": cosines, "norm ratio": float(norms.max() / norms.min())}
 
 
+def tune(args, study, path, long_path):
+    seeds = TUNING_SEEDS[:1] if args.quick else TUNING_SEEDS
+    for into, names, grid in ((path, ARMS, GRID), (long_path, conflict_report.LONGER, LONG_GRID)):
+        grid, work = grid[:1] if args.quick else grid, partial(tuned, study)
+        evidence.tune(args.out, into, names, grid, seeds, work, args.processes, setting=args.quick)
+
+
 def main(argv=None):
     parser = evidence.parser(__doc__, "build/conflict")
     parser.set_defaults(seeds=SEEDS)
@@ -115,20 +123,18 @@ def main(argv=None):
     torch.set_num_threads(1)
     started = time.perf_counter()
     study = Study(5, 60, 12, 12) if args.quick else Study()
-    path = args.out / RATES.name if args.quick else RATES
-    if args.tune or (args.quick and not path.exists()):
-        seeds, grid = (TUNING_SEEDS[:1], GRID[:1]) if args.quick else (TUNING_SEEDS, GRID)
-        names = [*ARMS, *conflict_report.LONGER]
-        work = partial(tuned, study)
-        evidence.tune(args.out, path, names, grid, seeds, work, args.processes, setting=args.quick)
+    paths = [args.out / path.name if args.quick else path for path in (RATES, LONG_RATES)]
+    if args.tune or (args.quick and not all(path.exists() for path in paths)):
+        tune(args, study, *paths)
     if args.tune:
-        print(evidence.tuning(path))
+        print(*map(evidence.tuning, paths), sep="\n\n")
         return
     seeds = args.seeds[:1] if args.quick else args.seeds
     keys = [conflict_report.key(arm, at) for at in questions.DIAL for arm in ARMS]
     longer = conflict_report.LONGER.values()
     keys += [conflict_report.key(arm, questions.DIAL[-1], LONG) for arm in longer]
-    rates = evidence.rates(path)
+    rates = evidence.rates(paths[0]) | evidence.rates(paths[1])
+    keys += [conflict_report.key(arm, at) for at in questions.DIAL for arm in conflict_report.RATED]
     work, setting = partial(run, study, rates), {"quick": args.quick, "rates": rates}
     found = evidence.runs(args.out, keys, seeds, work, args.processes, setting=setting)
     text = conflict_report.markdown(found, list(ARMS), seeds)
