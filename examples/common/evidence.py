@@ -125,7 +125,7 @@ def tuning(path, scale=100.0, digits=1):
         cells = {rate: f"{scale * np.mean(values):.{digits}f}" for rate, values in of.items()}
         rows.append([arm, *(f"**{c}**" if float(r) == best[arm] else c for r, c in cells.items())])
     count = len(grid) * len(found["seeds"])
-    budget = f"{count} runs an arm (seeds {found['seeds']}), {found['minutes']:.0f} minutes of one process."
+    budget = f"{count} runs per arm (seeds {found['seeds']}), {found['minutes']:.0f} minutes of one process."
     return table(["validation score at rate", *grid], rows) + "\n\n" + budget
 
 
