@@ -50,13 +50,13 @@ class Study:
         return items
 
 
-def trained(study, key, rate, seed, watch=lambda *_: None):
+def trained(study, key, rate, seed, watch=None):
     arm, swapped, times = conflict_report.parted(key)
     arm, _, _ = arm.partition(" at ")
     items = study.at(swapped, "train")
     batches = learning.balanced(items, times * study.steps, EACH, seed)
     learner = learning.Learner(ARMS[arm], study.encoder, seed)
-    return learning.train(learner, items, batches, rate, watch=partial(watch, learner))
+    return learning.train(learner, items, batches, rate, watch=watch)
 
 
 def tuned(study, name, rate, seed):

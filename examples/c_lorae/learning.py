@@ -96,7 +96,7 @@ def per_item(losses, tasks):
 
 
 def train(learner, items, batches, rate, weigh=per_item, watch=None):
-    """AdamW over `batches`, lists of item numbers; watch(step, losses (B,), tasks (B,)) before each step."""
+    """AdamW over `batches`, lists of item numbers; before each update watch(learner, step, losses, tasks)."""
     optimizer = optimizer_of(learner.model, rate)
     learner.model.train()
     for step, rows in enumerate(batches):
@@ -105,7 +105,7 @@ def train(learner, items, batches, rate, weigh=per_item, watch=None):
         batch = items.batch(rows)
         losses = learner.losses(batch)
         if watch is not None:
-            watch(step, losses, batch.tasks)
+            watch(learner, step, losses, batch.tasks)
         (weigh(losses, batch.tasks) + learner.information()).backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()

@@ -122,13 +122,16 @@ def test_a_batch_without_a_task_trains(arm):
     assert gradient.isfinite().all() and (gradient > 0).all()
 
 
-@pytest.mark.parametrize("name", ["conflict", "natural", "achievement"])
-def test_quick_mode_tunes_trains_and_reports(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "arm"),
+    [("conflict", "C-LoRAE"), ("natural", "C-LoRAE"), ("achievement", "achievement, geometric")],
+)
+def test_quick_mode_tunes_trains_and_reports(tmp_path, name, arm):
     command = [sys.executable, "-m", f"examples.c_lorae.{name}", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report.md").read_text()
-    assert "C-LoRAE" in text and "nan" not in text
+    assert f"| {arm} | " in text and " nan" not in text
     assert "**Differences**" in text or "**Gain over one LoRA**" in text
     (picture,) = tmp_path.glob("*.png")
     assert picture.stat().st_size > 10_000
