@@ -1,1 +1,1 @@
-"""What the kernels cost: by the compiler's word, by counted bytes and launches, and by the clock."""
+"""The cost of the kernels: from compiled code, from counted bytes and launches, and from timings."""

@@ -1,13 +1,13 @@
-"""Launches and bytes of a LoraMoeLinear, counted from the real launches, beside those of other schemes.
+"""Launches and bytes of a LoraMoeLinear, counted from the real launches, compared with other schemes.
 
     python -m benchmarks.accounting [--T 8192] [--D 4096] [--E 8] [--r 16] [--K 2] [--plan PLAN]
         [--slots apart|sum] [--details]
 
-The layer runs forward and backward up to its launches (benchmarks/launches.py).  A kernel must move what its
-arguments hold, once: the compiled code says which of them it reads and which it writes.  So must every
-operator of PyTorch's that is neither a view nor an allocation.  Buffers with a static bound count whole,
-also where a routing fills part of them.  Of the base layer only its own products are left out: what they
-read beside x, dy and its weight counts, as does the sum of its dx and ours.
+The layer runs forward and backward up to its launches (benchmarks/launches.py).  A kernel must move the
+contents of its arguments once: the compiled code shows which of them it reads and which it writes.  The same
+holds for every PyTorch operator that is neither a view nor an allocation.  Buffers with a static bound count
+in full, even if a routing fills only part of them.  Only the base layer's own products are left out: anything
+they read besides x, dy and its weight counts, and so does the sum of its dx and ours.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Moved(NamedTuple):
     written: int
     l2: int = 0
     flops: int = 0
-    programs: int | None = None  # of PyTorch's operators: as many as fill a device
+    programs: int | None = None  # None for PyTorch's operators: enough to fill a device
     launches: int = 1
 
 
 def count(events):
-    """What each launch among them moves."""
+    """What each of the launches moves."""
     for event in events:
         moved = COUNTED[type(event)](event)
         if moved is not None:
@@ -95,7 +95,7 @@ def operator(event):
 
 
 class Added(NamedTuple):
-    """What the base's product is added to, in its own launch."""
+    """The tensor that the base's product is added to, within its launch."""
 
     target: torch.Tensor
 
@@ -117,7 +117,7 @@ def tensors(values):
 
 
 def size(v):
-    """Bytes of the elements that v has, each once: an expanded axis costs nothing."""
+    """Bytes of v's elements, each counted once: an expanded axis costs nothing."""
     n = v.element_size()
     for length, stride in zip(v.shape, v.stride()):
         n *= length if stride or not length else 1
@@ -156,7 +156,7 @@ def grouped(s, slots, *, dtype=torch.bfloat16, target="sm_90"):
 
 
 def ours(events, base):
-    """Without the base layer's own products; one that adds to what is there reads that for us."""
+    """Without the base layer's own products; if one adds to an existing tensor, that read counts as ours."""
     weight = base.weight.untyped_storage()._cdata
     for event in events:
         if isinstance(event, Operator):
@@ -176,7 +176,7 @@ def total(moved):
 
 
 def table(s, plan=None):
-    """A Markdown row a scheme: launches and megabytes, forward and backward."""
+    """One Markdown row per scheme: launches and megabytes, forward and backward."""
     yield f"T={s.T}, {s.D}x{s.D}, E={s.E}, r={s.r}, K={s.K}, bf16: added to the base GEMM\n"
     yield "| scheme | forward launches | forward MB | backward launches | backward MB |"
     yield "|---|---|---|---|---|"
@@ -195,7 +195,7 @@ def cells(name, *sides):
 
 
 def details(s, plan=None):
-    """A row a launch of ours."""
+    """One row per launch of ours."""
     yield from rows(layer(s, plan=plan))
 
 

@@ -1,6 +1,6 @@
 """pytest benchmarks/bench_routed_lora.py --benchmark-enable: ours and the eager peers on the claims' shapes.
 
-For the numbers of record use `lora-moe bench`: there the contenders take turns.
+For reported numbers use `lora-moe bench`, where the contenders take turns.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""pytest benchmarks/bench_router_topk.py --benchmark-enable: our router beside softmax and top-k."""
+"""pytest benchmarks/bench_router_topk.py --benchmark-enable: our router against softmax and top-k."""
 
 import pytest
 import torch

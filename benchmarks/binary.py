@@ -1,7 +1,8 @@
 """Reads a compiled kernel's machine code: its loops, and what they do.
 
-SASS and amdgcn alike become a list of instructions; branches give the control flow, its strongly connected
-parts the loops.  A loop found so is a loop that runs, wherever the compiler has moved its blocks.
+Both SASS and amdgcn are read into a list of instructions.  Branches give the control flow, and its
+strongly connected components are the loops.  This finds the loops that run, wherever the compiler has
+moved their blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Instruction(NamedTuple):
     text: str
     labels: list[str]
     target: str | None  # of a branch
-    goes_on: bool  # to the next instruction, at least sometimes
+    goes_on: bool  # whether it may continue with the next instruction
 
 
 def instructions(kernel):
@@ -84,7 +85,7 @@ def loops(code):
 
 
 def _loops(nodes, after):
-    """Without its first instruction a loop falls apart, all but the loops inside it."""
+    """Removing a loop's first instruction breaks it up, leaving only the loops inside it."""
     for loop in _strongly_connected(nodes, after):
         inner = list(_loops(loop - {min(loop)}, after))
         yield loop.difference(*inner)
@@ -92,7 +93,7 @@ def _loops(nodes, after):
 
 
 def _strongly_connected(nodes, after):
-    """Tarjan's algorithm, without recursion; parts of one node only if it follows itself."""
+    """Tarjan's algorithm, without recursion; components of one node only if it follows itself."""
     index, low, on_stack, stack = {}, {}, set(), []
     for root in sorted(nodes):
         work = [(root, None)] if root not in index else []

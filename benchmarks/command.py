@@ -1,4 +1,4 @@
-"""lora-moe bench: ours beside what a user could write in PyTorch, and beside what the machine can do.
+"""lora-moe bench: ours against what a user could write in PyTorch, and against the limits of the machine.
 
     lora-moe bench [--set claims|layers|scaling|all] [--dtype fp32 bf16] [--json FILE] ...
     lora-moe bench compare OLD.json NEW.json
@@ -6,9 +6,9 @@
     lora-moe bench ffn [...]
     lora-moe bench experts [...]
 
-Rows are told as they are measured, with the time that is left; Ctrl-C ends the run and reports them.
-On a GPU all plans are timed there, by CUDA events and in CUDA graphs; without one the CPU is, and
---set all ends with what the compiler makes of the GPU kernels.
+Rows are printed as they are measured, with the remaining time; Ctrl-C ends the run and reports them.
+On a GPU, all plans are timed with CUDA events and in CUDA graphs.  Without a GPU, the CPU is timed, and
+--set all also reports what the compiler makes of the GPU kernels.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(argv=None):
     for name in (
         "_subclasses.fake_tensor",
         "_dynamo",
-    ):  # the report has their failures, in a line each
+    ):  # the report lists their failures, one per line
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -106,7 +106,7 @@ def measure(args, options):
     def progress(text):
         print(text, file=sys.stderr, flush=True)
 
-    def keep(result):  # a run that is killed leaves what it had
+    def keep(result):  # a killed run keeps its results so far
         if args.json:
             args.json.write_text(json.dumps(result))
 

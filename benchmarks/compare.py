@@ -1,6 +1,6 @@
-"""Two runs side by side: did ours lose ground to the best peer by more than the turns scatter?
+"""Compares two runs: did ours get slower relative to the best peer by more than the spread over turns?
 
-Ratios within a run are compared, so that a machine that was slower on that day regresses nothing.
+Ratios within a run are compared, so that a slower machine does not count as a regression.
 """
 
 import math
@@ -8,7 +8,7 @@ import math
 from benchmarks import report
 
 TOLERANCE = (
-    0.10  # two runs of the same code differ by up to so much, from where memory happens to lie
+    0.10  # two runs of the same code differ by up to this much, depending on memory placement
 )
 
 

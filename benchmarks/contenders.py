@@ -1,4 +1,4 @@
-"""Ours and the peers on one shape, as calls without arguments; each is checked before it is timed."""
+"""Ours and the peers on one shape, as calls without arguments; each is verified before it is timed."""
 
 import itertools
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from benchmarks.shapes import DECODE, Inputs
 from lora_moe import backend, functional, plan
 
 GATHER_BYTES = 2 << 30  # a peer that would copy more weights than this is left out
-UNROLLED = 16  # experts; torch.compile unrolls a loop over them, for minutes where they are many
+UNROLLED = 16  # experts; torch.compile unrolls a loop over them, which takes minutes for many
 
-# Errors ||out - truth|| / ||truth|| in units in the last place.  Right ones stay below 7 in 16 bit (gather:
-# its gradients are summed in 16 bit) and below 30 in fp32; a wrong expert errs by hundreds.
+# Errors ||out - truth|| / ||truth|| in units in the last place.  Correct ones stay below 7 in 16 bits (gather
+# sums its gradients in 16 bits) and below 30 in fp32; a wrong expert's error is hundreds.
 LIMITS = {torch.float32: 64.0, torch.bfloat16: 10.0, torch.float16: 10.0}
-WIDE = "ours, fp32 adapters"  # as LoraMoeLinear keeps them beside a 16-bit x
+WIDE = "ours, fp32 adapters"  # as in LoraMoeLinear with a 16-bit x
 
 
 class LeftOut(Exception):
@@ -33,7 +33,7 @@ class Contender:
     adapters: torch.dtype | None = None  # of A, B and router; x's by default
 
     def differs(self, dtype):
-        """From another contender, beside an x of this dtype."""
+        """Whether it differs from another contender for an x of this dtype."""
         return self.adapters != dtype
 
 
@@ -49,7 +49,7 @@ def planned(name, *args):
 
 
 def contenders(device="cpu", compiled=True):
-    """Ours; each plan of ours where there are several; each peer, eager and compiled."""
+    """Ours; each of our plans if there are several; each peer, eager and compiled."""
     yield Contender("ours", ours)
     yield Contender(WIDE, ours, adapters=torch.float32)
     plans = plan.BACKENDS[backend.serving(device)]
@@ -63,7 +63,7 @@ def contenders(device="cpu", compiled=True):
 
 
 def refuse_hopeless(name, shape, itemsize):
-    """Raises LeftOut where trying would take gigabytes or minutes."""
+    """Raises LeftOut if a contender would take gigabytes or minutes."""
     needed = itemsize * shape.T * shape.K * shape.r * (shape.D_in + shape.D_out)
     if name.startswith("gather") and needed > GATHER_BYTES:
         raise LeftOut(f"would copy more than {GATHER_BYTES >> 30} GiB of weights")
@@ -74,7 +74,7 @@ def refuse_hopeless(name, shape, itemsize):
 
 
 def states(layout, shape, inputs, backward, copies, adapters=None):
-    """`copies` of (x, router, a, b), the rows kept as `layout` says; they require grad if asked."""
+    """`copies` of (x, router, a, b), with rows stored as `layout` says; they require grad if asked."""
 
     def own(t, dtype=None):
         copy = torch.empty(t.shape, dtype=dtype or t.dtype, device=t.device).copy_(t)
@@ -109,7 +109,7 @@ def leaves(state):
 
 
 def copies_for(shape, inputs, cache):
-    """Decode must read its weights from memory: so many copies that four caches do not hold them."""
+    """Decode must read its weights from memory: enough copies to exceed four times the cache."""
     if shape.T > DECODE:
         return 1
     touched = inputs.x.element_size() * inputs.touched * shape.r * (shape.D_in + shape.D_out)
@@ -117,7 +117,7 @@ def copies_for(shape, inputs, cache):
 
 
 def truth(contender, shape, inputs, backward):
-    """The same in fp64 on the same rounded inputs: by the loop, which the tests hold to single tokens."""
+    """The same in fp64 on the same rounded inputs, by the loop, which tests compare with single tokens."""
     tensors = [t.double() for t in vars(inputs).values() if t.is_floating_point()]
     double = Inputs(*tensors, inputs.ids)
     judge = peers.PEERS[0] if contender.same else contender
@@ -127,7 +127,7 @@ def truth(contender, shape, inputs, backward):
 
 
 def joined(outputs, layout, shape):
-    """y and, after a backward, dx, drouter, da, db: separate parts together, missing ones as zeros."""
+    """y and, after a backward, dx, drouter, da, db: separate parts joined, missing ones as zeros."""
     if len(outputs) == 1 or layout is not peers.separate:
         return outputs
     y, dx, drouter, *parts = outputs
@@ -143,7 +143,7 @@ def _filled(parts, r):
 def units(outputs, right, dtype):
     """Largest relative error of an output in units in the last place, infinite for a NaN.
 
-    No gradient on both sides is right.
+    If neither side has a gradient, they agree.
     """
     errors = [0.0]
     for out, expected in zip(outputs, right, strict=True):

@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels of csrc/cuda, for GPUs that need not be there.
+"""What nvcc makes of the kernels in csrc/cuda; needs no GPU.
 
     python -m benchmarks.cuda_static [--targets sm_80,sm_90] [--json FILE] [--markdown FILE]
 
@@ -25,7 +25,7 @@ from .binary import count
 
 SOURCES = Path(__file__).parents[1] / "csrc/cuda"
 TARGETS = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
-# warps and blocks an SM, KB of shared memory an SM and a block
+# warps and blocks per SM, KB of shared memory per SM and per block
 SM = {
     "sm_75": (32, 16, 64, 64),
     "sm_80": (64, 32, 164, 163),
@@ -33,14 +33,14 @@ SM = {
     "sm_100": (64, 32, 228, 227),
     "sm_120": (48, 24, 100, 99),
 }
-WARPS = 8  # of every kernel's blocks
+WARPS = 8  # in every kernel's blocks
 DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}
 PRODUCTS = ("shrink_kernel", "expand_kernel", "gram_kernel")
 MATMULS = (*PRODUCTS, *(f"segmented_{name}" for name in PRODUCTS))
 
 
 def rows(targets=TARGETS, jobs=2) -> list[dict]:
-    """One a kernel and target; stubs that sm_75 holds for bf16 are left out."""
+    """One row per kernel and target; the bf16 stubs on sm_75 are left out."""
     work = itertools.product(sorted(SOURCES.glob("*.cu")), targets)
     with ThreadPoolExecutor(jobs) as pool:
         return [row for found in pool.map(lambda w: list(rows_of(*w)), work) for row in found]
@@ -101,7 +101,7 @@ def occupancy(target, usage):
         int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "SHARED")
     )
     warps, blocks, sm_kb, block_kb = SM[target]
-    # registers go to a warp in units of 256, to its quarter of the SM; a block reserves 1 KB from sm_80 on
+    # a warp gets registers in units of 256, from its quarter of the SM; a block reserves 1 KB from sm_80 on
     a_warp = -(-registers * 32 // 256) * 256
     most = {
         "registers": 4 * (16384 // a_warp) // WARPS,
@@ -139,7 +139,7 @@ def instructions(code):
 
 
 def violations(row):
-    """What the project promises of every kernel, and this one breaks."""
+    """The project's guarantees for every kernel that this one violates."""
     if row["spills"]:
         yield f"{row['spills']} spills"
     if row["shared_bytes"] > row["shared_limit"]:
@@ -151,7 +151,7 @@ def violations(row):
     halves = row["kernel"] in MATMULS and row["dtype"] != "float32"
     if halves and not row["tensor_core_ops"]:
         yield "no tensor cores"
-    if halves and row["fp32_fmas"] >= 64:  # the gates' exponentials 36, units of terms 16
+    if halves and row["fp32_fmas"] >= 64:  # the gates' exponentials have 36, units of terms 16
         yield f"{row['fp32_fmas']} fp32 FMAs"
 
 

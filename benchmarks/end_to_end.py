@@ -3,10 +3,10 @@
     lora-moe bench end-to-end [--dtype fp32 bf16] [--repeats 7] [--json FILE] [--markdown FILE]
 
 E=8, r=8, k=2 in ours, in a loop over experts and as dense stacked products, from the same weights; PEFT's
-plain LoRA of as many active parameters (r=16); the model without an adapter.  All of a dtype, weights,
-adapters and optimizer state.  A step is forward, backward
-and AdamW on 480 tokens; without an adapter it is forward and backward down to the embeddings.  Peak memory
-is each contender's in a process of its own.
+plain LoRA with as many active parameters (r=16); the model without an adapter.  Weights, adapters and
+optimizer state all have the same dtype.  A step is forward, backward and AdamW on 480 tokens; without an
+adapter it is forward and backward down to the embeddings.  Each contender's peak memory is measured in a
+separate process.
 """
 
 import argparse
@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AGREE = {
     "fp32": 1e-3,
     "bf16": 3e-2,
-}  # of the losses; the routing flips where two experts nearly tie
+}  # of the losses; the routing flips if two experts nearly tie
 STACKED, LOOP, PEFT = "dense stacked", "loop over experts", "PEFT LoRA, r=16"
 CONTENDERS = {
     "ours": peers.ours,
@@ -53,7 +53,7 @@ def main(argv=None):
         return 0
     results = {}
     for dtype in args.dtype:
-        for result in run(args, dtype):  # after each part: a run that is stopped leaves what it had
+        for result in run(args, dtype):  # after each part: a stopped run keeps its results so far
             results[dtype] = result
             if args.json:
                 args.json.write_text(json.dumps(results))
@@ -84,7 +84,7 @@ def parse(argv):
 
 
 def run(args, dtype):
-    """Yields {part: {contender: value}} after each part, which is told; seconds are lists, one a turn."""
+    """Yields and reports {part: {contender: value}} after each part; seconds are lists, one per turn."""
     models = contenders(smollm2.load_model(args.layers, DTYPES[dtype]))
     batch = random_batch()
     check(models, batch, AGREE[dtype])
@@ -114,7 +114,7 @@ def tell(text):
 
 
 def saved_bytes(models, batch):
-    """Above the un-adapted model."""
+    """More than the unadapted model."""
     plain = measure.saved_bytes_unadapted(models["no adapter"], batch)
     adapted = {name: model for name, model in models.items() if name != "no adapter"}
     return {name: measure.saved_bytes(model, batch) - plain for name, model in adapted.items()}
@@ -125,7 +125,7 @@ def per_token(call, calls):
 
 
 def contenders(model, names=CONTENDERS):
-    """{name: model}: mixtures from the same weights, with a lora_B that is not zero."""
+    """{name: model}: mixtures with the same weights and a nonzero lora_B."""
     start = peers.start_weights(model, SEED)
     generator = torch.Generator().manual_seed(SEED)
     for _, b, _ in start.values():
@@ -134,7 +134,7 @@ def contenders(model, names=CONTENDERS):
 
 
 def random_batch():
-    """ids (N, L), targets (N, L): one asked token a sentence, as with an answer to a prompt."""
+    """ids (N, L), targets (N, L): one target token per sentence, like an answer to a prompt."""
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(1000, 40000, (SENTENCES, LENGTH), generator=generator)
     targets = torch.full_like(ids, -1)
@@ -144,14 +144,14 @@ def random_batch():
 
 @torch.no_grad()
 def check(models, batch, agree):
-    """The mixtures are one function: their losses agree, or nothing is timed."""
+    """The mixtures compute the same function: their losses agree, or nothing is timed."""
     ours, *others = (training.loss_of(models[name], *batch).item() for name in MIXTURES)
     if not all(abs(ours - other) <= agree * abs(other) for other in others):
         raise SystemExit(f"the mixtures differ: losses {ours}, {others}")
 
 
 def stepper(model, batch):
-    """A training step; for a model with nothing to train its forward and backward."""
+    """A training step; forward and backward for a model with nothing to train."""
     if any(p.requires_grad for p in model.parameters()):
         return partial(training.train_step, model, training.optimizer_of(model, 1e-4), batch)
     model.model.embed_tokens.register_forward_hook(
@@ -161,7 +161,7 @@ def stepper(model, batch):
 
 
 def generator(model):
-    """Greedy decoding of some tokens after a prompt, with the cache of keys and values."""
+    """Greedy decoding of some tokens after a prompt, with a key-value cache."""
     ids = random_batch()[0].view(1, -1)[:, :PROMPT]
     with torch.no_grad():
         start = model(input_ids=ids, use_cache=True)
@@ -173,7 +173,7 @@ def generator(model):
         for _ in range(GENERATED):
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-        cache.crop(PROMPT - cache.get_seq_length())  # negative: so many tokens are dropped
+        cache.crop(PROMPT - cache.get_seq_length())  # negative: this many tokens are dropped
 
     return generate
 
@@ -190,13 +190,13 @@ def peak_in_a_process(name, args, dtype):
 
 
 def peak_of(name, layers, dtype):
-    """Bytes: how far a step rises above the level between steps, and above the bare model."""
+    """Bytes by which a step rises above the level between steps, and above the bare model."""
     model = smollm2.load_model(layers, dtype)
     measure.return_memory_at_once()
     bare = measure.resident_bytes()
     (adapted,) = contenders(model, [name]).values()
     step = stepper(adapted, random_batch())
-    step()  # the optimizer's state is there from now on
+    step()  # from now on the optimizer has its state
     if bare is None:
         return None
     level = measure.resident_bytes()
@@ -205,7 +205,7 @@ def peak_of(name, layers, dtype):
 
 
 def markdown(result):
-    """A row a contender, then what was claimed."""
+    """One row per contender, then the claims."""
     columns = [*seconds_columns(result), *bytes_columns(result)]
     lines = [
         f"{result['machine']}; {result['dtype']}; medians of {result['repeats']} interleaved turns, "
@@ -238,7 +238,7 @@ def bytes_columns(result):
 
 
 def claims(result):
-    """One line a ratio that was promised."""
+    """One line per claimed ratio."""
     if "step" in result:
         step = result["step"]
         slower = (timing.ratio(step[name], step["ours"]) for name in (LOOP, STACKED))

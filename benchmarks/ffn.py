@@ -1,17 +1,17 @@
-"""An FFN with experts around it: MixLoRA's mixture, forward and backward.
+"""MixLoRA's experts around an FFN, forward and backward.
 
     lora-moe bench ffn [--tokens 480] [--dtype fp32] [--repeats 15] [--fresh] [--json FILE] ...
 
 The sizes of SmolLM2-135M's FFN, 576 and 1536, E=8, r=8, k=2; all contenders from the same weights:
 
     ours        LoraMoeMLP
-    mixlora     the mixlora package's own code, where it is installed
-    loop        over experts, with the tokens of each gathered and the last map run once: what a user writes
+    mixlora     the mixlora package's own code, if it is installed
+    loop        over experts, gathering the tokens of each and running the last map once: what a user writes
     no adapter  the frozen FFN; its backward gives the gradient of x alone
 
-A call is the forward and the backward of x and of all adapters.  Their outputs agree, or nothing is timed.
-Freed memory is kept for the next call, as it is inside a model, whose larger tensors come and go between;
---fresh leaves that to glibc, which maps the largest results of an FFN alone anew in each call.
+A call is the forward, and the backward for x and all adapters.  The outputs agree, or nothing is timed.
+Freed memory is kept for the next call, as inside a model, where larger tensors are allocated and freed in
+between; --fresh uses glibc's defaults, which map the largest results of a lone FFN anew in each call.
 """
 
 import sys

@@ -1,14 +1,14 @@
-"""The two clocks of a GPU, in place of timing.warm: CUDA events, and the replay of a CUDA graph.
+"""Two clocks for a GPU, in place of timing.warm: CUDA events, and the replay of a CUDA graph.
 
-Events count what a training loop pays when the host keeps up; a graph counts the kernels alone.  A
-contender that makes the host wait cannot be captured, and the report says so.
+Events measure what a training loop pays if the host keeps up; a graph measures the kernels alone.  A
+contender that synchronizes with the host cannot be captured, and the report says so.
 """
 
 REP_MS = 20
 
 
 def events(call, calls):
-    """Median seconds of one call by CUDA events, the L2 cache cleared before each; triton counts calls."""
+    """Median seconds per call by CUDA events, clearing the L2 cache before each; triton picks the call count."""
     from triton import testing
 
     return testing.do_bench(call, warmup=5, rep=REP_MS, return_mode="median") / 1e3

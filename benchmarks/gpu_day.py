@@ -1,13 +1,14 @@
-"""What to run on the first day with a GPU: proves the kernels on it, or names what is wrong.
+"""What to run on the first day with a GPU: verifies the kernels on it, or reports what is wrong.
 
     python -m benchmarks.gpu_day [--dry-run] [--stages a,b] [--out DIR]          (make check-gpu)
 
-Each stage (benchmarks/gpu_day_stages.py) is a process of its own with a timeout and prints its findings as it
-goes; DIR/report.md is written anew after every stage.  A call ends within nine minutes, and another one
+Each stage (benchmarks/gpu_day_stages.py) runs in its own process with a timeout and prints its findings as it
+goes; DIR/report.md is rewritten after every stage.  A run ends within nine minutes, and the next run
 continues: stages that passed are not repeated unless they are named.  Nothing is installed and no network is
-needed.  --dry-run plays all stages small, with Triton's interpreter in place of the device.
+needed.  --dry-run runs all stages at small sizes, with Triton's interpreter in place of the device.
 
-Exit status: 0 all is right, 1 something is wrong, 2 there are stages left: call again, 3 there is no GPU.
+Exit status: 0 if everything passed, 1 if something is wrong, 2 if stages remain (run again), 3 if there
+is no GPU.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ STAGES = [
 
 
 def run(stage, out, dry_run, limit):
-    """Its findings, whatever it had printed when it ended or was stopped."""
+    """The findings that it printed before it ended or was stopped."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "LORA_MOE_BACKEND": stage.backend,
@@ -113,7 +114,7 @@ def wrong(result):
 
 
 def report(results, dry_run):
-    """Markdown: what is wrong first, then a line a stage, then all findings."""
+    """Markdown: what is wrong first, then one line per stage, then all findings."""
     kind = "a dry run without one; nothing here is evidence" if dry_run else "what was checked"
     yield f"# lora-moe on a GPU: {kind}\n"
     failures = [(name, f) for name, result in results.items() for f in wrong(result)]
@@ -151,7 +152,7 @@ def chosen(names, results):
 
 
 def why_no_gpu():
-    """None where there is one."""
+    """None if there is one."""
     try:
         import torch
     except ImportError:

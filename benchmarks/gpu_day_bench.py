@@ -1,4 +1,4 @@
-"""Stage `bench` of gpu_day.py: microseconds of a call in a CUDA graph, forward and with its backward.
+"""Stage `bench` of gpu_day.py: microseconds per call in a CUDA graph, forward and with its backward.
 
 Facts, not checks: the base product, ours, stacked matmuls eager and compiled, and PEFT's plain LoRA.
 
@@ -43,7 +43,7 @@ def measure(shape, device, backward, clock, dry):
 def micro(clock, call):
     try:
         return f"{clock(call, 1) * 1e6:.1f}"
-    except Exception as error:  # one that cannot be captured is told, not fatal
+    except Exception as error:  # one that cannot be captured is reported, not fatal
         return f"({type(error).__name__})"
 
 

@@ -1,4 +1,4 @@
-"""Stage `graphs` of gpu_day.py: captured once, replayed on new data, the same bits as without a graph.
+"""Stage `graphs` of gpu_day.py: capture once, replay on new data, get the same bits as without a graph.
 
 Letters: T tokens, E experts, K picked experts per token, D columns of x and of y.
 """
@@ -22,7 +22,7 @@ CASES = {  # ranks, options
 
 
 class Replay:
-    """In place of a CUDA graph where there is none: replaying is calling again."""
+    """Stands in for a CUDA graph without a GPU: replaying calls again."""
 
     def __init__(self, call):
         self.replay = call
@@ -69,7 +69,7 @@ def inputs(T, D, ranks, device, seed):
 
 
 def check_graph(tell, name, call, new):
-    """Warmed up on a side stream, as PyTorch asks for, then captured, then given other data."""
+    """Warms up on a side stream, as PyTorch requires, then captures, then replays on other data."""
     held, other = new(1), new(2)
     want = call(*other)
     try:

@@ -1,6 +1,6 @@
-"""The stages of gpu_day.py that run in a process of their own: python -m benchmarks.gpu_day_stages NAME
+"""The stages of gpu_day.py, each in its own process: python -m benchmarks.gpu_day_stages NAME
 
-Prints a finding a line, as JSON.  With LORA_MOE_DRY_RUN=1 the same code runs small on the CPU.
+Prints one finding per line, as JSON.  With LORA_MOE_DRY_RUN=1 the same code runs at small sizes on the CPU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def environment():
 
 
 def compile_kernels():
-    """All scenarios on the device, in a process a core; Triton's cache keeps what they compile."""
+    """All scenarios on the device, with one process per core; Triton's cache keeps what they compile."""
     parts = 2 if DRY else max(1, min(16, os.cpu_count() or 1))
     command = [sys.executable, "-m", "benchmarks.gpu_day_work", "scenarios"]
     running = {
@@ -83,7 +83,7 @@ def scenario_count():
 
 def pytest_of(backend):
     files, small = TESTS[backend]
-    # without the project's own settings, whose minimal version of pytest may not be there
+    # without the project's own settings, which may require a newer pytest
     options = ["-q", "-c", os.devnull, f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *(small if DRY else files)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -95,7 +95,7 @@ def pytest_of(backend):
 
 
 def build_cuda():
-    """In the checkout, for this GPU alone; a dry run compiles one kernel through the tests' CUDA shim."""
+    """In the checkout, for this GPU only; a dry run compiles one kernel with the tests' CUDA shim."""
     if DRY:
         from tests.cuda_shim import build
 
@@ -122,7 +122,7 @@ def build_cuda():
 
 
 def sanitizer():
-    """Small calls of every operator under each tool; a dry run has the interpreter's own sanitizer."""
+    """Small calls of every operator under each tool; a dry run uses the interpreter's own sanitizer."""
     work = [sys.executable, "-m", "benchmarks.gpu_day_work", "small"]
     if DRY:
         done = subprocess.run(work, cwd=ROOT, capture_output=True, text=True)
@@ -153,7 +153,7 @@ UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
 
 def traffic():
-    """A kernel must not move much more than its arguments hold; caches may spare it some."""
+    """A kernel must not move much more than its arguments hold; it may move less thanks to caches."""
     if not DRY and not shutil.which("ncu"):
         tell("ncu", None, "not on the PATH: left out")
         return
@@ -184,7 +184,7 @@ def profile():
 
 
 def read_counters(text):
-    """Bytes by kernel, reads and writes, of its last launch each."""
+    """Bytes read and written by each kernel in its last launch."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     launches = {}

@@ -1,4 +1,4 @@
-"""Stage `tiles` of gpu_day.py: thousands of tokens by every plan against fp64, and the same bits again.
+"""Stage `tiles` of gpu_day.py: thousands of tokens with every plan against fp64, and the same bits twice.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's rank.
 """
@@ -12,7 +12,7 @@ from lora_moe import plan
 
 K, r, D_IN, D_OUT = 2, 16, 1024, 768
 UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
-# in units: what was rounded twice errs by 0.6; fp32 sums of a thousand products by a dozen; logits are fp32
+# in units: results rounded twice err by 0.6; fp32 sums of a thousand products by a dozen; logits are fp32
 LIMIT = {torch.bfloat16: 1.0, torch.float16: 1.0, torch.float32: 40.0}
 LOGITS = 16.0
 
@@ -79,7 +79,7 @@ def ours(x, w, a, b, base, dy):
 
 
 def truth(x, w, a, b, base, dy, picked):
-    """Logits, ids and, for the experts that were picked, y and the gradients, all in fp64 by autograd."""
+    """Logits, ids and, for the experts that were picked, y and the gradients, all in fp64 with autograd."""
     leaves = [v.double().requires_grad_() for v in (x, w, a, b)]
     x, w, a, b = leaves
     logits = x @ w.T

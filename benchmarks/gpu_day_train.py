@@ -1,7 +1,8 @@
-"""Stage `train` of gpu_day.py: a step of four Llama-7B-shaped blocks of random weights, all linears adapted.
+"""Stage `train` of gpu_day.py: a step of four Llama-7B-shaped blocks with random weights, all linears
+adapted.
 
-Facts: seconds of a step and its peak memory with ours, a loop over experts, stacked matmuls and one LoRA of
-as many active parameters.  Check: ours loses no more than 1 % of its loss to the loop, of equal weights.
+Facts: seconds per step and peak memory with ours, a loop over experts, stacked matmuls and one LoRA with
+as many active parameters.  Check: our loss differs from the loop's, with equal weights, by at most 1%.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ E, r, K, STEPS = 8, 16, 2, 5
 
 
 class Block(nn.Module):
-    """Attention and SwiGLU of Llama, without rotary positions, which cost no product."""
+    """Attention and SwiGLU of Llama, without rotary positions, which need no matmul."""
 
     def __init__(self, width, inner, heads, wrap):
         super().__init__()
@@ -41,7 +42,7 @@ class Block(nn.Module):
 
 
 class Peer(nn.Module):
-    """A frozen linear beside one of peers.py, with the weights of the layer it is compared with."""
+    """A frozen linear plus one of peers.py, with the weights of the layer it is compared with."""
 
     def __init__(self, layer, peer):
         super().__init__()
@@ -91,7 +92,7 @@ def main(tell, device, dry):
 
 
 def wrapper(name, device):
-    """Linears of equal weights for every contender: drawn anew from the same seed, in order."""
+    """Linears with equal weights for every contender: drawn from the same seed in the same order."""
     generator = torch.Generator().manual_seed(1)
     peer = next((p for p in peers.PEERS if p.name == name), None)
 
@@ -115,7 +116,7 @@ def wrapper(name, device):
 
 
 def train(model, x, steps):
-    """Median seconds of a step after the first, and the last loss."""
+    """Median seconds per step after the first, and the last loss."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     taken = []

@@ -1,4 +1,4 @@
-"""What stages of gpu_day.py watch from outside: python -m benchmarks.gpu_day_work scenarios|small|layer"""
+"""Work that gpu_day.py observes from outside: python -m benchmarks.gpu_day_work scenarios|small|layer"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scenario_names():
 
 
 def run_scenarios(part):
-    """Every n-th scenario in every dtype, a line each."""
+    """Every n-th scenario in every dtype, one line each."""
     n, parts = map(int, part.split("/"))
     scenarios.DEVICE = DEVICE
     for name in scenario_names()[n::parts]:
@@ -34,7 +34,7 @@ def run_scenarios(part):
 
 
 def small():
-    """Every plan forward and backward, at sizes that a sanitizer gets through."""
+    """Every plan forward and backward, at sizes small enough for a sanitizer."""
     from lora_moe import functional as F
     from lora_moe import plan
     from tests.cases import BY_NAME, sample

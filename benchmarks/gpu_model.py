@@ -1,14 +1,15 @@
-"""A model of the time that experts add to a layer on a GPU, beside dense cuBLAS products; no measurement.
+"""A model, not a measurement, of the time that experts add to a layer on a GPU, against dense cuBLAS
+products.
 
     python -m benchmarks.gpu_model [--E 8] [--markdown FILE]
 
-A program lasts as long as the slowest of its share of memory, L2 and tensor cores, and a kernel as many of
-them as the busiest multiprocessor has: whole waves.  Launches cost nothing, as in a CUDA graph, and no
-operand stays in L2 from one kernel to the next.  The rival is `stacked` of benchmarks/peers.py under
-torch.compile: its elementwise work is fused, every product takes the tile and the split of its inner axis
-that are best by this same model, and the router is a product of its own.
+A program takes as long as the slowest of its shares of memory, L2 and tensor cores.  A kernel takes as
+many of these times as the busiest multiprocessor has programs: whole waves.  Launches cost nothing, as
+in a CUDA graph, and no operand stays in L2 from one kernel to the next.  The baseline is `stacked` of
+benchmarks/peers.py under torch.compile: its elementwise work is fused, every product uses the tile and
+the split of its inner axis that are best in this same model, and the router is a separate product.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows, D columns of x and of y.
+Letters: T tokens, E experts, K picked experts per token, R rank rows, D columns of x and of y.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from . import schemes
 
 
 class Part(NamedTuple):
-    """90 % of the data sheet's memory rate, 37 % of 64 bytes per clock and multiprocessor, 80 % of bf16."""
+    """90% of the data sheet's memory rate, 37% of 64 bytes per clock and multiprocessor, 80% of bf16."""
 
     bytes_per_s: float
     l2_bytes_per_s: float
@@ -48,7 +49,7 @@ TOKENS = range(1024, 16384 + 1, 256)
 
 
 def seconds(part, moved, l2, flops, programs=None):
-    """Of one launch; without a number of programs they fill the device evenly."""
+    """Of one launch; if the number of programs is not given, they fill the device evenly."""
     time = max(moved / part.bytes_per_s, l2 / part.l2_bytes_per_s, flops / part.flops)
     if not programs:
         return time
@@ -60,14 +61,14 @@ def of(part, launches):
     return sum(seconds(part, m.read + m.written, m.l2, m.flops, m.programs) for m in launches)
 
 
-# --- the rival ---------------------------------------------------------------------------------------
+# --- the baseline ------------------------------------------------------------------------------------
 
 TILES = [(m, n) for m in (64, 128, 256) for n in (16, 32, 64, 128, 256) if m * n <= 128 * 256]
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 
 
 def product(part, M, N, K, *, out=2, added=0):
-    """A (M, N) product over K of bf16 operands at its best tile; `added`: bytes it is added to."""
+    """An (M, N) product over K of bf16 operands with its best tile; `added`: bytes it is added to."""
     operands, result = 2 * K * (M + N), out * M * N
     best = float("inf")
     for m, n in [*TILES, *((n, m) for m, n in TILES)]:
@@ -123,7 +124,7 @@ def products_back(part, s):
 
 
 def in_one(part, s):
-    """The same with the router's rows below A's, in one bf16 product: a router rounded to bf16."""
+    """The same with the router's rows stacked below A's, in one bf16 product: a router rounded to bf16."""
     R, x = s.E * s.r, s.activation
     wide, gate = 2 * s.T * R, 4 * s.T * s.E
     forward = (

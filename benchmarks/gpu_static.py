@@ -1,11 +1,11 @@
-"""What the compiler makes of every kernel, for GPUs that need not be there.
+"""What the compiler makes of every kernel; needs no GPU.
 
     python -m benchmarks.gpu_static [--targets sm_90,gfx942] [--dtypes bfloat16] [--scenarios "many tokens"]
                                     [--json FILE] [--markdown FILE] [--check]
 
 The public functions run up to their launches (benchmarks/launches.py), each launch is compiled for the
-target, and the machine code is read: registers, spills, shared memory, occupancy, and in the loops that hold
-a dot tensor-core instructions, fp32 FMAs and the width of the global loads.  One process a target.
+target, and the machine code is read: registers, spills, shared memory and occupancy; and, in the loops that
+contain a dot, tensor-core instructions, fp32 FMAs and the width of the global loads.  One process per target.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942")
-SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KB of shared memory a block
+SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KB of shared memory per block
 ROOT = Path(__file__).parent.parent
-# few scenarios that launch every kernel between them: what --check compiles
+# a few scenarios that together launch every kernel: what --check compiles
 EACH_KERNEL = (
     "many tokens", "few tokens", "1024 ranks, dense", "segmented", "frozen expert", "router", "logits given",
     "slots summed",
@@ -30,7 +30,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def compile_for(target, dtypes, scenarios):
-    """Print one JSON row for every kernel and configuration that is new with a scenario."""
+    """Print one JSON row for every kernel and configuration that a scenario adds."""
     import torch
 
     from .launches import TARGETS, Launch, launches
@@ -40,7 +40,7 @@ def compile_for(target, dtypes, scenarios):
     for name in dtypes:
         known = set()
         for scenario in scenarios or SCENARIOS:
-            # twice: another number of tokens must find everything compiled
+            # twice: a different number of tokens must not compile anything
             for T in (SCENARIOS[scenario].T, SCENARIOS[scenario].T - 3):
                 with launches(target) as seen:
                     operands = SCENARIOS[scenario].run(getattr(torch, name), T)
@@ -77,7 +77,7 @@ def rows(targets, dtypes=DTYPES, scenarios=(), jobs=2):
 
 
 def violations(row):
-    """What the project promises of every default configuration, and this row breaks."""
+    """The project's guarantees for every default configuration that this row violates."""
     if "error" in row:
         yield f"does not compile: {row['error']}"
     if row["spills"]:
@@ -98,7 +98,7 @@ def violations(row):
 
 
 def check(rows):
-    """Print what breaks a promise, and the size of the check; whether all is right."""
+    """Print the violations and the size of the check; return whether there are none."""
     broken = [(row, list(violations(row))) for row in rows]
     broken = [(row, words) for row, words in broken if words]
     for row, words in broken:
@@ -130,7 +130,7 @@ loops.  Load bits: of x, dy, A and B, the narrowest; of the widest load where a 
 
 
 def markdown(rows):
-    """A table a target, and what breaks a promise at the end."""
+    """One table per target, followed by the violations."""
     import triton
 
     yield f"# {__doc__.partition(chr(10))[0]}\n{INTRO.rstrip().format(version=triton.__version__)}"
@@ -155,7 +155,7 @@ def markdown(rows):
 
 
 def tile(config):
-    """What varies from tile to tile, in short: T=64 D=64, 8 warps, 3 stages."""
+    """A tile in short, such as T=64 D=64, 8 warps, 3 stages."""
     options = dict(option.split("=") for option in config.split())
     sizes = [f"{name[6:]}={n}" for name, n in options.items() if name.startswith("BLOCK_")]
     return f"{' '.join(sizes)}, {options['num_warps']} warps, {options['num_stages']} stages"

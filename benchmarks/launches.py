@@ -1,8 +1,8 @@
 """Runs the package up to its launches: nothing is computed, and each kernel is compiled for a named GPU.
 
-Tensors are on the meta device, so neither memory nor a GPU is needed, a value cannot be read, and autograd
-works as ever.  The operators go to the Triton launchers as they are; only the driver is replaced by one
-that names the target, and a launch by a compilation.  What is seen here is what a user's call does.
+Tensors are on the meta device, so neither memory nor a GPU is needed, values cannot be read, and autograd
+works as usual.  The operators go to the Triton launchers unchanged; only the driver is replaced by one
+that names the target, and a launch by a compilation.  The launches recorded here are those of a user's call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ backend._serving["meta"] = "triton"
 
 
 class Launch(NamedTuple):
-    """Of a Triton kernel: what was compiled, or why it was not; arguments by name; configuration; grid."""
+    """A Triton launch: what was compiled, or why it was not; arguments by name; configuration; grid."""
 
     name: str
     kernel: Any
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 class Operator(NamedTuple):
-    """Of PyTorch's, and what it was called with."""
+    """A PyTorch operator and its arguments."""
 
     func: Any
     args: tuple
@@ -46,7 +46,7 @@ class Operator(NamedTuple):
 
 
 class Driver:
-    """Names a target; there is no device behind it."""
+    """Names a target, without a device."""
 
     def __init__(self, target):
         self.target = target
@@ -70,7 +70,7 @@ def launches(target, *, compiled=True):
     def note(jit, *args, grid, warmup, **options):
         try:
             kernel = run(jit, *args, grid=grid, warmup=True, **options) if compiled else None
-        except (CompilationError, RuntimeError) as error:  # of the front end, of a pass
+        except (CompilationError, RuntimeError) as error:  # from the front end, from a pass
             kernel = error
         arguments = dict(flatten(zip(jit.arg_names, args)))
         seen.append(Launch(jit.__name__, kernel, arguments, options, tuple(grid)))
@@ -100,7 +100,7 @@ class Operators(TorchDispatchMode):
 
 
 def flatten(args):
-    """A NamedTuple among a kernel's arguments is as many arguments as it has fields."""
+    """A NamedTuple among a kernel's arguments counts as one argument per field."""
     for name, value in args:
         if isinstance(value, tuple):
             fields = getattr(value, "_fields", range(len(value)))

@@ -1,7 +1,7 @@
 """How wide the global loads of a compiled kernel are, operand by operand.
 
-PTX and amdgcn carry the source line of every instruction, and that of the call it was inlined at; TTIR has
-the same of every load, and knows which argument it reads.
+PTX and amdgcn carry the source line of every instruction and of the call where it was inlined; TTIR has
+the same for every load, and also which argument it reads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ AMD = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, 
 
 
 def widths(kernel):
-    """Bits a thread loads at once, by argument; None stands for loads that could not be told."""
+    """Bits that a thread loads at once, by argument; None stands for loads that could not be attributed."""
     asm = kernel.asm
     found = _ptx(asm["ptx"]) if "ptx" in asm else _amdgcn(asm["amdgcn"])
     arguments = {a.where[:2]: a.argument for a in accesses(asm["ttir"]) if a.reads}
@@ -31,15 +31,13 @@ def _ptx(text):
     files = dict(re.findall(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]+)"', text))
     where, inline = (), False
     for line in text.splitlines():
-        if (
-            "inline asm" in line
-        ):  # in there, LLVM counts the lines of the assembly on from the source's
+        if "inline asm" in line:  # inside inline assembly, LLVM continues the source's line numbers
             inline = "begin" in line
         elif match := LOC.match(line):
             frames = match.groups()[:3], match.groups()[3:]
             if not inline:
                 where = tuple((files[f], int(n), int(c)) for f, n, c in frames if f)
-                if len(where) == 1:  # Triton before 3.7 tells the call in a comment alone
+                if len(where) == 1:  # Triton before 3.7 gives the call only in a comment
                     where = _commented(line) or where
         elif match := ASYNC.search(line):
             yield 8 * int(match.group(1), 0), where

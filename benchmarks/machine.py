@@ -1,4 +1,4 @@
-"""What the machine can do, measured in the same run: the best GEMM rate and the copy bandwidth."""
+"""The limits of the machine, measured in the same run: the best GEMM rate and the copy bandwidth."""
 
 import ctypes
 import platform
@@ -43,25 +43,25 @@ def gemm_rates(device="cpu", clock=warm, gemms=GEMMS, repeats=3):
 
 
 def bandwidth(device="cpu", clock=warm, size=COPY_BYTES, repeats=5):
-    """Best bytes/s of a copy, reading and writing counted."""
+    """Best bytes/s of a copy, counting both reads and writes."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / min(clock(lambda: target.copy_(source), 1) for _ in range(repeats))
 
 
 def cache_bytes(device="cpu"):
-    """The last cache before memory."""
+    """Size of the last-level cache."""
     if device != "cpu":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # like 32768K
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")  # such as 32768K
     return int(size.read_text().strip()[:-1]) << 10 if size.exists() else DEFAULT_CACHE
 
 
 def keep_memory():
-    """Makes glibc keep what is freed, so that results land in pages that the process has already.
+    """Makes glibc keep freed memory, so that results are written to pages that the process already has.
 
-    As it comes, glibc gives large blocks back or keeps them by their size and the history of the process;
-    a result of megabytes takes up to three times as long where its pages are mapped and cleared again.
+    By default, glibc keeps or returns large blocks depending on their size and the history of the process;
+    a result of megabytes takes up to three times as long if its pages are mapped and cleared again.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -77,6 +77,6 @@ def limits(device="cpu", clock=warm, quick=False):
 
 
 def best(one, other):
-    """The higher of each number: a machine that was busy for a moment is no excuse."""
+    """The higher of each number, in case the machine was briefly busy."""
     gemm = {dtype: max(rate, other["gemm"][dtype]) for dtype, rate in one["gemm"].items()}
     return {"gemm": gemm, "bandwidth": max(one["bandwidth"], other["bandwidth"])}

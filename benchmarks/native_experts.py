@@ -1,17 +1,17 @@
-"""LoRA on a MoE model's own fused experts, forward and backward.
+"""LoRA on an MoE model's own fused experts, forward and backward.
 
     lora-moe bench experts [--tokens 512] [--dtype fp32] [--device cpu] [--fresh] [--json FILE] ...
 
-Mixtral's experts of 1024 and 512, E=32, top-4, r=16 on both weights; all contenders from the same values:
+Mixtral's experts with sizes 1024 and 512, E=32, top-4, r=16 on both weights; all contenders start from
+the same values:
 
     ours          LoraMoeExperts
-    PEFT          LoraConfig(target_parameters=...), which makes W + s B A of all experts
+    PEFT          LoraConfig(target_parameters=...), which computes W + s B A of all experts
     two products  transformers' grouped product, and two more for the LoRA, as a user would write it
     no adapter    the frozen experts; their backward gives the gradients of x and the router's weights alone
 
-A call is the forward and the backward of x, the router's weights and all adapters.  Their outputs agree, or
-nothing is timed.  Freed memory is kept for the next call, as it is inside a model; --fresh leaves that to
-glibc.
+A call is the forward, and the backward for x, the router's weights and all adapters.  The outputs agree, or
+nothing is timed.  Freed memory is kept for the next call, as inside a model; --fresh uses glibc's defaults.
 """
 
 import copy
@@ -93,7 +93,7 @@ def peft(base, given, pairs):
 
 
 def two_products(base, given, pairs):
-    """Of the slots sorted by expert: y = x W_e + s (x A_e^T) B_e, three grouped products."""
+    """With slots sorted by expert: y = x W_e + s (x A_e^T) B_e, three grouped products."""
     from transformers.integrations.moe import _grouped_mm as grouped
 
     pairs = {

@@ -1,10 +1,10 @@
-"""What a launch takes from the L2 cache and multiplies: counted from its grid, its tiles and its operands.
+"""What a launch reads from the L2 cache and multiplies, derived from its grid, its tiles and its operands.
 
-A program reads its tiles whatever others read, so an operand passes from L2 to the multiprocessors as many
-times as the grid is long along the axes that do not move its tile.  What is not named is read once.
-Operands in L2 are counted without what the hardware shares between neighbors.
+A program reads its tiles regardless of the others, so an operand passes from L2 to the multiprocessors
+as many times as the grid is long along the axes that do not move its tile.  Operands that are not named
+are read once. Sharing between neighboring programs in hardware is not modeled.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows, D columns of x or of y.
+Letters: T tokens, E experts, K picked experts per token, R rank rows, D columns of x or of y.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lora_moe.plan import experts_in_a_tile
 
-# axes of the grid along which programs read the same of an operand
+# axes of the grid along which programs read the same tile of an operand
 AGAIN = {
     "_routed_lora_kernel": {
         "x_ptr": (1,), "a_ptr": (0, 1), "w_ptr": (0, 1), "b_ptr": (0,), "s_parts_ptr": (1,),
@@ -28,7 +28,7 @@ AGAIN = {
 
 
 class OnChip(NamedTuple):
-    """Of one launch: bytes from L2 to the multiprocessors, tensor-core operations, programs."""
+    """One launch: bytes from L2 to the multiprocessors, tensor-core operations, programs."""
 
     l2: int
     flops: int
@@ -63,7 +63,7 @@ def flops(launch):
 
 
 def products(c):
-    """(rows, inner, columns) of every product, as the tensor cores do it: padded and term by term."""
+    """(rows, inner, columns) of every product, as the tensor cores compute it: padded and term by term."""
     T, E = c.get("T"), c.get("E")
     D = c.get("D") or c.get("D_in") or c.get("D_out")
     wide = (c.get("EP") or 1) * (c.get("RP") or 1)
@@ -95,7 +95,7 @@ def padded(n, block):
     return -(-n // block) * block if n else 0
 
 
-# --- the segmented plan: what a tile of sorted tokens holds, for a router that spreads them evenly ---
+# --- the segmented plan: contents of a tile of sorted tokens, for a router that spreads them evenly ---
 
 
 class Call:
@@ -149,7 +149,7 @@ def segmented_expand(c, read):
 
 
 def segmented_gram(c, read):
-    """Every slot gathers its row of x, and every tile of columns all of H."""
+    """Every slot gathers its row of x, and every tile of columns reads all of H."""
     x = c.values["x_ptr"]
     row_blocks = c.get("RP") // c.get("BLOCK_R")
     gathered = c.slots * x.shape[1] * x.element_size() * row_blocks

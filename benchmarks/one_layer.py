@@ -1,4 +1,4 @@
-"""What the benchmarks of one layer share: their command, the turns, what is held to agree, the table."""
+"""Shared by the benchmarks of one layer: command line, turns, the check that outputs agree, the table."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ PLAIN = "no adapter"
 
 
 class Call:
-    """A contender's forward of `given`, and its forward and backward; given[0] is x."""
+    """A contender's forward on `given`, and its forward plus backward; given[0] is x."""
 
     def __init__(self, forward, given, trained):
         self.forward, self.given = forward, given
@@ -35,7 +35,7 @@ class Call:
 
 
 def main(args, contenders, around):
-    """Times contenders(dtype), {name: Call}, for each dtype; `around` is what has no adapter."""
+    """Times contenders(dtype), {name: Call}, for each dtype; `around` names the layer without an adapter."""
     if not args.fresh:
         machine.keep_memory()
     results = {}
@@ -80,7 +80,7 @@ def parse(argv, name, about, tokens):
 
 @torch.no_grad()
 def check(calls, agree):
-    """The mixtures are one function, and not the bare layer; or nothing is timed."""
+    """Raises unless the mixtures agree with each other and differ from the bare layer."""
     want = calls["ours"].forward(*calls["ours"].given).float()
     for name, call in calls.items():
         error = (call.forward(*call.given).float() - want).abs().max() / want.abs().max()

@@ -1,8 +1,8 @@
-"""What a good user writes in plain PyTorch, as functions; examples/common/peers.py makes modules of them.
+"""What a skilled user writes in plain PyTorch, as functions; examples/common/peers.py wraps them in modules.
 
     y_t = sum over e in topk(softmax(W x_t)) of  g_te scaling B_e A_e x_t
 
-Letters: T tokens, E experts, K picked a token, r one expert's rank, R = E r rank rows, D_in and D_out.
+Letters: T tokens, E experts, K picked per token, r one expert's rank, R = E r rank rows, D_in and D_out.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ import torch.nn.functional as F
 
 
 def route(x, router, top_k, scaling=1.0, ids=None):
-    """ids (T, K), weights (T, K), gate (T, E): softmax, top-k unless ids are given, renormalised, scaled."""
+    """ids (T, K), weights (T, K), gate (T, E): softmax, top-k unless ids are given, renormalized, scaled."""
     gate = F.linear(x, router).softmax(dim=-1)  # (T, E)
     ids = gate.topk(top_k, dim=-1).indices if ids is None else ids
     return ids, rescale(gate.gather(1, ids), scaling), gate
 
 
 def rescale(weights, scaling=1.0):
-    """A single weight stays as it is (Switch): renormalised it would be 1 and teach the router nothing."""
+    """A single weight is unchanged (Switch): renormalized, it would be 1 and teach the router nothing."""
     if weights.shape[1] > 1:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights * scaling
@@ -32,10 +32,10 @@ def spread(ids, weights, num_experts):
 
 
 def loop_into(y, x, a, b, ids, weights, experts):
-    """Expert by expert, in place into y, as in HF Mixtral.
+    """One expert at a time, in place into y, as in HF Mixtral.
 
-    a: E of (r, D_in), b: E of (r, D_out), separate parameters: slices of one would cost a gradient
-    of full size each.
+    a: E of (r, D_in), b: E of (r, D_out), separate parameters: each slice of a single parameter would cost
+    a full-size gradient.
     """
     for e in experts:
         rows, slot = torch.where(ids == e)
@@ -45,12 +45,12 @@ def loop_into(y, x, a, b, ids, weights, experts):
 
 
 def hidden(x, a, gates):
-    """H (T, R) over the rows of all experts at once; with top-k gates most of it is zero."""
+    """H (T, R) over the rows of all experts at once; with top-k gates, most of it is zero."""
     return F.linear(x, a) * gates.repeat_interleave(len(a) // gates.shape[1], dim=1)
 
 
 def by_expert(ids, num_experts):
-    """Slots sorted by expert (T K,), and where each expert ends (E,); the host waits for nothing."""
+    """Slots sorted by expert (T K,), and where each expert ends (E,); without host synchronization."""
     experts, order = ids.flatten().sort(stable=True)
     every = torch.arange(num_experts, device=ids.device)
     return order, torch.searchsorted(experts, every, right=True, out_int32=True)
@@ -62,18 +62,18 @@ def by_expert(ids, num_experts):
 def loop_over_experts(x, router, a, b, top_k):
     ids, weights, _ = route(x, router, top_k)
     y = x.new_zeros(len(x), b[0].shape[1])
-    return loop_into(y, x, a, b, ids, weights, ids.unique().tolist())  # those with tokens
+    return loop_into(y, x, a, b, ids, weights, ids.unique().tolist())  # experts with tokens
 
 
 def stacked(x, router, a, b, top_k):
-    """The honest peer: two dense products and a mask between them."""
+    """The strong baseline: two dense products with a mask between them."""
     ids, weights, gate = route(x, router, top_k)
     dense = top_k == len(router)
     return hidden(x, a, gate if dense else spread(ids, weights, len(router))) @ b
 
 
 def grouped_mm(x, router, a, b, top_k):
-    """Tokens sorted by expert, two grouped products, sums over a token's slots in order."""
+    """Tokens sorted by expert, two grouped products, ordered sums over a token's slots."""
     ids, weights, _ = route(x, router, top_k)
     order, ends = by_expert(ids, len(router))
     a, b = a.unflatten(0, (len(router), -1)), b.unflatten(0, (len(router), -1))
@@ -83,7 +83,7 @@ def grouped_mm(x, router, a, b, top_k):
 
 
 def gather(x, router, a, b, top_k):
-    """Every token its own copy of its experts' weights, and batched products (BMM)."""
+    """Copies the experts' weights for each token and uses batched products (BMM)."""
     ids, weights, _ = route(x, router, top_k)
     a, b = (t.unflatten(0, (len(router), -1))[ids].flatten(1, 2) for t in (a, b))  # (T, K r, D)
     h = torch.bmm(a, x[:, :, None]).squeeze(2)  # (T, K r)
@@ -92,14 +92,14 @@ def gather(x, router, a, b, top_k):
 
 
 def every_expert(x, router, a, b, top_k):
-    """All experts on all tokens, one after the other, each output times its gate, as X-LoRA does."""
+    """All experts on all tokens, one after another, each output times its gate, as in X-LoRA."""
     ids, weights, _ = route(x, router, top_k)
     gates = spread(ids, weights, len(router))  # (T, E)
     return sum(F.linear(x, a[e]) @ b[e] * gates[:, e, None] for e in range(len(router)))
 
 
 def plain_lora(x, router, a, b, top_k):
-    """One LoRA of rank K r without a router, as PEFT computes it: less work, another function."""
+    """One LoRA of rank K r without a router, as PEFT computes it: less work, a different function."""
     return F.linear(F.linear(x, a), b) * 1.0
 
 
@@ -121,8 +121,8 @@ def active(inputs, top_k):
 class Peer:
     name: str
     forward: Callable
-    layout: Callable = rows  # how it keeps the experts' rows
-    same: bool = True  # computes the same function, so that it may be the best peer
+    layout: Callable = rows  # how it stores the experts' rows
+    same: bool = True  # computes the same function, so it may be the best peer
 
 
 PEERS = [

@@ -1,4 +1,4 @@
-"""Pictures of a run: the gain over the best peer for every shape, and how the cost grows."""
+"""Plots of a run: the gain over the best peer for every shape, and how the cost grows."""
 
 import statistics
 
@@ -7,11 +7,11 @@ import matplotlib.pyplot as plt
 from benchmarks import report, scaling
 from examples.common.figures import GREY, LOOP, OURS, STYLE
 
-AXIS_NAMES = {"T": "tokens", "K": "picked experts a token", "E": "experts"}
+AXIS_NAMES = {"T": "tokens", "K": "picked experts per token", "E": "experts"}
 
 
 def draw_gains(path, result):
-    """A dot a shape: how many times as fast as the best peer ours is; the bar joins the quartiles."""
+    """One dot per shape: our speedup over the best peer; the bar spans the quartiles."""
     groups = {}
     for row in result["rows"]:
         verdict = report.judge(row, result["limits"])
@@ -42,7 +42,7 @@ def draw_gains(path, result):
 
 
 def draw_scaling(path, rows):
-    """A panel an axis and pass: all of it, the router, the writing of dense gradients, the rest."""
+    """One panel per axis and pass: the total, the router, writing dense gradients, the rest."""
     dtype = rows[0]["dtype"]
     rows = [row for row in rows if row["dtype"] == dtype]
     passes = list(dict.fromkeys(row["pass"] for row in rows))

@@ -1,4 +1,4 @@
-"""Tables from a run's samples: ours, the best peer, the limit, and every contender by itself.
+"""Tables from a run's samples: ours, the best peer, the limit, and every contender separately.
 
 limit = max(FLOPs / best GEMM rate, bytes / bandwidth): no code on this machine can be faster.
 """
@@ -16,11 +16,11 @@ class Verdict:
     best: str  # the fastest peer
     gain: Ratio  # the best peer's time over ours
     limit_s: float
-    of_limit: float  # limit / ours: 1 is the machine's end
+    of_limit: float  # limit / ours: 1 is the machine's limit
     of_own: float  # the same with the best GEMM rate of the row's own dtype
 
 
-NOT_PEERS = ("ours", "plain LoRA")  # another function is no peer
+NOT_PEERS = ("ours", "plain LoRA")  # not a peer: a different function
 
 
 def is_peer(name):
@@ -28,7 +28,7 @@ def is_peer(name):
 
 
 def judge(row, limits):
-    """What a row says; None where ours or every peer was left out."""
+    """The result of a row; None if ours or every peer was left out."""
     seconds = row["seconds"]
     names = [name for name in seconds if is_peer(name)]
     if "ours" not in seconds or not names:
@@ -122,7 +122,7 @@ def scaling_table(rows):
 
 
 def left_out(rows):
-    """One line a reason, with the contenders and shapes that it holds for."""
+    """One line per reason, with the contenders and shapes that it applies to."""
     reasons = {}
     for row in rows:
         for name, why in row["left_out"].items():

@@ -1,4 +1,4 @@
-"""One launch, one row: what its machine code takes of the GPU."""
+"""One row per launch: the GPU resources that its machine code uses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from . import binary, ttir
 from .loads import widths
 
 WIDE = ("x", "dy", "A", "B")
-# warps and blocks an SM, KB of shared memory an SM and a block
+# warps and blocks per SM, KB of shared memory per SM and per block
 SM = {
     80: (64, 32, 164, 163), 86: (48, 16, 100, 99), 89: (48, 24, 100, 99), 90: (64, 32, 228, 227),
     100: (64, 32, 228, 227), 120: (48, 24, 100, 99),
@@ -22,7 +22,7 @@ NOTHING = {
 
 
 def row(launch, operands, target):
-    """`operands` are the tensors of the call by name, to tell which argument is which."""
+    """`operands` are the tensors of the call by name, used to identify arguments."""
     if isinstance(launch.kernel, Exception):
         return {"kernel": launch.name, "error": str(launch.kernel).splitlines()[-1]} | NOTHING
     kernel, code = launch.kernel, binary.instructions(launch.kernel)
@@ -58,7 +58,7 @@ def configuration(options, metadata):
 
 
 def read(launch, operands):
-    """Operands, or names of arguments that are none, that the kernel loads from."""
+    """The operands, or names of other arguments, that the kernel loads from."""
     return {
         operand_of(launch, a.argument, operands)
         for a in ttir.accesses(launch.kernel.asm["ttir"])
@@ -74,7 +74,7 @@ def loads_by_operand(launch, operands):
 
 
 def operand_of(launch, argument, operands):
-    """x, dy, A, … if the argument's memory is theirs."""
+    """x, dy, A, … if the argument is in their memory."""
     value = launch.args.get(argument)
     if value is None:
         return argument
@@ -82,7 +82,7 @@ def operand_of(launch, argument, operands):
     return next((n for n, v in operands.items() if v.untyped_storage()._cdata == storage), argument)
 
 
-# --- what a block takes of its multiprocessor --------------------------------------------------------
+# --- what a block uses of its multiprocessor --------------------------------------------------------
 
 
 def nvidia(kernel, target, code):
@@ -90,7 +90,7 @@ def nvidia(kernel, target, code):
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     warps, blocks, sm_kb, block_kb = SM[target.arch]
     mine, shared = kernel.metadata.num_warps, kernel.metadata.shared
-    # registers go to a warp in units of 256, to its quarter of the SM; a block reserves 1 KB
+    # a warp gets registers in units of 256, from its quarter of the SM; a block reserves 1 KB
     a_warp = -(-registers * 32 // 256) * 256
     most = {
         "registers": 4 * (16384 // a_warp) // mine,

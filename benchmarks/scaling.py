@@ -1,8 +1,9 @@
-"""What a layer costs as tokens, picked experts and experts grow, the router and dense gradients apart.
+"""The cost of a layer as tokens, picked experts and experts grow; router and dense gradients shown
+separately.
 
-Expected: linear in T and K; flat in E but for two things that must grow: the router's product x W^T,
-and in the backward the writing of dA and dB, dense by contract, for experts that nobody picked too.
-Results land in memory that the process has already: mapping fresh pages is no part of the question.
+Expected: linear in T and K; flat in E except for two things that must grow: the router's product x W^T
+and, in the backward, writing dA and dB, which are dense by contract, including experts that no token picked.
+Results are written to memory that the process already has: mapping fresh pages is not measured.
 """
 
 import statistics
@@ -22,9 +23,9 @@ QUICK = Shape(32, 64, 48, 4, 4), {"T": (16, 32), "K": (1, 2), "E": (4, 8)}
 
 
 def run(options, result, progress=lambda text: None, keep=lambda result: None):
-    """result["scaling"]: a row per axis, value, dtype and pass, with the parts' seconds, turn by turn.
+    """result["scaling"]: one row per axis, value, dtype and pass, with the parts' seconds turn by turn.
 
-    keep and an interrupt as in suite.run.
+    `keep` and interrupts work as in suite.run.
     """
     base, axes = QUICK if options.quick else (BASE, AXES)
     if not options.quick:
@@ -50,7 +51,7 @@ def run(options, result, progress=lambda text: None, keep=lambda result: None):
 
 
 def measure(shape, dtype, backward, options):
-    """Seconds of all of it, of the router by itself, and of writing dA and dB by itself."""
+    """Seconds in total, for the router alone, and for writing dA and dB alone."""
     inputs = sample(shape, dtype, options.device)
     copies = entry.copies_for(shape, inputs, options.cache)
     states = entry.states(entry.peers.rows, shape, inputs, backward, copies)
@@ -77,6 +78,6 @@ def rest(row):
 
 
 def growth(row, first):
-    """The rest over the first row's, per token and picked expert where those are the axis."""
+    """The rest relative to the first row's, per token or picked expert if that is the axis."""
     factor = row["value"] / first["value"] if row["axis"] != "E" else 1.0
     return rest(row) / rest(first) / factor

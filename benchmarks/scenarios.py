@@ -1,8 +1,9 @@
-"""Calls of the public functions, forward and backward, at the shapes whose kernels are worth a look.
+"""Calls of the public functions, forward and backward, at the shapes whose kernels are worth inspecting.
 
-A new plan or front end gets a line in SCENARIOS; all that reads kernels without a GPU goes through them.
+Add a line to SCENARIOS for each new plan or front end; everything that inspects kernels without a GPU
+uses them.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, D columns of x and of y.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, D columns of x and of y.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def experts(scenario):
 
 
 def backward(inputs, outputs, dy):
-    """Of all outputs that have a gradient; not .backward(), which copies what it adds up."""
+    """For all outputs that have a gradient; not .backward(), which copies when it accumulates."""
     outputs = [v for v in outputs if v is not None and v.requires_grad]
     grads = [dy] + [torch.empty_like(v).detach() for v in outputs[1:]]
     torch.autograd.grad(outputs, inputs, grads)
@@ -90,7 +91,7 @@ def inference(v, scenario):
 
 
 def banks(v, scenario):
-    """Four layers side by side, as in a fused linear."""
+    """Four layers with the same input, as in a fused linear."""
     E, D = len(scenario.ranks), v["B"].shape[1] // 4
     apart = (v[name].repeat(4, 1).chunk(4) for name in ("W", "A"))
     scaling = v["W"].new_empty(4 * E).split(E)
@@ -111,7 +112,7 @@ def grouped(v, scenario, shared_a=False):
 
 
 def of_slots(v, scenario, slots):
-    """A row per slot in y, or in x."""
+    """One row per slot, in y or in x."""
     wide = "dy" if slots == "apart" else "x"
     v[wide] = v[wide].new_empty(*v["ids"].shape, scenario.D).requires_grad_(wide == "x")
     routing = Routing.from_ids(v["ids"], v["gates"], num_experts=len(scenario.ranks))
@@ -122,7 +123,7 @@ def of_slots(v, scenario, slots):
 
 
 def logits_given(v, scenario):
-    """A router of the caller's own."""
+    """A router supplied by the caller."""
     logits = v["gates"].detach().new_empty(len(v["x"]), len(scenario.ranks)).requires_grad_()
     routing = Routing.from_logits(logits, scenario.K)
     y = F.grouped_lora(v["x"], v["A"], v["B"], routing, base=v["base"], **experts(scenario))
@@ -136,7 +137,7 @@ def router(v, scenario, **options):
 
 
 def matmuls(v, scenario):
-    """The two matmuls with another middle, in fp32 rank space."""
+    """The two matmuls with a different middle, in fp32 rank space."""
     s, logits = F.shrink(v["x"], v["A"], v["W"])
     y = F.expand(s, v["B"], v["base"])
     backward([v["x"], v["A"], v["B"], v["W"], v["base"]], [y, logits], v["dy"])

@@ -1,9 +1,9 @@
-"""What other ways to run a mixture of LoRA experts move: a small model of each, none of their code.
+"""Bytes moved by other ways to run a mixture of LoRA experts: a small model of each, without their code.
 
-A step is (what it does, launches, bytes).  The large bytes are passes over a (T, D) activation, or over K
-of them where a step works on slots.
+A step is (what it does, launches, bytes).  Most bytes are passes over a (T, D) activation, or over K
+of them if a step works on slots.
 
-Letters: T tokens, E experts, K picked experts a token, r one expert's rank, D columns of x and of y.
+Letters: T tokens, E experts, K picked experts per token, r one expert's rank, D columns of x and of y.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def eager_backward(s):
 
 
 def scattermoe(s):
-    """Tokens sorted by expert; grouped GEMMs gather x and leave an output a slot (T, K, D); then combined."""
+    """Tokens sorted by expert; grouped GEMMs gather x and write outputs per slot (T, K, D); combined."""
     return [
         ("router, softmax, top-k", 3, s.activation + s.router),
         ("sort, offsets", 2, 4 * s.T * s.K * 8),
@@ -101,7 +101,7 @@ def scattermoe_backward(s):
 
 
 def vllm(s):
-    """Its MoE LoRA kernels on a plain linear: one row a slot, outputs accumulated into a buffer of zeros."""
+    """Its MoE LoRA kernels on a plain linear: one row per slot, outputs accumulated into a zeroed buffer."""
     return [
         ("router, softmax, top-k", 3, s.activation + s.router),
         ("align the blocks of experts", 2, 4 * s.T * s.K * 8),
@@ -115,7 +115,7 @@ def vllm(s):
 
 
 def meteora(s):
-    """One kernel for both matmuls: a program owns a slot and a tile of y, and forms x A anew for each."""
+    """One kernel for both matmuls: a program owns a slot and a tile of y, and recomputes x A for each."""
     return [
         ("router, softmax, top-k", 3, s.activation + s.router),
         ("x A B", 1, 2 * s.slots + 2 * s.matrix),
@@ -131,7 +131,7 @@ def meteora_in_l2(s, block_n=128):
     return s.T * s.K * (s.D // block_n * (a + s.D * s.itemsize) + a)
 
 
-SCHEMES = {  # forward, backward where there is one
+SCHEMES = {  # forward, and backward if there is one
     "minimum": (minimum, minimum_backward),
     "loop over experts, eager": (eager, eager_backward),
     "ScatterMoE, composed": (scattermoe, scattermoe_backward),

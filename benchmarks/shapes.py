@@ -1,6 +1,6 @@
-"""The measured shapes, their inputs, and the FLOPs and bytes that our layer cannot avoid.
+"""The measured shapes, their inputs, and the minimum FLOPs and bytes of our layer.
 
-Letters: T tokens, E experts, K picked experts a token, r one expert's rank, R = E r rank rows,
+Letters: T tokens, E experts, K picked experts per token, r one expert's rank, R = E r rank rows,
 D_in and D_out the linear's sizes.
 """
 
@@ -86,10 +86,10 @@ class Inputs:
 
 
 def sample(shape, dtype, device="cpu", seed=0):
-    """Inputs whose routing is drawn first and then written into x, so that rounding flips nothing.
+    """Inputs whose routing is drawn first and then encoded in x, so that rounding does not change it.
 
-    The router's rows are orthonormal, so  x = z - z W^T W + L W  has exactly the logits L: distinct by
-    0.5 between picked experts, and by 2 between those and the rest.
+    The router's rows are orthonormal, so  x = z - z W^T W + L W  has exactly the logits L: 0.5 apart
+    between picked experts, and 2 apart between those and the rest.
     """
     g = torch.Generator().manual_seed(seed)
     T, D_in, E, K = shape.T, shape.D_in, shape.E, shape.K

@@ -1,4 +1,4 @@
-"""Times every contender on every shape, after holding its numbers to fp64, and keeps all samples."""
+"""Times every contender on every shape, after comparing its results with fp64, and keeps all samples."""
 
 import math
 import os
@@ -28,7 +28,7 @@ class Options:
 
     @property
     def cache(self):
-        """Bytes that decode must not find its weights in."""
+        """Size of the cache that must not hold the weights in decode."""
         return 1 if self.quick else machine.cache_bytes(self.device)
 
     @property
@@ -37,17 +37,17 @@ class Options:
 
 
 def run(shapes, options, progress=lambda text: None, keep=lambda result: None):
-    """The report as plain data: the machine, its limits, a row per shape, dtype, pass and clock.
+    """The report as plain data: the machine, its limits, one row per shape, dtype, pass and clock.
 
-    keep(result) is called after each row with all that there is.  An interrupt ends the run: what was
-    measured is the result, and `stopped` says how much is missing.
+    keep(result) is called after each row with all results so far.  An interrupt ends the run: the result
+    contains what was measured, and `stopped` says how much is missing.
     """
     load = os.getloadavg()[0]
     limits = machine.limits(options.device, options.clock, options.quick)
     result = {
         "format": FORMAT,
         "machine": machine.describe(options.device),
-        "load": load,  # processes that wanted a core when the run began; 0 on a quiet machine
+        "load": load,  # processes waiting for a core when the run began; 0 on an idle machine
         "limits": limits,
         "repeats": options.repeats,
         "rows": [],
@@ -68,9 +68,9 @@ def run(shapes, options, progress=lambda text: None, keep=lambda result: None):
 
 
 def each(steps, act, result, progress) -> str:
-    """act(*step) for each, after a line that says how long the rest takes; until an interrupt.
+    """Calls act(*step) for each step, after printing how long the rest takes, until interrupted.
 
-    Returns, and leaves in result["stopped"], how far it came; "" where it came to the end.
+    Returns, and stores in result["stopped"], how far it got; "" if it finished.
     """
     begin = time.monotonic()
     for done, step in enumerate(steps):
@@ -87,7 +87,7 @@ def each(steps, act, result, progress) -> str:
 
 
 def measure(shape, dtype, name, options):
-    """A row a clock: seconds of each contender turn by turn, errors, what was left out and why."""
+    """One row per clock: seconds of each contender turn by turn, errors, what was left out and why."""
     inputs, backward = sample(shape, dtype, options.device), name == PASSES[1]
     copies = entry.copies_for(shape, inputs, options.cache)
     calls, errors, left_out = admit(shape, inputs, backward, copies, options)
@@ -115,7 +115,7 @@ def measure(shape, dtype, name, options):
 
 
 def admit(shape, inputs, backward, copies, options):
-    """{name: call} of the contenders that are right, {name: error in units}, {name: why left out}."""
+    """{name: call} of the correct contenders, {name: error in units}, {name: why left out}."""
     torch._dynamo.reset()
     calls, errors, left_out, states, right = {}, {}, {}, {}, {}
     dy = inputs.dy if backward else None
@@ -137,13 +137,13 @@ def admit(shape, inputs, backward, copies, options):
             if not units <= entry.LIMITS[inputs.x.dtype]:
                 raise entry.LeftOut(f"wrong: {units:.0f} units in the last place from fp64")
             calls[one.name] = call
-        except Exception as why:  # of whatever kind torch.compile and grouped_mm raise
+        except Exception as why:  # torch.compile and grouped_mm may raise anything
             left_out[one.name] = reason(why)
     return calls, errors, left_out
 
 
 def reason(why):
-    """An exception in one line; torch.compile buries what went wrong behind all operands."""
+    """An exception in one line; torch.compile lists all operands before the actual error."""
     text = str(why).rpartition("): got ")[2]
     text = next((line for line in text.splitlines() if line.strip()), "")[:160]
     return text if isinstance(why, entry.LeftOut) else f"{type(why).__name__}: {text}"

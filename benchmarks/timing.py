@@ -1,16 +1,16 @@
-"""Medians from interleaved runs: the contenders take turns, so that drift hits all alike."""
+"""Medians from interleaved runs: the contenders take turns, so that drift affects all of them equally."""
 
 import statistics
 import time
 from dataclasses import dataclass
 
 SAMPLE_S = 0.01  # calls are repeated until a sample takes this long
-LAGGARD = 5.0  # a contender so many times slower than the fastest is timed in few turns only
+LAGGARD = 5.0  # a contender this many times slower than the fastest is timed in few turns only
 LAGGARD_TURNS = 2
 
 
 def once(call, calls):
-    """Seconds of one call, over `calls` of them."""
+    """Seconds per call, over `calls` of them."""
     start = time.perf_counter()
     for _ in range(calls):
         call()
@@ -18,16 +18,16 @@ def once(call, calls):
 
 
 def warm(call, calls):
-    """The same after a call that fills the caches, since another contender had them before."""
+    """The same after one call to fill the caches, which another contender used before."""
     call()
     return once(call, calls)
 
 
 def interleave(contenders, repeats, clock=warm, *, laggard=LAGGARD, refuse=None):
-    """{name: seconds a call, one per turn} of {name: call}; each turn starts with another contender.
+    """{name: seconds per call, one per turn} of {name: call}; each turn starts with another contender.
 
     Calls before the first turn are not counted.  A laggard keeps the samples of its first turns.
-    refuse(name, error) is told of a contender that the clock cannot time; without it the error is raised.
+    refuse(name, error) is called for a contender that the clock cannot time; without it the error is raised.
     """
     calls = {}
     for name, call in contenders.items():
@@ -61,7 +61,7 @@ class Ratio:
 
 
 def ratio(numerator, denominator):
-    """Turn by turn, so that what slows a whole turn cancels."""
+    """Turn by turn, so that whatever slows a whole turn cancels."""
     values = [a / b for a, b in zip(numerator, denominator)]
     if len(values) == 1:
         return Ratio(*values * 3)

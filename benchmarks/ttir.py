@@ -1,4 +1,4 @@
-"""Reads a compiled kernel's TTIR: which argument every load and store goes to, and which loops hold a dot.
+"""Reads a compiled kernel's TTIR: which argument each load and store accesses, and which loops contain a dot.
 
 Triton inlines every function before it writes TTIR, so one pass over the lines sees the whole kernel; a value
 is defined before it is used.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 NAME = r"%[\w.$#-]+"
-# what hands a pointer on; of addptr the second operand is an offset
+# operations that pass a pointer on; the second operand of addptr is an offset
 POINTER = re.compile(
     r"tt\.(addptr|splat|broadcast|expand_dims|bitcast|reshape|trans|int_to_ptr)|scf\."
 )
@@ -25,7 +25,7 @@ LOCATION = re.compile(
 
 
 class Access(NamedTuple):
-    """A load or store of the source: what it does, to which argument, and where, innermost call first."""
+    """A load or store in the source: what it does, to which argument, and where, innermost call first."""
 
     kind: str
     argument: str
@@ -61,7 +61,7 @@ def accesses(text):
 
 
 def where(line, locations):
-    """A location stands in a table, or in the line itself where nothing else has it."""
+    """A location is in a table, or in the line itself if nothing else uses it."""
     if match := re.search(r"loc\((#loc\d*)\)$", line):
         return locations.get(match.group(1), ())
     inline = re.search(r'"([^"]*)":(\d+):(\d+)\)+$', line)
@@ -69,7 +69,7 @@ def where(line, locations):
 
 
 def follow(line, roots):
-    """Give the results of an operation the argument that its pointer operands go back to."""
+    """Assign to an operation's results the argument that its pointer operands derive from."""
     results, _, right = line.partition(" = ")
     for inner, outer in re.findall(rf"({NAME}) = ({NAME})", right):  # iter_args(%p = %start)
         if root_name(outer) in roots:
@@ -107,7 +107,7 @@ def where_table(text):
 
 
 def loops_with_dots(text):
-    """How many innermost loops around a dot there are, and how many dots."""
+    """The number of innermost loops around a dot, and the number of dots."""
     stack, loops, dots = [], set(), 0
     for n, line in enumerate(text.splitlines()):
         if re.search(r"\bscf\.(for|while)\b", line):
@@ -131,5 +131,5 @@ def indent(line):
 
 
 def float_atomics(text):
-    """Read-modify-writes of floats; one made of compare-and-swap is on the bits of one."""
+    """Read-modify-writes of floats; those built on compare-and-swap operate on a float's bits."""
     return len(re.findall(r"tt\.atomic_(?:rmw fadd|rmw .*: .*xf|cas)", text))

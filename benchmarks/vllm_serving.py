@@ -1,10 +1,10 @@
-"""Decoding in vLLM, tokens per second: a mixture, the base without it, one plain LoRA of equal active rank.
+"""Decoding in vLLM, tokens per second: a mixture, the base alone, and one plain LoRA of equal active rank.
 
     build/vllm/bin/python -m benchmarks.vllm_serving build/demo-vllm     (make demo-vllm first)
 
-Each contender is an engine in a process of its own; they take turns, round by round, so that whatever else
-the machine does meets all of them alike.  Prints medians over rounds and ratios to the base, and the time to
-the first token.  Weights of the plain LoRA are drawn: only their sizes matter.
+Each contender is an engine in its own process; they take turns, round by round, so that other load on the
+machine affects all of them equally.  Prints medians over rounds, ratios to the base, and the time to the
+first token.  The plain LoRA has random weights: only their sizes matter.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def contend(args):
 
 
 def rank_of(adapter):
-    """The mixture's active rank: of its largest experts, as many as a token takes."""
+    """The mixture's active rank: the sum over its largest experts, as many as a token uses."""
     from lora_moe import adapter_info
 
     configs = [a["config"] for a in adapter_info(adapter)["adapters"]]

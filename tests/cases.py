@@ -1,6 +1,6 @@
 """Inputs for the tests: shapes with names, scaled so that outputs are of order one, signs mixed.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 """
 
 from __future__ import annotations

@@ -770,7 +770,7 @@ def test_changed_saved_tensor_and_second_backward_raise():
         y.sum().backward()
 
 
-# --- a variable number of experts a token ---------------------------------------------------------
+# --- a variable number of experts per token ---------------------------------------------------------
 
 
 def _detached(t):

@@ -1,7 +1,7 @@
-"""The rank-dense plan in Triton, forward and backward; one kernel with its launcher a file.
+"""The Triton kernels, forward and backward; each file holds one kernel and its launcher.
 
-Functions with the signatures of the operators in lora_moe/ops.py, for CUDA tensors, and for CPU tensors
-when TRITON_INTERPRET=1 is set before Triton is imported.  fp32, fp16, bf16.
+The functions have the signatures of the operators in lora_moe/ops.py.  They take CUDA tensors, and CPU
+tensors if TRITON_INTERPRET=1 is set before Triton is imported, in fp32, fp16 and bf16.
 """
 
 if __name__ == "triton_kernels":

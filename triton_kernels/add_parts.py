@@ -1,9 +1,9 @@
 """Sums of parts:  out = parts[0] + parts[1] + ...,  always in this order, rounded once to out's dtype.
 
-Programs leave partial sums side by side instead of adding to one place, so that the result does not
-depend on the schedule.  One launch serves up to three of them.  Reads PARTS*N, writes N.
+Programs write partial sums to separate places instead of accumulating into one, so that the result does not
+depend on the schedule.  One launch handles up to three sums.  Reads PARTS*N, writes N.
 
-Letters: N numbers of a sum.
+Letters: N elements of a sum.
 """
 
 import triton
@@ -60,7 +60,8 @@ def _add(parts_ptr, out_ptr, parts, N, n, ALIGNED: tl.constexpr):
 def add_parts(*pairs, by_token=False):
     """Fill `out` of every pair (parts, out).
 
-    What has a row a token is not taken to be aligned: another T would be, or not, and compile anew.
+    Tensors with one row per token are not specialized on alignment: it depends on T, and a new T would
+    recompile.
     """
     pairs = [(parts, out) for parts, out in pairs if out.numel()]
     if not pairs:

@@ -1,7 +1,7 @@
 """From slots to tiles of sorted tokens:  H_te = sum over slots j that name e of  S_tj g_tj s_e
 
-What `segmented_expand` takes where each of a token's slots was shrunk by itself, from its own x or dy.
-dS by slot has its gate already.  One rounding, after the sum.
+Makes the input of `segmented_expand` if each of a token's slots was shrunk separately, from its own x or dy.
+dS by slot already includes its gate.  Rounds once, after the sum.
 Reads T*K*r numbers, writes T*(columns of the tile).
 
 Letters: T tokens, E experts, K slots per token, r the largest rank, L experts a tile may hold.
@@ -21,13 +21,13 @@ def _arrange_slots_kernel(
     experts_ptr,  # (tiles, L)
     number_ptr,  # (tiles,)
     indices_ptr,  # (T, K)
-    weights_ptr,  # (T, K), or None: S has its gate
+    weights_ptr,  # (T, K), or None: S includes its gate
     scaling_ptr,  # (E,)
     tile_ptr,  # (tiles, BLOCK_T, L*RP)
     T,
     L,
     r,
-    BLOCKS,  # of a tile
+    BLOCKS,  # per tile
     K: tl.constexpr,
     EP: tl.constexpr,
     RP: tl.constexpr,
@@ -68,7 +68,7 @@ def _arrange_slots_kernel(
 
 
 def arrange_slots(s, weights, indices, experts, segments, like):
-    """(tiles, BLOCK_T, L*RP) in like's dtype, from s (T, K, r); weights None: s has its gate."""
+    """(tiles, BLOCK_T, L*RP) in like's dtype, from s (T, K, r); weights None: s includes its gate."""
     (T, K), (tiles, L), RP = indices.shape, segments.experts.shape, experts.own_columns
     out, EP = segments.new_columns(like, RP), segments.experts_at_once(RP)
     launch(

@@ -1,9 +1,9 @@
-"""Layers that lie side by side and read the same x, as q, k, v or gate, up of a fused linear: for inference.
+"""Several layers that read the same x, such as q, k, v or gate, up of a fused linear; for inference.
 
     y[:, columns of bank i] = base + routed_lora of bank i
 
-The decode plan serves all banks with the two launches of one where their operands lie one after the other in
-memory; any other plan, and operands elsewhere, bank after bank.
+If their operands are contiguous in memory, the decode plan runs all banks in the two launches of a
+single one; otherwise, and in all other plans, the banks run one after another.
 
 Letters: T tokens, E experts of a bank, R its rank rows.
 """
@@ -53,7 +53,7 @@ def routed_lora_banks(
 
 
 def side_by_side(tensors, dim=0):
-    """The tensors as one, without a copy, where they lie one after the other along dim; else None."""
+    """The tensors as one, without a copy, if they are contiguous along dim; else None."""
     first = tensors[0]
     if any(t is None for t in tensors):
         return None

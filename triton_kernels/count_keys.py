@@ -1,8 +1,8 @@
 """How many of a block's items have each key: the first half of the sort in sort_tokens.py.
 
-Items are slots, by their expert, or tokens, by the lower or the higher expert of their first two slots.
-Ids that are no expert's count as E, so such items come last.
-Reads 4*N*K bytes, writes 4*blocks*(E+1).
+Items are slots, keyed by their expert, or tokens, keyed by the lower or higher expert of their first two
+slots. Ids that name no expert count as E, so such items come last. Reads 4*N*K bytes, writes
+4*blocks*(E+1).
 
 Letters: E experts, K slots per token, N items: T tokens or T*K slots.
 """
@@ -13,12 +13,12 @@ import triton.language as tl
 from .launching import launch
 from .numerics import INTERPRETED
 
-ITEMS = 64 if INTERPRETED else 128  # of a block
+ITEMS = 64 if INTERPRETED else 128  # per block
 
 
 @triton.jit
 def items_and_keys(indices_ptr, source_ptr, at, at_ok, E, K: tl.constexpr, BY: tl.constexpr):
-    """The items at these places, and what they sort by."""
+    """The items at these positions, and their sort keys."""
     item = at
     if source_ptr is not None:
         item = tl.load(source_ptr + at, mask=at_ok, other=0)
@@ -26,7 +26,7 @@ def items_and_keys(indices_ptr, source_ptr, at, at_ok, E, K: tl.constexpr, BY: t
     if BY != "slot":
         first *= K
     key = _expert(indices_ptr + first, at_ok, E)
-    if BY != "slot" and K > 1:  # which of the two comes first makes no difference
+    if BY != "slot" and K > 1:  # the order of the two does not matter
         other = _expert(indices_ptr + first + 1, at_ok, E)
         if BY == "lower":
             key = tl.minimum(key, other)
@@ -44,7 +44,7 @@ def _expert(ptr, ok, E):
 @triton.jit(do_not_specialize=["N"])
 def _count_keys_kernel(
     indices_ptr,  # (T, K)
-    source_ptr,  # (N,) items in the order of an earlier sort, or None: as they are
+    source_ptr,  # (N,) items in the order of an earlier sort, or None: in index order
     counts_ptr,  # (blocks, E+1)
     N,
     E,

@@ -1,16 +1,16 @@
 """The decode plan, for a handful of tokens: two launches, both split until they fill a device.
 
-    parts of [S | logits] = x @ [A | W]^T over stretches of D_in        (shrink)
-    y = base + gate(S, logits) @ B, a tile of columns a program         (here)
+    parts of [S | logits] = x @ [A | W]^T over splits of D_in           (shrink)
+    y = base + gate(S, logits) @ B, one tile of columns per program     (here)
 
-Layers that lie side by side and read the same x are banks: their A, W and B lie side by side as well, bank
-after bank, and the same two launches serve all of them.
+Several layers that read the same x are banks: their A, W and B are contiguous in memory, bank after bank, and
+the same two launches run all of them.
 
-Every program adds up the parts in order and takes the decision again, which is nothing beside waiting for
-another launch; the first one stores it.  Blocks of experts that no token picked are skipped, B and all.
-Reads 4*PARTS*T*(R+E) bytes a program and the picked rows of B, writes T*D_out.
+Every program adds the parts in order and repeats the routing decision, which costs far less than waiting for
+another launch; the first program stores it.  Blocks of experts that no token picked are skipped, including B.
+Reads 4*PARTS*T*(R+E) bytes per program and the picked rows of B, writes T*D_out.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.
 """
 
 import torch
@@ -31,7 +31,7 @@ def _decode_kernel(
     logits_parts_ptr,  # (PARTS, T, BANKS, E), or None: the routing is given
     PARTS,
     columns,  # (first column of y, one past the last, first column of b) of each bank
-    TILES,  # programs of a bank
+    TILES,  # programs per bank
     biases,  # (BANKS, E)
     b_ptr,  # (R, columns of all banks)
     stride_br,
@@ -116,7 +116,7 @@ def _decode_kernel(
                 s_parts_ptr, PARTS, T, t0, BANKS * width, bank * width + s_row, in_s, BLOCK_T
             )
             if s_ptr is not None:
-                if SHARED:  # S is that of the first expert
+                if SHARED:  # stored once, with the first expert
                     in_s &= (e == 0)[None, :]
                 tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(in_s, part))
             h = round_to(tl.where(gate != 0, s * gate, 0.0), y_ptr.dtype.element_ty)
@@ -133,14 +133,14 @@ def _decode_kernel(
 
 
 def decode(x, w, biases, base, experts, routing, gate):
-    """y (T, D_out), what a router decides (None where `routing` is given), S (T, R or r)."""
+    """y (T, D_out), the router's decision (None if `routing` is given), S (T, R or r)."""
     a, b = experts.a, experts.b
     T, E, (_, D_out) = len(x), len(experts.scaling), b.shape
     s_parts, logits_parts = shrink_parts(x, a, w)
     results = None
     if w is None:
         logits_parts = None
-    elif E > MAX_EXPERTS or T == 0:  # a launch of its own decides on so many
+    elif E > MAX_EXPERTS or T == 0:  # this many need a separate launch
         results = decide(*sum_of_parts(logits_parts), biases, gate)
         routing, logits_parts = Routing(*results[:2]), None
     tile = choose("decode", x, experts.RP)
@@ -175,10 +175,10 @@ def _launch(x, parts, columns, biases, base, experts, E, routing, s, y, gate, ti
 
 
 def decode_banks(x, w, biases, base, experts, columns, gate, y):
-    """Writes y (T, D_out), base and the experts of banks that lie one after the other in all operands.
+    """Writes y (T, D_out): base plus the experts of banks that are contiguous in all operands.
 
     w (BANKS E, D_in), experts.a (BANKS R or r, D_in), experts.b (R, columns of all banks), biases and scaling
-    (BANKS E,); `columns` as the kernel takes them.
+    (BANKS E,); `columns` as in the kernel.
     """
     E = len(w) // len(columns)
     parts, tile = shrink_parts(x, experts.a, w), choose("decode", x, experts.RP)

@@ -1,9 +1,9 @@
 """Expand:  y = base + H @ B (+ H2 @ B2).
 
-Skinny the other way: y is the only large operand besides base, and each is touched once.  H and B meet
-in the narrower dtype, each rounded once; a pair in fp32 keeps what y can hold.  The second pair makes the
-gradient of x in one pass: dx = dS A + dlogits W.  A loop over ranks serves any R without a spill.
-Reads T*D (base) + (R+R2)*D, writes T*D.
+A skinny product: y is the only large operand besides base, and each is accessed once.  H and B are
+multiplied in the narrower of their dtypes, each rounded once; a pair in fp32 is as precise as y's dtype
+needs.  The second pair computes the gradient of x in one pass: dx = dS A + dlogits W.  A loop over ranks
+handles any R without spills. Reads T*D (base) + (R+R2)*D, writes T*D.
 
 Letters: T tokens, R rank rows, D columns of y.
 """
@@ -121,6 +121,6 @@ def expand(h, b, h2, b2, base, dtype):
 
 
 def rank_step(h, b):
-    """Ranks a dot: more than 16 spill in fp32; 16-bit operands take up to 64."""
+    """Ranks per dot: more than 16 spill in fp32; 16-bit operands allow up to 64."""
     wide = h.itemsize == b.itemsize == 4
     return 16 if wide else padded(len(b), 256 if INTERPRETED else 64)

@@ -1,4 +1,4 @@
-"""The experts as the launchers hand them to kernels.
+"""The experts as the launchers pass them to kernels.
 
 Letters: E experts, R rank rows of all experts, r one expert's rank.
 """
@@ -14,7 +14,7 @@ from .write_table import write_table
 
 
 class Experts(NamedTuple):
-    """The experts and how a tile of ranks holds them: EP experts of RP columns each, powers of two."""
+    """The experts and their layout in a tile of ranks: EP experts of RP columns each, both powers of two."""
 
     a: torch.Tensor | None  # (R, D_in), or (r, D_in) shared
     b: torch.Tensor  # (R, D_out)
@@ -32,15 +32,15 @@ class Experts(NamedTuple):
 
     @property
     def own_columns(self):
-        """Columns of an expert in a tile of the segmented plan: no dot takes those of two experts together.
+        """Columns per expert in a tile of the segmented plan: no dot combines the columns of two experts.
 
-        So in which order a token's experts are summed does not depend on who else is in the tile.
+        The order in which a token's experts are summed therefore does not depend on the rest of the tile.
         """
         return max(16, self.RP)
 
     @property
     def fit_registers(self):
-        """Whether S of all experts fits beside the sums of a dot; if not, they go a few at a time."""
+        """Whether S of all experts fits next to a dot's accumulators; if not, experts go a few at a time."""
         return self.EP * self.RP <= 256
 
     @property
@@ -50,7 +50,7 @@ class Experts(NamedTuple):
 
 
 def bundle_experts(a, b, scaling, offsets, shared_a):
-    """At least 16 columns: a dot wants as many along K."""
+    """At least 16 columns: a dot needs as many along K."""
     ranks = tuple(stop - start for start, stop in pairwise(offsets))
     EP = triton.next_power_of_2(len(offsets) - 1)
     RP = max(triton.next_power_of_2(max(ranks)), 16 // EP)

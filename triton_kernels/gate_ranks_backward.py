@@ -2,10 +2,10 @@
 
     dS = G g s      H = S g s      dw_tj = s_e * sum over rows r of e = ids_tj of G_tr S_tr
 
-For more ranks than fit the registers of `rank_gradient`; a program walks the experts, a few at a time.
-Reads 4*T*(2R + 3K) bytes, writes 2*T*R in x's dtype and 4*T*K bytes.
+For more ranks than fit into the registers of `rank_gradient`; a program loops over the experts, a few at
+a time. Reads 4*T*(2R + 3K) bytes, writes 2*T*R in x's dtype and 4*T*K bytes.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.
 """
 
 import torch

@@ -1,10 +1,10 @@
 """What happens in registers between the two matmuls: top-k, gates, and their gradients.
 
-A tile of ranks has EP * RP columns: EP experts, a power of two, of RP ranks each, a power of two no
-smaller than the largest.  Seen as (BLOCK_T, EP, RP) the gate of an expert is a broadcast and its
-gradient a sum along the last axis; unequal ranks differ only in which rows of A stand behind the columns.
+A tile of ranks has EP * RP columns: EP experts of RP ranks each, both powers of two, with RP at least the
+largest rank.  Viewed as (BLOCK_T, EP, RP), the gate of an expert is a broadcast and its gradient a sum along
+the last axis; unequal ranks only change which rows of A the columns stand for.
 
-Letters: T tokens, E experts, K picked experts a token.
+Letters: T tokens, E experts, K picked experts per token.
 """
 
 import triton
@@ -15,7 +15,7 @@ from .numerics import in_first, rows_of
 
 @triton.jit
 def expert_rows(offsets_ptr, rank, first, E, EP: tl.constexpr, RP: tl.constexpr):
-    """Rows of A and B behind the EP * RP columns of experts first.., and whether they exist."""
+    """Rows of A and B for the EP * RP columns of experts first.., and whether they exist."""
     column = tl.arange(0, EP * RP)
     e = first + column // RP
     if offsets_ptr is None:
@@ -32,7 +32,7 @@ def expert_rows(offsets_ptr, rank, first, E, EP: tl.constexpr, RP: tl.constexpr)
 def saved_rows(
     offsets_ptr, rank, first, E, R, EP: tl.constexpr, RP: tl.constexpr, SHARED: tl.constexpr
 ):
-    """The same for the columns of S, and how many of them a token has: with a shared A only one expert's."""
+    """The same for the columns of S, and how many a token has: with a shared A, only one expert's."""
     if SHARED:
         row, row_ok = expert_rows(None, rank, 0, 1, 1, RP)
         width = rank
@@ -66,10 +66,10 @@ def gate_values(logits, e_ok, GATE: tl.constexpr):
 def topk(p, bias_ptr, first_bias, top_p, threshold, e, e_ok, K: tl.constexpr):
     """Ids and gates of the K experts with the largest p + bias (None: zeros), and who was picked.
 
-    Ties go to the lower id, NaN comes last; the mask of free experts, not a sentinel in the scores, is
-    what keeps an id from being picked twice.  A picked expert is dropped, its id -1 and its gate 0, if
-    its p is below the threshold or those before it sum to top_p.
-    (BLOCK_T, E) -> (BLOCK_T, K padded) twice, (BLOCK_T, E)
+    Ties go to the lower id, and NaN comes last.  A mask of free experts, rather than a sentinel in the
+    scores, prevents an id from being picked twice.  A picked expert is dropped (id -1, gate 0) if its p
+    is below the threshold or if the p before it sum to top_p. (BLOCK_T, E) -> (BLOCK_T, K padded) twice,
+    (BLOCK_T, E)
     """
     score = p
     if bias_ptr is not None:
@@ -117,10 +117,10 @@ def route(
 ):
     """Pick K experts, store the routing and this tile's share of the statistics, return the gate.
 
-    The logits get biases.router added, and are stored so, unless out.logits is None; the experts' biases
-    begin at first_bias.  Where `out` is None nothing is stored.
-    Of several programs that decide on the same tokens the first, part 0, stores.
-    (BLOCK_T, E) -> (BLOCK_T, E), zero where not picked
+    biases.router is added to the logits, which are stored with it unless out.logits is None; the
+    experts' biases start at first_bias.  If `out` is None, nothing is stored. If several programs decide
+    on the same tokens, only the first (part 0) stores. (BLOCK_T, E) -> (BLOCK_T, E), zero where not
+    picked
     """
     if biases.router is not None:
         logits += tl.load(biases.router + first_bias + e, mask=e_ok, other=0.0)[None, :]
@@ -167,9 +167,9 @@ def narrow(v, N: tl.constexpr):
 
 @triton.jit
 def scatter_slots(indices_ptr, values_ptr, t, t_ok, e, e_ok, K: tl.constexpr):
-    """For every expert the sum of its slots' values, or their number.  (T, K) -> (BLOCK_T, E)
+    """The sum of the slots' values per expert, or their number.  (T, K) -> (BLOCK_T, E)
 
-    An id outside 0..E-1 is an empty slot; a repeated id adds up.
+    An id outside 0..E-1 is an empty slot; repeated ids add up.
     """
     total = tl.zeros((t.shape[0], e.shape[0]), tl.float32)
     for j in range(K):
@@ -185,7 +185,7 @@ def scatter_slots(indices_ptr, values_ptr, t, t_ok, e, e_ok, K: tl.constexpr):
 
 @triton.jit
 def gather_slots(v, out_ptr, indices_ptr, t, t_ok, e, e_ok, K: tl.constexpr):
-    """Store for every slot its expert's v, if the expert is in this tile.  (BLOCK_T, E) -> (T, K)"""
+    """Store v of each slot's expert, if the expert is in this tile.  (BLOCK_T, E) -> (T, K)"""
     for j in range(K):
         index = tl.load(indices_ptr + t * K + j, mask=t_ok, other=-1)
         hit = (index[:, None] == e[None, :]) & e_ok[None, :]
@@ -206,7 +206,7 @@ def share_of_slots(weights_ptr, dweights_ptr, t, t_ok, K: tl.constexpr):
 
 @triton.jit
 def apply_gate(s, gate, EP: tl.constexpr, RP: tl.constexpr):
-    """H: S times the gate of its expert, zero where the gate is, whatever S holds there.
+    """H: S times the gate of its expert; zero if the gate is zero, whatever S contains.
 
     S (BLOCK_T, EP * RP), or (BLOCK_T, RP) shared by the experts; gate (BLOCK_T, EP).
     """
@@ -218,7 +218,7 @@ def apply_gate(s, gate, EP: tl.constexpr, RP: tl.constexpr):
 def apply_gate_backward(
     g, s, gate, picked, EP: tl.constexpr, RP: tl.constexpr, SHARED: tl.constexpr
 ):
-    """From G = dy B^T: dS, H, and for every picked expert the sum of G S over its rows (BLOCK_T, EP)."""
+    """From G = dy B^T: dS, H, and the sum of G S over the rows of each picked expert (BLOCK_T, EP)."""
     dgate = tl.sum(by_expert(g, RP) * by_expert(s, RP), 2)
     ds = multiply_gated(by_expert(g, RP), gate)
     if SHARED:

@@ -1,9 +1,9 @@
 """Gram:  H^T x  and  H2^T x, in one pass over x.
 
-The gradients of A and of the router's W share x, so [dS | dlogits]^T x is formed tile by tile in two
-dots; one concatenated operand would be padded to twice its size.  A program owns a tile of columns, a
-tile of ranks and a stretch of the tokens; `add_parts` adds the stretches' partial sums in order, so the
-result does not depend on the schedule.  Rows of frozen experts cost nothing: a table names the others.
+The gradients of A and of the router's W share x, so [dS | dlogits]^T x is computed tile by tile in two
+dots; a single concatenated operand would be padded to twice its size.  A program owns a tile of columns, a
+tile of ranks and a split of the tokens; `add_parts` adds the partial sums of the splits in order, so the
+result does not depend on the schedule.  Rows of frozen experts cost nothing: a table lists the others.
 An fp32 H keeps all of its bits.
 Reads T*D + T*(R+R2), writes 4*SPLITS*(R+R2)*D.
 
@@ -26,7 +26,7 @@ def _gram_kernel(
     stride_xt,
     h_ptr,  # (T, R)
     stride_ht,
-    rows_ptr,  # (ROWS,): which columns of H are wanted; None: all
+    rows_ptr,  # (ROWS,): which columns of H are needed; None: all
     out_ptr,  # (SPLITS, R, D)
     h2_ptr,  # (T, R2) or None
     stride_h2t,
@@ -82,9 +82,9 @@ def gram(h, x):
 
 
 def gram_parts(h, x, dtype, rows=None):
-    """H^T x: parts (SPLITS, R, D) and where their sum (R, D) goes, in dtype; parts are None if it is there.
+    """H^T x: parts (SPLITS, R, D) and their sum's tensor (R, D) in dtype; parts are None if it is complete.
 
-    With a table of rows the others are zeros.
+    With a table of rows, the other rows are zero.
     """
     return _gram_parts(h, x, dtype, rows, None, torch.float32)[0]
 
@@ -132,6 +132,6 @@ def _gram_parts(h, x, dtype, rows, h2, dtype2):
 
 
 def split_tokens(T, programs, block_t):
-    """Tokens a program: enough stretches for about 256 programs, each of at least four tiles."""
+    """Tokens per program: enough splits for about 256 programs, each of at least four tiles."""
     stretches = max(1, min(256 // programs, T // (4 * block_t)))
     return triton.cdiv(triton.cdiv(T, stretches), block_t) * block_t

@@ -26,14 +26,14 @@ def column_rows(v):
 
 
 def padded(n, most):
-    """Columns of a tile for n of them: a power of two from 16, which a dot wants along K, to `most`."""
+    """Columns of a tile for n: a power of two from 16, the minimum of a dot along K, to `most`."""
     return min(most, max(16, triton.next_power_of_2(n)))
 
 
 def launch(x, kernel, grid, *args, **options):
     """Launch on x's own device, which need not be the current one.
 
-    A tile that the part has no room for is tried once more without the pipeline's buffers.
+    A tile that does not fit into shared memory is retried once without the pipeline's buffers.
     """
     options["enable_fp_fusion"] = True  # a default that is changing
     with torch.cuda.device_of(x):
@@ -49,10 +49,10 @@ def launch(x, kernel, grid, *args, **options):
 
 @functools.cache
 def tuned(kernel, warps):
-    """The kernel with the number of pipeline stages that its first call finds fastest.
+    """The kernel with the number of pipeline stages that was fastest in its first call.
 
-    Timed anew for other sizes of the layer, dtypes and tiles, never for another T.  Tiles and warps stay:
-    buffers and the order of sums hang on them (a sum along a row adds up each warp's share), so tuning
+    Timed again for each layer size, dtype and tile, never for a new T.  Tiles and warps are not tuned:
+    buffers and the order of sums depend on them (a sum along a row adds up each warp's share).  So tuning
     changes no bit of a result.
     """
     sizes = [name for name in ("D", "D_in", "D_out", "R", "E") if name in kernel.arg_names]
@@ -62,11 +62,11 @@ def tuned(kernel, warps):
 
 
 def precision(x):
-    """Of fp32 dots: PyTorch's own switch on NVIDIA; AMD has no TF32."""
+    """Precision of fp32 dots: PyTorch's own setting on NVIDIA; AMD has no TF32."""
     if INTERPRETED or x.dtype != torch.float32 or family(x.device) == "cdna":
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # older torch has one switch, newer ones two; reading the older raises once the newer was set
+    # newer versions of torch have two settings; reading the older one raises once the newer one is set
     if hasattr(matmul, "fp32_precision"):
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
     return "tf32" if matmul.allow_tf32 else "ieee"

@@ -1,9 +1,9 @@
 """The experts that a tile of sorted tokens holds, in ascending order, and their number.
 
-A tile then walks its own experts only; the list has a static bound, so no host waits for the number.
-Reads 4*T*K bytes, writes 4*tiles*(L + 1).
+A tile then loops over its own experts only; the list has a static bound, so the host never waits for the
+number. Reads 4*T*K bytes, writes 4*tiles*(L + 1).
 
-Letters: T tokens, E experts, K slots a token, L entries of a tile's list: min(E, BLOCK_T * K).
+Letters: T tokens, E experts, K slots per token, L entries of a tile's list: min(E, BLOCK_T * K).
 """
 
 import triton
@@ -37,7 +37,7 @@ def _list_experts_kernel(
             index = tl.load(indices_ptr + t * K + j, mask=i < T, other=-1)
             held |= tl.max((index[:, None] == e[None, :]).to(tl.int32), 0)
         held = tl.where(e < E, held, 0)
-        # how many are held before each: a triangular sum, as a scan over so few costs more
+        # the number of experts before each: a triangular sum, because a scan over so few costs more
         before = tl.sum(tl.where(e[None, :] < e[:, None], held[None, :], 0), 1)
         tl.store(experts_ptr + tile * L + number + before, e, mask=held > 0)
         number += tl.sum(held, 0)

@@ -4,7 +4,7 @@
     dB = H^T dy                            [dA ; dW] = [dS | dlogits]^T x
     drouter_bias = dlogits^T 1
 
-Four launches and one that adds up partial sums, each skipped when its gradient is not needed; dy and x
+Four launches and one that adds up partial sums, each skipped if its gradient is not needed; dy and x
 are read twice, dx is written once.  The segmented plan does the same on tiles of sorted tokens.
 """
 
@@ -32,7 +32,7 @@ def grouped_lora_backward(
     dy, x, a, b, s, indices, weights, scaling, offsets, shared_a,
     slots, frozen, need_x, need_w, need_a, need_b, plan,
 ):  # fmt: skip
-    """dx, dweights, da, db; empty where not needed."""
+    """dx, dweights, da, db; empty if not needed."""
     require_supported(dy, x, a, b)
     routing = Routing(indices.contiguous(), weights.contiguous())
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
@@ -50,7 +50,7 @@ def routed_lora_backward(
     scaling, offsets, shared_a, gate, renormalize, frozen, need_x, need_w, need_a, need_b,
     need_router_bias, plan,
 ):  # fmt: skip
-    """dx, dw, da, db, drouter_bias; empty where not needed."""
+    """dx, dw, da, db, drouter_bias; empty if not needed."""
     require_supported(dy, x, w, a, b)
     routing = Routing(indices.contiguous(), weights.contiguous(), logits.contiguous())
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
@@ -76,7 +76,7 @@ class RankDense:
         self.ds, self.h, self.dweights, self.dlogits = out
 
     def results(self, need_x, need_a, need_w, need_b):
-        """dx, da, dw, db; empty where not needed."""
+        """dx, da, dw, db; empty if not needed."""
         sums = {}
         if need_a and need_w:
             sums["a"], sums["w"] = self.a_and_w()
@@ -106,7 +106,7 @@ class RankDense:
         return gram_parts(self.h, self.dy, self.experts.b.dtype, self.rows(False))
 
     def rows(self, shared):
-        """The rows that are not frozen, or None for all.  A frozen expert still passes gradient on."""
+        """The rows that are not frozen, or None for all.  A frozen expert still passes gradients to x."""
         return None if shared or not self.frozen else self.trained_rows
 
     @functools.cached_property
@@ -144,7 +144,7 @@ class Segmented(RankDense):
 
     @functools.cached_property
     def shared_ds(self):
-        """What a shared A gets: the sum of a token's slots."""
+        """The gradient for a shared A: the sum over a token's slots."""
         return self.ds.sum(1).to(self.x.dtype)
 
     def a_and_w(self):
@@ -170,7 +170,7 @@ class Segmented(RankDense):
 
 
 class OfSlots(Segmented):
-    """The same of slots as tokens (slots.py): dx is a sum over a token's slots where y was not."""
+    """The same with slots as tokens (slots.py): dx is summed over a token's slots if y was not."""
 
     def __init__(self, dy, x, w, s, routing, experts, frozen, slots):
         self.dy, self.x, self.w, self.experts, self.frozen = dy, x, w, experts, frozen

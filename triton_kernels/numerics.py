@@ -1,18 +1,18 @@
 """Products and roundings that every kernel shares.
 
-16-bit operands go to the tensor cores as they are, sums are fp32.  An fp32 operand beside a 16-bit
-one keeps all of its bits: that is how the router's products stay full fp32 at tensor-core speed.
+16-bit operands go to the tensor cores unchanged, and sums are fp32.  An fp32 operand multiplied by a
+16-bit one keeps all of its bits, so the router's products have full fp32 precision at tensor-core speed.
 
-Triton's interpreter holds bf16 as raw bits, multiplies those bits in a dot and truncates when it
-casts.  INTERPRETED is known when the kernels are decorated, so what they do about it costs a
-compiled kernel nothing.
+Triton's interpreter stores bf16 as raw bits, multiplies those bits in a dot and truncates when it
+casts.  INTERPRETED is known when the kernels are decorated, so the workarounds cost a compiled kernel
+nothing.
 """
 
 import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# whether a product of fp32 and 16-bit operands is one of bf16 terms; the interpreter need not, tests make it
+# whether products of fp32 and 16-bit operands use bf16 terms; the interpreter only does so in tests
 SPLIT = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
@@ -49,7 +49,7 @@ def convert(v, dtype: tl.constexpr):
 
 @triton.jit
 def matched(h, b, out_dtype: tl.constexpr):
-    """Operands of a product H B in one dtype: a 16-bit H's; else B's where the output is 16-bit as well."""
+    """Operands of a product H B in one dtype: H's if it is 16-bit, else B's if the output is 16-bit too."""
     if h.dtype != tl.float32:
         b = convert(b, h.dtype)
     elif out_dtype != tl.float32:
@@ -63,8 +63,8 @@ def matched(h, b, out_dtype: tl.constexpr):
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b.  (M, K), (K, N), (M, N); PRECISION is that of two fp32 operands.
 
-    Beside a 16-bit operand an fp32 one is split into three bf16 terms, which hold its 24 bits, and an
-    fp16 one into two: every product is exact, at tensor-core speed.
+    If the other operand is 16-bit, an fp32 operand is split into three bf16 terms, which hold its 24
+    bits, and an fp16 operand into two: every product is exact, at tensor-core speed.
     """
     if a.dtype == b.dtype:
         if INTERPRETED:
@@ -84,10 +84,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_apart(a, b, acc):
-    """acc + a @ b for the router: whatever the operands, the sum is not left to a truncating accumulator."""
+    """acc + a @ b for the router: for any operands, the sum does not use a truncating accumulator."""
     if a.dtype == b.dtype and a.dtype != tl.float32:
         step = dot(a, b, tl.zeros(acc.shape, tl.float32), "ieee")
-        acc = tl.fma(step, tl.full(acc.shape, 1.0, tl.float32), acc)  # `+` would go into the dot
+        acc = tl.fma(step, tl.full(acc.shape, 1.0, tl.float32), acc)  # `+` would fuse into the dot
     else:
         acc = dot(a, b, acc, "ieee")
     return acc
@@ -95,9 +95,9 @@ def dot_apart(a, b, acc):
 
 @triton.jit
 def dot_for_16_bits(a, b, acc):
-    """acc + a @ b of fp32 operands where a sum of such is rounded to 16 bits at last.
+    """acc + a @ b of fp32 operands whose sum is rounded to 16 bits in the end.
 
-    Of the products of their bf16 halves the smallest is left out: an error of 2^-16, at tensor-core speed.
+    Omits the smallest of the products of their bf16 halves: an error of 2^-16, at tensor-core speed.
     """
     if SPLIT:
         a_high, a_low, _ = split(a)
@@ -112,10 +112,10 @@ def dot_for_16_bits(a, b, acc):
 
 @triton.jit
 def dot_split(wide, narrow, zeros, WIDE_IS_LEFT: tl.constexpr):
-    """The product of an fp32 and a 16-bit operand: of their highest terms, and all the rest of it.
+    """The product of an fp32 and a 16-bit operand, as two sums: of their highest terms, and of the rest.
 
-    Summed from zero, and added to what came before by the caller: the tensor cores truncate what they
-    accumulate, by up to a unit in the last place of the sum every sixteen products.
+    Both start from zero, and the caller adds them to the accumulator: the tensor cores truncate what they
+    accumulate, by up to one unit in the last place of the sum per sixteen products.
     """
     high, middle, low = split(wide)
     rest = zeros
@@ -148,7 +148,7 @@ def dot_bf16(a, b, acc):
 
 @triton.jit
 def whole(top, rest):
-    """top + rest, where an infinite or NaN top is all of it: inf times a lower term may have any sign."""
+    """top + rest, or just top if it is infinite or NaN: inf times a lower term may have any sign."""
     return tl.where(tl.abs(top) < float("inf"), top + rest, top)
 
 
@@ -204,7 +204,7 @@ def project(
 
 @triton.jit
 def in_first(mask, part):
-    """The mask itself in the first part, nothing in the others; part counts from 0."""
+    """The mask itself in the first part, all false in the others; part counts from 0."""
     return mask.to(tl.int32) > part
 
 
@@ -216,7 +216,7 @@ def rows_of(ptr, t0, width, column, BLOCK_T: tl.constexpr):
 
 @triton.jit
 def add_parts(parts_ptr, PARTS, T, t0, width, column, inside, BLOCK_T: tl.constexpr):
-    """What `project` would have summed, from the stretches that `shrink` left apart.  (PARTS, T, width)"""
+    """The sum that `project` would compute, from the parts that `shrink` wrote.  (PARTS, T, width)"""
     total = tl.zeros((BLOCK_T, column.shape[0]), tl.float32)
     for _part in range(PARTS):
         total += tl.load(rows_of(parts_ptr, t0, width, column, BLOCK_T), mask=inside, other=0.0)

@@ -2,12 +2,12 @@
 
     dS = G g s      dg_te = s_e * sum over rows r of e of G_tr S_tr      dlogits = router backward of dg
 
-One pass over dy leaves G in registers, where the rest happens beside the saved S (T, R): the gate's
-gradient needs nothing of size D_out.  H is formed again rather than saved: dB = H^T dy.
-More ranks than fit: `shrink` writes G, `gate_ranks_backward` does the rest.
+One pass over dy leaves G in registers, where the rest is computed with the saved S (T, R): the gate's
+gradient needs nothing of size D_out.  H is recomputed rather than saved: dB = H^T dy.
+If the ranks do not fit, `shrink` writes G and `gate_ranks_backward` does the rest.
 Reads T*D_out + R*D_out + 4*T*(R + 3K + E), writes T*(R + R) + 4*T*E.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.
 """
 
 import torch
@@ -33,7 +33,7 @@ from .tiles import choose
 
 @triton.jit(do_not_specialize=["T"])
 def _rank_gradient_kernel(
-    dy_ptr,  # (T, D_out), or None: `shrink` left G in parts
+    dy_ptr,  # (T, D_out), or None: `shrink` wrote G in parts
     stride_dyt,
     g_parts_ptr,  # (PARTS, T, R)
     PARTS,
@@ -112,7 +112,7 @@ def _rank_gradient_kernel(
 def rank_gradient(dy, s, routing, experts, router):
     """dS (T, R or r) and H (T, R) in dy's dtype; dweights (T, K), or dlogits (T, E) with a router.
 
-    `router` is its gate, whether it renormalizes, and the gradients that reach the routing from outside.
+    `router` holds its gate, whether it renormalizes, and the gradients that reach the routing from outside.
     """
     if len(dy) == 0 or not experts.fit_registers:
         return _in_memory(dy, s, routing, experts, router)

@@ -2,14 +2,14 @@
 
     [S | logits] = x @ [A | W]^T      H = gate(S, logits)      y = base + H @ B
 
-Phase 1 loops over D_in and forms S and the logits from the same tile of x; top-k and gating happen in
-registers, where H then is the operand of phase 2, which loops over D_out.  Nothing is sorted, gathered
-or read twice.  Where H does not fit beside a tile of y it is stored instead, and `expand` is a second
-launch; where T is too small to fill a device, `shrink` comes first, split along D_in, and phase 2 is split
-along D_out.  This file also opens the other plans: `decode`, `segmented`.
+Phase 1 loops over D_in and computes S and the logits from the same tile of x; top-k and gating happen in
+registers, where H is the operand of phase 2, which loops over D_out.  Nothing is sorted, gathered
+or read twice.  If H does not fit next to a tile of y, it is stored instead and `expand` is a second
+launch.  If T is too small to fill a device, `shrink` runs first, split along D_in, and phase 2 is split
+along D_out.  This file also dispatches to the other plans: `decode`, `segmented`.
 Reads T*D_in + (R+E)*D_in + R*D_out + T*D_out (base), writes T*D_out + 4*T*(R + 2K + E).
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts, r one expert's.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.
 """
 
 import torch
@@ -41,7 +41,7 @@ from .tiles import choose
 
 @triton.jit(do_not_specialize=["T"])
 def _routed_lora_kernel(
-    x_ptr,  # (T, D_in), or None: `shrink` left its sums in parts
+    x_ptr,  # (T, D_in), or None: `shrink` wrote its sums in parts
     stride_xt,
     s_parts_ptr,  # (PARTS, T, R or r)
     logits_parts_ptr,  # (PARTS, T, E)
@@ -89,7 +89,7 @@ def _routed_lora_kernel(
     row, row_ok = expert_rows(offsets_ptr, rank, 0, E, EP, RP)
     s_row, s_ok, width = saved_rows(offsets_ptr, rank, 0, E, R, EP, RP, SHARED)
     s_inside = t_ok[:, None] & s_ok[None, :]
-    part = tl.program_id(1)  # a stretch of y; what all of them compute alike the first one stores
+    part = tl.program_id(1)  # a split of y; the first one stores what all of them compute
 
     if x_ptr is None:
         s = add_parts(s_parts_ptr, PARTS, T, t0, width, s_row, s_inside, BLOCK_T)
@@ -154,7 +154,7 @@ def routed_lora(
 
 
 def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
-    """y (T, D_out), or by slot (T*K, D_out); S."""
+    """y (T, D_out), or (T*K, D_out) by slot; S."""
     require_supported(x, a, b)
     x, base = column_rows(x), None if base is None else column_rows(base)
     experts = bundle_experts(a, b, scaling, offsets, shared_a)

@@ -3,12 +3,12 @@
     logits = x W^T + router_bias      p = gate(logits)
     ids = top-k of p + bias      weights = p[ids] (/ their sum)
 
-The decision is taken in registers on the tile of logits that one pass over x left there; the statistics
-for the auxiliary losses leave as one row a tile and are added in order.  More experts than a tile holds:
-`shrink` forms the logits, and the same kernel decides on them.
+The decision is made in registers, on the tile of logits that one pass over x left there.  The statistics
+for the auxiliary losses are written as one row per tile and added in order.  If there are more experts than a
+tile holds, `shrink` computes the logits and the same kernel decides on them.
 Reads T*D_in + E*D_in, writes 4*T*(E + 2K + 1).
 
-Letters: T tokens, E experts, K picked experts a token.
+Letters: T tokens, E experts, K picked experts per token.
 """
 
 import math
@@ -25,18 +25,18 @@ from .numerics import project, rows_of
 from .shrink import shrink
 from .tiles import choose
 
-MAX_EXPERTS = 256  # whose logits fit a tile that is also the sum of a dot
+MAX_EXPERTS = 256  # the most whose logits fit into a tile that is also a dot's accumulator
 
 
 class Routing(NamedTuple):
-    """Where the kernels put a decision; the statistics in one row a tile of tokens."""
+    """Where the kernels write a decision; the statistics have one row per tile of tokens."""
 
     indices: torch.Tensor  # (T, K) int32
     weights: torch.Tensor  # (T, K)
     logits: torch.Tensor | None = None  # (T, E)
     lse: torch.Tensor | None = None  # (T,)
     mean_prob: torch.Tensor | None = None  # (tiles, E)
-    counts: torch.Tensor | None = None  # (tiles, E) int32, a single tile's int64
+    counts: torch.Tensor | None = None  # (tiles, E) int32; int64 if there is only one tile
 
     def results(self):
         """indices, weights, logits, mean_prob (E,), lse, counts (E,) int64"""
@@ -50,10 +50,10 @@ class Routing(NamedTuple):
 
 
 class Biases(NamedTuple):
-    """What is added to the router's numbers; fp32, contiguous, each optional."""
+    """Biases of the router; fp32, contiguous, each optional."""
 
-    selection: torch.Tensor | None  # (E,), to the gates for top-k alone
-    router: torch.Tensor | None  # (E,), to the logits
+    selection: torch.Tensor | None  # (E,), added to the gates for top-k only
+    router: torch.Tensor | None  # (E,), added to the logits
 
 
 NO_BIASES = Biases(None, None)
@@ -76,7 +76,7 @@ def new_routing(x, E, K, block_t, keep_logits=True):
 
 
 def gate_options(K, gate="softmax", renormalize=False, top_p=math.inf, threshold=0.0):
-    """Without a router only K matters."""
+    """Without a router, only K matters."""
     return {
         "top_p": top_p,
         "threshold": threshold,
@@ -163,7 +163,7 @@ def route_logits(logits, bias, top_k, gate, renormalize, top_p, threshold):
 
 
 def decide(logits, biases, options, keep_logits=True):
-    """As router_topk, from logits in memory; `options` as gate_options makes them."""
+    """Like router_topk, but from logits in memory; `options` come from gate_options."""
     source = None, 0, None, 0, logits
     return _launch(logits, source, biases, logits.shape[1], "route_logits", options, keep_logits)
 

@@ -4,9 +4,9 @@ With w = p / z, z the sum over the picked:
     dp = (dw - sum of dw w) / z + dmean_prob / T
     dlogits = p (dp - sum of p dp) for a softmax, p (1 - p) dp for sigmoids; + softmax(logits) dlse + dlogits
 
-A token's row of experts fits a tile of registers.  Reads and writes about 4*T*(2E + 3K) bytes.
+A token's row of experts fits into a tile of registers.  Reads and writes about 4*T*(2E + 3K) bytes.
 
-Letters: T tokens, E experts, K picked experts a token.
+Letters: T tokens, E experts, K picked experts per token.
 """
 
 from typing import NamedTuple
@@ -96,7 +96,7 @@ def router_topk_backward(
 
 
 def logits_gradient(dweights, routing, router):
-    """The same from the experts' share of dweights and a `router` as rank_gradient takes it."""
+    """The same from the experts' part of dweights and a `router` as in rank_gradient."""
     gate, renormalize, aux = router
     if aux.dweights is not None:
         dweights = dweights + aux.dweights

@@ -1,7 +1,7 @@
 """Expand by picked experts only, on tiles of sorted tokens:  y = base + H B (+ H2 B2).
 
-The loop over ranks of `expand` walks the columns of the tile's own experts instead of all R; rows of base
-and y are gathered and scattered, which costs nothing at their width.  The second pair is dense: dlogits W.
+The loop over ranks in `expand` covers the columns of the tile's own experts instead of all R; rows of base
+and y are gathered and scattered, which is free at their width.  The second pair is dense: dlogits W.
 Reads T*D (base), H and the rows of B of every tile's experts, writes T*D.
 
 Letters: T tokens, E experts, R rank rows, L experts a tile may hold, D columns of y.
@@ -38,8 +38,8 @@ def _segmented_expand_kernel(
     L,
     R2,
     D,
-    BLOCKS,  # of columns; one axis of the grid takes any number of tiles, the others 65,535
-    SHARE: tl.constexpr,  # tokens in a row that read the same row of base
+    BLOCKS,  # of columns; one axis of the grid takes any number of tiles, the others at most 65,535
+    SHARE: tl.constexpr,  # consecutive tokens that read the same row of base
     RP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,

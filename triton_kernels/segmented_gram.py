@@ -1,11 +1,11 @@
 """Gradients of A and B by picked experts only:  out[rows of e] = sum over slots of e of  H_tj x_t^T.
 
-Slots come sorted by expert, window by window: a program owns an expert's rows, a tile of columns and a
-window, gathers the rows of x that its slots name and writes its part, zeros where the expert has no slot in
-the window.  So skew costs at most one window a program, and parts are added in order.
+Slots are sorted by expert within each window.  A program owns an expert's rows, a tile of columns and a
+window; it gathers the rows of x that its slots name and writes its part, or zeros if the expert has no
+slot in the window.  Skew therefore costs at most one window per program, and parts are added in order.
 Reads T*K*D and T*K*r, writes 4*windows*R*D.
 
-Letters: T tokens, E experts, K slots a token, R rank rows, r the largest rank, D columns of x.
+Letters: T tokens, E experts, K slots per token, R rank rows, r the largest rank, D columns of x.
 """
 
 import torch
@@ -21,7 +21,7 @@ from .tiles import choose, sort_window
 
 @triton.jit
 def _segmented_gram_kernel(
-    x_ptr,  # (T, D), or (T*K, D) where K is 1
+    x_ptr,  # (T, D), or (T*K, D) if K is 1
     stride_xt,
     h_ptr,  # (T, K, r)
     order_ptr,  # (T*K,)
@@ -76,12 +76,12 @@ def _segmented_gram_kernel(
 
 
 def sorted_slots(indices, E):
-    """Slots by expert, where each expert's start in every window, and the size of a window."""
+    """Slots by expert, the start of each expert's slots in every window, and the window size."""
     return *sort_slots(indices, E), sort_window("slot")
 
 
 def segmented_gram(h, x, slots, experts, frozen, dtype):
-    """As gram_parts: parts (windows, R, D), None where there is one window, and out (R, D) in dtype."""
+    """Like gram_parts: parts (windows, R, D), or None if there is one window, and out (R, D) in dtype."""
     order, starts, window = slots
     x = column_rows(x)
     R, D, E = len(experts.b), x.shape[1], len(experts.scaling)

@@ -2,13 +2,13 @@
 
     S = x A^T, H = S g s          G = dy B^T, dS = G g s, H = S g s, dw_tj = s_e sum over r of e of G S
 
-A tile of tokens with the same experts side by side holds few of the E; a program owns a tile and a block of
-the rank columns of the experts on its list, and the blocks past the list end at once.  The result leaves
-twice: slot by slot, as it is saved and as the gradients of A and B want it, and tile by tile, rows and
-columns as they lie in registers, which is how `segmented_expand` takes it.
-Reads T*D and the rows of A of the tile's experts, writes 4*T*K*r and T*(columns of the tile).
+With tokens of the same experts next to each other, a tile holds few of the E experts.  A program owns a
+tile and a block of the rank columns of the experts on its list; blocks past the end of the list exit at
+once.  The result is written twice: slot by slot, to be saved and for the gradients of A and B, and tile
+by tile, with rows and columns as they are in registers, as input of `segmented_expand`. Reads T*D and
+the rows of A of the tile's experts, writes 4*T*K*r and T*(columns of the tile).
 
-Letters: T tokens, E experts, K slots a token, R rank rows, r the largest rank, L experts a tile may hold,
+Letters: T tokens, E experts, K slots per token, R rank rows, r the largest rank, L experts a tile may hold,
 D columns of x.
 """
 
@@ -30,7 +30,7 @@ from .tiles import choose
 def listed_rows(
     offsets_ptr, rank, experts_ptr, number, first, E, COLUMNS: tl.constexpr, RP: tl.constexpr
 ):
-    """Rows of A behind the rank columns first.. of a tile's experts, and whether they exist."""
+    """Rows of A for the rank columns first.. of a tile's experts, and whether they exist."""
     column = first + tl.arange(0, COLUMNS)
     listed = column // RP < number
     e = tl.load(experts_ptr + column // RP, mask=listed, other=0)
@@ -48,7 +48,7 @@ def listed_rows(
 def _segmented_shrink_kernel(
     x_ptr,  # (T // SHARE, D), or dy
     stride_xt,
-    a_ptr,  # (R, D), or B; None: S is there, shared by the experts
+    a_ptr,  # (R, D), or B; None: S is given, shared by the experts
     stride_ar,
     order_ptr,  # (T,)
     experts_ptr,  # (tiles, L)
@@ -68,9 +68,9 @@ def _segmented_shrink_kernel(
     L,
     D,
     r,
-    BLOCKS,  # of a tile; one axis of the grid takes any number of tiles, the others 65,535
+    BLOCKS,  # per tile; one axis of the grid takes any number of tiles, the others at most 65,535
     K: tl.constexpr,
-    SHARE: tl.constexpr,  # tokens in a row that read the same row of x
+    SHARE: tl.constexpr,  # consecutive tokens that read the same row of x
     BACKWARD: tl.constexpr,
     SHARED: tl.constexpr,
     EP: tl.constexpr,
@@ -118,7 +118,7 @@ def _segmented_shrink_kernel(
     for j in range(K):
         index = tl.load(indices_ptr + t * K + j, mask=t_ok, other=-1)
         hit = (index[:, None] == e[None, :]) & e_ok[None, :]
-        empty = in_first((index < 0) | (index >= E), block)  # one program writes it, as zeros
+        empty = in_first((index < 0) | (index >= E), block)  # one program writes the zeros
         mine = t_ok & (empty | (tl.max(hit.to(tl.int32), 1) == 1))
         at = (t * K + j)[:, None] * r + c
         inside = mine[:, None] & (c < r)
@@ -142,7 +142,7 @@ def _segmented_shrink_kernel(
 
 
 class Segments(NamedTuple):
-    """Tokens in an order that brings like experts together, and the experts of every tile of them."""
+    """Tokens ordered so that equal experts are together, and the experts of every tile."""
 
     order: torch.Tensor  # (T,)
     experts: torch.Tensor  # (tiles, L)
@@ -150,18 +150,18 @@ class Segments(NamedTuple):
     tile: dict  # BLOCK_T and the other launch options
 
     def new_columns(self, like, RP):
-        """Room for the rank columns of every tile's experts, (tiles, BLOCK_T, L*RP); part of it is used."""
+        """Space for the rank columns of every tile's experts, (tiles, BLOCK_T, L*RP), not all of it used."""
         tiles, L = self.experts.shape
         return like.new_empty(tiles, self.tile["BLOCK_T"], L * RP)
 
     def experts_at_once(self, RP):
-        """A power of two: of a tile's experts those that a program takes."""
+        """How many of a tile's experts one program handles, a power of two."""
         L = self.experts.shape[1]
         return max(1, min(triton.next_power_of_2(L), self.tile["COLUMNS"] // RP))
 
 
 def sharing(n, v):
-    """How many of n tokens in a row read one row of v: slots do, which are tokens in slots.py."""
+    """How many of n consecutive tokens read the same row of v: the slots of slots.py do."""
     return max(1, n // max(1, len(v)))
 
 
@@ -189,7 +189,7 @@ def segmented_rank_gradient(dy, s, routing, experts, segments, in_tiles=True):
     """dS tile by tile; dS and H (T, K, r); dweights (T, K)."""
     b, (T, K) = experts.b, routing.indices.shape
     columns = segments.new_columns(dy, experts.own_columns) if in_tiles else None
-    # what a shared A gets from a token's slots is summed before it is rounded
+    # with a shared A, the gradient is summed over a token's slots before it is rounded
     kind = torch.float32 if experts.shared_a else dy.dtype
     ds = dy.new_empty(T, K, experts.largest, dtype=kind)
     out = columns, ds, dy.new_empty(ds.shape), torch.empty_like(routing.weights)

@@ -1,9 +1,9 @@
 """Shrink:  [S | logits] = x @ [A | W]^T, in fp32.
 
-Skinny: x is the only large operand, so one pass over it serves both products.  The ranks are tiled over
-the second axis of the grid; up to one tile of them x is read once.  Few tokens cannot fill a device, so
-the third axis splits D into stretches, whose sums the reader adds in order.  B has the layout of A:
-G = dy B^T is a shrink too.  Reads T*D + (R+E)*D, writes 4*PARTS*T*(R+E) bytes.
+A skinny product: x is the only large operand, so one pass over it computes both products.  The ranks are
+tiled over the second axis of the grid; if they fit into one tile, x is read once.  Few tokens cannot
+fill a device, so the third axis splits D, and the consumer adds the partial sums in order.  B has the
+layout of A, so G = dy B^T is a shrink too.  Reads T*D + (R+E)*D, writes 4*PARTS*T*(R+E) bytes.
 
 Letters: T tokens, E experts, R rank rows of all experts, D columns of x.
 """
@@ -61,7 +61,7 @@ def _shrink_kernel(
 
 
 def shrink(x, a, w):
-    """S (T, R) and logits (T, E); either matrix may be None, and what it makes has no columns."""
+    """S (T, R) and logits (T, E); either matrix may be None, and its result then has no columns."""
     return sum_of_parts(*shrink_parts(x, a, w))
 
 
@@ -74,7 +74,7 @@ def sum_of_parts(*parts):
 
 
 def shrink_parts(x, a, w):
-    """The same with the stretches of D still apart: (PARTS, T, R), (PARTS, T, E)."""
+    """The same with one partial sum per split of D: (PARTS, T, R), (PARTS, T, E)."""
     require_supported(x, *(v for v in (a, w) if v is not None))
     x = column_rows(x)
     a, w = (None if v is None else column_rows(v) for v in (a, w))
@@ -86,10 +86,10 @@ def shrink_parts(x, a, w):
     logits = x.new_empty(parts, T, E, dtype=torch.float32)
     if T == 0:
         return s, logits
-    # beside ranks of many tokens, 64 experts spill with some Tritons; of few tokens, 32 do with others
+    # with ranks and many tokens, 64 experts spill in some versions of Triton; with few tokens, 32 in others
     wide = x.dtype == torch.bfloat16 and (R == 0 or T <= FEW)
     block_r = padded(R, 128)
-    # as many programs as the ranks need anyway share the experts
+    # the programs that the ranks need anyway share the experts
     share = triton.cdiv(E, max(1, triton.cdiv(R, block_r)))
     block_e = padded(share, 64 if wide else 32)
     columns = max(triton.cdiv(R, block_r), triton.cdiv(E, block_e))

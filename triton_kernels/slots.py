@@ -1,11 +1,12 @@
-"""Slots kept apart and slots reduced, by the segmented plan:
+"""Slots kept apart or summed, with the segmented plan:
 
     apart  y_tj = base + w_tj s_e B_e A_e x_t         sum  y_t = base_t + sum over j of  w_tj s_e B_e A_e x_tj
 
-A slot is a token of its own here, with one expert, and the order that `sort_slots` gives is one of sorted
-tokens.  What has a row per token (x of the one, dy of the other, a base) is read through it by each of its
-slots, never copied.  Only where a sum over a token's slots comes out, which is y of the one and dx of the
-other, S or dS goes from slots to tiles of tokens first (`arrange_slots`), a few bytes per rank.
+Here each slot is a token with one expert, and `sort_slots` gives the order of the sorted tokens.
+Tensors with one row per token (x if slots are apart, dy if they are summed, a base) are read through
+this order by each of the token's slots, never copied.  Only a sum over a token's slots (y if they are
+summed, dx if they are apart) first needs S or dS rearranged from slots to tiles of tokens
+(`arrange_slots`), a few bytes per rank.
 
 Letters: T tokens, K slots per token, r the largest rank.
 """
@@ -22,12 +23,12 @@ from .tiles import choose
 
 
 def of_each_slot(routing):
-    """The same routing of T*K tokens with one slot."""
+    """The same routing, as T*K tokens with one slot each."""
     return Routing(routing.indices.view(-1, 1), routing.weights.view(-1, 1))
 
 
 def segments_of_slots(x, routing, experts):
-    """Segments of T*K tokens with one slot, and what `segmented_gram` takes, in the same order."""
+    """Segments of T*K tokens with one slot each, and the input of `segmented_gram` in the same order."""
     tile, E = choose("segmented", x, experts.own_columns), len(experts.scaling)
     slots = sorted_slots(routing.indices, E)
     return Segments(

@@ -1,14 +1,14 @@
-"""A stable counting sort by expert, window by window, without a host that waits for a count:
+"""A stable counting sort by expert, window by window, in which the host never waits for a count:
 
-    place of an item = items of the window with a smaller key + those with its key in blocks before its own
-                       + those with its key before it in its block
+    position of an item = items of the window with a smaller key + those with its key in earlier blocks
+                          + those with its key before it in its block
 
-`count_keys` leaves the number of each key in every block of the window; here a program adds up what its
-items need.  The work is linear in the items, the order is that of any stable sort, and neither atomics nor a
-number that the kernel would be compiled for take part.  Sorted are slots by expert, which also yields where
-each expert's slots start, or tokens by the two experts of their first two slots, so that a tile of neighbors
-holds few different experts: by the higher one first, then by the lower, as a radix sort does.
-Reads 4*N*K bytes and the window's counts a block, writes 4*N or 4*(N + E + 1).
+`count_keys` writes the number of each key in every block of the window; here a program adds up what its
+items need.  The work is linear in the items, the order is that of any stable sort, and the kernel needs
+neither atomics nor recompilation for new counts.  It sorts slots by expert, which also gives the start
+of each expert's slots, or tokens by the two experts of their first two slots, so that a tile of
+neighbors holds few different experts: by the higher one first, then by the lower, as in a radix sort.
+Reads 4*N*K bytes and, per block, the window's counts; writes 4*N or 4*(N + E + 1).
 
 Letters: E experts, K slots per token, N items: T tokens or T*K slots.
 """
@@ -26,7 +26,7 @@ from .tiles import sort_window
 @triton.jit(do_not_specialize=["N", "blocks"])
 def _sort_tokens_kernel(
     indices_ptr,  # (T, K)
-    source_ptr,  # (N,) items in the order of an earlier sort, or None: as they are
+    source_ptr,  # (N,) items in the order of an earlier sort, or None: in index order
     counts_ptr,  # (blocks, E+1)
     order_ptr,  # (N,)
     starts_ptr,  # (windows, E+1), or None
@@ -36,7 +36,7 @@ def _sort_tokens_kernel(
     K: tl.constexpr,
     BY: tl.constexpr,
     ITEMS: tl.constexpr,
-    WINDOW: tl.constexpr,  # blocks of a window
+    WINDOW: tl.constexpr,  # blocks per window
     BLOCK_E: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -67,7 +67,7 @@ def _sort_tokens_kernel(
 
 
 def sort_tokens(indices, E, tile):
-    """order (T,) int32: tokens with the same experts side by side.  All in one tile stay as they are."""
+    """order (T,) int32, with equal experts next to each other.  A single tile of tokens is not sorted."""
     T, K = indices.shape
     if tile >= T:
         return torch.arange(T, dtype=torch.int32, device=indices.device)
@@ -76,7 +76,7 @@ def sort_tokens(indices, E, tile):
 
 
 def sort_slots(indices, E):
-    """order (T*K,) int32 of slots t*K + j, and where each expert's start in a window, (windows, E+1)."""
+    """order (T*K,) int32 of slots t*K + j, and the start of each expert's slots by window (windows, E+1)."""
     return _sort(indices, None, indices.numel(), E, "slot")
 
 

@@ -1,8 +1,8 @@
-"""Tile sizes by architecture: no spills, within the shared memory of the part, and no autotuning.
+"""Tile sizes by architecture: no spills, within the part's shared memory, and no autotuning.
 
-Chosen by reading what the compiler makes of each (tests/test_triton_compile.py), not by timing.  A tile
-depends on shapes, dtype and architecture, on T by its size class only: another T never compiles anew,
-and within a class a token's bits do not depend on its batch.
+Chosen by inspecting the compiled code (tests/test_triton_compile.py), not by timing.  A tile depends on
+shapes, dtype, architecture and the size class of T.  So a new T in the same class never recompiles, and
+within a class a token's bits do not depend on its batch.
 """
 
 import functools
@@ -14,11 +14,11 @@ from triton.runtime.errors import OutOfResources
 from .numerics import INTERPRETED
 
 ALL = 2**30
-FEW, SOME = 64, 4096  # up to here T alone does not fill a device: `shrink` splits D
+FEW, SOME = 64, 4096  # up to these sizes T alone does not fill a device: `shrink` splits D
 
 
 class UnsupportedGPU(OutOfResources):
-    """Caught where a kernel that does not fit is: plain PyTorch serves instead."""
+    """Handled like a kernel that does not fit: plain PyTorch is used instead."""
 
     def __init__(self, arch):
         self.arch = arch
@@ -32,13 +32,13 @@ class UnsupportedGPU(OutOfResources):
 
 @functools.lru_cache
 def family(device):
-    """interpreter, hopper (227 KB of shared memory a block), ampere and kin (99) or cdna (64)."""
+    """interpreter, hopper (227 KB of shared memory per block), ampere and similar (99) or cdna (64)."""
     if INTERPRETED:
         return "interpreter"
     with torch.cuda.device_of(torch.empty(0, device=device)):
         target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":
-        if target.warp_size != 64:  # with the tiles of the others up to 2,367 registers spill
+        if target.warp_size != 64:  # with the tiles of the others, up to 2,367 registers spill
             raise UnsupportedGPU(target.arch)
         return "cdna"
     return "hopper" if target.arch // 10 in (9, 10) else "ampere"
@@ -56,7 +56,7 @@ def shrink(part, T, half, width):
 
 
 def routed_lora(part, T, half, width):
-    """STRETCH: columns of y a program writes, all of them at most; None: `expand` writes y."""
+    """STRETCH: columns of y that a program writes, at most all of them; None: `expand` writes y."""
     if T <= SOME or (part == "ampere" and width > 128):
         stretch = 512 if half and T <= SOME else None
         tile = {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "STRETCH": stretch}
@@ -69,12 +69,12 @@ def routed_lora(part, T, half, width):
 
 
 def routed_lora_many_experts(part, T, half, width):
-    """Their logits and gates leave no room for S of more than 128 ranks as well."""
+    """Their logits and gates leave no room for an S of more than 128 ranks."""
     return routed_lora(part, SOME if width > 128 else T, half, width)
 
 
 def routed_lora_shared(part, T, half, width):
-    """So few rows of A that a longer step is needed to load them whole."""
+    """A has so few rows that loading whole rows takes a longer step."""
     tile = routed_lora(part, T, half, width)
     return tile | {"BLOCK_D": 128 if half else 64}
 
@@ -92,13 +92,13 @@ def rank_gradient(part, T, half, width):
 
 
 def rank_gradient_unequal(part, T, half, width):
-    """A table of rows makes one address of every element of S: half the tokens fit."""
+    """With a table of rows, every element of S needs its own address: half as many tokens fit."""
     tile = rank_gradient(part, T, half, width)
     return tile | {"BLOCK_T": min(tile["BLOCK_T"], 32), "BLOCK_D": 64}
 
 
 def expand(part, T, half, width):
-    if part == "hopper" and half and T > FEW:  # H and B pass from L2 once a tile of the other axis
+    if part == "hopper" and half and T > FEW:  # H and B: from L2 once per tile of the other axis
         return {"BLOCK_T": 128, "BLOCK_D": 128, "num_warps": 8}
     return {"BLOCK_T": 16 if T <= FEW else 64, "BLOCK_D": 64}
 
@@ -117,9 +117,9 @@ def gram_many_experts(part, T, half, width):
 
 
 def segmented(part, T, half, width):
-    """A tile of tokens and the rank columns of its experts that a program of `segmented_shrink` takes.
+    """A tile of tokens and the rank columns of its experts that a program of `segmented_shrink` handles.
 
-    Few tokens hold few experts, so that little is multiplied by zero; and one size fits every T.
+    Few tokens hold few experts, so little is multiplied by zero; one size fits every T.
     """
     tile = {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32, "BLOCK_N": 64, "COLUMNS": max(128, width)}
     return tile | {"num_warps": 4 if width <= 128 else 8, "num_stages": 3 if half else 2}
@@ -173,7 +173,7 @@ TILES = {
 
 
 def interpreted(kernel, T, half):
-    """A program costs milliseconds whatever its tile; the size classes are those that tests can afford."""
+    """A program takes milliseconds whatever its tile; the size classes are small enough for tests."""
     few, some = T <= 16, T <= 64
     tile = {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32}
     if kernel == "shrink" and few:
@@ -188,7 +188,7 @@ def interpreted(kernel, T, half):
         tile["IN_PARTS"] = few
     elif kernel.startswith("routed_lora"):
         tile |= {"BLOCK_N": 64, "IN_PARTS": few, "STRETCH": None}
-        if half and some:  # as on a GPU; fp32 sums in `expand` take another order
+        if half and some:  # as on a GPU; fp32 sums in `expand` use a different order
             tile["STRETCH"] = 64 if few else ALL
     elif kernel in ("router_topk_backward", "gate_ranks"):
         del tile["BLOCK_D"]
@@ -196,7 +196,7 @@ def interpreted(kernel, T, half):
 
 
 def sort_window(by):
-    """Items that are sorted against each other; of slots fewer, as an expert's are one program's work."""
+    """How many items are sorted together; fewer for slots, as one program handles all of an expert's."""
     if INTERPRETED:
         return 256
     return 8192 if by == "slot" else 16384
@@ -208,14 +208,14 @@ def choose(kernel, x, width):
     if part == "interpreter":
         return interpreted(kernel, T, half)
     if x.dtype == torch.float16 and part == "ampere" and kernel == "routed_lora":
-        T = min(T, SOME)  # the two terms of x leave no room for S: `shrink` goes ahead
+        T = min(T, SOME)  # the two terms of x leave no room for S: `shrink` runs first
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
     splits_x = kernel == "router_topk" or (kernel in ("shrink", "routed_lora") and width > 16)
     tight = kernel == "gram_many_experts" or (kernel == "gram" and part == "ampere")
     if x.dtype == torch.float16 and tight:
-        tile |= {"BLOCK_D": 32, "MAX_R": 64, "num_warps": 4}  # so it is beside dlogits
+        tile |= {"BLOCK_D": 32, "MAX_R": 64, "num_warps": 4}  # the same holds with dlogits
     elif x.dtype == torch.float16 and splits_x and tile["BLOCK_D"] > 32:
-        tile["BLOCK_D"] //= 2  # beside the router's fp32 W an fp16 x is two bf16 terms
+        tile["BLOCK_D"] //= 2  # with the router's fp32 W, an fp16 x is two bf16 terms
         if tile["BLOCK_T"] * tile["BLOCK_D"] < 256 * tile["num_warps"]:
             tile["num_warps"] //= 2  # every thread still loads 128 bits of x
     if part == "cdna":  # its warps have 64 threads

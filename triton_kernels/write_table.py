@@ -1,11 +1,11 @@
-"""A table of whole numbers, written on the device from the arguments of a launch.
+"""A table of integers, written on the device from the arguments of a launch.
 
 A copy from the host would be illegal while a CUDA graph is captured, and a table kept from an earlier call
-may lie in memory that another graph owns.  So every call writes its own; equal ranks need none.
-The numbers go as runs of consecutive ones: all rows of neighboring experts are a single run.
-Writes 4*N bytes, up to 32 runs a launch.
+may be in memory that another graph owns.  So every call writes its own table; equal ranks need none.
+The numbers are passed as runs of consecutive integers: all rows of neighboring experts are a single run.
+Writes 4*N bytes, up to 32 runs per launch.
 
-Letters: N numbers of the table.
+Letters: N numbers in the table.
 """
 
 import functools
@@ -17,15 +17,15 @@ import triton.language as tl
 from .launching import launch
 from .numerics import INTERPRETED
 
-RUNS = 32  # of a launch
-LIMIT = 2**24  # fp32 holds whole numbers up to here
+RUNS = 32  # per launch
+LIMIT = 2**24  # fp32 represents all integers up to here
 
 
 @triton.jit(do_not_specialize=["first", "last"])
 def _write_table_kernel(
     out_ptr,  # (N,)
-    starts,  # COUNT floats, where each run starts; floats, unlike ints, make no variants of a kernel
-    values,  # COUNT floats, its first number
+    starts,  # COUNT floats, the start of each run; floats, unlike ints, create no kernel variants
+    values,  # COUNT floats, the first number of each run
     first,
     last,
     COUNT: tl.constexpr,
@@ -56,7 +56,7 @@ def write_table(numbers, like):
 
 @functools.lru_cache(maxsize=256)
 def _runs(numbers):
-    """For every launch: starts, values and where its last run ends."""
+    """For every launch: starts, values and the end of its last run."""
     if max(numbers, default=0) > LIMIT:
         raise ValueError(f"rank_offsets: expected at most {LIMIT} rank rows, got {max(numbers)}")
     runs = [i for i, n in enumerate(numbers) if i == 0 or n != numbers[i - 1] + 1]

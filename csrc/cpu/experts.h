@@ -1,7 +1,7 @@
 // Who belongs to whom: the rows of each expert, and the slots of a range of tokens sorted by
 // expert.
 //
-// Letters: T tokens, E experts, K slots a token, R rank rows, W columns of the saved S.
+// Letters: T tokens, E experts, K slots per token, R rank rows, W columns of the saved S.
 #pragma once
 
 #include <algorithm>

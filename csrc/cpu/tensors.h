@@ -164,7 +164,7 @@ constexpr int64_t kFewTokens = 64;
 constexpr int64_t kPart = 64;
 inline int64_t parts(int64_t T) { return (T + kPart - 1) / kPart; }
 
-// Blocks of T tokens for E experts and K slots a token.  About 32 tokens an expert make whole tiles
+// Blocks of T tokens for E experts and K slots per token.  About 32 tokens an expert make whole tiles
 // of its rows and read its weights seldom; two blocks a thread even out skewed routing.
 struct Blocks {
   int64_t tokens, size;

@@ -1,6 +1,6 @@
 // The experts and the router of an operator call, checked, as the kernels take them.
 //
-// Letters: T tokens, E experts, K slots a token, R rank rows of all experts, W columns of S.
+// Letters: T tokens, E experts, K slots per token, R rank rows of all experts, W columns of S.
 #pragma once
 
 #include <algorithm>

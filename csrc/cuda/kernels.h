@@ -1,7 +1,7 @@
 // What the kernels take, and how they are launched: plain structs of pointers and sizes, no
 // PyTorch.
 //
-// Letters: T tokens, E experts, K slots a token, R rank rows of all experts, W columns of S:
+// Letters: T tokens, E experts, K slots per token, R rank rows of all experts, W columns of S:
 // R, or with a shared A one expert's rank.  Launchers are defined for float, f16 and bf16.
 #pragma once
 

@@ -1,6 +1,6 @@
 // The rest of the router: sums over all tokens, and the gradient of the logits on its own.
 //
-// Letters: T tokens, E experts, K slots a token.
+// Letters: T tokens, E experts, K slots per token.
 #include "launch.h"
 #include "routing.h"
 

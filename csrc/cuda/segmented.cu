@@ -8,7 +8,7 @@
 // follow one another, their sums kept in fp32, so a number is rounded once and no order depends on
 // chance.
 //
-// Letters: T tokens, E experts, K slots a token, R rank rows, D columns.
+// Letters: T tokens, E experts, K slots per token, R rank rows, D columns.
 #include "gating.h"
 #include "launch.h"
 #include "product.h"

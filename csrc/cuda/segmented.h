@@ -1,7 +1,7 @@
 // The segmented plan on tensors: the slots sorted by expert, S, H and their gradients a slot after
 // the other.
 //
-// Letters: T tokens, E experts, K slots a token, R rank rows of all experts.
+// Letters: T tokens, E experts, K slots per token, R rank rows of all experts.
 #pragma once
 
 #include "experts.h"

@@ -5,7 +5,7 @@
 // own start, and then writes these in ascending order.  Reads 8*T*K*(E + 1) bytes, nearly all from
 // cache.
 //
-// Letters: T tokens, E experts, K slots a token.
+// Letters: T tokens, E experts, K slots per token.
 #include "launch.h"
 #include "routing.h"
 

@@ -1,4 +1,4 @@
-"""Two slots a token: an expert for all tasks, and the task's own."""
+"""Two slots per token: an expert for all tasks, and the task's own."""
 
 from __future__ import annotations
 
