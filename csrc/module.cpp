@@ -1,5 +1,5 @@
-// The extension module of one instruction set: build_info() says what was built, and with what;
-// register_operators() makes its operators PyTorch's for CPU tensors.
+// The extension module for one instruction set: build_info() describes the build;
+// register_operators() registers its operators with PyTorch for CPU tensors.
 
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
@@ -34,8 +34,8 @@ pybind11::dict build_info() {
   info["operators"] = kOperators;
   info["compiler"] = kCompiler;
   info["build_type"] = kBuildType;
-  info["torch_version"] = TORCH_VERSION;                      // whose headers were used
-  info["torch_target_version"] = TEXT(TORCH_TARGET_VERSION);  // the oldest that can load it
+  info["torch_version"] = TORCH_VERSION;                      // the headers used
+  info["torch_target_version"] = TEXT(TORCH_TARGET_VERSION);  // the oldest version that can load it
   info["pybind11_version"] = TEXT(PYBIND11_VERSION_MAJOR) "." TEXT(PYBIND11_VERSION_MINOR) "." TEXT(
       PYBIND11_VERSION_PATCH);
   return info;

@@ -1,5 +1,5 @@
-// Operators are registered when backend.py says so, not when their module is imported: it looks
-// first at what was built, and for what.
+// Operators are registered by backend.py, not on import of their module: backend.py first checks
+// what was built, and for which target.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

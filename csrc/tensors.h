@@ -1,4 +1,4 @@
-// What the operators of every device share: stable-ABI tensors, checks and their messages.
+// Shared by the operators of every device: stable-ABI tensors, checks and their messages.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -18,12 +18,12 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-// Of the operators' schemas: ops.VERSION in Python, which refuses an extension built for others.
+// Version of the operators' schemas: must equal ops.VERSION in Python, which refuses other builds.
 constexpr int kOperators = 4;
 
-// An operator refuses its arguments: ValueError in Python, as from the public functions, and never
-// what an allocation or a bug raises.  Why not TORCH_CHECK: the stable ABI's own macro buries the
-// message under file and function names.
+// Raised if an operator refuses its arguments: ValueError in Python, as from the public functions,
+// and distinct from allocation failures and bugs.  Not TORCH_CHECK, because the stable ABI's macro
+// buries the message under file and function names.
 template <class... Parts>
 [[noreturn]] inline void refuse(const Parts&... parts) {
   std::ostringstream message;
@@ -42,7 +42,7 @@ inline std::string text(const Ints& sizes) {
   return out + ")";
 }
 
-// As PyTorch writes it.
+// As PyTorch prints it.
 inline std::string text(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Double:
@@ -90,8 +90,8 @@ inline void check_operand(const char* name, const Tensor& t, ScalarType dtype, c
   if (!same) refuse(name, ": expected shape ", text(shape), ", got ", text(sizes_of(t)));
 }
 
-// Rows of a matrix lie anywhere, their numbers side by side; where there is one or none, any stride
-// will do.
+// Rows of a matrix may have any stride, with contiguous elements; with one element or none, any
+// element stride is valid.
 inline void check_columns(const char* name, const Tensor& t) {
   check(t.size(0) == 0 || t.size(1) <= 1 || t.stride(1) == 1, name,
         ": expected unit stride along columns, got ", t.stride(1));
@@ -107,7 +107,7 @@ inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
   return out;
 }
 
-// Rows of x and of y per token: one, or one for each of its K slots.
+// Rows of x and of y per token: one, or one per slot.
 struct RowsPerToken {
   int64_t x = 1, y = 1;
 

@@ -1,6 +1,6 @@
 // out[t][c] += sum over i of h[t][i] b[i][c]  over lists of rows: expand, dx, dA, dB and dW.
 //
-// Every row of every tile goes through the same additions in the same order, as in dot.h.
+// Every row of every tile uses the same additions in the same order, as in dot.h.
 #pragma once
 
 #include <vector>
@@ -9,9 +9,8 @@
 
 namespace lora_moe {
 
-// The rows to add: of a matrix; or from a list, where those of the next tile are asked for
-// meanwhile, as they lie in any order and pages apart, so that the hardware does not see them
-// coming.
+// The rows to add: of a matrix, or from a list.  Rows from a list are in any order and pages apart,
+// so the hardware cannot predict them; those of the next tile are prefetched meanwhile.
 template <class T>
 struct MatrixRows {
   const T* data;
@@ -32,7 +31,7 @@ struct ListedRows {
   LORA_MOE_INLINE void ahead(int64_t i) const { prefetch(next[i] + next_column, count); }
 };
 
-// How numbers h multiply rows: one number and one row a step.
+// How numbers h multiply rows: one number and one row per step.
 template <class H>
 struct Scaled {
   static constexpr int64_t rows = 1;
@@ -47,8 +46,8 @@ struct Scaled {
 };
 
 #if defined(__AVX512BF16__)
-// Two of each a step, whose products the CPU adds at once; the last one of an odd number has zeros
-// beside it.
+// Two of each per step, whose products the CPU adds in one instruction; an odd last one is padded
+// with zeros.
 template <>
 struct Scaled<bf16> {
   static constexpr int64_t rows = 2;
@@ -82,7 +81,7 @@ struct Scaled<bf16> {
 };
 #endif
 
-// What multiplies rows of T: the sums' own numbers, or these rounded, once, where the CPU adds
+// The type that multiplies rows of T: that of the sums, or bf16, rounded once, if the CPU adds
 // products of bf16 pairs.
 #if defined(__AVX512BF16__)
 template <class T>
@@ -92,8 +91,8 @@ template <class T>
 using factor_t = acc_t<T>;
 #endif
 
-// A row to which a product is added, taken from one place and put to another.  Sums of split
-// columns stand in whole vectors; other sums may end with the row.
+// A row to which a product is added, read from one place and written to another.  Sums of split
+// columns fill whole vectors; other sums may end with the row.
 template <bool Split, class C>
 struct SumRow {
   const C* from;
@@ -109,8 +108,8 @@ struct SumRow {
   }
 };
 
-// The same for rows of a 16-bit T: its first product is added to `base`, its last one is rounded
-// into `y`, and between these the sums stand in `sums`; null pointers where it is neither.
+// The same for rows of a 16-bit T: the first product is added to `base`, the last one is rounded
+// into `y`, and in between the sums are kept in `sums`; the other pointers are null.
 template <bool Split, class T>
 struct RoundedRow {
   using C = acc_t<T>;
@@ -198,9 +197,9 @@ inline void add_rows(const H* const* h, int64_t T, int64_t R, Row row, int64_t c
   });
 }
 
-// The same where b comes from memory and reading it takes the time, as with a few tokens: rows of b
-// pass by in groups, each row read by an instruction of its own, in whose addresses the hardware
-// sees the next ones coming.
+// The same if b comes from memory and reading it dominates, as with a few tokens: rows of b are
+// read in groups, each row by a separate instruction, so that the hardware can predict the
+// addresses.
 constexpr int kStreams = kVectorBytes == 64 ? 8 : 4;
 
 // `more` rows of the run follow the N at i.

@@ -1,15 +1,16 @@
 // out[t][i] = sum over d of x[t][d] a[i][d]  over lists of rows: shrink, and G = dy B^T.
 //
-// Rows of tokens are reached through pointers, so the tokens of one expert need not be gathered.
-// Every row of every tile goes through the same additions in the same order, hence a token's bits
-// never depend on its neighbours.
+// Rows of tokens are accessed through pointers, so the tokens of one expert need not be gathered.
+// Every row of every tile uses the same additions in the same order, so a token's bits never depend
+// on its neighbors.
 #pragma once
 
 #include "tiles.h"
 
 namespace lora_moe {
 
-// How two rows multiply: what of each fills a register, and what these add to the lanes of a sum.
+// How two rows multiply: the part of each that fills a register, and what they add to a sum's
+// lanes.
 template <class X, class A>
 struct Product {
   using C = acc_t<X>;
@@ -108,12 +109,12 @@ inline void dot_rows(const X* const* x, C* const* out, int64_t T, const A* a, in
   const int64_t rows = tile_rows(T);
   for (int64_t t = 0; t < T; t += rows)
     with_rows(std::min(rows, T - t), [&]<int M>() {
-      for (int64_t d = 0; d == 0 || d < D; d += run) {  // of no columns the sums are zeros
+      for (int64_t d = 0; d == 0 || d < D; d += run) {  // with no columns the sums are zeros
         const int64_t columns = std::min(run, D - d);
         const X* xs[M];
         for (int m = 0; m < M; ++m) xs[m] = x[t + m] + d;
         for (int64_t i = 0; i < R; i += N) {
-          const A* as[N];  // a remainder's last row stands there again
+          const A* as[N];  // a remainder repeats its last row
           for (int n = 0; n < N; ++n) as[n] = a + std::min(i + n, R - 1) * lda + d;
           C tile[M * N + kLanes<C>];
           dot_tile<M, N, X, A, C>(xs, as, columns, tile);
@@ -127,7 +128,7 @@ inline void dot_rows(const X* const* x, C* const* out, int64_t T, const A* a, in
     });
 }
 
-// A short one: rows of an expert's rank.
+// For few rows, those of an expert's rank.
 template <class C>
 inline C dot(const C* x, const C* a, int64_t n) {
   C out;

@@ -1,5 +1,4 @@
-// Who belongs to whom: the rows of each expert, and the slots of a range of tokens sorted by
-// expert.
+// The rows of each expert, and the slots of a range of tokens sorted by expert.
 //
 // Letters: T tokens, E experts, K slots per token, R rank rows, W columns of the saved S.
 #pragma once
@@ -33,12 +32,13 @@ struct Experts {
   }
   int64_t rank(int64_t e) const { return offsets[e + 1] - offsets[e]; }
   int64_t rows_a() const { return shared_a ? max_rank : R; }
-  // S keeps the rows of each slot, one slot after the other; a shared A has one row set for all.
+  // S holds the rows of each slot, one slot after another; with a shared A, one set of rows for
+  // all.
   int64_t saved(int64_t K) const { return shared_a ? max_rank : K * max_rank; }
   int64_t column(int64_t slot) const { return shared_a ? 0 : slot * max_rank; }
 };
 
-// Slots of tokens [begin, end), as t * K + slot, in order of expert and then of token.
+// Slots of tokens [begin, end), as t * K + slot, sorted by expert and then by token.
 struct Grouping {
   int64_t first;  // token
   Ints start;     // (E + 1)
@@ -61,7 +61,7 @@ struct Grouping {
           tokens[at] = t - begin;
         }
   }
-  // The row of slot i in a matrix with one row per token, or with K of them.
+  // The row of slot i in a matrix with one row per token, or with K rows per token.
   int64_t row(int64_t i, int64_t per_token) const {
     return per_token == 1 ? first + tokens[i] : slots[i];
   }
@@ -75,12 +75,12 @@ struct Grouping {
   int64_t count(int64_t e) const { return start[e + 1] - start[e]; }
 };
 
-// f(expert, first row, one past the last) for the rows of experts with slots: in parallel, two
-// tiles' rows a task, or one after the other.
+// f(expert, first row, one past the last) for the rows of experts with slots: in parallel, with two
+// tiles' rows per task, or sequentially.
 template <class F>
 inline void for_rows(const Experts& experts, const Grouping& group, bool parallel, int64_t bytes,
                      F f) {
-  Ints first;  // experts and rows by turns
+  Ints first;  // experts and rows, alternating
   const int64_t step = parallel ? 2 * kTileColumns : experts.max_rank;
   for (int64_t e = 0; e < experts.E; ++e)
     for (int64_t i = 0; group.count(e) > 0 && i < experts.rank(e); i += step)
@@ -91,8 +91,8 @@ inline void for_rows(const Experts& experts, const Grouping& group, bool paralle
   });
 }
 
-// Rows of the experts in a parameter, as T.  Of fp32 rows beside a 16-bit x, a call with few tokens
-// rounds those of picked experts only, as it reads them: a decoding step must not read the others.
+// Rows of the experts in a parameter, as T.  If the rows are fp32 and x is 16-bit, a call with few
+// tokens rounds only those of picked experts, as it reads them: decoding must not read the others.
 template <class T>
 class ExpertMatrix {
  public:
@@ -126,7 +126,7 @@ class ExpertMatrix {
  private:
   Rows<const T> round_all(Rows<const C> from, int64_t n) {
     T* to = mutable_data<T>(whole_ = empty<T>({n, D_}));
-    constexpr int64_t some = 16;  // rows a task
+    constexpr int64_t some = 16;  // rows per task
     for_tasks((n + some - 1) / some, n * row_bytes(), [&](int64_t i) {
       for (int64_t row = i * some; row < std::min(n, (i + 1) * some); ++row)
         round_row(from.row(row), D_, to + row * D_);

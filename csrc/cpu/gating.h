@@ -1,8 +1,8 @@
-// The router's middle, kLanes tokens at a time and each in a lane of its own:  p = gate(logits),
-// ids = top-k of p + bias,  weights = p[ids] (/ their sum),  and its gradient.  No operation
-// crosses lanes, so a token's numbers do not depend on its neighbours.  Which K are taken topk.h
-// says; a picked expert may be dropped: its id is -1.  Ids in lanes are numbers of the same type as
-// the gates, exact far beyond any E.
+// The router's middle, for kLanes tokens at a time, one per lane:  p = gate(logits),  ids = top-k
+// of p + bias,  weights = p[ids] (/ their sum),  and its gradient.  No operation crosses lanes, so
+// a token's numbers do not depend on its neighbors.  topk.h picks the K experts; a picked expert
+// may be dropped, with id -1.  Ids in lanes have the same type as the gates, exact far beyond any
+// E.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ inline C& lane(Vec<C>* v, int64_t i, int64_t token) {
   return reinterpret_cast<C*>(v + i)[token];
 }
 
-// n <= kLanes rows of N numbers into lanes, those beyond n zero; and back.
+// n <= kLanes rows of N numbers into lanes, zeros beyond n; and back.
 template <class C, class T>
 inline void to_lanes(const T* rows, int64_t n, int64_t N, Vec<C>* out) {
   if (n < kLanes<C>) std::fill_n(out, N, Vec<C>{});
@@ -40,8 +40,8 @@ inline void from_lanes(Vec<C>* in, int64_t n, int64_t N, T* rows) {
     for (int64_t i = 0; i < N; ++i) rows[t * N + i] = T(lane<C>(in, i, t));
 }
 
-// A sum over experts or slots that errs by about one rounding however many there are (Kahan).  A
-// compiler may not reorder it: nothing is built with -ffast-math.
+// A Kahan sum over experts or slots: its error is about one rounding for any number of terms.  The
+// compiler must not reorder it: nothing is built with -ffast-math.
 template <class V>
 struct Sum {
   V value = {}, lost = {};
@@ -80,7 +80,7 @@ struct Gate {
     return ((top == infinity) | (top == -infinity)) & (nan == nan) ? top : top + sum;
   }
 
-  // What the weights are divided by.  Gates that all underflowed stay zero instead of 0 / 0.
+  // The divisor of the weights.  Gates that all underflowed stay zero instead of 0 / 0.
   template <class C>
   Vec<C> normalizer(const Vec<C>* picked, int64_t K) const {
     const Vec<C> one = broadcast(C(1));
@@ -90,8 +90,8 @@ struct Gate {
     return sum.value == 0 ? one : sum.value;
   }
 
-  // Drops picked experts with p < threshold, and those before which p already sums to top_p: id -1,
-  // p zero.
+  // Drops picked experts with p < threshold, and those after the p have summed to top_p: id -1, p
+  // zero.
   template <class C>
   void drop(int64_t K, Vec<C>* ids, Vec<C>* picked) const {
     Sum<Vec<C>> before;

@@ -3,13 +3,12 @@
 //   G = dy B^T            dweight of slot (t, e) = s_e sum over rows r of e of G_tr S_tr
 //   dS = G w s            dlogits = router backward of dweights and of the auxiliary losses
 //   dx = dS A + dlogits W
-//   dB = H^T dy           dA, dW = [dS | dlogits]^T x       drouter_bias = sum of dlogits over
-//   tokens
+//   dB = H^T dy           dA, dW = [dS | dlogits]^T x       drouter_bias = dlogits^T 1
 //
-// where a row of dy is a slot's with slots "apart", and one of x and dx with slots summed.
+// With slots "apart", dy has one row per slot; with slots summed, x and dx do.
 //
-// First a pass over blocks of tokens (dy is read, dx written), then one over chunks of columns of x
-// and of dy for the sums over tokens, each owned by one thread and taken in the tokens' order.
+// First a pass over blocks of tokens (reads dy, writes dx), then one over chunks of columns of x
+// and dy for the sums over tokens, each owned by one thread and added in the order of the tokens.
 #include <functional>
 
 #include "experts.h"
@@ -42,12 +41,11 @@ struct Backward {
   const int32_t* ids;
   C *dweights = nullptr, *dlogits = nullptr;  // results of the first pass
   std::unique_ptr<C[]> ds;                    // (T, W)
-  // What the sums over tokens multiply with: a rank row's numbers for all tokens one after the
-  // other.
+  // Factors of the sums over tokens: the numbers of one rank row are contiguous for all tokens.
   using H = factor_t<T>;
   std::unique_ptr<H[]> ds_columns, h_columns;
   std::unique_ptr<C[]> dlogits_columns;
-  Ints place;  // of a slot among those of its expert
+  Ints place;  // position of a slot among those of its expert
 
   Backward(const Tensor& dy_, const Tensor& x_, const Tensor& a_, const Tensor& b_,
            const Tensor& s_, const Tensor& indices, const Tensor& weights_, const Tensor& scaling_,
@@ -111,7 +109,7 @@ struct Backward {
       tasks.push_back([=, this] { drouter_bias[e] = sum(dlogits_columns.get() + e * tokens); });
     if (experts.shared_a) add(da, 0, W, ds_columns.get(), tokens, all_x.data());
     for (int64_t e = 0; e < experts.E; ++e) {
-      // An expert without tokens, or frozen, sums over no rows: its gradient is zeros.
+      // An expert that is frozen or has no tokens sums over no rows: its gradient is zero.
       const int64_t i = all.start[e], count = needs.is_frozen(e) ? 0 : all.count(e);
       const int64_t row = experts.offsets[e], rank = experts.rank(e), at = i * experts.max_rank;
       if (!experts.shared_a) add(da, row, rank, ds_columns.get() + at, count, xs.data() + i);
@@ -124,7 +122,7 @@ struct Backward {
  private:
   const C* row_ds(int64_t slot) const { return ds.get() + slot / K * W + experts.column(slot % K); }
 
-  // Over all tokens, in fp64: one number after the other would lose bits that blocks keep.
+  // Over all tokens, in fp64: adding sequentially would lose bits that blocks keep.
   C sum(const C* column) const {
     double total = 0;
     for (int64_t t = 0; t < tokens; ++t) total += column[t];
@@ -214,7 +212,8 @@ T* pointer(Tensor& t, bool needed) {
   return needed ? mutable_data<T>(t) : nullptr;
 }
 
-// The gradient of `parameter`, in its own dtype if the kernels can write that, else in the sums'.
+// The gradient of `parameter`, in its own dtype if the kernels can write it, else in that of the
+// sums.
 template <class T>
 struct ParameterGradient {
   Tensor tensor;

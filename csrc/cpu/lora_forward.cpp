@@ -1,9 +1,9 @@
 // y_t = base_t + sum over slots j of  w_tj s_e B_e A_e x_t,  e = ids_tj;
-// or, of a token's slots, each its own y_tj ("apart") or each its own x_tj ("sum").
+// or with one y_tj per slot ("apart"), or one x_tj per slot ("sum").
 //
-// A block of tokens passes through everything while its rows are in cache: router and top-k, slots
-// sorted by expert, shrink by the picked experts only, gate, expand.  x is read from memory once,
-// y written once, and no work is done for experts that were not picked.
+// A block of tokens goes through all steps while its rows are in cache: router and top-k, sorting
+// slots by expert, shrink by the picked experts only, gate, expand.  x is read from memory once, y
+// is written once, and no work is done for experts that were not picked.
 #include "experts.h"
 #include "register.h"
 #include "router.h"
@@ -45,11 +45,11 @@ struct Forward {
     s_data = mutable_data<C>(s = empty<C>({tokens, W}));
   }
 
-  // y is a tensor of its own, or as `into` says where the caller has one.
+  // y is a new tensor, or `into` if the caller has one.
   void make_y() { out = {mutable_data<T>(y = empty<T>({tokens * per.y, D_out})), D_out}; }
   void into(Rows<const T> base_, Rows<T> out_) { base = base_, out = out_; }
 
-  // Tokens [begin, end) through shrink, gate and expand: a block, or in parallel all of a few.
+  // Tokens [begin, end) through shrink, gate and expand: one block, or a few tokens in parallel.
   void run(int64_t begin, int64_t end, const int32_t* ids, const C* weights, bool few) {
     const Grouping group(ids, K, experts.E, begin, end);
     Sums<T> sums(begin * per.y, end * per.y, D_out, base, out, sharing);
@@ -181,7 +181,7 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
   });
 }
 
-// Layers that lie side by side and read the same x: bank i adds to columns starts[i].. of y.
+// Several layers that read the same x: bank i adds to columns starts[i].. of y.
 Tensor routed_lora_banks(Tensor x, std::vector<Tensor> w, std::vector<Tensor> a,
                          std::vector<Tensor> b, Tensor base, std::vector<MaybeTensor> bias,
                          std::vector<MaybeTensor> router_bias, std::vector<Tensor> scaling,

@@ -5,8 +5,9 @@
 
 namespace lora_moe {
 
-// A pair covers 2 kLanes columns of a row.  bf16 needs no unpacking if the first vector takes the
-// even columns and the second the odd ones: `Split` says that a computation keeps its sums so.
+// A pair covers 2 kLanes columns of a row.  bf16 needs no unpacking if the first vector holds the
+// even columns and the second the odd ones: `Split` says that a computation stores its sums this
+// way.
 template <class C>
 struct Pair {
   Vec<C> first, second;
@@ -22,7 +23,7 @@ LORA_MOE_INLINE V pick_lanes(V a, V b, std::index_sequence<I...>) {
 template <class V>
 using LanesOf = std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>;
 
-// Of the lanes of a and b one after the other: those with even numbers, those with odd ones.
+// The even lanes and the odd lanes of the concatenation of a and b.
 template <class V>
 LORA_MOE_INLINE V even_lanes(V a, V b) {
   return pick_lanes<0, 2>(a, b, LanesOf<V>{});
@@ -32,13 +33,13 @@ LORA_MOE_INLINE V odd_lanes(V a, V b) {
   return pick_lanes<1, 2>(a, b, LanesOf<V>{});
 }
 
-// The inverse: lanes of a and of b in turn, from lane `first` of each.
+// The inverse: lanes of a and b alternating, from lane `first` of each.
 template <int first, class V, size_t... I>
 LORA_MOE_INLINE V interleave(V a, V b, std::index_sequence<I...>) {
   return __builtin_shufflevector(a, b, (first + I / 2 + I % 2 * sizeof...(I))...);
 }
 
-// Lanes of the first half of v and of the second one in turn.
+// Lanes of the first and the second half of v, alternating.
 template <class V, size_t... I>
 LORA_MOE_INLINE V interleave_halves(V v, std::index_sequence<I...>) {
   return __builtin_shufflevector(v, v, (I / 2 + I % 2 * sizeof...(I) / 2)...);
@@ -83,7 +84,7 @@ LORA_MOE_INLINE Word32 rounded_bits(Vec<float> v) {  // bf16 in the upper half, 
 
 LORA_MOE_INLINE Word32 rounded_columns(Vec<float> even, Vec<float> odd) {
 #if defined(__AVX512BF16__)
-  // The CPU's own rounding takes numbers below 2^-126 for zeros.
+  // The CPU's own rounding flushes numbers below 2^-126 to zero.
   const __m512i exponent = _mm512_set1_epi32(0x7f800000);
   const __mmask16 tiny = _mm512_testn_epi32_mask((__m512i)even, exponent) |
                          _mm512_testn_epi32_mask((__m512i)odd, exponent);
@@ -96,8 +97,8 @@ LORA_MOE_INLINE Word32 rounded_columns(Vec<float> even, Vec<float> odd) {
 }
 
 #if defined(__AVX512BF16__)
-// The first n <= 2 kLanes columns of a row for products of bf16 pairs, which take numbers below
-// 2^-126 for zeros as this rounding does.
+// The first n <= 2 kLanes columns of a row for products of bf16 pairs, which flush numbers below
+// 2^-126 to zero, as this rounding does.
 LORA_MOE_INLINE Word32 rounded_row(const float* p, int64_t n) {
   constexpr int64_t L = kLanes<float>;
   const int64_t second = n > L ? n - L : 0;
@@ -124,7 +125,7 @@ LORA_MOE_INLINE void store_pair_tail(T* p, Pair<acc_t<T>> v, int64_t n) {
   }
 }
 
-// The first n <= 2 kLanes columns, rounded: what `load_pair` would find had they been stored.
+// The first n <= 2 kLanes columns, rounded: what `load_pair` would load after storing them.
 template <class T>
 LORA_MOE_INLINE void round_pair(const rounded_to<T>* p, int64_t n, T* to) {
   constexpr int64_t L = kLanes<acc_t<T>>;
@@ -151,8 +152,8 @@ LORA_MOE_INLINE void store_pair(T* p, Pair<acc_t<T>> v) {
 
 // --- sums of lanes -------------------------------------------------------------------------------
 
-// out[i] = sum of the lanes of v[i], for kLanes vectors: neighbours first, then neighbours of
-// those, always the same tree.  Two shuffles and an addition for two vectors, not for one.
+// out[i] = sum of the lanes of v[i], for kLanes vectors, in a fixed tree of neighbors.  Takes two
+// shuffles and one addition per two vectors instead of per vector.
 template <class C>
 LORA_MOE_INLINE Vec<C> sum_lanes(Vec<C> (&v)[kLanes<C>]) {
 #pragma GCC unroll 5

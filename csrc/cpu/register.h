@@ -1,4 +1,4 @@
-// The operators for CPU tensors, a file of them each.
+// Registers the operators for CPU tensors, one function per file.
 #pragma once
 
 #include "../register.h"

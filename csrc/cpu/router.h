@@ -1,4 +1,4 @@
-// Router of one block of tokens, while its rows are in cache, and the outputs it fills.
+// The router for one block of tokens, while its rows are in cache, and the outputs that it fills.
 //
 // Letters: T tokens, E experts, K picked experts per token.
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace lora_moe {
 
-// What a router over T tokens decides from their logits; mean_prob and counts come from `finish`.
+// A router's decisions for T tokens from their logits; `finish` adds mean_prob and counts.
 template <class C>
 struct Decisions {
   Gate gate;
@@ -17,7 +17,7 @@ struct Decisions {
   Blocks blocks;
   const C* bias;
   Tensor indices, weights, lse, mean_prob, counts;
-  int32_t* ids;  // (T, K), and so on: the memory of these
+  int32_t* ids;  // (T, K), and so on: the memory of the tensors above
   C *weight, *log_sum, *mean;
   int64_t* count;
   std::unique_ptr<C[]> partial_prob;  // (parts, E)
@@ -36,8 +36,8 @@ struct Decisions {
     partial_count = uninitialized<int64_t>(parts(tokens) * E);
   }
 
-  // ids, weights, lse of tokens [begin, end) from `logit` (T, E), and their parts of the sums;
-  // `begin` starts a part.
+  // ids, weights, lse of tokens [begin, end) from `logit` (T, E), and their parts of the sums; a
+  // part starts at `begin`.
   void decide(const C* logit, int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; t += kPart) decide_part(logit, t, std::min(end, t + kPart));
   }
@@ -85,7 +85,7 @@ struct Decisions {
   }
 };
 
-// The same with the logits formed here:  x W^T + router_bias.
+// The same, computing the logits here:  x W^T + router_bias.
 template <class T, class W>
 struct Router : Decisions<acc_t<T>> {
   using C = acc_t<T>;
@@ -107,13 +107,13 @@ struct Router : Decisions<acc_t<T>> {
     logit = mutable_data<C>(logits = empty<C>({tokens, E}));
   }
 
-  // Routes tokens [begin, end), a block that starts a part.
+  // Routes tokens [begin, end), a block at the start of a part.
   void block(int64_t begin, int64_t end) {
     multiply(begin, end, 0, E);
     this->decide(logit, begin, end);
   }
 
-  // Routes all of a few tokens: every thread reads its own rows of w.
+  // Routes a few tokens at once: every thread reads its own rows of w.
   void few() {
     static_assert(kFewTokens <= kPart && kPart % kLanes<C> == 0);
     for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(W), [&](int64_t i) {
@@ -134,7 +134,7 @@ struct Router : Decisions<acc_t<T>> {
   }
 };
 
-// Gradients that reach the routing from outside the experts; null where there is none.
+// Gradients that reach the routing from outside the experts; null if there is none.
 template <class C>
 struct RoutingGrad {
   const C *weights, *logits, *mean_prob, *lse;

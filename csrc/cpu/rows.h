@@ -1,5 +1,5 @@
-// Rows of the result, a chunk of columns at a time: sums stay in cache in fp32 (fp64) while expert
-// after expert adds to them, and each number is rounded and written once.
+// Rows of the result, one chunk of columns at a time: sums stay in cache in fp32 (fp64) while the
+// experts add to them one after another, and each number is rounded and written once.
 #pragma once
 
 #include "add.h"
@@ -9,9 +9,9 @@
 namespace lora_moe {
 
 constexpr int64_t kChunk = 256;            // columns
-constexpr int64_t kFewChunk = 8 * kChunk;  // the most where rows are few
+constexpr int64_t kFewChunk = 8 * kChunk;  // the most for few rows
 
-// Sums for rows of bf16 columns are kept split into even and odd ones.
+// Sums for rows of bf16 are stored split into even and odd columns.
 template <class T>
 constexpr bool kSplit = std::is_same_v<T, bf16>;
 
@@ -41,7 +41,7 @@ inline void round_row(const C* from, int64_t n, H* to) {
   if (i < n) store_tail(to + i, load_tail(from + i, n - i), n - i);
 }
 
-// Rows of R numbers as they multiply rows of T.
+// Rows of R numbers in the form that multiplies rows of T.
 template <class T>
 class Factors {
  public:
@@ -66,9 +66,9 @@ class Factors {
 };
 
 // y = round(base + sum of products) for rows [begin, end) of y (T, D), which may be columns of a
-// wider matrix: `add` notes a product,
-// `write` computes them all, a chunk of columns after the other.  fp32 and fp64 add up in y itself.
-// `sharing` rows of y, one after the other, add to the same row of base.
+// wider matrix: `add` records a product, and `write` computes them all, one chunk of columns after
+// another.  fp32 and fp64 accumulate in y itself.  `sharing` consecutive rows of y add to the same
+// row of base.
 template <class T>
 class Sums {
  public:
@@ -85,8 +85,8 @@ class Sums {
     if (base_) base_.data = base_.row(begin / sharing);
   }
 
-  // h[i] (R) times rows b (R, D) onto row which[i], or i; a row may stand twice, one after the
-  // other.  h are C, and b rows of T or C; or factor_t<T>, and b rows of T, or rounded to it.
+  // Adds h[i] (R) times rows b (R, D) to row which[i], or i; a row may occur twice in succession.
+  // h are C and b rows of T or C; or h are factor_t<T> and b rows of T, or rounded to T.
   template <class H, class B>
   void add(int64_t n, const int64_t* which, const H* const* h, int64_t R, const B* b, int64_t ldb) {
     if (R == 0) return;
@@ -108,8 +108,8 @@ class Sums {
 
   void write() const { write(0, D_, kChunk, nullptr); }
 
-  // The same for few rows, where reading the weights, so many bytes, takes the time: every thread
-  // reads its own columns, as long a part of each row as can be.
+  // The same for few rows, where reading the weights dominates (that many bytes): every thread
+  // reads its own columns, in parts of each row that are as long as possible.
   void write_few(int64_t bytes) const {
     const int64_t share = (D_ / torch::stable::get_num_threads() + 63) / 64 * 64;
     const int64_t chunk = std::clamp<int64_t>(share, 64, kFewChunk);
@@ -119,7 +119,7 @@ class Sums {
     });
   }
 
-  // These columns, and none of the next row's.
+  // These columns only, none of the next row.
   LORA_MOE_INLINE void ask_for(int64_t t, int64_t c, int64_t columns) const {
     const int64_t n = std::min(columns, D_ - c);
     prefetch<true>(y_.row(t) + c, n);
@@ -129,7 +129,7 @@ class Sums {
  private:
   struct Slot {
     int64_t row;
-    bool first;  // that adds to its row
+    bool first;  // whether it is the first to add to its row
   };
   using Row = std::conditional_t<kInPlace, SumRow<false, C>, RoundedRow<kSplit<T>, T>>;
   struct Step {
@@ -138,7 +138,7 @@ class Sums {
     void (Sums::*multiply)(const Step&, int64_t, int64_t, const Row*, C*, int64_t) const;
   };
 
-  // Columns [begin, end).  `partial`: see stream_rows, by which it is asked for.
+  // Columns [begin, end).  `partial`: see stream_rows, which needs it.
   void write(int64_t begin, int64_t end, int64_t chunk, C* partial) const {
     Room<C> scratch(kInPlace ? 0 : tokens_ * chunk);
     std::vector<Row> out(slots_.size());
@@ -193,19 +193,18 @@ class Sums {
   Rows<const T> base_;
   Ints last_;  // slot of each row, or -1
   std::vector<Slot> slots_;
-  std::vector<const C*> h_;  // of the slots, here or there
+  std::vector<const C*> h_;  // of the slots
   std::vector<const factor_t<T>*> rounded_;
   std::vector<Step> steps_;
 };
 
 // Columns of a sum over tokens that one task owns: a page of each row, so that one address
-// translation serves several chunks, and no more sums than the second-level cache keeps beside
-// them.
+// translation covers several chunks, and only as many sums as fit into the second-level cache.
 inline int64_t gradient_span(int64_t R) {
   return std::clamp<int64_t>((1 << 15) / R / kChunk * kChunk, kChunk, 1024);
 }
 
-// A gradient that is a sum over tokens: rows of `out` in the parameter's dtype, T or the sums' own.
+// A gradient that is a sum over tokens: rows of `out` in the parameter's dtype, T or that of sums.
 template <class T>
 struct GradientRows {
   using C = acc_t<T>;
@@ -215,13 +214,13 @@ struct GradientRows {
   explicit operator bool() const { return data != nullptr; }
 
   // out[row + i][c .. c + columns) = sum over s of h[i][s] x[s][c ..]   for i < R, s < n.
-  // A tile of a run of tokens stays in cache for all i, and the next one is on its way meanwhile.
+  // A tile of a run of tokens stays in cache for all i, while the next one is prefetched.
   template <class H>
   void sum(int64_t row, int64_t R, const H* h, int64_t n, const T* const* x, int64_t c,
            int64_t columns) const {
     const int64_t at = row * D + c;
     if (n == 0) return wide ? clear<C>(at, R, columns) : clear<T>(at, R, columns);
-    // Sums in the result's own form that are complete after one run need no memory of their own.
+    // Sums in the result's dtype that are complete after one run need no separate memory.
     if (n <= kRun && !kSplit<T> && (wide || std::is_same_v<T, C>))
       return add_runs(static_cast<C*>(data) + at, D, R, h, n, x, c, columns);
     const int64_t stride = (columns + kTile - 1) / kTile * kTile;
@@ -271,7 +270,7 @@ struct GradientRows {
         hs[m] = h + (i + m) * ldh;
         out[m] = {first ? zeros<C>() : to, to};
       }
-      // every pass over the tile asks for its share of the next one's columns
+      // every pass over the tile prefetches its share of the next tile's columns
       constexpr int64_t line = 64 / sizeof(T);
       const int64_t begin = i * kTile / R / line, end = (i + count) * kTile / R / line;
       ListedRows<T> share = rows;

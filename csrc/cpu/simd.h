@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-#pragma GCC diagnostic ignored "-Wpsabi"                // all of an extension has the same flags
+#pragma GCC diagnostic ignored "-Wpsabi"                // the whole extension has the same flags
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own AVX-512 intrinsics
 
 #define LORA_MOE_INLINE inline __attribute__((always_inline))
@@ -72,7 +72,7 @@ LORA_MOE_INLINE float widen(f16 v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v.bits);
 #else
-  // Shift the exponent into place, then rescale by 2^112: subnormals come out right on their own.
+  // Shift the exponent into place, then rescale by 2^112: this also handles subnormals.
   const uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13;
   const uint32_t special = magnitude >= 0x0f800000 ? 0x7f800000 | (magnitude & 0x7fffff) : 0;
   float out;
@@ -209,9 +209,8 @@ LORA_MOE_INLINE void store_tail(T* p, Vec<acc_t<T>> v, int64_t n) {
   }
 }
 
-// a * b + c, fused where the CPU can.  Spelled out, because a compiler that contracts on its own
-// does so in one tile and not in the next, and a token's bits would depend on the tile it fell
-// into.
+// a * b + c, fused if the CPU can.  Explicit, because a compiler that contracts on its own may do
+// so in one tile and not in the next, and a token's bits would depend on its tile.
 LORA_MOE_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -238,9 +237,9 @@ LORA_MOE_INLINE Vec<C> broadcast(C v) {
 
 // --- memory --------------------------------------------------------------------------------------
 
-// Asks for the lines of n elements, to be read or written soon: rows of tokens lie in any order and
-// pages apart, so the hardware does not see them coming.  Always inlined, and so must be its
-// callers that do nothing else: GCC takes them for functions without effect and drops the calls.
+// Prefetches the lines of n elements, to be read or written soon: rows of tokens are in any order
+// and pages apart, so the hardware cannot predict them.  Always inlined, as must be callers that do
+// nothing else: GCC considers them functions without effect and drops the calls.
 template <bool Write = false, class T>
 LORA_MOE_INLINE void prefetch(const T* p, int64_t n) {
   for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64)
@@ -249,8 +248,8 @@ LORA_MOE_INLINE void prefetch(const T* p, int64_t n) {
 
 // --- functions -----------------------------------------------------------------------------------
 
-// e^v for v <= 0 or NaN, within 2 units in the last place (fp32): 2^n e^f, |f| <= ln 2 / 2, with
-// e^f by its Taylor polynomial of degree 7.
+// e^v for v <= 0 or NaN, within 2 units in the last place (fp32): 2^n e^f, |f| <= ln 2 / 2, with a
+// Taylor polynomial of degree 7 for e^f.
 LORA_MOE_INLINE Vec<float> exp_negative(Vec<float> v) {
   const Vec<float> shift = broadcast(0x1.8p23f);  // adding it rounds to an integer
   const Vec<float> n = multiply_add(v, broadcast(1.44269504f), shift) - shift;

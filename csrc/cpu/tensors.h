@@ -24,7 +24,7 @@ constexpr ScalarType scalar_type_of() {
   return ScalarType::Float;
 }
 
-// A matrix of rows with unit stride along columns; `row` may step by any stride, 0 included.
+// A matrix of rows with unit stride along columns; `row` may have any stride, including 0.
 template <class T>
 struct Rows {
   T* data = nullptr;
@@ -64,8 +64,8 @@ inline Rows<const T> rows(const char* name, const MaybeTensor& t, int64_t n, int
   return t ? rows<T>(name, *t, n, columns) : Rows<const T>{};
 }
 
-// Large results are often fresh from the operating system, which maps them at first touch: 2 MiB at
-// a time where it is asked to, as NumPy asks, else 4 KiB (16 MiB: 0.8 ms and 5.5 ms on a Zen 5).
+// Large results often come fresh from the operating system, which maps them at first touch: 2 MiB
+// at a time if requested, as NumPy does, else 4 KiB (16 MiB: 0.8 ms and 5.5 ms on a Zen 5).
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t page = 1 << 21;
@@ -75,7 +75,7 @@ inline void prefer_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-// Not stable::new_empty, which looks its operator up by name: 0.8 us a tensor, eight a forward.
+// Not stable::new_empty, which looks up its operator by name: 0.8 us per tensor, 8 per forward.
 template <class T>
 inline Tensor empty(Ints shape) {
   Ints strides(shape.size());
@@ -98,8 +98,8 @@ inline T* mutable_data(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// Room for n numbers, uninitialised: on the stack where they are few, for a large block of the heap
-// costs a decoding step as much as its arithmetic.
+// Uninitialized memory for n numbers, on the stack if they are few: a large heap block costs a
+// decoding step as much as its arithmetic.
 template <class C>
 class Room {
  public:
@@ -140,9 +140,9 @@ inline auto dispatch(const Tensor& x, const Tensor& w, F f) {
   });
 }
 
-// f(0), .., f(n - 1): each by the next idle thread, so that tasks may differ in size.  Whoever runs
-// a task owns what it writes, hence the result is the same for any number of threads.  Below this
-// many bytes to read, waking the threads costs more than they save.
+// f(0), .., f(n - 1), each on the next idle thread, so that tasks may differ in size.  Each task
+// owns what it writes, so the result is the same for any number of threads.  Below this many bytes
+// to read, waking the threads costs more than it saves.
 constexpr int64_t kSerialBytes = 1 << 17;
 
 template <class F>
@@ -155,17 +155,17 @@ inline void for_tasks(int64_t n, int64_t bytes, F f) {
   torch::stable::parallel_for(0, n, 1, work);
 }
 
-// Tokens up to which a call reads more weights than activations: its tasks are rows of the weights.
-// More tokens pass in blocks, and everything about a block happens while its rows are in cache.
+// Up to this many tokens, a call reads more weights than activations, and its tasks are rows of the
+// weights.  More tokens are processed in blocks, each completely while its rows are in cache.
 constexpr int64_t kFewTokens = 64;
 
-// Sums over tokens that every block has a part in, mean_prob and counts, are taken in parts of this
-// many tokens: as blocks consist of whole parts, the bits do not depend on how large they are.
+// Sums over tokens across blocks (mean_prob and counts) are taken in parts of this many tokens.
+// Blocks consist of whole parts, so the bits do not depend on the block size.
 constexpr int64_t kPart = 64;
 inline int64_t parts(int64_t T) { return (T + kPart - 1) / kPart; }
 
-// Blocks of T tokens for E experts and K slots per token.  About 32 tokens an expert make whole tiles
-// of its rows and read its weights seldom; two blocks a thread even out skewed routing.
+// Blocks of T tokens for E experts and K slots per token.  About 32 tokens per expert fill whole
+// tiles and seldom reread its weights; two blocks per thread balance skewed routing.
 struct Blocks {
   int64_t tokens, size;
 

@@ -1,4 +1,4 @@
-// How the products of rows are blocked for registers.
+// Register blocking of the products of rows.
 #pragma once
 
 #include <algorithm>
@@ -7,15 +7,15 @@
 
 namespace lora_moe {
 
-// A tile's sums, its operands and nothing else fill the registers: 32 of them, or 16.
+// A tile's sums and operands exactly fill the registers, 32 or 16 of them.
 constexpr int kTileRows = kVectorBytes == 64 ? 6 : 4;
 constexpr int kTileColumns = kVectorBytes == 64 ? 4 : 2;  // rows of a; vectors of a row
 
-// Long sums are taken in runs of this many steps, each from zero: fewer roundings at full size, and
-// a tile's part of its rows stays in the first-level cache.
+// Long sums are taken in runs of this many steps, each starting from zero: fewer roundings at full
+// magnitude, and a tile's part of its rows stays in the first-level cache.
 constexpr int64_t kRun = 64;
 
-// Rows of a tile where there are n: no tile much smaller than the others.
+// Rows per tile for n rows, such that no tile is much smaller than the others.
 constexpr int64_t tile_rows(int64_t n) {
   const int64_t tiles = (n + kTileRows - 1) / kTileRows;
   return n == 0 ? 1 : (n + tiles - 1) / tiles;

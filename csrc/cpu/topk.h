@@ -1,7 +1,7 @@
 // ids of the K largest of p + bias, largest first: ties to the lower id, NaN after everything else.
 //
-// Distinct and in range whatever the values are.  Few are found one after the other, kLanes tokens
-// at a time, E K steps in all; of many, each token's E are partitioned and its K sorted.
+// Distinct and in range for any values.  For small K they are found one after another, for kLanes
+// tokens at a time, in E K steps; otherwise each token's E are partitioned and its K sorted.
 //
 // Letters: E experts, K picked experts per token.
 #pragma once
@@ -12,7 +12,7 @@ namespace lora_moe {
 
 constexpr int64_t kFewPicks = 32;
 
-// `score` (E) is scratch: NaN where an expert has been taken.  `picked` (K) gets p of the ids.
+// `score` (E) is scratch: NaN once an expert has been picked.  `picked` (K) gets p of the ids.
 template <class C>
 inline void pick_few(const Vec<C>* p, int64_t E, int64_t K, Vec<C>* score, Vec<C>* ids,
                      Vec<C>* picked) {

@@ -1,7 +1,7 @@
 // Expand:  y = base + H @ B (+ H2 @ B2), summed in fp32 and rounded once.
 //
-// The second pair makes the gradient of x in one pass: dx = dS A + dlogits W, both of them fp32 in
-// the router's product.  Reads T*D (base) + (R + R2)*D, writes T*D.
+// The second pair computes the gradient of x in one pass: dx = dS A + dlogits W; in the router's
+// product both operands are fp32.  Reads T*D (base) + (R + R2)*D, writes T*D.
 //
 // Letters: T tokens, D columns of y, R and R2 rank rows.
 #include "kernels.h"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int BM = 64, BN = 64;
 
-// Neighbouring blocks share rows of H, which then stay in the cache.
+// Neighboring blocks share rows of H, which then stay in the cache.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) expand_kernel(Expand<T> p) {
   if constexpr (!kServed<T>) return;

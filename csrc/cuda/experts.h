@@ -1,4 +1,4 @@
-// The experts and the router of an operator call, checked, as the kernels take them.
+// The experts and the router of an operator call, checked and in the form that kernels take.
 //
 // Letters: T tokens, E experts, K slots per token, R rank rows of all experts, W columns of S.
 #pragma once
@@ -26,8 +26,8 @@ inline void add_biases(Router& router, const MaybeTensor& bias, const MaybeTenso
   router.router_bias = contiguous<float>("router_bias", router_bias, x, {router.E});
 }
 
-// What a router fills: indices, weights and lse by token, mean_prob and counts at last by `finish`.
-// Who forms the logits makes room for them.
+// A router's outputs: indices, weights and lse per token; `finish` adds mean_prob and counts.
+// Whoever computes the logits allocates them.
 struct RouterResults {
   Tensor indices, weights, logits, mean_prob, lse, counts, prob_parts, count_parts;
   Routing routing;
@@ -51,11 +51,11 @@ struct RouterResults {
   }
 };
 
-// The router alone: logits, decisions and totals.
+// The router by itself: logits, decisions and totals.
 RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias,
                     const MaybeTensor& router_bias, const Router& router, cudaStream_t stream);
 
-// A routing of so many tokens that is only read.
+// A read-only routing of T tokens.
 inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Tensor& like,
                           int64_t tokens) {
   const Ints shape = {tokens, indices.size(1)};
@@ -69,7 +69,7 @@ inline Routing routing_of(const Tensor& indices, const Tensor& weights, const Te
   return routing_of(indices, weights, like, like.size(0));
 }
 
-// Gradients of the routing, made contiguous: PyTorch's are often one number, expanded.
+// Gradients of the routing, made contiguous: PyTorch's are often a single expanded number.
 struct RoutingGradTensors {
   MaybeTensor weights, logits, mean_prob, lse;
   RoutingGrad grad;

@@ -1,8 +1,8 @@
-// From S to H and back, in rank space, one token a warp:
+// From S to H and back, in rank space, one token per warp:
 //
 //   H = S g s      dS = G g s      dw_j = s_e * sum over rows r of e of G_r S_r
 //
-// Only rows of picked experts are touched; what other experts hold, NaN too, reaches nothing.
+// Only rows of picked experts are accessed; values of other experts, even NaN, have no effect.
 #pragma once
 
 #include "product.h"
@@ -10,8 +10,8 @@
 
 namespace lora_moe::cuda {
 
-// What expert ids[j] gets from all slots that name it; 0 rows where slot j is empty, wrong or not
-// the first to name it.
+// The weight of expert ids[j] from all slots that name it; 0 rows if slot j is empty, invalid or
+// not the first to name it.
 struct Slot {
   int first = 0, ranks = 0, saved = 0;
   float gate = 0.f, scale = 0.f;
@@ -43,7 +43,7 @@ __device__ void gate_token(const Middle<T>& m, int64_t t, int lane) {
   const float* s = m.s + t * m.experts.W;
   T* h = m.h + t * m.experts.R;
   fill_zero(h, m.experts.R, lane);
-  __syncwarp();  // zeros come first, and the ids and weights are written
+  __syncwarp();  // zeros are written first, and so are the ids and weights
 #pragma unroll 1
   for (int j = 0; j < K; ++j) {
     const Slot slot(m.experts, m.routing.indices + t * K, m.routing.weights + t * K, K, j);
@@ -65,7 +65,7 @@ __device__ void gate_gradient_token(const MiddleGrad<T>& m, int64_t t, int lane)
   float* dweights = m.dweights + t * K;
   fill_zero(h, experts.R, lane);
   fill_zero(ds, experts.W, lane);
-  __syncwarp();  // zeros come first
+  __syncwarp();  // zeros are written first
 #pragma unroll 1
   for (int j = 0; j < K; ++j) {
     const Slot slot(experts, ids, weights, K, j);
@@ -110,7 +110,7 @@ __device__ void middle(const Middle<T>& m, int64_t group, int lane) {
   }
 }
 
-// From the gradient of one token's slots to that of its logits, where the routing was not given.
+// From the gradient of one token's slots to that of its logits, unless the routing was given.
 template <class T>
 __device__ void route_back(const MiddleGrad<T>& m, int64_t t, int lane) {
   if (!m.logits) return;
@@ -134,7 +134,7 @@ __device__ void middle(const MiddleGrad<T>& m, int64_t group, int lane) {
   }
 }
 
-// Tokens first .. first + BM - 1, a group a warp at a time: no warp is without one.
+// Tokens first .. first + BM - 1, one group per warp at a time: every warp has one.
 template <int BM, class M>
 __device__ void middle_of_block(const M& m, int64_t first) {
   static_assert(BM % (kWarps * kGroup) == 0);

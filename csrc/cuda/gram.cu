@@ -1,8 +1,8 @@
 // Gram:  H^T x, the gradient of A (dS^T x), of B (H^T dy) and of the router (dlogits^T x).
 //
-// A block owns a tile of ranks and columns over a stretch of the tokens; the stretches' sums are
-// then added in order, so the bits depend on no schedule.  An fp32 H keeps all of its bits.  Reads
-// T*D * ceil(R / BM) + T*R, writes 4*R*D bytes a stretch.
+// A block owns a tile of ranks and columns over a split of the tokens; the sums of the splits are
+// then added in order, so the bits do not depend on the schedule.  An fp32 H keeps all of its bits.
+// Reads T*D * ceil(R / BM) + T*R, writes 4*R*D bytes per split.
 //
 // Letters: T tokens, R rank rows, D columns of x.
 #include <algorithm>
@@ -19,7 +19,7 @@ constexpr int BM = std::is_same_v<H, T> ? 64 : 32;  // the router's rows are few
 constexpr int BN = 128;
 constexpr int kSumThreads = 256;
 
-// Block (columns, ranks, stretch).
+// Block (columns, ranks, split).
 template <class H, class T>
 __global__ void __launch_bounds__(kThreads, 2) gram_kernel(Gram<H, T> p) {
   if constexpr (!kServed<T>) return;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kSumThreads)
 
 }  // namespace
 
-// Tokens a block: about 256 blocks, each of at least 256 tokens.
+// Tokens per block: about 256 blocks, each of at least 256 tokens.
 int64_t gram_stretch(int64_t tokens, int64_t columns, int R) {
   const int64_t blocks = ceil_div(columns, BN) * ceil_div(R, 64);
   const int64_t stretches = std::max<int64_t>(1, std::min(256 / blocks, tokens / 256));

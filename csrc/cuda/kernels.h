@@ -1,18 +1,17 @@
-// What the kernels take, and how they are launched: plain structs of pointers and sizes, no
-// PyTorch.
+// Arguments and launchers of the kernels: plain structs of pointers and sizes, without PyTorch.
 //
 // Letters: T tokens, E experts, K slots per token, R rank rows of all experts, W columns of S:
-// R, or with a shared A one expert's rank.  Launchers are defined for float, f16 and bf16.
+// R, or one expert's rank with a shared A.  Launchers are defined for float, f16 and bf16.
 #pragma once
 
 #include "numbers.h"
 
 namespace lora_moe::cuda {
 
-constexpr int kGroup = 4;  // tokens of one warp in the middle, and of one partial sum
+constexpr int kGroup = 4;  // tokens per warp in the middle, and per partial sum
 
 struct Router {
-  const float* bias = nullptr;         // (E,), added to the gates for the choice alone
+  const float* bias = nullptr;         // (E,), added to the gates for selection only
   const float* router_bias = nullptr;  // (E,), added to the logits
   int E = 0, K = 0;
   bool sigmoid = false, renormalize = false;
@@ -20,7 +19,7 @@ struct Router {
 };
 
 struct Routing {
-  int32_t* indices = nullptr;      // (T, K), -1: an empty slot
+  int32_t* indices = nullptr;      // (T, K), -1 for an empty slot
   float* weights = nullptr;        // (T, K)
   float* lse = nullptr;            // (T,)
   float* prob_parts = nullptr;     // (T / kGroup, E): sums of the gates over a group of tokens
@@ -39,17 +38,17 @@ struct Experts {
   __host__ __device__ int saved(int e) const { return shared_a ? 0 : first(e); }  // column of S
 };
 
-// Gradients of the routing from outside the experts; null where there is none.
+// Gradients of the routing from outside the experts; null if there is none.
 struct RoutingGrad {
   const float *weights = nullptr, *logits = nullptr, *mean_prob = nullptr, *lse = nullptr;
 };
 
-// S = x A^T and logits = x W^T over stretches of the columns of x, each with its own sums.
+// S = x A^T and logits = x W^T over splits of the columns of x, each with its own sums.
 template <class T>
 struct Shrink {
   Rows<T> x, a;
   Rows<float> w;
-  float *s = nullptr, *logits = nullptr;  // (stretches, T, R), (stretches, T, E)
+  float *s = nullptr, *logits = nullptr;  // (splits, T, R), (splits, T, E)
   int64_t tokens = 0, columns = 0, stretch = 0;
   int R = 0, E = 0;
   int64_t stretches() const { return stretch ? ceil_div(columns, stretch) : 1; }
@@ -58,11 +57,11 @@ struct Shrink {
 // The middle of the forward: top-k of the logits unless the routing is given, and H = gate(S).
 template <class T>
 struct Middle {
-  static constexpr bool kRouter = true;  // the logits are formed beside S
+  static constexpr bool kRouter = true;  // the logits are computed along with S
   Router router;
   Routing routing;
   Experts experts;
-  float* logits = nullptr;   // (T, E), get router_bias; null: the routing is given
+  float* logits = nullptr;   // (T, E), router_bias is added; null: the routing is given
   const float* s = nullptr;  // (T, W), null: no experts
   T* h = nullptr;            // (T, R)
   int64_t tokens = 0;
@@ -93,22 +92,22 @@ struct Expand {
   int R = 0, R2 = 0;
 };
 
-// H^T x: sums over stretches of the tokens.
+// H^T x: sums over splits of the tokens.
 template <class H, class T>
 struct Gram {
   Rows<H> h;
   Rows<T> x;
-  float* parts = nullptr;  // (stretches, R, D)
+  float* parts = nullptr;  // (splits, R, D)
   int64_t tokens = 0, columns = 0, stretch = 0;
   int R = 0;
 };
 
-// One launch where a block holds all columns of S and of the logits, else the middle is a second.
+// One launch if a block holds all columns of S and the logits; otherwise a second for the middle.
 template <class T>
 void shrink(const Shrink<T>&, const Middle<T>*, cudaStream_t);
 template <class T>
 void shrink(const Shrink<T>&, const MiddleGrad<T>*, cudaStream_t);
-// The middles alone, when S or G came in stretches.
+// The middles alone, if S or G was computed in splits.
 template <class T>
 void gate_ranks(const Middle<T>&, cudaStream_t);
 template <class T>
@@ -123,20 +122,21 @@ int64_t gram_stretch(int64_t tokens, int64_t columns, int R);
 template <class T>
 void add_parts(const float* parts, int64_t count, int64_t n, T* out, cudaStream_t);
 
-// The segmented plan: every slot's tokens sorted by expert, a tile of them meets one expert's rows.
-// S, G, H and dS (T, K, max_rank) hold a slot after the other.
+// The segmented plan: each slot's tokens are sorted by expert, and a tile uses one expert's rows.
+// S, G, H and dS (T, K, max_rank) hold one slot after another.
 constexpr int kTileTokens = 64;
 
 struct Segments {
   Experts experts;
   int K = 0, max_rank = 0;
   int64_t tokens = 0;
-  int32_t* order = nullptr;  // (K, T): tokens, by expert and then by number; those without one last
+  int32_t* order =
+      nullptr;  // (K, T): tokens by expert, then by index; those without an expert last
   int32_t* starts = nullptr;  // (K, E + 2): where each expert's tokens start, and those without one
 };
 
 void sort_slots(const Segments&, const int32_t* indices, cudaStream_t);
-// out (T, K, max_rank) = x @ the rows of each slot's expert; x may have rows of every slot's own.
+// out (T, K, max_rank) = x @ the rows of each slot's expert; x may have one row per slot.
 template <class T>
 void segmented_shrink(const Segments&, const Rows<T>& x, const Rows<T>& rows, int64_t columns,
                       float* out, cudaStream_t);
@@ -145,15 +145,15 @@ void segmented_gate(const Middle<T>&, const Segments&, cudaStream_t);
 template <class T>
 void segmented_gate(const MiddleGrad<T>&, const Segments&, cudaStream_t);
 // y = base + H @ the rows of each slot's expert; `wide` (T, D) holds the sums between the slots,
-// and before the first where `add_wide` says so.
+// and before the first if `add_wide` is set.
 template <class T>
 void segmented_expand(const Segments&, const T* h, const Rows<T>& rows, const Rows<T>& base,
                       float* wide, bool add_wide, int64_t columns, T* y, cudaStream_t);
-// The same without the sum: y (T, K, D), base a row per token or per slot.
+// The same without the sum: y (T, K, D), base with one row per token or per slot.
 template <class T>
 void segmented_expand_apart(const Segments&, const T* h, const Rows<T>& rows, const Rows<T>& base,
                             int64_t columns, T* y, cudaStream_t);
-// out (R, D) = H^T x, each expert over its own tokens; x may have rows of every slot's own.
+// out (R, D) = H^T x, each expert over its own tokens; x may have one row per slot.
 template <class T>
 void segmented_gram(const Segments&, const T* h, const Rows<T>& x, int64_t columns, float* out,
                     cudaStream_t);
@@ -164,8 +164,8 @@ void router_totals(const Routing&, int64_t tokens, int E, float* mean_prob, int6
 void router_gradient(const Router&, const Routing&, const RoutingGrad&, const float* logits,
                      int64_t tokens, float* dlogits, cudaStream_t);
 
-// A table on the device without a copy from the host's memory, which would wait for it: kernel
-// arguments carry the values.
+// A table on the device, without a copy from host memory, which would synchronize: kernel arguments
+// carry the values.
 void write_table(const int64_t* values, int64_t n, int32_t* table, cudaStream_t);
 
 }  // namespace lora_moe::cuda

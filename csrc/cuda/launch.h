@@ -1,4 +1,4 @@
-// Launching a kernel from the host, and what went wrong if it did not start.
+// Launching a kernel from the host, and the error if it did not start.
 #pragma once
 
 #include <cuda_runtime.h>

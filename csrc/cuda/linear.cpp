@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> shrink_rows(const Tensor& x, const Tensor& a, const M
   });
 }
 
-// Pairs of x's dtype meet on the tensor cores; fp32 ones keep fp32 products beside any x.
+// Pairs of x's dtype use the tensor cores; fp32 pairs keep fp32 products for any x.
 Tensor expand_rows(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const MaybeTensor& b2,
                    const MaybeTensor& base, ScalarType dtype) {
   check(!h2 == !b2, "expand: expected H2 and B2 together");

@@ -1,4 +1,4 @@
-// The bare products on tensors, as the operators build on them.
+// The bare products on tensors, used by the operators.
 #pragma once
 
 #include "tensors.h"

@@ -16,7 +16,7 @@ struct Needs {
   bool x, w, a, b;  // w: the router's weight, or the caller's gate weights
 };
 
-// A frozen expert passes gradient on to x and the router; its own rows stay still.
+// A frozen expert passes gradients to x and the router; its own rows do not change.
 void zero_frozen(Tensor& grad, const Ints& frozen, const Ints& offsets, cudaStream_t stream) {
   char* data = static_cast<char*>(grad.mutable_data_ptr());
   const int64_t row = grad.size(1) * grad.element_size();
@@ -81,7 +81,7 @@ struct Backward {
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using RoutedGrads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// dlogits^T 1, in the order of every other sum over tokens, or nothing where it is not needed.
+// dlogits^T 1, in the same order as all sums over tokens, or nothing if it is not needed.
 Tensor router_bias_grad(const Tensor& dlogits, bool needed, cudaStream_t stream) {
   if (!needed) return empty<float>(dlogits, {0});
   Tensor ones = torch::stable::new_empty(dlogits, {dlogits.size(0), 1}, ScalarType::Half);
@@ -90,7 +90,7 @@ Tensor router_bias_grad(const Tensor& dlogits, bool needed, cudaStream_t stream)
                              {dlogits.size(1)});
 }
 
-// The router's part of a segmented backward: its weight, what it decides from and what reaches it.
+// The router's part of a segmented backward: its weight, its inputs and its incoming gradients.
 struct RoutedPart {
   Router router;
   const Tensor& w;

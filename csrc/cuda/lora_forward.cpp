@@ -1,4 +1,4 @@
-// y = base + gate(x A^T) B, with the routing given or decided from logits = x W^T on the way.
+// y = base + gate(x A^T) B, with the routing given or decided from logits = x W^T.
 #include "linear.h"
 #include "project.h"
 #include "register.h"
@@ -112,7 +112,7 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
   });
 }
 
-// Layers that lie side by side and read the same x, one after the other.
+// Several layers that read the same x, one after another.
 Tensor routed_lora_banks(Tensor x, std::vector<Tensor> w, std::vector<Tensor> a,
                          std::vector<Tensor> b, Tensor base, std::vector<MaybeTensor> bias,
                          std::vector<MaybeTensor> router_bias, std::vector<Tensor> scaling,

@@ -1,5 +1,5 @@
-// The extension module of the CUDA kernels: build_info() says what was built, and with what;
-// register_operators() makes them PyTorch's implementation for CUDA tensors.
+// The extension module of the CUDA kernels: build_info() describes the build;
+// register_operators() registers them with PyTorch for CUDA tensors.
 
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
@@ -21,8 +21,8 @@ pybind11::dict build_info() {
   info["operators"] = kOperators;
   info["cuda_version"] =
       std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
-  info["torch_version"] = TORCH_VERSION;                      // whose headers were used
-  info["torch_target_version"] = TEXT(TORCH_TARGET_VERSION);  // the oldest that can load it
+  info["torch_version"] = TORCH_VERSION;                      // the headers used
+  info["torch_target_version"] = TEXT(TORCH_TARGET_VERSION);  // the oldest version that can load it
   return info;
 }
 

@@ -1,4 +1,4 @@
-// Number types, matrices of rows, and 16 bytes at a time of them.
+// Number types, matrices of rows, and 16-byte loads of them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,7 +16,7 @@ using bf16 = __nv_bfloat16;
 template <class T>
 constexpr bool kHalf = std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
 
-// sm_75 has no tensor cores for bf16: kernels for it are empty there, and the operators refuse.
+// sm_75 has no bf16 tensor cores: bf16 kernels are empty there, and the operators refuse bf16.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 template <class T>
 constexpr bool kServed = !std::is_same_v<T, bf16>;
@@ -27,14 +27,14 @@ constexpr bool kServed = true;
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows of unit stride along columns, `stride` numbers apart (0: one row, repeated).
+// Rows with unit stride along columns, `stride` elements apart (0: one row, repeated).
 template <class T>
 struct Rows {
   const T* data = nullptr;
   int64_t stride = 0;
-  bool aligned = false;            // every row starts on 16 bytes: packs may be loaded whole
+  bool aligned = false;            // every row is 16-byte aligned: whole packs may be loaded
   const int32_t* index = nullptr;  // if given, row i is the matrix's row index[i]
-  int64_t slot = 0;                // from a token's row to that of its next slot (0: the same)
+  int64_t slot = 0;                // from a token's row to the row of its next slot (0: the same)
 
   Rows() = default;
   Rows(const T* data_, int64_t stride_) : data(data_), stride(stride_) {
@@ -73,7 +73,7 @@ struct alignas(N * sizeof(T)) Pack {
   T v[N];
 };
 
-// Columns c .. c+N-1 of a row with zeros past `end`; one load where the row is aligned.
+// Columns c .. c+N-1 of a row with zeros past `end`; a single load if the row is aligned.
 template <int N, class T>
 __device__ Pack<T, N> load_pack(const T* row, int64_t c, int64_t end, bool aligned) {
   if (aligned && c + N <= end) return *reinterpret_cast<const Pack<T, N>*>(row + c);

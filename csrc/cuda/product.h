@@ -1,9 +1,9 @@
 // The matrix product of one block of threads:  out (BM, BN) = left @ right, summed in fp32.
 //
 // Tiles of both operands go from global memory through registers to shared memory, one step ahead
-// of the products (two buffers, one barrier a step).  16-bit operands meet on the tensor cores; so
-// does an fp32 one beside them, in 16-bit terms.  Two fp32 ones meet in fp32 multiply-adds.  Rows
-// of a tile are padded by 16 bytes, which keeps the eight rows of a matrix load in different banks.
+// of the products (two buffers, one barrier per step).  16-bit operands use the tensor cores; so
+// does an fp32 operand paired with one, in 16-bit terms.  Two fp32 operands use fp32 multiply-adds.
+// Rows of a tile are padded by 16 bytes, so the eight rows of a matrix load are in different banks.
 //
 // Letters: M rows, N columns of the result; K is summed over.
 #pragma once
@@ -17,17 +17,17 @@ namespace lora_moe::cuda {
 
 constexpr int kThreads = 256;  // eight warps, two along M and four along N
 constexpr int kWarps = kThreads / 32;
-constexpr int kPatchStride = 20;  // a warp's way from accumulators to memory: 16 x 16, padded
+constexpr int kPatchStride = 20;  // staging from a warp's accumulators to memory: 16 x 16, padded
 
 __device__ inline int lane_id() { return threadIdx.x % 32; }
 __device__ inline int warp_id() { return threadIdx.x / 32; }
 
-// A tile in shared memory as it lies in global memory.
+// A tile in shared memory, with the layout it has in global memory.
 template <class T, int kRows, int kColumns>
 struct Tile {
   static constexpr int kPack = 16 / sizeof(T), kStride = kColumns + kPack;
   static constexpr int kBytes = kRows * kStride * sizeof(T);
-  static constexpr int kPacks = kRows * kColumns / kPack;  // dealt out to the threads in turn
+  static constexpr int kPacks = kRows * kColumns / kPack;  // assigned to the threads in turn
   static constexpr int kMine = (kPacks + kThreads - 1) / kThreads;
   Pack<T> mine[kMine];
 
@@ -95,8 +95,8 @@ __device__ Pack<T, 4> along_k(const T* tile, int i, int k, int stride) {
   }
 }
 
-// .. in terms on the tensor cores, where one operand is fp32, or both are and the sum will be
-// rounded to 16 bits: a lane has rows lane / 4 + 8 i and columns lane % 4 * 2 + 8 j and the next ..
+// .. in terms on the tensor cores, if one operand is fp32, or both are and the sum will be rounded
+// to 16 bits: a lane has rows lane / 4 + 8 i and columns lane % 4 * 2 + 8 j and the next ..
 template <class Left, class Right, class Term, bool kLeftAlongK, bool kRightAlongK>
 struct SplitSums {
   static constexpr int kStep = 16;
@@ -142,8 +142,8 @@ struct SplitSums {
 #pragma unroll
     for (int j = 0; j < 2; ++j) add(left, right.column[j], j);
   }
-  // The smallest products first; that of two low halves is left out, no more than they err by.
-  // They are summed apart, as the tensor cores cut where fp32 rounds.
+  // The smallest products first; that of two low halves is omitted, as it is within their error.
+  // They are summed separately, because the tensor cores truncate where fp32 rounds.
   __device__ void add(const LeftPart& left, const Column& right, int j) {
     float step[4] = {};
 #pragma unroll
@@ -168,7 +168,7 @@ struct SplitSums {
 };
 
 // .. and in fp32: a lane has rows lane / 4 + 8 i and columns lane % 4 + 4 j.  A step's products are
-// summed apart before they join the total, which errs less than one long sum.
+// summed separately before they are added to the total, which is more accurate than one long sum.
 template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK>
 struct ExactSums {
   static constexpr int kStep = 4;
@@ -216,8 +216,8 @@ struct ExactSums {
   }
 };
 
-// kLeftAlongK: left lies in memory as (M, K), else as (K, M); kRightAlongK: (N, K), else (K, N).
-// Term: what the tensor cores multiply; of an fp32 pair too, if its sums end in 16 bits.
+// kLeftAlongK: left is stored as (M, K), else as (K, M); kRightAlongK: (N, K), else (K, N).
+// Term: the type that the tensor cores multiply; also for an fp32 pair whose sums end in 16 bits.
 template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK, int BM, int BN,
           class Term = std::conditional_t<kHalf<Left>, Left, Right>>
 struct Product {
@@ -251,7 +251,7 @@ struct Product {
                       int64_t n, int64_t N, int64_t begin, int64_t end, char* shared, Also also) {
     LeftTile left_tile;
     RightTile right_tile;
-    const bool any = n < N;  // else only `also` has use for the left tiles
+    const bool any = n < N;  // else only `also` uses the left tiles
     const auto load = [&](int64_t k) {
       kLeftAlongK ? left_tile.load(left, m, M, k, end) : left_tile.load(left, k, end, m, M);
       if (any)
@@ -264,7 +264,7 @@ struct Product {
       Right* right_step = reinterpret_cast<Right*>(buffer + LeftTile::kBytes);
       left_tile.store(left_step);
       if (any) right_tile.store(right_step);
-      __syncthreads();  // the tiles are whole, and nobody reads the other buffer any more
+      __syncthreads();  // the tiles are complete, and the other buffer is no longer read
       if (k + BK < end) load(k + BK);
       if (any) multiply(left_step, right_step);
       also(left_step, right_step, k);
@@ -309,10 +309,10 @@ struct Product {
     }
   }
 
-  // Eight neighbouring sums of part (i, j) for each lane, by way of the warp's patch.
+  // Eight neighboring sums of part (i, j) for each lane, through the warp's patch.
   __device__ Pack<float, 8> take(int i, int j, char* shared) const {
     float* patch = reinterpret_cast<float*>(shared) + warp_id() * 16 * kPatchStride;
-    __syncwarp();  // the part before this one is taken
+    __syncwarp();  // the part before this one has been read
     parts[i][j].put(patch);
     __syncwarp();
     Pack<float, 8> out;
@@ -322,7 +322,7 @@ struct Product {
     return out;
   }
 
-  // f(i, j, row, first of eight columns) for what the lane takes of each part.
+  // f(i, j, row, first of eight columns) for the lane's share of each part.
   template <class F>
   static __device__ void each_part(F f) {
 #pragma unroll
@@ -332,7 +332,7 @@ struct Product {
         f(i, j, warp_m() + 16 * i + lane_id() / 2, warp_n() + 16 * j + lane_id() % 2 * 8);
   }
 
-  // Columns n .. of the sums, to the rows that row(m) points at.
+  // Columns n .. of the sums, to the rows that row(m) points to.
   template <class Row>
   __device__ void write(Row row, int64_t m, int64_t M, int64_t n, int64_t N, char* shared) const {
     each_part([&](int i, int j, int r, int c) {

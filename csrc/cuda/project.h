@@ -1,5 +1,5 @@
-// S and what follows in rank space, by the plan: all columns of x in one block, or for few tokens
-// in stretches that several blocks take, added in order.
+// S and what follows in rank space: all columns of x in one block or, for few tokens, in splits
+// over several blocks, added in order.
 #pragma once
 
 #include "experts.h"
@@ -13,7 +13,7 @@ inline void check_plan(const std::string& plan) {
         "plan: expected 'rank_dense', 'segmented' or 'decode', got '", plan, "'");
 }
 
-// Rows of slots are what the segmented plan has.
+// Only the segmented plan has one row per slot.
 inline void check_plan_of_slots(const std::string& slots, const std::string& plan) {
   check(slots == "none" || plan == "segmented", "plan: expected 'segmented' with slots '", slots,
         "', got '", plan, "'");

@@ -1,6 +1,6 @@
 // Backward to rank space:  G = dy @ B^T,  dS = G g s,  H = S g s,  dlogits, in one pass over dy.
 //
-// The gate's gradient needs nothing of size D_out, and H is formed again rather than saved.
+// The gate's gradient needs nothing of size D_out, and H is recomputed rather than saved.
 // Reads T*D_out + R*D_out + 4*T*(R + E + 3K) bytes, writes 2*T*R and 4*T*(R + E + K) bytes.
 #include "shrink.h"
 

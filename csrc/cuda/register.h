@@ -1,5 +1,5 @@
-// The operators for CUDA tensors, a file of them each.  Where Triton serves CUDA tensors none of
-// them is registered, and `lora-moe info` still tells what was built.
+// Registers the operators for CUDA tensors, one function per file.  If Triton serves CUDA tensors,
+// none of them is registered, but `lora-moe info` still shows what was built.
 #pragma once
 
 #include "../register.h"

@@ -8,9 +8,10 @@ namespace lora_moe::cuda {
 namespace {
 
 constexpr int kSumThreads = 256;
-constexpr int kTable = 512;  // numbers that travel in one launch's arguments
+constexpr int kTable = 512;  // numbers passed in one launch's arguments
 
-// mean_prob and counts of the block's expert, every thread and then the threads in a fixed order.
+// mean_prob and counts of the block's expert, summed per thread and then over threads in fixed
+// order.
 __global__ void __launch_bounds__(kSumThreads)
     router_totals_kernel(Routing routing, int64_t tokens, int E, float* mean_prob,
                          int64_t* counts) {
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(kSumThreads)
   probs[i] = prob;
   numbers[i] = number;
   for (int step = kSumThreads / 2; step > 0; step /= 2) {
-    __syncthreads();  // all sums of the level before are there
+    __syncthreads();  // all sums of the previous level are written
     if (i >= step) continue;
     probs[i] += probs[i + step];
     numbers[i] += numbers[i + step];
@@ -36,7 +37,7 @@ __global__ void __launch_bounds__(kSumThreads)
   counts[e] = numbers[0];
 }
 
-// A token a warp.
+// One token per warp.
 __global__ void __launch_bounds__(kSumThreads)
     router_gradient_kernel(Router router, Routing routing, RoutingGrad aux, const float* logits,
                            int64_t tokens, float* dlogits) {

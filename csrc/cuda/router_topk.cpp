@@ -1,5 +1,5 @@
-// logits = x W^T + router_bias;  p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/
-// their sum).
+// logits = x W^T + router_bias;  p = gate(logits);  ids = top-k of p + bias;
+// weights = p[ids] (/ their sum).
 #include "experts.h"
 #include "register.h"
 
@@ -16,7 +16,7 @@ Results router_topk(Tensor x, Tensor w, MaybeTensor bias, MaybeTensor router_bia
   return {out.indices, out.weights, out.logits, out.mean_prob, out.lse, out.counts};
 }
 
-// The decisions alone, from logits that stay as they are.
+// Only the decisions, from logits that are not changed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> route_logits(Tensor logits, MaybeTensor bias,
                                                                 int64_t top_k, std::string gate,
                                                                 bool renormalize, double top_p,

@@ -1,10 +1,10 @@
-// The router's decisions and their gradient, one token a warp:
+// The router's decisions and their gradient, one token per warp:
 //
 //   logits += router_bias      p = gate(logits)
 //   ids = top-k of p + bias    weights = p[ids] (/ their sum)
 //
-// A lane has experts lane, lane + 32, ..; gates are formed again from the logits whenever they are
-// needed, so that no number of experts is too large.
+// A lane has experts lane, lane + 32, ..; gates are recomputed from the logits whenever they are
+// needed, so that the number of experts is not limited.
 #pragma once
 
 #include <cfloat>
@@ -24,10 +24,10 @@ __device__ inline float warp_max(float v) {
   return v;
 }
 
-// Other numbers than an expert's are empty slots: -1, or what a caller got wrong.
+// Ids that name no expert are empty slots: -1, or an invalid id from the caller.
 __device__ inline bool is_expert(int e, int E) { return e >= 0 && e < E; }
 
-// Gates of one token.  As in PyTorch a NaN among the logits, or an infinite maximum, makes every
+// Gates of one token.  As in PyTorch, a NaN among the logits, or an infinite maximum, makes every
 // gate of a softmax NaN.
 struct Gates {
   const float* logits;
@@ -62,7 +62,7 @@ struct Candidate {
   }
 };
 
-// The best expert after `last` in the order of picking; NaN comes after every number.
+// The best expert after `last` in picking order; NaN comes after every number.
 __device__ inline Candidate next_best(const Gates& gates, const Router& router, Candidate last,
                                       int lane) {
   Candidate best = {-INFINITY, INT_MAX};
@@ -82,7 +82,7 @@ __device__ inline Candidate next_best(const Gates& gates, const Router& router, 
 
 __device__ inline float nonzero(float z) { return z == 0.f ? 1.f : z; }
 
-// Decides for one token, and adds to the `part` of the sums that this warp owns.
+// Decides for one token and adds to the `part` of the sums that this warp owns.
 __device__ inline void route_token(float* logits, const Router& router, const Routing& routing,
                                    int64_t t, int64_t part, int lane) {
   for (int e = lane; router.router_bias && e < router.E; e += 32)

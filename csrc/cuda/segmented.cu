@@ -1,12 +1,11 @@
-// The products of the segmented plan: a tile of tokens that share an expert meets its rows alone.
+// The products of the segmented plan: a tile of tokens that share an expert uses its rows only.
 //
-//   shrink  S_j = x A_e^T      expand  y = base + sum over slots j of H_j B_e      gram  dB_e = H^T
-//   x
+//   shrink  S_j = x A_e^T    expand  y = base + sum over slots j of H_j B_e    gram  dB_e = H^T x
 //
-// A tile's rows of x are gathered by `order`.  Tiles are found, not counted: list e starts at tile
-// starts[e] / 64 + e, which leaves room for a part of a tile after every list.  The slots of y
-// follow one another, their sums kept in fp32, so a number is rounded once and no order depends on
-// chance.
+// A tile's rows of x are gathered through `order`.  Tiles are located, not counted: list e starts
+// at tile starts[e] / 64 + e, which leaves room for a partial tile after every list.  The slots of
+// y run one after another with their sums in fp32, so a number is rounded once and the order is
+// fixed.
 //
 // Letters: T tokens, E experts, K slots per token, R rank rows, D columns.
 #include "gating.h"
@@ -16,7 +15,7 @@
 namespace lora_moe::cuda {
 namespace {
 
-// The tokens of one block: `count` of them, of expert e, or of none where e is E.
+// The tokens of one block: `count` of them, of expert e, or of none if e is E.
 struct TileOfList {
   const int32_t* tokens;
   int e;
@@ -70,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   dot.write(row, 0, tile.count, rank, ranks, shared);
 }
 
-// Neighbouring blocks share a tile; slot j adds to what the slots before it left, or has rows of y
-// of its own.
+// Neighboring blocks share a tile; slot j adds to the result of the slots before it, or has its own
+// rows of y.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     segmented_expand_kernel(Segments p, int j, Rows<T> h, Rows<T> rows, Rows<T> base,
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   });
 }
 
-// Block (columns, ranks, expert): the expert's tokens, slot after slot.
+// Block (columns, ranks, expert): the expert's tokens, one slot after another.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     segmented_gram_kernel(Segments p, Rows<T> h, Rows<T> x, int64_t columns, float* out) {
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             shared);
 }
 
-// H of one token, slot after slot.
+// H of one token, one slot after another.
 template <class T>
 __device__ void gate_slots(const Middle<T>& m, const Segments& p, int64_t t, int lane) {
   for (int j = 0; j < p.K; ++j) {
@@ -147,7 +146,7 @@ __device__ void gate_slots(const Middle<T>& m, const Segments& p, int64_t t, int
   }
 }
 
-// H, dS and the gradient of each slot's weight; with a shared A dS sums over the slots.
+// H, dS and the gradient of each slot's weight; with a shared A, dS is summed over the slots.
 template <class T>
 __device__ void gate_slots(const MiddleGrad<T>& m, const Segments& p, int64_t t, int lane) {
   const bool shared_a = p.experts.shared_a;
@@ -181,7 +180,7 @@ __device__ void gate_slots(const MiddleGrad<T>& m, const Segments& p, int64_t t,
   }
 }
 
-// A token a warp.
+// One token per warp.
 template <class M>
 __global__ void __launch_bounds__(kThreads, 4) segmented_gate_kernel(M m, Segments p) {
   const int64_t t = int64_t(blockIdx.x) * kWarps + warp_id();
@@ -217,7 +216,7 @@ void segmented_gate(const MiddleGrad<T>& m, const Segments& p, cudaStream_t stre
   launch_gate(m, p, stream);
 }
 
-// Slot after slot.
+// One slot after another.
 template <class T>
 Rows<T> rank_rows(const Segments& p, const T* h) {
   Rows<T> rows(h, int64_t(p.K) * p.max_rank);

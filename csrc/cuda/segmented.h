@@ -1,5 +1,5 @@
-// The segmented plan on tensors: the slots sorted by expert, S, H and their gradients a slot after
-// the other.
+// The segmented plan on tensors: the slots sorted by expert; S, H and their gradients, one slot
+// after another.
 //
 // Letters: T tokens, E experts, K slots per token, R rank rows of all experts.
 #pragma once
@@ -41,14 +41,14 @@ struct Segmented {
   Ints slots() const { return {segments.tokens, int64_t(segments.K) * segments.max_rank}; }
   Ints saved() const { return {segments.tokens, segments.experts.W}; }
 
-  // One row per token, which all of its slots read, or one for each of them.
+  // One row per token, which all of its slots read, or one row per slot.
   Rows<T> rows_of(const char* name, const Tensor& v, int64_t per_token) const {
     Rows<T> out = rows<T>(name, v, x, segments.tokens * per_token, v.size(1));
     if (per_token != 1) out.slot = out.stride, out.stride *= per_token;
     return out;
   }
 
-  // out (T, K max_rank) = v @ the rows of each slot's expert; what belongs to no rank is zero.
+  // out (T, K max_rank) = v @ the rows of each slot's expert; zero in columns past its rank.
   Tensor shrink(const char* name, const Tensor& v, int64_t per_token, const Tensor& of_experts) {
     const int64_t columns = v.size(1);
     Tensor out = torch::stable::new_zeros(x, slots(), ScalarType::Float);
@@ -73,7 +73,7 @@ struct Segmented {
     return y;
   }
 
-  // y = base + h @ the rows of each slot's expert; a `wide` base is fp32, and overwritten.
+  // y = base + h @ the rows of each slot's expert; a `wide` base is fp32 and is overwritten.
   Tensor expand(Tensor& h, const Tensor& of_experts, const MaybeTensor& base, MaybeTensor wide) {
     const int64_t columns = of_experts.size(1);
     const bool add_wide = wide.has_value();

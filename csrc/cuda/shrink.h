@@ -1,5 +1,5 @@
-// One kernel with two middles:  [S | logits] = x @ [A | W]^T, and where one block holds all columns
-// of both, what follows in rank space while they are in the nearest cache.
+// One kernel with two middles:  [S | logits] = x @ [A | W]^T and, if one block holds all columns of
+// both, the rank-space work that follows, while they are in the nearest cache.
 //
 // Forward: x, A and W, then top-k and H = gate(S).  Backward: dy and B, then dS, H and dlogits from
 // G = dy B^T.  x is read once for router and experts together.
@@ -15,7 +15,7 @@
 
 namespace lora_moe::cuda {
 
-constexpr int kRouterColumns = 32;  // of a block: a warp has experts warp, warp + 8, ..
+constexpr int kRouterColumns = 32;  // per block: a warp has experts warp, warp + 8, ..
 
 // Logits of tokens lane, lane + 32 for each of a warp's experts, in fp32 multiply-adds.
 template <class T, int BM>
@@ -28,7 +28,7 @@ struct RouterSums {
     for (int i = 0; i < kRows * kExperts; ++i) sums[i / kExperts][i % kExperts] = 0.f;
   }
 
-  // One step, summed apart first: the tile's BK columns of x are columns k .. of w.
+  // One step, summed separately first: the tile's BK columns of x are columns k .. of w.
   template <class Tile, int BK>
   __device__ void add(const T* x, const Rows<float>& w, int first, int E, int64_t k, int64_t end) {
     RouterSums step;
@@ -65,8 +65,8 @@ struct RouterSums {
   }
 };
 
-// The same on the tensor cores, 16 tokens and 16 experts a warp, the weight in three terms.  Of
-// 32 tokens two warps form the same sums.
+// The same on the tensor cores, 16 tokens and 16 experts per warp, the weight in three terms.  With
+// 32 tokens, two warps compute the same sums.
 template <class T, int BM>
 struct RouterTerms {
   using Part = SplitSums<T, float, T, true, true>;
@@ -101,11 +101,11 @@ struct RouterTerms {
   }
 };
 
-// Two blocks share a multiprocessor's registers, or where one needs more than half of them, none.
+// Two blocks share a multiprocessor's registers, unless one needs more than half of them.
 template <class T, int BN>
 constexpr int kBlocks = BN == 64 || (BN == 128 && kHalf<T>) ? 2 : 1;
 
-// Block (tokens, columns, stretch).
+// Block (tokens, columns, split).
 template <class T, int BM, int BN, class M>
 __global__ void __launch_bounds__(kThreads, kBlocks<T, BN>)
     shrink_kernel(Shrink<T> p, M m, bool with_middle) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, BN>)
   middle_of_block<BM>(m, first);
 }
 
-// The middle alone, when S and the logits came from several blocks.
+// The middle alone, if S and the logits come from several blocks.
 template <class M>
 __global__ void __launch_bounds__(kThreads, 4) middle_kernel(M m) {
   middle_of_block<kWarps * kGroup>(m, int64_t(blockIdx.x) * kWarps * kGroup);
@@ -160,7 +160,7 @@ void launch_tiles(const Shrink<T>& p, const M* m, cudaStream_t stream) {
   if (m && !fused) launch_middle(*m, stream);
 }
 
-// The narrowest block that holds all rank rows; more of them go over several blocks.
+// The narrowest block that holds all rank rows; if none does, they are split over several blocks.
 template <class T, class M>
 void launch_shrink(const Shrink<T>& p, const M* m, cudaStream_t stream) {
   if (p.tokens == 0) return;

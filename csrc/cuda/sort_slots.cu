@@ -1,9 +1,9 @@
-// Every slot's tokens by expert, without a host that waits for a count:  order (K, T), starts (K, E
-// + 2).
+// Sorts each slot's tokens by expert without host synchronization:
+// order (K, T), starts (K, E + 2).
 //
-// A block owns one expert of one slot.  It counts the tokens of lower experts, which is where its
-// own start, and then writes these in ascending order.  Reads 8*T*K*(E + 1) bytes, nearly all from
-// cache.
+// A block owns one expert of one slot.  It counts the tokens of lower experts, which gives the
+// start of its own, and then writes its own in ascending order.  Reads 8*T*K*(E + 1) bytes, nearly
+// all from cache.
 //
 // Letters: T tokens, E experts, K slots per token.
 #include "launch.h"
@@ -14,13 +14,13 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// The expert of a slot, E where it has none.
+// The expert of a slot, or E if it has none.
 __device__ int expert_of(const int32_t* indices, int64_t t, int K, int j, int E) {
   const int e = indices[t * K + j];
   return is_expert(e, E) ? e : E;
 }
 
-// Sum over the block, the same for every thread; `shared` is free for it.
+// Sum over the block, the same in every thread; uses `shared` as scratch.
 __device__ int block_sum(int v, int* shared) {
   for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) sort_slots_kernel(Segments p, const 
     const int64_t t = first + threadIdx.x;
     const bool mine = t < p.tokens && expert_of(indices, t, p.K, j, E) == e;
     const unsigned lanes = __ballot_sync(kAllLanes, mine);
-    __syncthreads();  // the counts before these are read
+    __syncthreads();  // the previous counts have been read
     if (lane == 0) counts[warp] = __popc(lanes);
     __syncthreads();  // all warps have written
     int before = __popc(lanes & ((1u << lane) - 1)), all = 0;

@@ -1,4 +1,4 @@
-// From stable-ABI tensors on a GPU to what the kernels take, and the launching device around them.
+// From stable-ABI tensors on a GPU to kernel arguments, and the device guard for launches.
 #pragma once
 
 #include "../tensors.h"
@@ -16,8 +16,8 @@ constexpr ScalarType scalar_type_of() {
   return ScalarType::Float;
 }
 
-// While it lives, launches and allocations go to x's device; `stream` is PyTorch's current one
-// there.
+// During its lifetime, launches and allocations go to x's device; `stream` is PyTorch's current
+// stream there.
 class OnDevice {
  public:
   cudaStream_t stream = nullptr;

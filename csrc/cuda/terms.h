@@ -1,10 +1,10 @@
-// Numbers as sums of 16-bit terms, which the tensor cores multiply without an error: an fp32 number
-// has 24 bits, a term 11 (fp16) or 8 (bf16).
+// Numbers as sums of 16-bit terms, which the tensor cores multiply exactly: an fp32 number has 24
+// bits, a term 11 (fp16) or 8 (bf16).
 //
 // fp16 spans 40 powers of two, fp32 277.  So the sixteen fp32 numbers of a row that are summed over
-// in one step become multiples of a power of two, their largest 2^14 to 2^15 of it: none overflows,
-// and all within 2^-15 of the largest keep their 24 bits, whatever a loss is scaled by.  Beside an
-// infinite one the others are zero.
+// in one step become multiples of a power of two, the largest being 2^14 to 2^15 times it.  None
+// overflows, and all within 2^-15 of the largest keep their 24 bits for any loss scale.  If one is
+// infinite, the others become zero.
 #pragma once
 
 #include <mma.h>
@@ -13,14 +13,14 @@
 
 namespace lora_moe::cuda {
 
-// Four numbers, the highest terms first: three of an fp32 number, or with kHalves two, which err by
-// 2^-22 in fp16 and by 2^-16 in bf16; a number of the terms' own type is one.
+// Four numbers, highest terms first: three terms for an fp32 number, or two with kHalves, with an
+// error of 2^-22 in fp16 and 2^-16 in bf16; a number of the terms' own type is a single term.
 template <class T, class Term, bool kHalves = false>
 struct Terms {
   static constexpr int kCount = std::is_same_v<T, Term> ? 1 : kHalves ? 2 : 3;
   static constexpr bool kScaled = kCount > 1 && std::is_same_v<Term, f16>;
   Pack<Term, 4> term[kCount];
-  float unit = 1.f;  // of the terms, the same for the four lanes that share a row
+  float unit = 1.f;  // unit of the terms, the same for the four lanes that share a row
 
   __device__ void split(const Pack<T, 4>& numbers) {
     if constexpr (kCount == 1) {
@@ -42,7 +42,7 @@ struct Terms {
   }
 
  private:
-  // Sets the unit from the exponent of the row's largest number, and gives its inverse.
+  // Sets the unit from the exponent of the row's largest number and returns its inverse.
   __device__ float find_unit(const Pack<T, 4>& numbers) {
     float top = 0.f;
 #pragma unroll
@@ -57,7 +57,7 @@ struct Terms {
 
 // sums (16, 8) += left (16, 16) @ right (16, 8), by a warp.  A lane has columns lane % 4 * 4 .. + 3
 // of rows lane / 4 (`top`) and lane / 4 + 8 (`bottom`) of left, and as many rows of column lane / 4
-// of right: the instruction counts k in another order, the same for both.
+// of right: the instruction numbers k in a different order, the same for both.
 template <class Term>
 __device__ void multiply_add(float (&sums)[4], const Pack<Term, 4>& top,
                              const Pack<Term, 4>& bottom, const Pack<Term, 4>& right) {
@@ -78,7 +78,7 @@ __device__ void multiply_add(float (&sums)[4], const Pack<Term, 4>& top,
   else
     LORA_MOE_MMA("bf16");
 #undef LORA_MOE_MMA
-#else  // sm_75 takes half of them at a time, and no bf16
+#else  // sm_75 takes half of them at a time, and has no bf16
 #pragma unroll
   for (int i = 0; i < 2 && kServed<Term>; ++i)
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "

@@ -30,7 +30,7 @@ from .build import FOLDER, ROOT, Kernels, build
 # What no output shows here, and why.  Blocks and warps run one after the other: no race between them.
 UNSEEN = {
     "expand.cu: p.R2 > 0": "sums of no second pair are zero",
-    "gating.h: t < (group + 1) * kGroup": "backward, a warp does its neighbour's token again",
+    "gating.h: t < (group + 1) * kGroup": "backward, a warp does its neighbor's token again",
     "product.h: pack < kPacks": "loads what no thread stores",
     "product.h: n < N": "multiplies zeros",
     "product.h: k + BK < end": "loads zeros",
