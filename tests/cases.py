@@ -1,4 +1,4 @@
-"""Inputs for the tests: shapes with names, scaled so that outputs are of order one, signs mixed.
+"""Test inputs: named shapes, scaled so that outputs are of order one, with mixed signs.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 """

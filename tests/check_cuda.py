@@ -1,7 +1,7 @@
-"""What can be shown of the CUDA build without a GPU: LORA_MOE_BACKEND=cuda python -P tests/check_cuda.py
+"""What can be verified of the CUDA build without a GPU: LORA_MOE_BACKEND=cuda python -P tests/check_cuda.py
 
 Every operator has a CUDA kernel registered, the Python paths run on fake CUDA tensors, and the binary
-holds code for the architectures that build_info() names.
+contains code for the architectures that build_info() names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How close is close: errors against fp64 truth, held against what plain PyTorch errs in that dtype.
+"""Accuracy checks: errors against fp64, compared with the error of plain PyTorch in the same dtype.
 
-A result passes when its relative Frobenius error is at most `factor` times eager PyTorch's, or below
-a floor of a few units in the last place (on small shapes eager is exact by luck).
+A result passes if its relative Frobenius error is at most `factor` times eager PyTorch's, or below
+a floor of a few units in the last place (on small shapes eager may be exact by chance).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs a module whose kernels are compiled, not interpreted: in a test's own process they may be."""
+"""Runs a module with compiled kernels in a new process, because the test's own process may interpret them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Before anything imports triton: without a GPU its kernels are interpreted.
+"""Runs before anything imports triton: without a GPU, its kernels are interpreted.
 
-LORA_MOE_BACKEND=triton runs the public functions on them; the tests of the kernels themselves always do.
+LORA_MOE_BACKEND=triton runs the public functions on them; the kernels' own tests always do.
 With a GPU, LORA_MOE_BACKEND=triton or cuda runs them there.
 """
 

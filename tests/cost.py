@@ -1,4 +1,4 @@
-"""What a call costs: CPU seconds, and by how much it raises this process's peak of resident memory."""
+"""The cost of a call: CPU seconds, and the increase of this process's peak resident memory."""
 
 from __future__ import annotations
 

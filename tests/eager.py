@@ -1,6 +1,6 @@
 """What a user would write without this package: the stacked formulation, differentiable, in x's dtype.
 
-In fp64 it is the truth for values and, through autograd, for gradients: it shares no code with the
+In fp64 it is the reference for values and, through autograd, for gradients: it shares no code with the
 package's own backward.
 """
 

@@ -1,7 +1,7 @@
-"""Triton's interpreter for tests: started where no GPU is, made quicker, and with a sanitizer.
+"""Triton's interpreter for tests: enabled if there is no GPU, made faster, and extended with a sanitizer.
 
-The kernels mend by themselves what the interpreter gets wrong about bf16 (triton_kernels/numerics.py), so
-nothing is repaired here: a repair would hide a kernel that forgot to.
+The kernels themselves work around the interpreter's bf16 errors (triton_kernels/numerics.py), so nothing
+is fixed here: a fix would hide a kernel that lacks the workaround.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The whole black-box suite on a GPU: what the operators get on the CPU runs there and comes back.
+"""The whole black-box suite on a GPU: the operators' CPU arguments are run there and the results copied back.
 
-Without it, LORA_MOE_BACKEND=triton on a machine with a GPU would compare the reference with itself: the tests
-make CPU tensors, which no GPU kernel serves.
+Without this, LORA_MOE_BACKEND=triton on a machine with a GPU would compare the reference with itself: the
+tests create CPU tensors, which no GPU kernel accepts.
 """
 
 from __future__ import annotations

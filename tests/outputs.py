@@ -1,4 +1,4 @@
-"""Every output and gradient of routed_lora over some cases, into a safetensors file: run once a backend.
+"""Writes every output and gradient of routed_lora for some cases to a safetensors file; run once per backend.
 
 LORA_MOE_BACKEND=cpp python -m tests.outputs FILE
 """

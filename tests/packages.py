@@ -1,4 +1,4 @@
-"""Packages for the tests: environments of their own, a checkout of their own, wheels and sdists of it."""
+"""Packages for the tests: separate environments, a separate checkout, and wheels and sdists built from it."""
 
 from __future__ import annotations
 

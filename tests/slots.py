@@ -1,6 +1,6 @@
-"""Slots kept apart and slots reduced: inputs, the formula expert by expert in fp64, and its gradients.
+"""Slots kept apart and slots summed: inputs, the formula in fp64 expert by expert, and its gradients.
 
-The operators of a backend against that, forward and backward, for tests of the kernels.
+Kernel tests compare a backend's operators with these, forward and backward.
 
 Letters: T tokens, E experts, K slots per token.
 """

@@ -1,8 +1,8 @@
-"""Tensor cores as the interpreter can model them: products of 16-bit terms whose sums are truncated.
+"""A model of tensor cores for the interpreter: products of 16-bit terms whose sums are truncated.
 
-An MMA instruction adds its products to the accumulator exactly and drops what does not fit 24 bits, so a long
-sum loses up to a unit each step, always towards zero.  `modelled` makes the interpreted kernels multiply
-fp32 and 16-bit operands as the compiled ones do, term by term, through such an accumulator.
+An MMA instruction adds its products to the accumulator exactly and drops what does not fit into 24 bits, so
+a long sum loses up to one unit per step, always towards zero.  `modelled` makes the interpreted kernels
+multiply fp32 and 16-bit operands like the compiled ones, term by term, with such an accumulator.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the experts add to a layer, counted from its real launches, stays within the goals."""
+"""The launches and bytes that experts add to a layer, counted from real launches, stay within the goals."""
 
 from __future__ import annotations
 

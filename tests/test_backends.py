@@ -1,4 +1,4 @@
-"""Backends and instruction sets against one another, each in a process of its own; far-apart rows."""
+"""Backends and instruction sets compared with each other, each in its own process; far-apart rows."""
 
 import os
 import subprocess

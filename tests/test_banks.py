@@ -1,4 +1,4 @@
-"""routed_lora_banks: layers side by side give what routed_lora gives each of them, on every backend."""
+"""routed_lora_banks: layers with the same input give what routed_lora gives for each, on every backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic, their peers against fp64, and the command; no test looks at a clock."""
+"""The benchmarks' arithmetic, their peers against fp64, and the command; no test measures time."""
 
 from __future__ import annotations
 

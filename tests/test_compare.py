@@ -1,4 +1,4 @@
-"""The comparison must be able to fail: eight wrong results, all of which it has to reject."""
+"""The comparison must be able to fail: it has to reject each of eight wrong results."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""LoraMoeConfig: what it accepts survives a round trip, what it refuses costs no memory."""
+"""LoraMoeConfig: what it accepts survives a round trip, and what it refuses allocates no memory."""
 
 import json
 import tracemalloc

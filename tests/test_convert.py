@@ -1,4 +1,4 @@
-"""Importers: files in each format's layout, made here, against the format's formula."""
+"""Importers: files created here in each format's layout, against the format's formula."""
 
 from __future__ import annotations
 

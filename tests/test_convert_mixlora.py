@@ -1,4 +1,4 @@
-"""MixLoRA's files, made here in its layout: converted, they give the mixlora package's own logits."""
+"""MixLoRA files created here in its layout: once converted, they give the mixlora package's own logits."""
 
 from __future__ import annotations
 

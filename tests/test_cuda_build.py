@@ -1,4 +1,4 @@
-"""The CUDA build: what nvcc makes of the kernels, what a missing piece says, and that the tests can fail."""
+"""The CUDA build: what nvcc makes of the kernels, messages if a piece is missing, tests that can fail."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The CUDA kernels, operator by operator, against the reference in fp64 on the same rounded inputs.
 
-Without a GPU they are compiled for the CPU, one fiber a thread; every test runs the threads of a block
+Without a GPU they are compiled for the CPU, with one fiber per thread; every test runs the threads of a block
 first to last and last to first.
 """
 

@@ -1,4 +1,4 @@
-"""Every page's Python runs as it is printed, one block after the other, and its links lead somewhere."""
+"""Every page's Python runs as printed, one block after another, and all links resolve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong arguments raise before anything is computed, and the message names argument and value."""
+"""Invalid arguments raise before anything is computed, and the message names the argument and its value."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The examples' statistics: what an interval of a difference says, and which runs a restart repeats."""
+"""The examples' statistics: the meaning of a difference's interval, and which runs a restart repeats."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The table of faults in tests/README.md names tests that are there, and every fault has one."""
+"""The table of faults in tests/README.md names existing tests, and every fault has one."""
 
 from __future__ import annotations
 

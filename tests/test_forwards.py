@@ -1,4 +1,4 @@
-"""What the source of a forward says: whose weight it reads, whom it calls, what it returns."""
+"""What is read from the source of a forward: which weights it reads, what it calls, what it returns."""
 
 from __future__ import annotations
 

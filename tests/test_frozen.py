@@ -1,4 +1,4 @@
-"""freeze_experts in one process: frozen rows keep their bits under every optimizer."""
+"""freeze_experts in one process: frozen rows stay bitwise unchanged under every optimizer."""
 
 import copy
 from types import SimpleNamespace

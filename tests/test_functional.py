@@ -1,7 +1,7 @@
-"""The public functions, black box: the same tests run under every backend (LORA_MOE_BACKEND).
+"""The public functions as black boxes: the same tests run on every backend (LORA_MOE_BACKEND).
 
-Truth is the stacked formulation of eager.py in fp64 on the same rounded inputs, gradients by
-autograd; the yardstick is the same formulation in the tested dtype.
+The reference is the stacked formulation of eager.py in fp64 on the same rounded inputs, with gradients from
+autograd; the tolerance comes from the same formulation in the tested dtype.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The driver of the first day with a GPU: what goes wrong is told, what passed is kept, a call ends in time.
+"""The driver for the first day with a GPU: failures are reported, passed stages are kept, a run ends in time.
 
-The stages themselves run small by `python -m benchmarks.gpu_day --dry-run`.
+The stages themselves run at small sizes with `python -m benchmarks.gpu_day --dry-run`.
 """
 
 from __future__ import annotations

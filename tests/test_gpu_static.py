@@ -1,4 +1,4 @@
-"""Kernels that break a promise are found out by benchmarks/gpu_static.py, on both kinds of machine code."""
+"""benchmarks/gpu_static.py detects kernels that violate a guarantee, on both kinds of machine code."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Incoming gradients as losses really make them: expanded, transposed, slices, missing; on every backend.
+"""Incoming gradients as real losses produce them: expanded, transposed, sliced, missing; on every backend.
 
-`y.sum()` hands over one number expanded, `y.T @ z` a transposed matrix, `y[:, ::2]` through a view a
-slice, and an output that the loss does not use hands over nothing.  Truth is the stacked formulation of
-eager.py in fp64, gradients by autograd.
+`y.sum()` passes one expanded number, `y.T @ z` a transposed matrix, `y[:, ::2]` through a view a slice,
+and an output that the loss does not use passes nothing.  The reference is the stacked formulation of
+eager.py in fp64, with gradients from autograd.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 """

@@ -1,4 +1,4 @@
-"""More experts: what was there keeps its bits, optimizers are told, and routers see what is said."""
+"""More experts: existing rows stay bitwise unchanged, optimizers are updated, routers follow the option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels and the tests assume of Triton's interpreter; and that the sanitizer can fail."""
+"""What the kernels and the tests assume about Triton's interpreter; and that the sanitizer can fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving and loading adapters: everything arrives, or nothing changes."""
+"""Saving and loading adapters: either everything is loaded, or nothing changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoraMoeLinear against literal loops over tokens and experts, and inside PyTorch's machinery."""
+"""LoraMoeLinear against literal loops over tokens and experts, and with PyTorch's features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a compiled kernel's loads come from, in the words of each Triton that torch ships."""
+"""Where a compiled kernel's loads come from, as reported by each Triton that torch ships."""
 
 from __future__ import annotations
 

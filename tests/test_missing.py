@@ -1,4 +1,4 @@
-"""What serves is what was built, or one line says why not and what to type."""
+"""The built backends are used, or one line says why not and what to type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoraMoeMLP: equal to its formula, one whole FFN per expert, in fp64; and what it does to its base."""
+"""LoraMoeMLP: equal to its formula, one whole FFN per expert, in fp64; and its effect on the base."""
 
 from __future__ import annotations
 

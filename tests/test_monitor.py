@@ -1,4 +1,4 @@
-"""RouterMonitor, its history on disk and the picture of it."""
+"""RouterMonitor, its history on disk and its plot."""
 
 from __future__ import annotations
 

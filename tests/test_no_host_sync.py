@@ -1,4 +1,4 @@
-"""No call of a public function, forward or backward, makes the host wait for a GPU: CUDA graphs need that."""
+"""No public function, forward or backward, synchronizes the host with a GPU: CUDA graphs require this."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the accounting says a kernel reads from L2 is what its programs load, counted in the interpreter."""
+"""The bytes that the accounting says a kernel reads from L2 are those that the interpreter counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite runs on what it was asked to run on, a GPU's kernels included."""
+"""The suite runs on the requested device, including a GPU's kernels."""
 
 from __future__ import annotations
 

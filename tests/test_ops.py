@@ -1,4 +1,4 @@
-"""Operators as PyTorch's citizens: opcheck on each, gradcheck, compile, autocast, checkpointing, threads."""
+"""The operators within PyTorch: opcheck on each, gradcheck, compile, autocast, checkpointing, threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frozen base's part of dx is added in its own product where the base is plain, and nowhere else."""
+"""The frozen base's part of dx is added within its own product if the base is plain, and only then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cost model's choices, what goes over its head, and what explain prints."""
+"""The cost model's choices, what overrides it, and what explain prints."""
 
 from __future__ import annotations
 

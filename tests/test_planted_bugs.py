@@ -1,8 +1,8 @@
-"""Bugs planted in our kernels, one substitution in the source each, and the check that must catch it.
+"""Bugs planted in our kernels, one substitution in the source each, and the check that must catch them.
 
-The checks are those that every test of the kernels runs under: the sanitizer, memory and undefined lanes
-filled with NaN, assertions on int32, and the comparison with the reference.  A substitution that no longer
-applies fails: then plant the bug where the code has gone.
+The checks are those of every kernel test: the sanitizer, memory and undefined lanes filled with NaN,
+assertions on int32, and the comparison with the reference.  A substitution that no longer applies fails:
+move the bug to where the code has gone.
 """
 
 from __future__ import annotations

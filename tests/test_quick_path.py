@@ -1,4 +1,4 @@
-"""The short cut of a decoding step: taken when it may be, equal to the long way, no way around a check."""
+"""The fast path of a decoding step: taken if allowed, equal to the normal path, never skipping a check."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's examples run as they are printed, and its links lead somewhere."""
+"""The README's examples run as printed, and all links resolve."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every package that a requirement file pins has its hashes; `make check-hashes` compares downloads."""
+"""Every package pinned in a requirements file has its hashes; `make check-hashes` compares downloads."""
 
 from __future__ import annotations
 

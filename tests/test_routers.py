@@ -1,4 +1,4 @@
-"""Routers of their own: each equals its formula, forward and gradients, and refuses what it cannot do."""
+"""The routers: each equals its formula, forward and gradients, and refuses what it does not support."""
 
 import dataclasses
 from typing import ClassVar

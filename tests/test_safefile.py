@@ -1,4 +1,4 @@
-"""The safetensors container: the format as others read it, and the ways in which a file may lie."""
+"""The safetensors container: the format as other readers see it, and the ways a file may be invalid."""
 
 from __future__ import annotations
 

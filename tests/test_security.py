@@ -1,4 +1,4 @@
-"""Nothing that is shipped can run code from a file: no unpickling, no eval, no shell (SECURITY.md)."""
+"""No shipped code can run code from a file: no unpickling, no eval, no shell (SECURITY.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a single process shows of wrapped and sharded models; two are in tests/stack."""
+"""What a single process can test of wrapped and sharded models; tests/stack uses two."""
 
 import pytest
 import torch

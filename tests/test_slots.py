@@ -1,7 +1,7 @@
-"""grouped_lora with a row per slot, in y ("apart") or in x ("sum"): black box, on every backend.
+"""grouped_lora with one row per slot, in y ("apart") or in x ("sum"), as a black box on every backend.
 
-Truth is each slot as a token of its own, by eager.py in fp64 on the same rounded inputs, with gradients by
-autograd; the yardstick is the same formulation in the tested dtype.
+The reference treats each slot as a separate token, by eager.py in fp64 on the same rounded inputs, with
+gradients from autograd; the tolerance comes from the same formulation in the tested dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Extensions ask torch for its stable C interface only: what is built here loads in torch >= 2.10."""
+"""Extensions use torch's stable C interface only: what is built here loads in torch >= 2.10."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The package's modules form no import circle, and no class overrides a private name of another one."""
+"""The package's modules have no circular imports, and no class overrides another class's private name."""
 
 import ast
 import graphlib

@@ -1,4 +1,4 @@
-"""The Triton kernels over shapes that fit nothing: every pair of values of the factors meets in some case.
+"""The Triton kernels on shapes that fit no tile: every pair of the factors' values occurs in some case.
 
 Forward and gradients of the public function through the launchers, against the formula in fp64.
 """

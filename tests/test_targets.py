@@ -1,4 +1,4 @@
-"""Which modules a configuration names: patterns, "all-linear", and what is said of the rest."""
+"""Which modules a configuration selects: patterns, "all-linear", and the messages about the rest."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Any number of tokens: nothing compiles anew once a model is warm, and every grid can be launched.
+"""Any number of tokens: nothing is recompiled once a model is warm, and every grid can be launched.
 
-From the same launches: the short static check misses no kernel.
+The same launches show that the short static check misses no kernel.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What else PyTorch does with a function: second derivatives, other modes of autograd, export, CUDA graphs.
+"""Other PyTorch features: second derivatives, other autograd modes, export, CUDA graphs.
 
-It works, or one sentence says what does not.
+Each works, or raises a clear error.
 """
 
 from __future__ import annotations

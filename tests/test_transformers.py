@@ -1,4 +1,4 @@
-"""Inside Hugging Face models: random weights, some thousand parameters each, nothing from a hub."""
+"""Inside Hugging Face models: random weights, a few thousand parameters each, nothing from a hub."""
 
 from __future__ import annotations
 

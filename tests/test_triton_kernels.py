@@ -1,6 +1,6 @@
 """The Triton kernels, operator by operator, against the reference in fp64 on the same rounded inputs.
 
-On a GPU they run compiled; elsewhere interpreted, and then under the sanitizer as well.
+On a GPU they run compiled; otherwise they are interpreted, and also run under the sanitizer.
 """
 
 from __future__ import annotations

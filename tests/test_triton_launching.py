@@ -1,4 +1,4 @@
-"""What every Triton launcher shares: fp32 precision, tuning, tables of numbers made on the device."""
+"""Common to all Triton launchers: fp32 precision, tuning, tables of numbers made on the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fp32 beside 16-bit operands on tensor cores: by terms, into an accumulator that truncates."""
+"""fp32 with 16-bit operands on tensor cores: by terms, into an accumulator that truncates."""
 
 from __future__ import annotations
 

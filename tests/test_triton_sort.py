@@ -1,4 +1,4 @@
-"""The segmented plan's sort is PyTorch's stable sort, window by window, and never waits for another T."""
+"""The segmented plan's sort equals PyTorch's stable sort in each window, and a new T never recompiles it."""
 
 from __future__ import annotations
 

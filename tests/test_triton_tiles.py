@@ -1,8 +1,8 @@
-"""The tiles of each kind of GPU and class of T, run as they are: what the other tests interpret is smaller.
+"""The tiles of each kind of GPU and size class of T, unchanged: other tests interpret smaller ones.
 
-Here those of one kind; the others by `make nightly`.  Interpreted, with the products split into bf16 terms
+One kind of GPU here; the others in `make nightly`.  Interpreted, with the products split into bf16 terms
 as on a GPU, and under the sanitizer.  Bounds between the classes of T are lowered so that dozens of tokens
-reach the tiles of thousands; one test does not.
+reach the tiles of thousands; one test does not lower them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Why modules cannot take experts: each kind with its reason, and its neighbour that can."""
+"""Why modules cannot take experts: each kind with its reason, and a similar module that can."""
 
 from __future__ import annotations
 

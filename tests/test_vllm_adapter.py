@@ -1,4 +1,4 @@
-"""The adapter as a server reads it: in the dtypes that it serves, as a whole or not at all."""
+"""The adapter as a server reads it: in the dtypes that it serves, completely or not at all."""
 
 from __future__ import annotations
 

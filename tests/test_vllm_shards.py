@@ -1,6 +1,6 @@
-"""Serving without a server: ranks' parts together equal the whole layer.
+"""Serving without a server: the ranks' shards together equal the whole layer.
 
-Shapes, cuts and operators are those that vLLM calls; tests/vllm runs them in vLLM itself.
+Shapes, shards and operators are those that vLLM calls; tests/vllm runs them in vLLM itself.
 """
 
 from __future__ import annotations

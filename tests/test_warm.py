@@ -1,4 +1,4 @@
-"""Warming up runs every kind of layer, and leaves no trace."""
+"""Warming up runs every kind of layer and leaves no trace."""
 
 from __future__ import annotations
 

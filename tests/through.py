@@ -1,4 +1,4 @@
-"""Public functions whose operators run through given launchers, whatever serves the tensors otherwise."""
+"""Runs public functions with given launchers for their operators, whatever the tensors would normally use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Compiles csrc/cuda with a C++ compiler against the headers of this folder: CUDA kernels on a CPU.
+"""Compiles csrc/cuda with a C++ compiler against the headers in this folder: CUDA kernels on a CPU.
 
-The result is the same extension module that nvcc's build makes; its operators, registered for CUDA
-tensors, run on CPU tensors when they are called past the dispatcher.
+The result is the same extension module that nvcc builds; its operators are registered for CUDA tensors,
+and run on CPU tensors if they are called past the dispatcher.
 """
 
 from __future__ import annotations

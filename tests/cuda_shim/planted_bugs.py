@@ -1,12 +1,11 @@
-"""Would the tests see a missing bounds mask or barrier?  Each is removed, and some output must change.
+"""Would the tests detect a missing bounds mask or barrier?  Each is removed, and some output must change.
 
     LD_PRELOAD=libasan.so python -m tests.cuda_shim.planted_bugs [PATTERN] [--step N]
 
-Both are found in the sources.  A mask is any comparison that is decided at run time: without it, what
-it guards happens always, or a loop goes one step further.  The bugs all go into one build, with
-sanitizers, each behind a number that is switched on at run time; a barrier is left out by its line.
-Every experiment runs in a fork: an abort is a bug seen.  Prints a line for each: what it was, and
-whether it was seen.
+Both are found in the sources.  A mask is any comparison that is evaluated at run time: without it, the
+guarded code always runs, or a loop goes one step further.  All bugs go into one build with sanitizers, each
+behind a number that is selected at run time; a barrier is removed by its line.  Every experiment runs in a
+fork: an abort counts as detected.  Prints one line for each: what it was, and whether it was detected.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A plugin of pytest: the public functions on CPU tensors run the CUDA kernels, compiled for the CPU.
+"""A pytest plugin: the public functions on CPU tensors run the CUDA kernels, compiled for the CPU.
 
     python -m pytest -p tests.cuda_shim.serving tests/test_gradients.py -k "not float64"
 
-The kernels take no float64.
+The kernels do not take float64.
 """
 
 from __future__ import annotations

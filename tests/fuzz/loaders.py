@@ -1,6 +1,6 @@
-"""Every loader of the package beside the saver of its files, small and wide, for suites that damage files.
+"""Every loader of the package with the saver of its files, small and wide, for suites that damage files.
 
-A loader may raise ValueError or OSError, and nothing else, whatever the file holds.
+A loader may raise ValueError or OSError, and nothing else, whatever the file contains.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Files damaged at random: whatever the bytes, a loader reads them or raises what it documents.
+"""Randomly damaged files: for any bytes, a loader reads them or raises what it documents.
 
-LORA_MOE_NIGHTLY=n tries n times as many; each failure names the seed that makes the file again.
+LORA_MOE_NIGHTLY=n tries n times as many; each failure names the seed that reproduces the file.
 """
 
 from __future__ import annotations

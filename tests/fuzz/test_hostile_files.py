@@ -1,4 +1,4 @@
-"""Files made to hurt: every loader refuses them in time and memory that the file's size bounds.
+"""Malicious files: every loader refuses them within time and memory bounded by the file's size.
 
 CPU      under 1 s for a file that is refused, under 1 s per 500 MB for one that is read
 memory   the peak rises by at most 2 x the file's size + 64 MB

@@ -1,9 +1,9 @@
-"""Operators called at random, each call against the formula in fp64: shapes, strides, dtypes, gradients.
+"""Random operator calls, each compared with the formula in fp64: shapes, strides, dtypes, gradients.
 
-What is drawn: T, E, K, ranks, D; gate, shared A, biases; the memory of every operand (contiguous,
-transposed, sliced, expanded); which of them require gradients; and for every output a gradient that is
+Randomized are T, E, K, ranks, D; gate, shared A, biases; the memory layout of every operand (contiguous,
+transposed, sliced, expanded); which operands require gradients; and, for every output, a gradient that is
 contiguous, expanded, transposed, sliced, or missing.  LORA_MOE_NIGHTLY=n draws n times as many; a failure
-names its seed.  LORA_MOE_BACKEND and LORA_MOE_ISA choose who is tested.
+names its seed.  LORA_MOE_BACKEND and LORA_MOE_ISA select the implementation under test.
 """
 
 from __future__ import annotations

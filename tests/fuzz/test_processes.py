@@ -1,4 +1,4 @@
-"""Threads and interrupts: right results, or a clean end."""
+"""Threads and interrupts: correct results, or a clean exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saves that are killed, interrupted or run out of disk: the old or the new file is whole, always."""
+"""Saves that are killed, interrupted or run out of disk space: the old or the new file is always intact."""
 
 from __future__ import annotations
 

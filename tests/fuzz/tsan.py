@@ -1,8 +1,8 @@
 """python -m tests.fuzz.tsan: threaded calls of the C++ operators under ThreadSanitizer.
 
-OpenMP's joins are made of futexes that the sanitizer cannot see, so every join would look like a race.  For
-this build at::parallel_for gives way to std::thread, whose joins it knows; nothing else is changed.  Python
-and torch are not instrumented and are left out.  Then the same with a race planted, which must be found.
+OpenMP's joins use futexes that the sanitizer cannot see, so every join would look like a race.  In this
+build, at::parallel_for is replaced by std::thread, whose joins it knows; nothing else changes.  Python
+and torch are not instrumented and are ignored.  A second run has a planted race, which must be found.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The field's metrics on examples worked out by hand."""
+"""The field's metrics on examples computed by hand."""
 
 from __future__ import annotations
 

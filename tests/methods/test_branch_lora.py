@@ -1,4 +1,4 @@
-"""BranchLoRA's layer against its formula written out, and its life over a sequence of tasks."""
+"""BranchLoRA's layer against its formula, and its lifecycle over a sequence of tasks."""
 
 from __future__ import annotations
 

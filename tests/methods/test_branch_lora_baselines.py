@@ -1,4 +1,4 @@
-"""The baselines of BranchLoRA's evidence against their formulas."""
+"""The baselines in BranchLoRA's evidence against their formulas."""
 
 from __future__ import annotations
 

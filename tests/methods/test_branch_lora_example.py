@@ -1,4 +1,4 @@
-"""The evidence of BranchLoRA: its orders and splits, its measures, and the quick mode."""
+"""BranchLoRA's evidence: its orders and splits, its metrics, and the quick mode."""
 
 from __future__ import annotations
 

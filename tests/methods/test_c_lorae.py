@@ -1,4 +1,4 @@
-"""C-LoRAE's layer against its formula written out, inside PyTorch's machinery, and in a T5 that trains."""
+"""C-LoRAE's layer against its formula, with PyTorch's features, and in a T5 that trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EMTL's weights against the minimum of their objective, and Nash-MTL's example where torchjd is."""
+"""EMTL's weights against the minimum of their objective, and Nash-MTL's example if torchjd is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instructions, answers and scores on written examples, well-formed and not."""
+"""Instructions, answers and scores on handwritten examples, both well-formed and malformed."""
 
 from __future__ import annotations
 

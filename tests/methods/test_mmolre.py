@@ -1,4 +1,4 @@
-"""MMoLRE against its formula in literal loops, under every mask, and inside PyTorch's machinery."""
+"""MMoLRE against its formula in literal loops, under every mask, and with PyTorch's features."""
 
 from __future__ import annotations
 

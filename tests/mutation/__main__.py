@@ -3,12 +3,12 @@
     make mutate                                      12 mutants of each language
     make mutate MUTATE="--sample 300 cpp"            300 of the C++ kernels
     make mutate MUTATE="--since main --sample 12"    12 in the files that differ from main
-    make mutate MUTATE="--sample 200 --first 120 python"    the last 80 of 200: a sample in several sittings
-    make mutate MUTATE="--names FILE python"         those named in FILE, a line each: survivors once more
+    make mutate MUTATE="--sample 200 --first 120 python"    the last 80 of 200: a sample in several sessions
+    make mutate MUTATE="--names FILE python"         those named in FILE, one per line: survivors once more
 
 Each mutant is one small change (see python_source.py and cpp_source.py).  The tests of its file run
-with -x, those that killed the last mutants first; a mutant that all of them accept survives.  The
-exit status is 1 if one survives that survivors.txt does not explain.
+with -x, starting with those that killed the last mutants; a mutant that passes all of them survives.  The
+exit status is 1 if any survivor is not explained in survivors.txt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a mutant is: one small change to a source, with a name that survives other edits of the file."""
+"""A mutant: one small change to a source, with a name that remains valid after other edits to the file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A pytest plugin (-p tests.mutation.order): the tests that killed the last mutants run first.
+"""A pytest plugin (-p tests.mutation.order): runs the tests that killed the last mutants first.
 
-LORA_MOE_KILLERS    a JSON list of test ids, the likeliest first
-LORA_MOE_REPORT     where the id of the first test that fails is written
+LORA_MOE_KILLERS    a JSON list of test ids, the most likely first
+LORA_MOE_REPORT     where to write the id of the first test that fails
 """
 
 import json

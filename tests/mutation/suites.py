@@ -1,7 +1,7 @@
-"""Which sources are mutated, and which tests are there to notice: their mirror first.
+"""Which sources are mutated, and which tests should detect it: the mirrored test file first.
 
-A table of exceptions; without a row, the tests of lora_moe/x.py are tests/test_x.py and COMMON.  What
-these accept goes to more tests: of kernels those in MORE, of a module those that name what it defines.
+A table of exceptions; without an entry, the tests of lora_moe/x.py are tests/test_x.py and COMMON.  Mutants
+that pass these go to more tests: for kernels those in MORE, for a module those that name what it defines.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The list of mutants that no test can tell from the original, each with the reason why.
+"""The list of mutants that no test can distinguish from the original, each with the reason.
 
     lora_moe/plan.py: a < b -> a <= b
         equal costs: either plan is right

@@ -1,4 +1,4 @@
-"""The mutation runner: its mutants are the ones that are meant, and a verdict is what the tests said."""
+"""The mutation runner: it makes the intended mutants, and its verdicts match the tests' results."""
 
 from __future__ import annotations
 

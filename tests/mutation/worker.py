@@ -1,8 +1,8 @@
-"""A process that has PyTorch imported already and forks to run pytest: a mutant then costs its tests alone.
+"""A process that has already imported PyTorch and forks to run pytest: a mutant then only costs its tests.
 
-A request is a line of JSON on standard input, {"arguments": [...], "environment": {...}, "folder": str,
-"output": str}; the answers are two lines, the child's process id, which is its group's too, and its status.
-Neither the package nor its tests are imported here, as a mutant changes them.
+A request is one line of JSON on standard input, {"arguments": [...], "environment": {...}, "folder": str,
+"output": str}; the answer is two lines, the child's process id (also its group's) and its status.
+Neither the package nor its tests are imported here, because a mutant changes them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A copy of the checkout in which sources may be broken, and what it says of one mutant."""
+"""A copy of the checkout whose sources may be broken, and the verdict on one mutant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every preset, small, beside its formula written plainly: einsum and loops, no function of the package.
+"""Every preset, small, with its formula written plainly: einsum and loops, no function of the package.
 
     Case(make, formula, tasks, mask)      formula(p, x, tasks, mask, train) -> the experts' sum (B, L, D_out)
 

@@ -1,4 +1,4 @@
-"""Every preset in a tiny Llama: a step, a file read by another process, decoding with a cache."""
+"""Every preset in a tiny Llama: one step, a file read by another process, decoding with a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BranchLoRA's script on a tiny LLaVA and on a few questions in CoIN's layout."""
+"""BranchLoRA's script on a tiny LLaVA and a few questions in CoIN's layout."""
 
 from __future__ import annotations
 

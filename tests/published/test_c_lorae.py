@@ -1,4 +1,4 @@
-"""C-LoRAE's script on tiny models and on a few items in the layouts of the published sets."""
+"""C-LoRAE's script on tiny models and a few items in the layouts of the published data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models in folders, of the classes and with the files that the scripts load; nothing from a hub."""
+"""Tiny models in folders, with the classes and files that the scripts load; nothing from a hub."""
 
 import torch
 import transformers as hf

@@ -1,4 +1,4 @@
-"""Notices that a process gives once are given once per test."""
+"""Notices that a process gives only once are given once per test."""
 
 import pytest
 

@@ -1,7 +1,7 @@
 """Tiny models of the families that people fine-tune: random weights, nothing from a hub.
 
-Each factory returns a model and a batch of two rows for it.  Weights are drawn wide, so that the
-greedy choice of a token is clear and the experts have a say in it.
+Each factory returns a model and a batch of two rows for it.  Weights have a large spread, so that the
+greedy choice of a token is clear and the experts matter for it.
 """
 
 from __future__ import annotations

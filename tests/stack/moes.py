@@ -1,4 +1,4 @@
-"""Tiny models with fused experts of their own, and LoRAs on these by PEFT and by us with the same values."""
+"""Tiny models with their own fused experts, and LoRAs on these from PEFT and from us with the same values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the recompute of an activation checkpoint is told, in arrangements that models really have."""
+"""The routing that an activation checkpoint's recomputation sees, in arrangements that real models have."""
 
 import threading
 

@@ -1,6 +1,6 @@
-"""Training and saving over two processes: the checks of tests/stack/processes, one test for each.
+"""Training and saving over two processes: the checks of tests/stack/processes, one test each.
 
-One torchrun serves many checks, as its start takes longer than they do.
+One torchrun runs many checks, because starting it takes longer than they do.
 """
 
 from __future__ import annotations

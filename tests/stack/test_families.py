@@ -1,6 +1,6 @@
-"""Experts in all linears of 33 model families: what each of them must be able to do.
+"""Experts in all linears of 33 model families: what each of them must support.
 
-What "all-linear" leaves out is written down per family: a change of either side shows.
+What "all-linear" leaves out is recorded per family, so that a change on either side is noticed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""LoRA on a MoE model's own fused experts: equals PEFT's target_parameters, and what runs on it."""
+"""LoRA on an MoE model's own fused experts: equals PEFT's target_parameters, and what works with it."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""PEFT's folders with target_parameters: read, written, bit for bit as PEFT has them, and what is refused."""
+"""PEFT's folders with target_parameters: read and written bit for bit as in PEFT, and what is refused."""
 
 import json
 

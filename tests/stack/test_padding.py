@@ -1,4 +1,4 @@
-"""Padding counts nowhere, every forward of a step counts, and evaluation changes nothing."""
+"""Padding never counts, every forward of a step counts, and evaluation changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mixture as a method of PEFT: every habit of a PEFT user, on tiny models."""
+"""The mixture as a PEFT method: everything a PEFT user does, on tiny models."""
 
 from __future__ import annotations
 

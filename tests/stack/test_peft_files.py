@@ -1,4 +1,4 @@
-"""The folder that PEFT saves of a mixture, read without PEFT; repositories of the hub, from a cache."""
+"""The folder that PEFT saves for a mixture, read without PEFT; Hub repositories, from a cache."""
 
 from __future__ import annotations
 

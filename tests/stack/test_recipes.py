@@ -1,4 +1,4 @@
-"""The recipes of docs/recipes.md run as they are printed, on a tiny model in place of the one they name."""
+"""The recipes in docs/recipes.md run as printed, with a tiny model in place of the one they name."""
 
 from __future__ import annotations
 

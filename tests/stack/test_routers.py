@@ -1,4 +1,4 @@
-"""Routers of their own in a tiny Llama: checkpoints, threads, beams, caches, files, compile."""
+"""Custom routers in a tiny Llama: checkpoints, threads, beams, caches, files, compile."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""State on disk where the stack puts it: save_pretrained, state dicts by either naming, wrappers."""
+"""Saving through transformers: save_pretrained, state dicts with either naming, wrappers."""
 
 from __future__ import annotations
 

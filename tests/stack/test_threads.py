@@ -1,4 +1,4 @@
-"""What a forward was told is its own: in each thread, and when a checkpoint runs it again in another."""
+"""A forward's routing is its own: per thread, and when a checkpoint reruns it in another thread."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""What a user set up and will not get is told, once, with what to do."""
+"""Settings that have no effect are reported once, with what to do."""
 
 from __future__ import annotations
 

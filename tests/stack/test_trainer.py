@@ -1,4 +1,4 @@
-"""lora_moe.hf.LoraMoeTrainer: the loss's scale, checkpoints, metrics, groups, quantised bases."""
+"""lora_moe.hf.LoraMoeTrainer: the loss's scale, checkpoints, metrics, groups, quantized bases."""
 
 from __future__ import annotations
 

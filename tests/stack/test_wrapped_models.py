@@ -1,4 +1,4 @@
-"""A transformers model inside a module of one's own, whose arguments have other names."""
+"""A transformers model inside a custom module whose arguments have different names."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""A tiny decoder, a tokenizer and texts, all made here: nothing from a hub."""
+"""A tiny decoder, a tokenizer and texts, all created here: nothing from a hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts of torchrun that do not take gloo's own end for ours."""
+"""Runs torchrun without reporting gloo's own crashes as failures of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prints, as JSON, the rows of small kernels that each break one promise; see test_gpu_static.py."""
+"""Prints, as JSON, the rows of small kernels that each violate one guarantee; see test_gpu_static.py."""
 
 from __future__ import annotations
 

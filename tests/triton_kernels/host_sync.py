@@ -1,7 +1,7 @@
-"""Prints, as JSON, what each call of the package would make a GPU's host wait for; see test_no_host_sync.py.
+"""Prints, as JSON, what in each call would synchronize the host with a GPU; see test_no_host_sync.py.
 
-A process of its own, since the kernels are not interpreted here.  On the meta device there is no value to
-wait for: reading one raises, and a copy from or to the host shows among the operators.
+A separate process, because the kernels are not interpreted here.  On the meta device there is no value to
+wait for: reading one raises, and a copy from or to the host shows up among the operators.
 """
 
 from __future__ import annotations

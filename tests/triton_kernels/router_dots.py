@@ -1,4 +1,4 @@
-"""Prints, as JSON, for every dot of a router's kernels by operand dtypes what its accumulator starts from.
+"""Prints, as JSON, the initial accumulator of every dot in a router's kernels, by operand dtypes.
 
 Triton merges `sum + dot` into one instruction, whose accumulator truncates: see test_triton_numerics.py.
 """

@@ -1,4 +1,4 @@
-"""Small kernels, right and wrong, for test_interpreter.py."""
+"""Small kernels, correct and wrong, for test_interpreter.py."""
 
 import triton
 import triton.language as tl

@@ -2,8 +2,8 @@
 
     LORA_MOE_BACKEND=reference PYTHONPATH=. python -m ttsem.sanitize tests/triton_kernels/second_opinion.py
 
-(`make sanitize-ttsem`.)  ttsem stops at an access outside of a tensor, at a race between programs and at
-undefined values; here the results are compared with the reference as well.
+(`make sanitize-ttsem`.)  ttsem stops at an access outside a tensor, at a race between programs and at
+undefined values; here the results are also compared with the reference.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Prints, as JSON, what other numbers of tokens do to the launches; see test_token_counts.py.
+"""Prints, as JSON, how other token counts affect the launches; see test_token_counts.py.
 
 compiled  for every scenario and plan: kernels that a random T compiles after those of `warm_up`
-grids     the largest second and third axis of a grid at more tokens than 65,535 tiles hold
+grids     the largest second and third axis of a grid with more tokens than 65,535 tiles hold
 """
 
 from __future__ import annotations

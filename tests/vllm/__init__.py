@@ -1,1 +1,1 @@
-"""vLLM itself on the CPU: `make test-vllm` makes an environment of its own and runs these tests in it."""
+"""vLLM itself on the CPU: `make test-vllm` creates a separate environment and runs these tests in it."""

@@ -1,4 +1,4 @@
-"""Collected by `make test-vllm` alone, which sets LORA_MOE_VLLM; see tests/conftest.py."""
+"""Collected only by `make test-vllm`, which sets LORA_MOE_VLLM; see tests/conftest.py."""
 
 import os
 

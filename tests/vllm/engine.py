@@ -1,6 +1,6 @@
-"""A process with vLLM in it: `python -m tests.vllm.engine JOB OUT`, both JSON.
+"""A process that runs vLLM: `python -m tests.vllm.engine JOB OUT`, both JSON.
 
-JOB {"engine": fields of vllm.LLM, "prompts": [[id, ...], ...], "new": tokens to make of each}
+JOB {"engine": fields of vllm.LLM, "prompts": [[id, ...], ...], "new": tokens to generate for each}
 OUT {"rounds": [[{"sequence": [id, ...], "logprobs": [...], "cached": n}, ...], ...], "key": str}
 """
 

@@ -1,4 +1,4 @@
-"""A tiny Llama, its tokenizer, and adapters of every kind that a server takes."""
+"""A tiny Llama, its tokenizer, and adapters of every kind that a server supports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a start refuses, each in one sentence; what the loader leaves behind in vLLM's model."""
+"""What is refused at startup, each with a clear message; what the loader leaves behind in vLLM's model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of vLLM beside transformers + lora_moe, token by token, on the same sequences."""
+"""Log-probabilities of vLLM against transformers + lora_moe, token by token, on the same sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vllm serve` on loopback, asked by the `openai` client as its users ask it."""
+"""`vllm serve` on loopback, queried with the `openai` client as a user would."""
 
 from __future__ import annotations
 

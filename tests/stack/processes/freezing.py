@@ -1,4 +1,4 @@
-"""freeze_experts under FSDP2: frozen rows keep their bits, all others those of one process."""
+"""freeze_experts under FSDP2: frozen rows stay bitwise unchanged, all others equal those of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAs on a model's own experts under FSDP2 and DDP: what one process computes, saved and loaded."""
+"""LoRAs on a model's own experts under FSDP2 and DDP: the same results as one process, saved and loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FSDP2 in bf16 with routers in fp32, as docs/distributed.md has it, and FSDP1."""
+"""FSDP2 in bf16 with routers in fp32, as in docs/distributed.md, and FSDP1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters saved by two processes are the bytes that one would have written, and load into either."""
+"""Adapters saved by two processes equal byte for byte those of one process, and load into either."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A tiny Llama with experts, its batches, and the steps of one process that everything is compared with.
+"""A tiny Llama with experts, its batches, and the steps of one process as the reference for all comparisons.
 
-The ranks of the experts, 1 + 2 + 2 rows, divide by no number of processes, so shards are uneven.
+The total rank of the experts, 1 + 2 + 2 rows, is not divisible by the number of processes: shards are uneven.
 """
 
 from __future__ import annotations

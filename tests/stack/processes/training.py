@@ -1,6 +1,6 @@
-"""Two processes train as one that accumulates the same two micro-batches, each loss halved.
+"""Two processes train like one that accumulates the same two micro-batches, each loss halved.
 
-Losses, gradients and weights of three AdamW steps are the same bits.
+Losses, gradients and weights of three AdamW steps are bitwise equal.
 """
 
 from __future__ import annotations
