@@ -24,11 +24,15 @@ _ops = torch.ops.lora_moe
 
 def rows_contiguous(t):
     """Operators want unit stride along columns; rows may be anywhere (slices, expanded gradients)."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 or t.numel() == 0 else t.contiguous()
+    if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 or t.numel() == 0:
+        return t
+    return t.contiguous()
 
 
 def router_operand(w, x):
     """The router keeps fp32 weights beside a bf16 x: its products are always full fp32."""
+    if w is None:
+        return None
     acc = accumulator(x.dtype)
     return rows_contiguous(w if w.dtype in (x.dtype, acc) else w.to(acc))
 
@@ -100,16 +104,13 @@ class RouterTopK(Function):
 
     @staticmethod
     def forward(ctx, x, w, bias, router_bias, top_k, gate, renormalize, *sparsity):
-        out = _ops.router_topk(
+        operands = (
             rows_contiguous(x),
             router_operand(w, x),
             bias,
             router_bias_operand(router_bias, x),
-            top_k,
-            gate,
-            renormalize,
-            *sparsity,
         )
+        out = _ops.router_topk(*operands, top_k, gate, renormalize, *sparsity)
         indices, weights, logits, _, _, counts = out
         ctx.save_for_backward(x, w, indices, weights, logits)
         ctx.bias_dtype = None if router_bias is None else router_bias.dtype
@@ -121,8 +122,7 @@ class RouterTopK(Function):
     @staticmethod
     @once
     def backward(ctx, saved, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
-        aux = dweights, dlogits, dmean_prob, dlse
-        need_router_bias = ctx.needs_input_grad[3]
+        aux, need_router_bias = (dweights, dlogits, dmean_prob, dlse), ctx.needs_input_grad[3]
         dx, dw, drouter_bias = _router_backward(ctx, aux, *saved, need_router_bias)
         return dx, dw, None, drouter_bias, *(None,) * 5
 
@@ -176,61 +176,35 @@ class GroupedLora(Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, frozen, plan, w0
-    ):
-        y, s = _ops.grouped_lora(
-            *map(rows_contiguous, (x, a, b)),
-            None if base is None else rows_contiguous(base),
-            indices,
-            weights,
-            scaling,
-            offsets,
-            shared_a,
-            slots,
-            plan,
-        )
-        ctx.save_for_backward(x, a, b, s, indices, weights, scaling, w0)
-        ctx.options = offsets, shared_a, slots, frozen, plan
+    def forward(ctx, x, a, b, base, indices, weights, scaling, *options):
+        *experts, frozen, plan, w0 = options  # experts: offsets, shared_a, slots
+        rows, routing = map(rows_contiguous, (x, a, b, base)), (indices, weights, scaling)
+        y, s = _ops.grouped_lora(*rows, *routing, *experts, plan)
+        ctx.save_for_backward(x, a, b, s, *routing, w0)
+        ctx.experts, ctx.frozen, ctx.plan = experts, frozen, plan
         ctx.base_rows = None if base is None else len(base)
         return y
 
     @staticmethod
     @once
     def backward(ctx, saved, dy):
-        x, a, b, s, indices, weights, scaling, w0 = saved
-        offsets, shared_a, slots, frozen, plan = ctx.options
+        x, a, b, *rest, w0 = saved  # rest: s, indices, weights, scaling
         need_x, need_a, need_b, need_base, _, need_weights = ctx.needs_input_grad[:6]
-        dx, dweights, da, db = _ops.grouped_lora_backward(
-            *map(rows_contiguous, (dy, x, a, b)),
-            s,
-            indices,
-            weights,
-            scaling,
-            offsets,
-            shared_a,
-            slots,
-            frozen,
-            need_x,
-            need_weights,
-            need_a,
-            need_b,
-            plan,
-        )
-        return (
-            _with_base(dx, dy, w0) if need_x else None,
-            da if need_a else None,
-            db if need_b else None,
-            _base_gradient(dy, ctx.base_rows) if need_base else None,
-            None,
-            dweights if need_weights else None,
-            *(None,) * 7,
-        )
+        needs, rows = (need_x, need_weights, need_a, need_b), map(rows_contiguous, (dy, x, a, b))
+        grads = _ops.grouped_lora_backward(*rows, *rest, *ctx.experts, ctx.frozen, *needs, ctx.plan)
+        dx, dweights, da, db = _needed(grads, needs)
+        dbase = _base_gradient(dy, ctx.base_rows) if need_base else None
+        return _with_base(dx, dy, w0), da, db, dbase, None, dweights, *(None,) * 7
+
+
+def _needed(grads, needs):
+    """Operators return an empty tensor for what is not needed, autograd takes None."""
+    return [grad if need else None for grad, need in zip(grads, needs)]
 
 
 def _with_base(dx, dy, w0):
     """dx + dy W0, rounded once more: the product adds to what is there, and no sum is left to autograd."""
-    return dx if w0 is None else dx.addmm_(dy, w0)
+    return dx if dx is None or w0 is None else dx.addmm_(dy, w0)
 
 
 def _base_gradient(dy, rows):
@@ -253,23 +227,10 @@ class RoutedLora(Function):
         ctx, x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, gate,
         renormalize, top_p, threshold, frozen, plan, w0,
     ):  # fmt: skip
-        *out, s = _ops.routed_lora(
-            rows_contiguous(x),
-            router_operand(w, x),
-            *map(rows_contiguous, (a, b)),
-            None if base is None else rows_contiguous(base),
-            bias,
-            router_bias_operand(router_bias, x),
-            scaling,
-            offsets,
-            shared_a,
-            top_k,
-            gate,
-            renormalize,
-            top_p,
-            threshold,
-            plan,
-        )
+        rows = rows_contiguous(x), router_operand(w, x), *map(rows_contiguous, (a, b, base))
+        biases, experts = (bias, router_bias_operand(router_bias, x)), (scaling, offsets, shared_a)
+        router = top_k, gate, renormalize, top_p, threshold
+        *out, s = _ops.routed_lora(*rows, *biases, *experts, *router, plan)
         _, indices, weights, logits, _, _, counts = out
         ctx.save_for_backward(x, w, a, b, s, indices, weights, logits, scaling, w0)
         ctx.bias_dtype = None if router_bias is None else router_bias.dtype
@@ -282,47 +243,24 @@ class RoutedLora(Function):
     @staticmethod
     @once
     def backward(ctx, saved, dy, _indices, dweights, dlogits, dmean_prob, dlse, _counts):
-        x, w, a, b, s, indices, weights, logits, scaling, w0 = saved
+        x, w, a, b, s, *routing, scaling, w0 = saved  # routing: indices, weights, logits
         aux = dweights, dlogits, dmean_prob, dlse
-        need_x, need_w, need_a, need_b, need_base, _, need_router_bias = ctx.needs_input_grad[:7]
+        *needs, need_base, _, need_router_bias = ctx.needs_input_grad[:7]
         if dy is None:  # only the routing reached the loss
-            dx, dw, drouter_bias = _router_backward(
-                ctx, aux, x, w, indices, weights, logits, need_router_bias
-            )
+            dx, dw, drouter_bias = _router_backward(ctx, aux, x, w, *routing, need_router_bias)
             return dx, dw, *(None,) * 4, drouter_bias, *(None,) * 11
         offsets, shared_a, frozen, plan = ctx.experts
-        dx, dw, da, db, drouter_bias = _ops.routed_lora_backward(
-            rows_contiguous(dy),
-            *dense(*aux),
-            rows_contiguous(x),
-            router_operand(w, x),
-            *map(rows_contiguous, (a, b)),
-            s,
-            indices,
-            weights,
-            logits,
-            scaling,
-            offsets,
-            shared_a,
-            *ctx.options,
-            frozen,
-            need_x,
-            need_w,
-            need_a,
-            need_b,
-            need_router_bias,
-            plan,
-        )
-        return (
-            _with_base(dx, dy, w0) if need_x else None,
-            dw.to(w.dtype) if need_w else None,
-            da if need_a else None,
-            db if need_b else None,
-            dy if need_base else None,
-            None,
-            drouter_bias.to(ctx.bias_dtype) if need_router_bias else None,
-            *(None,) * 11,
-        )
+        rows = rows_contiguous(x), router_operand(w, x), *map(rows_contiguous, (a, b))
+        needs = *needs, need_router_bias
+        grads = _ops.routed_lora_backward(
+            rows_contiguous(dy), *dense(*aux), *rows, s, *routing, scaling, offsets, shared_a,
+            *ctx.options, frozen, *needs, plan,
+        )  # fmt: skip
+        dx, dw, da, db, drouter_bias = _needed(grads, needs)
+        dw = None if dw is None else dw.to(w.dtype)
+        drouter_bias = None if drouter_bias is None else drouter_bias.to(ctx.bias_dtype)
+        dbase = dy if need_base else None
+        return _with_base(dx, dy, w0), dw, da, db, dbase, None, drouter_bias, *(None,) * 11
 
 
 class Shrink(Function):
@@ -332,8 +270,7 @@ class Shrink(Function):
     def forward(ctx, x, a, w):
         ctx.save_for_backward(x, a, w)
         ctx.set_materialize_grads(False)
-        w = None if w is None else router_operand(w, x)
-        return _ops.shrink(rows_contiguous(x), *rounded(x, a), w)
+        return _ops.shrink(rows_contiguous(x), *rounded(x, a), router_operand(w, x))
 
     @staticmethod
     @once
@@ -361,8 +298,8 @@ class Expand(Function):
     @staticmethod
     def forward(ctx, h, b, base, dtype):
         ctx.save_for_backward(h, b)
-        base = None if base is None else rows_contiguous(base)
-        return _ops.expand(h.contiguous(), rows_contiguous(b.to(dtype)), None, None, base, dtype)
+        b, base = map(rows_contiguous, (b.to(dtype), base))
+        return _ops.expand(h.contiguous(), b, None, None, base, dtype)
 
     @staticmethod
     @once

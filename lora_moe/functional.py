@@ -66,8 +66,7 @@ def router_topk(
     if _needs_graph(x, router_weight, router_bias):
         out = autograd.RouterTopK.apply(rows, router_weight, selection, router_bias, *options)
     else:
-        w = autograd.router_operand(router_weight, x)
-        router_bias = autograd.router_bias_operand(router_bias, x)
+        w, router_bias = _router_operands(router_weight, router_bias, x)
         out = _ops.router_topk(rows, w, selection, router_bias, *options)
     return _routing(*out)
 
@@ -139,21 +138,13 @@ def grouped_lora(
     weights = routing.weights.to(accumulator(x.dtype))
     if base_weight is not None:
         checks.base_weight(base_weight, x, lora_B.shape[1], base, slots)
-    args = (
-        base,
-        routing.indices.contiguous(),
-        weights.contiguous(),
-        scales,
-        offsets,
-        bool(shared_a),
-        slots or "none",
-    )
+    decided = routing.indices.contiguous(), weights.contiguous()
+    args = base, *decided, scales, offsets, bool(shared_a), slots or "none"
     if _needs_graph(x, lora_A, lora_B, base, weights):
         y = autograd.GroupedLora.apply(rows, lora_A, lora_B, *args, frozen, chosen, base_weight)
     else:
-        y, _ = _ops.grouped_lora(
-            rows, *map(autograd.rows_contiguous, (lora_A, lora_B)), *args, chosen
-        )
+        adapter = map(autograd.rows_contiguous, (lora_A, lora_B))
+        y, _ = _ops.grouped_lora(rows, *adapter, *args, chosen)
     if slots == "apart":
         return y.view(*leading, top_k, y.shape[1])
     return y if x.dim() == 2 and slots is None else y.view(*leading, y.shape[1])
@@ -211,15 +202,8 @@ def routed_lora(
     added = _base(base, x, x.shape[:-1], lora_B.shape[1]), checks.selection(bias, x)
     if base_weight is not None:
         checks.base_weight(base_weight, x, lora_B.shape[1], base)
-    options = (
-        scales,
-        offsets,
-        bool(shared_a),
-        top_k,
-        gate,
-        bool(renormalize),
-        *checks.sparsity(top_p, threshold, gate),
-    )
+    router = top_k, gate, bool(renormalize), *checks.sparsity(top_p, threshold, gate)
+    options = scales, offsets, bool(shared_a), *router
     if failed is not None and not isinstance(failed, ValueError):
         raise failed  # no argument is wrong: not a refusal, so not to be tried again
     if _needs_graph(x, router_weight, lora_A, lora_B, base, router_bias):
@@ -227,9 +211,8 @@ def routed_lora(
             rows, router_weight, lora_A, lora_B, *added, router_bias, *options, frozen, chosen, base_weight
         )  # fmt: skip
     else:
-        w = autograd.router_operand(router_weight, x)
+        w, router_bias = _router_operands(router_weight, router_bias, x)
         adapter = map(autograd.rows_contiguous, (lora_A, lora_B))
-        router_bias = autograd.router_bias_operand(router_bias, x)
         y, *routing, _ = _ops.routed_lora(rows, w, *adapter, *added, router_bias, *options, chosen)
     return _like(x, y), _routing(*routing)
 
@@ -278,11 +261,7 @@ def routed_lora_banks(
     n, none = len(router_weights), [None] * len(router_weights)
     biases, router_biases = biases or none, router_biases or none
     if x.dim() == 2 and _runs_at_once(x):
-        drop = (
-            (ALL_KEPT, 0.0)
-            if top_p is None is threshold
-            else checks.sparsity(top_p, threshold, gate)
-        )
+        drop = _sparsity(top_p, threshold, gate)
         with contextlib.suppress(ValueError, RuntimeError):  # said again below, in these names
             return _ops.routed_lora_banks.default(
                 x, router_weights, lora_As, lora_Bs, base, biases, router_biases, scaling, rank_offsets,
@@ -347,7 +326,7 @@ def shrink(
     if _needs_graph(x, lora_A, router_weight):
         s, logits = autograd.Shrink.apply(rows, lora_A, router_weight)
     else:
-        w = None if router_weight is None else autograd.router_operand(router_weight, x)
+        w = autograd.router_operand(router_weight, x)
         s, logits = _ops.shrink(rows, *autograd.rounded(x, lora_A), w)
     return s, None if router_weight is None else logits
 
@@ -384,23 +363,9 @@ def expand(H: torch.Tensor, lora_B: torch.Tensor, base: torch.Tensor | None = No
 
 
 def routed_lora_at_once(
-    x,
-    router_weight,
-    lora_A,
-    lora_B,
-    top_k,
-    rank_offsets,
-    scaling,
-    shared_a,
-    base,
-    gate,
-    renormalize,
-    bias,
-    router_bias=None,
-    top_p=None,
-    threshold=None,
-    frozen=(),
-):
+    x, router_weight, lora_A, lora_B, top_k, rank_offsets, scaling, shared_a, base, gate, renormalize,
+    bias, router_bias=None, top_p=None, threshold=None, frozen=(),
+):  # fmt: skip
     """routed_lora of a decoding step in C++, or None where that is not what the call is.
 
     The operator checks what the public function checks, in a tenth of the time.  It raises ValueError
@@ -416,20 +381,16 @@ def routed_lora_at_once(
         rank_offsets = checks.rank_offsets_of(rank_offsets, scaling.shape[0])
     if base is not None and base.shape[:-1] != shape[:-1]:
         return None
-    if top_p is None and threshold is None:
-        drop = ALL_KEPT, 0.0
-    else:
-        drop = checks.sparsity(top_p, threshold, gate)
+    drop = _sparsity(top_p, threshold, gate)
     if frozen:  # without gradients they are only checked
         checks.frozen_ids(frozen, scaling.shape[0])
     if len(shape) != 2:
         tokens = prod(shape[:-1])
         x = x.reshape(tokens, shape[-1])
         base = None if base is None else base.reshape(tokens, base.shape[-1])
-    chosen = (
-        plan.SEGMENTED if plan._forced is None else plan.choose("cpp", 1, 0, 0, (), top_k, None)
-    )
-    y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
+    forced = plan._forced is not None
+    chosen = plan.choose("cpp", 1, 0, 0, (), top_k, None) if forced else plan.SEGMENTED
+    y, *routing, _ = _ops.routed_lora.default(
         x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, rank_offsets,
         bool(shared_a), top_k, gate, bool(renormalize), *drop, chosen,
     )  # fmt: skip
@@ -437,7 +398,7 @@ def routed_lora_at_once(
         y = y.view(shape[0], shape[1], y.shape[1])
     elif len(shape) != 2:
         y = y.view(*shape[:-1], y.shape[1])
-    return y, Routing(indices, weights, counts, logits, mean_prob, lse)
+    return y, _routing(*routing)
 
 
 def _runs_at_once(x):
@@ -481,6 +442,17 @@ def _rows(x):
 def _like(x, y):
     """y (T, D_out) with x's leading dimensions."""
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _router_operands(weight, bias, x):
+    return autograd.router_operand(weight, x), autograd.router_bias_operand(bias, x)
+
+
+def _sparsity(top_p, threshold, gate):
+    """checks.sparsity, where a decoding step has no time for it."""
+    if top_p is None is threshold:
+        return ALL_KEPT, 0.0
+    return checks.sparsity(top_p, threshold, gate)
 
 
 def _needs_graph(*tensors):

@@ -91,14 +91,6 @@ def zero_frozen_rows(da, db, frozen, offsets, shared_a):
             da[rows] = 0
 
 
-def _shrink(x, a, w):
-    return reference.shrink(x, a, w)
-
-
-def _expand(h, b, h2, b2, base, dtype):
-    return reference.expand(h, b, h2, b2, base, dtype)
-
-
 def _grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
     check_ids(indices, len(scaling))
     experts = scaling, offsets, shared_a
@@ -149,84 +141,34 @@ def _backward(grads, offsets, shared_a, frozen, need_x, need_w, need_a, need_b):
 def _grouped_lora_backward(
     dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, slots, *needs
 ):
+    *needs, plan = needs
     routing, experts = (indices, weights), (scaling, offsets, shared_a)
     if slots != "none":
         grads = reference.slot_lora_backward(dy, x, a, b, s, *routing, *experts, slots)
     else:
-        s = _rows(s, indices, offsets, shared_a, needs[-1])
+        s = _rows(s, indices, offsets, shared_a, plan)
         grads = reference.grouped_lora_backward(dy, x, a, b, s, *routing, *experts)
     dx, dweights, da, db = grads
-    grads = dx, dweights, da.to(a.dtype), db.to(b.dtype)
-    return _backward(grads, offsets, shared_a, *needs[:-1])
+    return _backward((dx, dweights, da.to(a.dtype), db.to(b.dtype)), offsets, shared_a, *needs)
 
 
 def _routed_lora_backward(
-    dy,
-    dweights,
-    dlogits,
-    dmean_prob,
-    dlse,
-    x,
-    w,
-    a,
-    b,
-    s,
-    indices,
-    weights,
-    logits,
-    scaling,
-    offsets,
-    shared_a,
-    gate,
-    renormalize,
-    *needs,
-):
-    s = _rows(s, indices, offsets, shared_a, needs[-1])
-    grads = reference.routed_lora_backward(
-        dy,
-        dweights,
-        dlogits,
-        dmean_prob,
-        dlse,
-        x,
-        w,
-        a,
-        b,
-        s,
-        indices,
-        weights,
-        logits,
-        scaling,
-        offsets,
-        shared_a,
-        gate,
-        renormalize,
-    )
-    dx, dw, da, db, drouter_bias = grads
+    dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, s, indices, weights, logits, scaling, offsets,
+    shared_a, gate, renormalize, *needs,
+):  # fmt: skip
+    *needs, need_router_bias, plan = needs
+    dx, dw, da, db, drouter_bias = reference.routed_lora_backward(
+        dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, _rows(s, indices, offsets, shared_a, plan),
+        indices, weights, logits, scaling, offsets, shared_a, gate, renormalize,
+    )  # fmt: skip
     grads = dx, dw.to(w.dtype), da.to(a.dtype), db.to(b.dtype)
-    *needs, need_router_bias, _plan = needs
     grads = _backward(grads, offsets, shared_a, *needs)
     return *grads, _keep(drouter_bias, need_router_bias)
 
 
-_TABLE = {
-    "router_topk": reference.router_topk,
-    "route_logits": reference.route_logits,
-    "router_topk_backward": reference.router_topk_backward,
-    "shrink": _shrink,
-    "expand": _expand,
-    "gram": reference.gram,
-    "grouped_lora": _grouped_lora,
-    "grouped_lora_backward": _grouped_lora_backward,
-    "routed_lora": _routed_lora,
-    "routed_lora_banks": _routed_lora_banks,
-    "routed_lora_backward": _routed_lora_backward,
-}
-
-
 def reference_operator(name):
-    """The operator in plain PyTorch, on any device and for every plan."""
-    return _TABLE[name]
+    """The operator in plain PyTorch, on any device and for every plan: here, else as in reference.py."""
+    return globals().get(f"_{name}") or getattr(reference, name)
 
 
 def _without_autocast(function):
@@ -242,13 +184,10 @@ def _without_autocast(function):
     return run
 
 
-for _name, _reference in _TABLE.items():
-    torch.library.define(f"lora_moe::{_name}", SCHEMAS[_name])
-    torch.library.impl(
-        f"lora_moe::{_name}", "CompositeExplicitAutograd", _without_autocast(_reference)
-    )
+for _name, _schema in SCHEMAS.items():
+    _operator, _plain = f"lora_moe::{_name}", _without_autocast(reference_operator(_name))
+    torch.library.define(_operator, _schema)
+    torch.library.impl(_operator, "CompositeExplicitAutograd", _plain)
     for _key in tracing.REFUSED_KEYS:
-        torch.library.impl(f"lora_moe::{_name}", _key, tracing.refusing(_name))
-    torch.library.register_fake(
-        f"lora_moe::{_name}", tracing.on_one_device(_name, getattr(tracing, _name))
-    )
+        torch.library.impl(_operator, _key, tracing.refusing(_name))
+    torch.library.register_fake(_operator, tracing.on_one_device(_name, getattr(tracing, _name)))

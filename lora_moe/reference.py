@@ -251,25 +251,9 @@ def routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a,
 
 
 def routed_lora_backward(
-    dy,
-    dweights,
-    dlogits,
-    dmean_prob,
-    dlse,
-    x,
-    w,
-    a,
-    b,
-    s,
-    indices,
-    weights,
-    logits,
-    scaling,
-    offsets,
-    shared_a,
-    gate,
-    renormalize,
-):
+    dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, s, indices, weights, logits, scaling, offsets,
+    shared_a, gate, renormalize,
+):  # fmt: skip
     """Gradients of x, w, a, b, router_bias.
 
     dx = dS A + dlogits W;  [dA ; dW] = [dS | dlogits]^T x;  drouter_bias = sum of dlogits over tokens.
