@@ -31,40 +31,17 @@ MODEL = "model"  # the kind of a router that is the model's own
 _PATH = re.compile(r"(\w+(\.\w+)*)?", re.ASCII)  # "" is the model itself
 BANK = ("num_experts", "r", "alpha", "use_rslora", "shared_a")
 ROUTER = (
-    "top_k",
-    "gate",
-    "renormalize",
-    "temperature",
-    "top_p",
-    "threshold",
-    "router_bias",
-    "selection_bias",
-)
+    "top_k", "gate", "renormalize", "temperature", "top_p", "threshold", "router_bias", "selection_bias",
+)  # fmt: skip
 _TRAINING = (
-    "dropout",
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "adapter_dtype",
-    "balance_coef",
+    "dropout", "target_modules", "exclude_modules", "modules_to_save", "adapter_dtype", "balance_coef",
     "z_coef",
-)
+)  # fmt: skip
 # version 1 had these fields, flat, and renormalized unless it said otherwise
 _FIELDS_1 = (
-    "num_experts",
-    "r",
-    "top_k",
-    "alpha",
-    "dropout",
-    "gate",
-    "renormalize",
-    "shared_a",
-    "selection_bias",
-    "target_modules",
-    "exclude_modules",
-    "balance_coef",
-    "z_coef",
-)
+    "num_experts", "r", "top_k", "alpha", "dropout", "gate", "renormalize", "shared_a", "selection_bias",
+    "target_modules", "exclude_modules", "balance_coef", "z_coef",
+)  # fmt: skip
 
 
 def describe(layers: dict[str, LoraMoeLinear], whole: tuple[str, ...]) -> dict:

@@ -21,13 +21,13 @@ from torch import nn
 
 from . import safefile
 from .attach import attach
-from .config import MAX_COEFFICIENT, MAX_RANK, LoraMoeConfig
+from .config import LoraMoeConfig
 from .injection import freeze_base, modules_to_save, place
 from .layers import LoraMoeLinear
 from .linear import linear_features
 from .peft_experts import Found, experts_in
 from .peft_format import shared
-from .peft_lora import Lora, opened
+from .peft_lora import Lora, opened, unfit_numbers
 from .sharded import expect_no_wrapper, fill, unwrapped
 from .steering import injected
 from .unfit import unfit
@@ -198,24 +198,10 @@ def _modules_of(model, loras) -> dict[str, nn.Module]:
 
 
 def _misfits(lora, path, module):
-    D_in, D_out = linear_features(module)
-    r, alpha = lora.rank(path), lora.alpha(path)
-    if type(r) is not int or not 1 <= r <= MAX_RANK:
-        return [f"r: expected an integer in [1, {MAX_RANK}], got {brief(r)}"]
-    if type(alpha) not in (int, float) or not 0 <= alpha <= MAX_COEFFICIENT:
-        return [f"lora_alpha: expected a number in [0, {MAX_COEFFICIENT:g}], got {brief(alpha)}"]
-    problems = []
-    for letter, shape in (("A", (r, D_in)), ("B", (D_out, r))):
-        key = lora.tensors.get((path, letter))
-        if key is None:
-            problems.append(f"lora_{letter} is missing")
-            continue
-        dtype, got = lora.places[key][:2]
-        if got != shape:
-            problems.append(f"lora_{letter}: expected {shape}, got {got}")
-        if dtype not in safefile.DTYPES:
-            problems.append(f"lora_{letter}: expected one of {list(safefile.DTYPES)}, got {dtype}")
-    return problems
+    (D_in, D_out), r = linear_features(module), lora.rank(path)
+    if unfit := unfit_numbers(r, lora.alpha(path)):
+        return [unfit]
+    return lora.misfits(path, A=(r, D_in), B=(D_out, r))
 
 
 def config_at(path, loras, fields) -> LoraMoeConfig:
@@ -249,10 +235,9 @@ def _fill(path, layer, loras):
         rows = slice(layer.offsets[e], layer.offsets[e + 1])
         dtypes = None
         if (path, "A") in lora.tensors:
-            a, b = (_read(lora, lora.tensors[path, letter], A.dtype) for letter in "AB")
-            dtypes = tuple(
-                safefile.DTYPES[lora.places[lora.tensors[path, letter]].dtype] for letter in "AB"
-            )
+            keys = [lora.tensors[path, letter] for letter in "AB"]
+            a, b = (_finite(lora, key, lora.read(key).detach(), A.dtype) for key in keys)
+            dtypes = tuple(safefile.DTYPES[lora.places[key].dtype] for key in keys)
             A[rows], B[rows] = a.to(A.device), b.T.to(B.device)
         origins.append(Origin(lora.config, dtypes))
     fill(layer.lora_A, A)
@@ -260,14 +245,9 @@ def _fill(path, layer, loras):
     layer.origins = tuple(origins)
 
 
-def _read(lora, key, dtype):
-    return _finite(lora, key, lora.read(key).detach(), dtype)
-
-
 def _finite(lora, key, tensor, dtype):
     tensor = tensor.to(dtype)
     if not torch.isfinite(tensor).all():
-        raise ValueError(
-            f"{lora.name}: {key}: expected finite values in {dtype}, got NaN or infinity"
-        )
+        where = f"{lora.name}: {key}"
+        raise ValueError(f"{where}: expected finite values in {dtype}, got NaN or infinity")
     return tensor

@@ -58,19 +58,10 @@ def fill_expert(
                 f"scale: expected a finite number for {path} of scale {s}, got {scale}"
             )
         factor = 1.0 if scale is None else scale / s
-        wanted[f"{path}.lora_B.weight".lstrip(".")] = (
-            layer,
-            "lora_B",
-            (layer.out_features, r),
-            factor,
-        )
+        own = {"lora_B": ((layer.out_features, r), factor)}
         if not layer.config.shared_a:
-            wanted[f"{path}.lora_A.weight".lstrip(".")] = (
-                layer,
-                "lora_A",
-                (r, layer.in_features),
-                1.0,
-            )
+            own["lora_A"] = (r, layer.in_features), 1.0
+        wanted |= {f"{path}.{n}.weight".lstrip("."): (layer, n, *how) for n, how in own.items()}
     given = {peft_format.module_path(key): tensor for key, tensor in state_dict.items()}
     problems = [f"{key}: missing" for key in wanted if key not in given]
     problems += [f"{ascii(key)[:200]}: not the model's" for key in given if key not in wanted]
@@ -103,7 +94,6 @@ def _misfit(key, tensor, layer, name, shape, factor):
     if tuple(tensor.shape) != shape:
         return [f"{key}: expected {shape}, got {tuple(tensor.shape)}"]
     if not torch.isfinite((factor * tensor.double()).to(getattr(layer, name).dtype)).all():
-        return [
-            f"{key}: expected finite values in {getattr(layer, name).dtype}, got NaN or infinity"
-        ]
+        dtype = getattr(layer, name).dtype
+        return [f"{key}: expected finite values in {dtype}, got NaN or infinity"]
     return []

@@ -12,6 +12,8 @@ import re
 from itertools import groupby
 from pathlib import Path
 
+import numpy as np
+
 from .history import History
 
 MAX_PANELS = 32
@@ -57,8 +59,6 @@ def _kind(name):
 
 def _relative_loads(history, names):
     """(layers, steps, experts) load over the layer's mean, NaN where there is no such expert or step."""
-    import numpy as np
-
     widest = max(history.experts.values())
     loads = np.full((len(names), len(history.steps), widest), np.nan)
     for i, name in enumerate(names):
@@ -69,8 +69,6 @@ def _relative_loads(history, names):
 
 def _shown(loads):
     """All experts, or the MAX_PANELS of them that are furthest from balance at some time."""
-    import numpy as np
-
     count = loads.shape[2]
     if count <= MAX_PANELS:
         return list(range(count))
@@ -90,7 +88,6 @@ def _title(figure, names, loads, experts):
 
 
 def _heat_maps(figure, grid, history, names, loads, experts, columns):
-    import numpy as np
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -110,8 +107,7 @@ def _heat_maps(figure, grid, history, names, loads, experts, columns):
         _layer_axis(axis, names, labelled=column == 0)
         axes.append(axis)
     bar = figure.colorbar(image, ax=axes, extend="min", fraction=0.03, pad=0.01)
-    ticks = [1 / 16, 1 / 4, 1, 4, 16]
-    bar.set_ticks(ticks, labels=["1/16", "1/4", "1", "4", "16"])
+    bar.set_ticks([1 / 16, 1 / 4, 1, 4, 16], labels=["1/16", "1/4", "1", "4", "16"])
     bar.minorticks_off()
     bar.set_label("load over mean (darkest: dead)", fontsize=8)
 
@@ -151,14 +147,10 @@ def _short(names):
 
 def _worst(loads):
     """(layers, steps) load of the busiest expert over the mean."""
-    import numpy as np
-
     return np.nan_to_num(np.nanmax(np.where(np.isnan(loads), -np.inf, loads), axis=2), neginf=0.0)
 
 
 def _course(axis, history, loads):
-    import numpy as np
-
     worst = _worst(loads)
     axis.plot(history.steps, worst.max(0), color="#b2182b", label="worst layer")
     axis.plot(history.steps, np.median(worst, 0), color="#333333", label="median layer")

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from pathlib import Path
 
 from . import safefile
+from .replace import replacing
 
 FILE_NAME = "router_history.json"
 MAX_STEPS = 512
@@ -47,18 +47,9 @@ class History:
         """Write directory/router_history.json, all or nothing."""
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {
-            "version": 1,
-            "experts": self.experts,
-            "steps": self.steps,
-            "load": self.load_of,
-        }
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        try:
-            temporary.write_text(json.dumps(content, separators=(",", ":")))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        content = {"experts": self.experts, "steps": self.steps, "load": self.load_of}
+        with replacing(path) as file:
+            file.write(json.dumps({"version": 1} | content, separators=(",", ":")).encode())
         return path
 
     @classmethod

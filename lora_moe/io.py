@@ -21,34 +21,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import locate, peft_format, safefile
-from .adapter_file import (
-    configs_of,
-    describe,
-    fixed_fields,
-    frozen_of,
-    read_info,
-    slices_of,
-)
+from . import locate, peft_format, safefile, sharded
+from .adapter_file import configs_of, describe, fixed_fields, frozen_of, read_info, slices_of
 from .attach import attach
 from .config import FFN
 from .ffn_targets import unfit_ffns
 from .from_peft import with_own_experts
 from .injection import freeze_base, layer_around, modules_to_save, place
 from .placement import LoraMoeLayer
-from .sharded import (
-    at_rest,
-    expect_no_wrapper,
-    fill,
-    gathered,
-    is_writer,
-    modules_by_path,
-    plain_path,
-    unwrapped,
-    whole_modules,
-    whole_shape,
-    write_whole,
-)
+from .sharded import plain_path
 from .steering import injected, layers_of
 from .target_parameters import unfit_experts
 from .tensors import adapter_tensors, file_names
@@ -89,18 +70,18 @@ def save_adapter(
     Warns:
         UserWarning: a parameter trains but is neither an adapter's nor in modules_to_save.
     """
-    whole, model = model, unwrapped(model)
+    whole, model = model, sharded.unwrapped(model)
     layers = _layers_by_path(model)
     if not layers:
         layers_of(model)  # raises
     path = Path(directory) / FILE_NAME
     if state_dict is not None:
-        if is_writer():
-            _write(path, model, layers, gathered(_taken_from(state_dict, model, layers)))
+        if sharded.is_writer():
+            _write(path, model, layers, sharded.gathered(_taken_from(state_dict, model, layers)))
         return path
-    with at_rest(whole):
+    with sharded.at_rest(whole):
         own = _keyed(layers) | _saved_tensors(model, layers)
-        write_whole(whole, own, lambda tensors: _write(path, model, layers, tensors))
+        sharded.write_whole(whole, own, lambda tensors: _write(path, model, layers, tensors))
     return path
 
 
@@ -148,7 +129,7 @@ def load_adapter(
     Warns:
         UserWarning: the file has no values for some of the model's modules_to_save.
     """
-    whole, model = model, unwrapped(model)
+    whole, model = model, sharded.unwrapped(model)
     layers = _layers_by_path(model)
     if _has_own_experts(directory, revision):
         if layers:
@@ -158,8 +139,8 @@ def load_adapter(
             )
         return with_own_experts(whole, directory, revision, adapter_dtype)
     if not layers:
-        expect_no_wrapper(whole)
-    with at_rest(whole, modified=True):
+        sharded.expect_no_wrapper(whole)
+    with sharded.at_rest(whole, modified=True):
         _load(model, layers, (directory, revision), adapter_dtype)
     return whole
 
@@ -192,7 +173,7 @@ def _load(model, layers, source, adapter_dtype):
             " load the base's weights first, then the adapter"
         )
     for key, tensor in own.items():
-        fill(tensor, values.pop(key))  # freed one by one
+        sharded.fill(tensor, values.pop(key))  # freed one by one
     for path, ids in frozen_of(info).items():
         layers[path].frozen = ids
     if adapters:
@@ -201,8 +182,8 @@ def _load(model, layers, source, adapter_dtype):
         attach(model)
         freeze_base(model)
     for key, tensor in whole_tensors.items():
-        fill(tensor, values.pop(key))
-    modules = modules_by_path(model)
+        sharded.fill(tensor, values.pop(key))
+    modules = sharded.modules_by_path(model)
     for path in info["modules_to_save"]:
         modules[path].requires_grad_(True)
     _tell_not_in_file(model, layers, info)
@@ -291,7 +272,7 @@ def _taken_from(state_dict, model, layers):
 
 def _whole_modules(model, layers):
     """{path: module} of what modules_to_save names."""
-    found = whole_modules(model)
+    found = sharded.whole_modules(model)
     for names in {layer.config.modules_to_save for layer in layers.values()}:
         found |= modules_to_save(model, names)
     return {plain_path(path): module for path, module in found.items()}
@@ -356,7 +337,7 @@ def _wanted_by(layers, info):
     problems = [f"{path}: only in the model" for path in layers if path not in configs]
     problems += [f"{path}: only in the file" for path in configs if path not in layers]
     for path in layers.keys() & configs.keys():
-        saved, own = fixed_fields(configs[path]), fixed_fields(layers[path].config)
+        saved, own = (fixed_fields(configs[path]), fixed_fields(layers[path].config))
         differ = {name: (own[name], saved[name]) for name in own if own[name] != saved[name]}
         if differ:
             problems.append(f"{path}: (model, file) differ in {differ}")
@@ -394,7 +375,7 @@ def _wanted_tensors(found):
 
 def _wanted_modules(model, info):
     """The tensors of the modules that the file says were trained as a whole."""
-    modules = modules_by_path(model)
+    modules = sharded.modules_by_path(model)
     missing = [path for path in info["modules_to_save"] if path not in modules]
     safefile.raise_all("adapter: expected modules_to_save of the model", missing)
     wanted, seen = {}, set()
@@ -409,5 +390,6 @@ def _wanted_modules(model, info):
 def _whole(wanted):
     """The same without memory, and whole where this process holds a part."""
     return {
-        key: torch.empty(whole_shape(t), dtype=t.dtype, device="meta") for key, t in wanted.items()
+        key: torch.empty(sharded.whole_shape(t), dtype=t.dtype, device="meta")
+        for key, t in wanted.items()
     }

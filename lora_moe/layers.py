@@ -8,8 +8,6 @@ together, r one expert's rank, D_in and D_out the linear's sizes.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -24,7 +22,7 @@ from .placement import LoraMoeLayer
 from .routers import TokenRouter
 from .routers.token import tempered
 from .routing import Routing
-from .tensors import adapter_tensors, part_specs
+from .tensors import part_specs
 from .tokens import tokens_of
 
 TENSORS = ("lora_A", "lora_B", "router_weight", "router_bias", "selection_bias")
@@ -66,16 +64,11 @@ class LoraMoeLinear(LoraMoeLayer):
             raise TypeError(f"config: expected a LoraMoeConfig, got {type(config).__name__}")
         super().__init__(base, config)
         self.in_features, self.out_features = features
-        self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
-
         self._note_parts()
         for name in TENSORS[:-1]:  # in this order
             self.register_parameter(name, None)
         self.register_buffer("selection_bias", None)
-        self._register(adapter_tensors(base, config))
-        self.reset_parameters()
-        self.train(base.training)
-        _ = self.scaling  # made here, and not in a CUDA graph's capture
+        self._begin()
 
     def _note_parts(self):
         """What of the configuration is neither the token router nor the gate, and its tensors' names."""
@@ -108,14 +101,6 @@ class LoraMoeLinear(LoraMoeLayer):
     def pairs(self):
         yield self.lora_A, self.lora_B
 
-    def reset_parameters(self) -> None:
-        """Draw the initial values again (see the class)."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
-        with torch.no_grad():
-            for name, spec in self.specs().items():
-                spec.init(getattr(self, name))
-
     def become(self, config: LoraMoeConfig, tensors: dict[str, torch.Tensor]) -> None:
         """Take another configuration, and the tensors that it asks for (see tensors.adapter_tensors).
 
@@ -133,13 +118,8 @@ class LoraMoeLinear(LoraMoeLayer):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
-        weight = None
-        if (
-            self.parts is None
-            and not (self.training and self.config.dropout)
-            and not (args or kwargs)
-        ):
-            weight = base_weight(self.base_layer, x)
+        plain = self.parts is None and not (self.training and self.config.dropout)
+        weight = None if args or kwargs or not plain else base_weight(self.base_layer, x)
         if weight is None:
             return self.adapt(x, self.base_layer(x, *args, **kwargs))
         decision = told(self, x)
@@ -181,8 +161,7 @@ class LoraMoeLinear(LoraMoeLayer):
             routing = fit_rows(decision.routing, x)
         else:
             routing = router.route(x, {name: getattr(self, name) for name in own}, batch)
-        if config.dropout and self.training:
-            x = nn.functional.dropout(x, config.dropout)
+        x = self._dropped(x)
         if middle is not None:
             y = middle.mix(x, base, routing, {name: getattr(self, name) for name in between}, batch)
         else:
@@ -206,13 +185,12 @@ class LoraMoeLinear(LoraMoeLayer):
         """
         config = self.config
         A, B, router_weight, router_bias, selection_bias = self._tensors()
-        dropout = config.dropout if self.training else 0.0
         scaling = self._scaling_beside(B)
         if given is not None:
             routing = fit_rows(given, x)
         else:
             weight, bias = tempered(config, router_weight, router_bias)
-            if not dropout:
+            if not (self.training and config.dropout):
                 return F.routed_lora(
                     x, weight, A, B, config.top_k, rank_offsets=self.offsets, scaling=scaling,
                     shared_a=config.shared_a, base=base, gate=config.gate, renormalize=config.normalizes,
@@ -223,8 +201,7 @@ class LoraMoeLinear(LoraMoeLayer):
                 x, weight, config.top_k, gate=config.gate, renormalize=config.normalizes,
                 bias=selection_bias, top_p=config.top_p, threshold=config.threshold, router_bias=bias,
             )  # fmt: skip
-        if dropout:
-            x = nn.functional.dropout(x, dropout)
+        x = self._dropped(x)
         y = F.grouped_lora(
             x, A, B, routing, rank_offsets=self.offsets, scaling=scaling, shared_a=config.shared_a,
             base=base, frozen=self._frozen, base_weight=base_weight,

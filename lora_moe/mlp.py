@@ -13,8 +13,6 @@ of all experts together, D the width of x, F of the hidden states.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 
@@ -29,7 +27,7 @@ from .parts import Batch, TensorSpec
 from .placement import LoraMoeLayer
 from .routers import TokenRouter
 from .routing import Routing
-from .tensors import adapter_tensors, part_specs
+from .tensors import part_specs
 from .tokens import tokens_of
 
 
@@ -71,20 +69,16 @@ class LoraMoeMLP(LoraMoeLayer):
             )
         super().__init__(base, config)
         self.width = width
-        self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
         self.router = config.router or TokenRouter()
         self.own = tuple(self.router.tensors(config, width, width))
         self.parts = None if config.router is None else (self.router, self.own, None, ())
         adapted = (f"lora_{x}_{name}" for name in config.target_modules for x in "AB")
         self.names = (*adapted, *self.own)
-        self._register(adapter_tensors(base, config))
-        self.reset_parameters()
-        self.train(base.training)
+        self._begin()
         for name in known:
             module = base.get_submodule(name)
             module.register_forward_pre_hook(Before(self, name))
             module.register_forward_hook(After(self, name))
-        self._scaling_beside(next(self.pairs())[1])  # made here, and not in a CUDA graph's capture
 
     def pairs(self):
         for name in self.config.target_modules:
@@ -100,15 +94,6 @@ class LoraMoeMLP(LoraMoeLayer):
 
     def router_parameters(self):
         return [p for name in self.own if isinstance(p := getattr(self, name), nn.Parameter)]
-
-    def reset_parameters(self) -> None:
-        """Draw the initial values again (see the class)."""
-        for A, B in self.pairs():
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.zeros_(B)
-        with torch.no_grad():
-            for name, spec in self.specs().items():
-                spec.init(getattr(self, name))
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The FFN's forward with its linear maps adapted.  (..., D) -> (..., D)"""
@@ -148,9 +133,7 @@ class LoraMoeMLP(LoraMoeLayer):
         if A is None:
             return y
         with torch.autocast(y.device.type, enabled=False):  # the base has decided on y's dtype
-            x = x.to(y.dtype)
-            if self.config.dropout and self.training:
-                x = nn.functional.dropout(x, self.config.dropout)
+            x = self._dropped(x.to(y.dtype))
             return F.grouped_lora(
                 x, A, B, routing, rank_offsets=self.offsets, scaling=self._scaling_beside(B), base=y,
                 shared_a=self.config.shared_a, frozen=self._frozen, slots=slots,

@@ -90,9 +90,7 @@ class RouterMonitor:
             self._last[name] = routing._replace(logits=routing.logits.detach()), mask
 
     def summary(
-        self,
-        step: int,
-        reduce: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        self, step: int, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> dict[str, float]:
         """The numbers since the last summary, which is forgotten; waits for the device.
 

@@ -13,7 +13,6 @@ Letters: T tokens, K picked experts per token, S = T K slots, E experts, R = sum
 from __future__ import annotations
 
 import inspect
-import math
 
 import torch
 from torch import nn
@@ -26,7 +25,6 @@ from .fused import config_at, fused_names, tensor_names, why_unfit
 from .grouped import SortTokens, Unsort, grouped_linear
 from .placement import LoraMoeLayer
 from .routing import Routing
-from .tensors import adapter_tensors
 from .tokens import tokens_of
 
 
@@ -57,23 +55,13 @@ class LoraMoeExperts(LoraMoeLayer):
             raise TypeError(f"base: expected fused experts, got something else: {reason}")
         config = config_at(base, config)
         super().__init__(base, config)
-        self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
-        self._register(adapter_tensors(base, config))
-        self.names = tuple(self._parameters)
-        self.reset_parameters()
-        self.train(base.training)
-        self._scaling_beside(next(self.pairs())[1])  # made here, and not in a CUDA graph's capture
+        self.names = tuple(n for name in config.target_parameters for n in tensor_names(name))
+        self._begin()
 
     def pairs(self):
         for name in self.config.target_parameters:
             A, B = tensor_names(name)
             yield getattr(self, A), getattr(self, B)
-
-    def reset_parameters(self) -> None:
-        """Draw the initial values again: A uniform in +-1/sqrt(D_in), B zero."""
-        for A, B in self.pairs():
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.zeros_(B)
 
     def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base(hidden_states, ids, weights) plus the LoRAs.
@@ -132,9 +120,7 @@ class LoraMoeExperts(LoraMoeLayer):
         if name not in self.config.target_parameters:
             return y
         A, B = (getattr(self, n) for n in tensor_names(name))
-        x = x.to(y.dtype)
-        if self.config.dropout and self.training:
-            x = nn.functional.dropout(x, self.config.dropout)
+        x = self._dropped(x.to(y.dtype))
         with torch.autocast(x.device.type, enabled=False):  # the base has decided on y's dtype
             return F.grouped_lora(
                 x, A, B, slots, rank_offsets=self.offsets, scaling=self._scaling_beside(B), base=y,

@@ -18,12 +18,7 @@ from .checks import autocast_enabled
 
 BACKENDS = {"triton", "cuda"}  # whose dx takes the base's part in
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def base_weight(base: nn.Module, x: torch.Tensor) -> torch.Tensor | None:

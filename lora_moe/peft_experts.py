@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from . import fused, peft_format, safefile
-from .config import MAX_COEFFICIENT, MAX_RANK, LoraMoeConfig
+from .config import LoraMoeConfig
 from .native import LoraMoeExperts
-from .peft_lora import Lora
+from .peft_lora import Lora, unfit_numbers
 from .sharded import plain_path
 from .target_parameters import unfit_experts
 from .targets import matches
@@ -54,38 +54,23 @@ class Found:
         problems, kinds = [], set()
         for name, path in self.paths.items():
             E, D_in, D_out = fused.sizes(self.module, name)
-            r, alpha = self.rank(name), self._of(name, "lora_alpha", "alpha_pattern")
-            if type(r) is not int or not 1 <= r <= MAX_RANK:
-                return [f"r: expected an integer in [1, {MAX_RANK}], got {brief(r)}"]
-            if type(alpha) not in (int, float) or not 0 <= alpha <= MAX_COEFFICIENT:
-                return [
-                    f"lora_alpha: expected a number in [0, {MAX_COEFFICIENT:g}], got {brief(alpha)}"
-                ]
+            r, alpha = self.rank(name), self.alpha(name)
+            if unfit := unfit_numbers(r, alpha):
+                return [unfit]
             kinds.add((r, float(alpha)))
-            for letter, shape in (("A", (E * r, D_in)), ("B", (D_out, r * E))):
-                problems += self._misfit(name, path, letter, shape)
+            shapes = {"A": (E * r, D_in), "B": (D_out, r * E)}
+            problems += self.lora.misfits(path, f" of {name}", **shapes)
         if len(kinds) > 1:
             problems.append(
                 f"(r, lora_alpha): expected one pair for the experts' parameters, got {sorted(kinds)}"
             )
         return problems
 
-    def _misfit(self, name, path, letter, shape):
-        key = self.lora.tensors.get((path, letter))
-        if key is None:
-            return [f"lora_{letter} of {name} is missing"]
-        dtype, got = self.lora.places[key][:2]
-        if got != shape:
-            return [f"lora_{letter} of {name}: expected {shape}, got {got}"]
-        if dtype not in safefile.DTYPES:
-            return [f"lora_{letter} of {name}: expected {list(safefile.DTYPES)}, got {dtype}"]
-        return []
-
-    def _of(self, name, field, patterns):
-        return self.lora.value(f"{self.path}.{name}", field, patterns)
-
     def rank(self, name):
-        return self._of(name, "r", "rank_pattern")
+        return self.lora.rank(f"{self.path}.{name}")
+
+    def alpha(self, name):
+        return self.lora.alpha(f"{self.path}.{name}")
 
     def layer(self, fields: Mapping) -> LoraMoeExperts:
         """The layer with new rows; raises ValueError for fields that say anything of a router."""
@@ -94,7 +79,7 @@ class Found:
             **{key: value for key, value in fields.items() if key != "target_modules"},
             target_parameters=tuple(self.paths),
             r=self.rank(name),
-            alpha=float(self._of(name, "lora_alpha", "alpha_pattern")),
+            alpha=float(self.alpha(name)),
             use_rslora=self.lora.config.get("use_rslora", False),
         )
         return LoraMoeExperts(self.module, config)

@@ -113,6 +113,16 @@ def matched(patterns: Mapping[str, object], path: str, default):
     return default
 
 
+def rank_at(config: Mapping, path: str):
+    """r of a module, by the configuration's rank_pattern or for all."""
+    return matched(config.get("rank_pattern") or {}, path, config.get("r", 8))
+
+
+def alpha_at(config: Mapping, path: str):
+    """lora_alpha of a module."""
+    return matched(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
+
+
 @functools.lru_cache(maxsize=2 * MAX_PATTERNS)
 def _ending(pattern):
     return re.compile(rf"(.*\.)?({pattern})$")

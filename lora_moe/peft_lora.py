@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import locate, peft_format, safefile
+from .config import MAX_COEFFICIENT, MAX_RANK
 
 _KEY = re.compile(r"([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 # say what the LoRA's function is, and are carried over
@@ -43,16 +44,27 @@ class Lora(NamedTuple):
     places: dict[str, safefile.Slice]  # of each key; of a state dict, dtype and shape only
     read: Callable[[str], torch.Tensor]
 
-    def value(self, path: str, field: str, patterns: str):
-        """r or lora_alpha at a module."""
-        default = self.config.get(field, 8)
-        return peft_format.matched(self.config.get(patterns) or {}, path, default)
-
     def rank(self, path: str):
-        return self.value(path, "r", "rank_pattern")
+        return peft_format.rank_at(self.config, path)
 
     def alpha(self, path: str):
-        return self.value(path, "lora_alpha", "alpha_pattern")
+        return peft_format.alpha_at(self.config, path)
+
+    def misfits(self, path: str, of: str = "", **shapes: tuple[int, int]) -> list[str]:
+        """Of lora_A and lora_B at a path: what is missing, or is not of these shapes."""
+        problems = []
+        for letter, shape in shapes.items():
+            key = self.tensors.get((path, letter))
+            if key is None:
+                problems.append(f"lora_{letter}{of} is missing")
+                continue
+            dtype, got = self.places[key][:2]
+            if got != shape:
+                problems.append(f"lora_{letter}{of}: expected {shape}, got {got}")
+            if dtype not in safefile.DTYPES:
+                known = list(safefile.DTYPES)
+                problems.append(f"lora_{letter}{of}: expected one of {known}, got {dtype}")
+        return problems
 
     @property
     def paths(self) -> list[str]:
@@ -137,6 +149,15 @@ def checked(name, config, places, read) -> Lora:
     if not isinstance(config.get("use_rslora", False), bool):
         raise ValueError(f"{name}: use_rslora: expected a bool, got {brief(config['use_rslora'])}")
     return Lora(name, config, tensors, places, read)
+
+
+def unfit_numbers(r, alpha) -> str | None:
+    """Why these are no rank and alpha of an expert."""
+    if type(r) is not int or not 1 <= r <= MAX_RANK:
+        return f"r: expected an integer in [1, {MAX_RANK}], got {brief(r)}"
+    if type(alpha) not in (int, float) or not 0 <= alpha <= MAX_COEFFICIENT:
+        return f"lora_alpha: expected a number in [0, {MAX_COEFFICIENT:g}], got {brief(alpha)}"
+    return None
 
 
 def _lost(config):

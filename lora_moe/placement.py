@@ -5,19 +5,21 @@ A linear module: layers.LoraMoeLinear.   A MoE model's own experts: native.LoraM
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from . import records
+from .checks import rank_offsets_of
 from .config import LoraMoeConfig
 from .context import thread
 from .frozen import keep_rows
 from .parts import TensorSpec
 from .reference import accumulator
 from .routing import Routing
-from .tensors import device_of
+from .tensors import adapter_tensors, device_of
 
 
 class LoraMoeLayer(nn.Module):
@@ -51,12 +53,34 @@ class LoraMoeLayer(nn.Module):
     def __init__(self, base: nn.Module, config: LoraMoeConfig):
         super().__init__()
         self.config = config
+        self.offsets = rank_offsets_of(config.rank_offsets, config.num_experts)
         self.base_layer = base
         self.given: Routing | None = None
         self.compiled_run = self.compiled_graph = None  # see records.py
         self._frozen: tuple[int, ...] = ()
         self._scaling: torch.Tensor | None = None
         self.register_state_dict_post_hook(_as_the_base_names_it)
+
+    def _begin(self):
+        """Tensors and their initial values, once the layer knows which ones it has."""
+        self._register(adapter_tensors(self.base_layer, self.config))
+        self.reset_parameters()
+        self.train(self.base_layer.training)
+        self._scaling_beside(next(self.pairs())[1])  # made here, and not in a CUDA graph's capture
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values again: A uniform in +-1/sqrt(D_in), B zero, the router's its own."""
+        for A, B in self.pairs():
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.zeros_(B)
+        with torch.no_grad():
+            for name, spec in self.specs().items():
+                spec.init(getattr(self, name))
+
+    def _dropped(self, x):
+        """x as the experts read it, by the configuration's dropout while training."""
+        dropped = self.config.dropout and self.training
+        return nn.functional.dropout(x, self.config.dropout) if dropped else x
 
     def _register(self, tensors):
         """Memory for tensors that are on meta, beside the base."""
@@ -148,13 +172,8 @@ class LoraMoeLayer(nn.Module):
     def __getstate__(self):
         """For copies and pickles: the last forward's graph stays behind."""
         given = self.given and Routing(*(t if t is None else t.detach() for t in self.given))
-        own = {
-            "compiled_run": None,
-            "compiled_graph": None,
-            "compiled_kept": None,
-            "_scaling": None,
-        }
-        return self.__dict__ | own | {"given": given}
+        own = ("compiled_run", "compiled_graph", "compiled_kept", "_scaling")
+        return self.__dict__ | dict.fromkeys(own) | {"given": given}
 
     def __setstate__(self, state):
         super().__setstate__(state)

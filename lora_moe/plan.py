@@ -48,12 +48,7 @@ PARTS = {
     "gfx90a": Part(1.1e12, 2.0e14, 2.5e13, 5e-6),
     "gfx942": Part(3.5e12, 6.0e14, 8.0e13, 5e-6),
 }
-BACKENDS = {
-    "triton": PLANS,
-    "cuda": PLANS,
-    "cpp": (SEGMENTED,),
-    "reference": PLANS,
-}
+BACKENDS = {"triton": PLANS, "cuda": PLANS, "cpp": (SEGMENTED,), "reference": PLANS}
 
 
 class Candidate(NamedTuple):

@@ -24,43 +24,20 @@ from typing import BinaryIO, NamedTuple
 
 import torch
 
-from .opening import open_in, open_regular, path_in
+from .opening import open_in, open_regular, path_in  # noqa: F401  readers take them here
 from .replace import replacing
-
-__all__ = [
-    "DTYPES",
-    "Slice",
-    "description",
-    "fitting",
-    "open_in",
-    "open_regular",
-    "parse_json",
-    "path_in",
-    "raise_all",
-    "read_header",
-    "read_tensor",
-    "read_tensors",
-    "write",
-]
 
 MAX_HEADER = 2 << 20  # bytes: some 10,000 tensors
 MAX_DIMENSIONS = 8
 CHUNK = 1 << 22  # bytes that are converted at a time
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
 # of buffers, such as BatchNorm's count of batches: these are never converted
 WHOLE_NUMBERS = {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _KNOWN = DTYPES | WHOLE_NUMBERS
 _NAMES = {dtype: name for name, dtype in _KNOWN.items()}
 _PICKLE_MAGIC = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
@@ -216,11 +193,8 @@ def raise_all(expected: str, problems: Iterable[str]) -> None:
 def _finite(file, key, place, dtype):
     """Finite also after it was converted; aminmax needs no memory, as isfinite does."""
     tensor = read_tensor(file, place, dtype)
-    if (
-        tensor.is_floating_point()
-        and tensor.numel()
-        and not all(map(math.isfinite, (v.item() for v in tensor.aminmax())))
-    ):
+    bounds = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else ()
+    if not all(math.isfinite(bound.item()) for bound in bounds):
         raise ValueError(f"{key}: expected finite values in {dtype}, got NaN or infinity")
     return tensor
 

@@ -11,7 +11,6 @@ import collections
 import json
 import os
 import re
-import secrets
 from pathlib import Path
 from reprlib import repr as brief
 
@@ -24,6 +23,7 @@ from .io import modules_state
 from .layers import LoraMoeLinear
 from .peft_experts import expect_one_rank, names_in_order, targets_of, tensors_of
 from .placement import expert_ids
+from .replace import replacing
 from .sharded import at_rest, plain_path, unwrapped, write_whole
 from .steering import layers_of
 
@@ -77,7 +77,8 @@ def _write(model, layers, tensors, folders):
         config = _config(model, layers, e, loras[e])
         folder.mkdir(parents=True, exist_ok=True)
         safefile.write(folder / peft_format.WEIGHTS, loras[e], {"format": "pt"})
-        _write_json(folder / peft_format.CONFIG, config)
+        with replacing(folder / peft_format.CONFIG) as file:
+            file.write(json.dumps(config, indent=2, sort_keys=True).encode())
 
 
 def _expect_what_peft_adapts(model, layers):
@@ -112,12 +113,10 @@ def _expect_one_adapter(layers, experts):
 
 
 def _ids(layers, experts):
-    counts = {layer.config.num_experts for layer in layers.values()}
-    if len(counts) > 1:
-        raise ValueError(
-            f"model: expected the same number of experts in each layer, got {sorted(counts)}"
-        )
-    (E,) = counts
+    E, *others = sorted({layer.config.num_experts for layer in layers.values()})
+    if others:
+        counts = [E, *others]
+        raise ValueError(f"model: expected the same number of experts in each layer, got {counts}")
     if experts is None:
         return tuple(range(E))
     try:
@@ -210,12 +209,8 @@ def _key(path):
 
 def _says(config, layers, e):
     """Whether its ranks and scales are those of the layers, which are all that it had."""
-
-    def at(path, field, patterns):
-        return peft_format.matched(config.get(patterns) or {}, path, config.get(field, 8))
-
     for path, layer in layers.items():
-        r, alpha = at(path, "r", "rank_pattern"), at(path, "lora_alpha", "alpha_pattern")
+        r, alpha = peft_format.rank_at(config, path), peft_format.alpha_at(config, path)
         scale = alpha / r**0.5 if config.get("use_rslora") else alpha / r
         known = layer.origins and layer.origins[e] and layer.origins[e].dtypes is not None
         if not known or r != layer.config.ranks[e] or abs(scale - layer.scales[e]) > 1e-12 * scale:
@@ -281,12 +276,3 @@ def _targets(model, layers):
         if {path for path in modules if path in names or path.endswith(ends)} == set(layers):
             return sorted(names)
     return "|".join(map(re.escape, sorted(layers)))
-
-
-def _write_json(path, fields):
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

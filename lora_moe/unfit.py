@@ -243,9 +243,4 @@ def _declared(place):
 
 
 _AROUND = (_has_experts, _has_peft, _is_scripted, _is_sharded, _is_offloaded_with_its_block)
-_CHECKS = (
-    _is_not_linear,
-    _is_router,
-    _is_bypassed,
-    _is_tied,
-)
+_CHECKS = (_is_not_linear, _is_router, _is_bypassed, _is_tied)

@@ -68,10 +68,7 @@ class LoraMoeTrainerMixin:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {rate}")
         model = args[0] if args else kwargs.get("model")
         private.expect_gradients(model)
-        with (
-            private.keeps_dtypes(model),
-            private.references_made_by(self._reference, type(self)),
-        ):
+        with private.keeps_dtypes(model), private.references_made_by(self._reference, type(self)):
             super().__init__(*args, **kwargs)
         layers = layers_of(self.model).values()
         self._expect_supported()

@@ -37,17 +37,9 @@ FILE_NAME = "branch_lora.safetensors"
 FORMAT_VERSION = 1
 _SELECTOR = ("selector.text_keys", "selector.image_keys")
 _FIELDS = {
-    "version": int,
-    "config": dict,
-    "reads": str,
-    "causal": bool,
-    "also": list,
-    "bank": list,
-    "learning": bool,
-    "branches": int,
-    "routers": list,
-    "frozen": dict,
-}
+    "version": int, "config": dict, "reads": str, "causal": bool, "also": list, "bank": list,
+    "learning": bool, "branches": int, "routers": list, "frozen": dict,
+}  # fmt: skip
 
 
 def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector | None = None):

@@ -83,9 +83,7 @@ class MMoLRE(nn.Module):
         )
 
     def forward(
-        self,
-        features: Mapping[str, torch.Tensor],
-        masks: Mapping[str, torch.Tensor] | None = None,
+        self, features: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
         """{task: (B, outputs)}: scores of a regression, logits of a classification.
 
