@@ -209,17 +209,13 @@ def load() -> None:
     if asked not in ("auto", *BACKENDS):
         raise ValueError(f"LORA_MOE_BACKEND: expected auto or one of {BACKENDS}, got {asked!r}")
     for name in BACKENDS:
-        if asked not in ("auto", name, "reference") or (
-            asked == "reference" and name != "reference"
-        ):
+        if asked not in ("auto", name):
             _facts[name] = {"available": False, "reason": f"LORA_MOE_BACKEND={asked}"}
             continue
         if asked == "auto" and name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
             # the interpreter is a test bench: it serves CPU tensors only where it is asked to
-            _facts[name] = {
-                "available": False,
-                "reason": "interpreting: set LORA_MOE_BACKEND=triton",
-            }
+            reason = "interpreting: set LORA_MOE_BACKEND=triton"
+            _facts[name] = {"available": False, "reason": reason}
             continue
         try:
             _facts[name] = {"available": True, "reason": "", **_LOADERS[name]()}

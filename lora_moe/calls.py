@@ -32,8 +32,7 @@ class BeforeCall:
 
     def __call__(self, model, args, kwargs):
         given = dict(zip(self.names, args)) | kwargs
-        states = given.get("encoder_hidden_states")
-        states_mask = given.get("encoder_attention_mask")
+        encoder = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if not torch.compiler.is_compiling():
             self.forget()
         outermost = not thread.calls
@@ -41,16 +40,8 @@ class BeforeCall:
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         past = given.get("past_key_values")  # asked now: layers of this call will fill it
         cached = self.parts and hasattr(past, "get_seq_length") and int(past.get_seq_length()) > 0
-        of_call = (
-            self.mask_of(given),
-            states,
-            states_mask,
-            tokens,
-            self.labels_of(given),
-            past,
-            cached,
-        )
-        thread.calls.append(Call(self, *of_call))
+        mask, labels = self.mask_of(given), self.labels_of(given)
+        thread.calls.append(Call(self, mask, *encoder, tokens, labels, past, cached))
         if outermost and not torch.compiler.is_compiling():
             expect_rows(model, args, given, self.layers)
             if self.watch is not None:

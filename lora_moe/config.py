@@ -17,7 +17,7 @@ import torch
 
 from .functional import GATES
 from .middle import Middle
-from .parts import Part
+from .parts import plain
 from .routers import Router, TokenRouter
 from .routers.base import TOKEN_FIELDS
 
@@ -29,10 +29,7 @@ MAX_PATTERN = 4096  # characters of a regular expression
 FFN = "ffn"
 PLACEMENTS = ("linear", FFN)
 ADAPTER_DTYPES = ("base", "float32", "bfloat16", "float16", "float64")
-_OF_A_LORA = (
-    *("use_rslora", "dropout", "adapter_dtype", "target_modules", "exclude_modules"),
-    "modules_to_save",
-)
+_OF_A_LORA = ("dropout", "adapter_dtype", "target_modules", "exclude_modules", "modules_to_save")
 _PEFT_NAMES = {
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -146,19 +143,19 @@ class LoraMoeConfig:
         self._set("alpha", _alphas(self.alpha, E))
         for name in ("dropout", "balance_coef", "z_coef", "temperature"):
             self._set(name, _coefficient(name, getattr(self, name)))
-        _expect(self.dropout < 1, "dropout", "a probability in [0, 1)", self.dropout)
-        _expect(self.temperature > 0, "temperature", "a positive number", self.temperature)
-        _expect(self.gate in GATES, "gate", f"one of {GATES}", self.gate)
+        expect(self.dropout < 1, "dropout", "a probability in [0, 1)", self.dropout)
+        expect(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        expect(self.gate in GATES, "gate", f"one of {GATES}", self.gate)
         for name in ("shared_a", "selection_bias", "router_bias", "use_rslora"):
-            _expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
+            expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         fits = self.renormalize is None or isinstance(self.renormalize, bool)
-        _expect(fits, "renormalize", "a bool or None", self.renormalize)
+        expect(fits, "renormalize", "a bool or None", self.renormalize)
         self._set("top_p", _share("top_p", self.top_p, zero=False))
         self._set("threshold", _share("threshold", self.threshold))
         softmax = self.gate == "softmax"
-        _expect(softmax or self.top_p is None, "gate", "'softmax' with top_p", self.gate)
+        expect(softmax or self.top_p is None, "gate", "'softmax' with top_p", self.gate)
         equal = isinstance(self.r, int) or len(set(self.r)) == 1
-        _expect(equal or not self.shared_a, "r", "equal ranks with shared_a", self.r)
+        expect(equal or not self.shared_a, "r", "equal ranks with shared_a", self.r)
         self._set("adapter_dtype", _dtype_name(self.adapter_dtype))
         for name in ("target_modules", "exclude_modules"):
             self._set(name, _pattern(name, getattr(self, name)))
@@ -168,12 +165,11 @@ class LoraMoeConfig:
         if self.router == TokenRouter():
             self._set("router", None)
         self._expect_parts_that_fit()
-        _expect(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
-        if self.placement == FFN:
-            expected = (
-                "None with placement='ffn', whose experts have the FFN's nonlinearity between them"
-            )
-            _expect(self.middle is None, "middle", expected, self.middle)
+        expect(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
+        expected = (
+            "None with placement='ffn', whose experts have the FFN's nonlinearity between them"
+        )
+        expect(self.placement != FFN or self.middle is None, "middle", expected, self.middle)
 
     def _leave_the_router_to_the_model(self):
         """Beside target_parameters nothing may be asked of a router or of its losses."""
@@ -181,33 +177,29 @@ class LoraMoeConfig:
         own |= TOKEN_FIELDS | {"placement": "linear"}
         for name, default in own.items():
             expected = f"{default!r} with target_parameters, whose experts the model's router picks"
-            _expect(getattr(self, name) == default, name, expected, getattr(self, name))
+            expect(getattr(self, name) == default, name, expected, getattr(self, name))
         for name, default in (("balance_coef", 0.01), ("z_coef", 0.001)):
             expected = "0 with target_parameters, as the model has a loss for its own router"
-            _expect(getattr(self, name) in (0, default), name, expected, getattr(self, name))
+            expect(getattr(self, name) in (0, default), name, expected, getattr(self, name))
             self._set(name, 0.0)
+        named = self.target_modules or ()
         expected = "none beside target_parameters (pass inject a list of two configurations)"
-        _expect(
-            len(self.target_modules or ()) == 0, "target_modules", expected, self.target_modules
-        )
+        expect(len(named) == 0, "target_modules", expected, named)
         if self.num_experts is None:
             for name in ("r", "alpha"):
                 value = getattr(self, name)
                 expected = f"the model's number of experts beside one {name} for each"
-                _expect(not _is_sequence(value), "num_experts", expected, None)
+                expect(not _is_sequence(value), "num_experts", expected, None)
 
     def _expect_parts_that_fit(self):
         if self.router is not None:
             for name in TOKEN_FIELDS.keys() - set(self.router.fields_read()):
-                expected = (
-                    f"{TOKEN_FIELDS[name]!r}, as {type(self.router).__name__} does not read it"
-                )
-                _expect(
-                    getattr(self, name) == TOKEN_FIELDS[name], name, expected, getattr(self, name)
-                )
+                default, value = TOKEN_FIELDS[name], getattr(self, name)
+                expected = f"{default!r}, as {type(self.router).__name__} does not read it"
+                expect(value == default, name, expected, value)
         counts = [p.task_count for p in (self.router, self.middle) if p is not None]
         counts = {n for n in counts if n is not None}
-        _expect(len(counts) < 2, "num_tasks", "one number in router and middle", counts)
+        expect(len(counts) < 2, "num_tasks", "one number in router and middle", counts)
 
     @property
     def num_tasks(self) -> int | None:
@@ -254,22 +246,22 @@ class LoraMoeConfig:
         """
         same = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
         expected = "the same for all experts, as linear maps of no FFN get a LoRA like one of them"
-        _expect(same, "r, alpha", expected, (self.r, self.alpha))
+        expect(same, "r, alpha", expected, (self.r, self.alpha))
         alpha = self.alpha[0] if isinstance(self.alpha, tuple) else self.alpha
-        given = {
-            "num_experts": 1,
-            "top_k": 1,
-            "r": self.ranks[0],
-            "alpha": alpha,
-            "renormalize": True,
-        }
+        return self.one_expert(self.ranks[0], alpha, self.use_rslora)
+
+    def one_expert(self, r: int, alpha: float, use_rslora: bool = False) -> LoraMoeConfig:
+        """A LoRA of this rank and alpha at the same places; its router always says 1."""
         left = {name: getattr(self, name) for name in _OF_A_LORA}
-        return LoraMoeConfig(**given, **left, balance_coef=0.0, z_coef=0.0)
+        return LoraMoeConfig(
+            num_experts=1, top_k=1, r=r, alpha=alpha, use_rslora=use_rslora, renormalize=True,
+            balance_coef=0.0, z_coef=0.0, **left,
+        )  # fmt: skip
 
     def to_dict(self) -> dict:
         """Plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: _plain(value) for name, value in fields.items()}
+        return {name: plain(value) for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict) -> LoraMoeConfig:
@@ -278,17 +270,11 @@ class LoraMoeConfig:
         Raises:
             ValueError: `fields` is no dict, holds an unknown field, or a value does not fit.
         """
-        _expect(isinstance(fields, dict), "config", "a dict of fields", fields)
+        expect(isinstance(fields, dict), "config", "a dict of fields", fields)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [name for name in fields if name not in known]
-        _expect(not unknown, "config", f"only the fields {sorted(known)}", unknown)
+        expect(not unknown, "config", f"only the fields {sorted(known)}", unknown)
         return cls(**fields)
-
-
-def _plain(value):
-    if isinstance(value, Part):
-        return value.to_dict()
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _part(name, value, family):
@@ -296,11 +282,12 @@ def _part(name, value, family):
     if isinstance(value, dict):
         value = family.from_dict(value)
     fits = value is None or (isinstance(value, family) and type(value) in family.known.values())
-    _expect(fits, name, f"None or a registered {family.__name__}", value)
+    expect(fits, name, f"None or a registered {family.__name__}", value)
     return value
 
 
-def _expect(condition, name, expected, received):
+def expect(condition, name: str, expected: str, received) -> None:
+    """Raises ValueError unless the condition holds; no message repeats a value at full length."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {brief(received)}")
 
@@ -308,7 +295,7 @@ def _expect(condition, name, expected, received):
 def _integer(name, value, high):
     """NumPy's integers count, bool does not."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    _expect(whole and 1 <= value <= high, name, f"an integer in [1, {high}]", value)
+    expect(whole and 1 <= value <= high, name, f"an integer in [1, {high}]", value)
     return int(value)
 
 
@@ -316,7 +303,7 @@ def _coefficient(name, value):
     """Compared before it is converted: neither NaN nor an integer beyond floats gets through."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     expected = f"a number in [0, {MAX_COEFFICIENT:g}]"
-    _expect(number and 0 <= value <= MAX_COEFFICIENT, name, expected, value)
+    expect(number and 0 <= value <= MAX_COEFFICIENT, name, expected, value)
     return float(value)
 
 
@@ -325,7 +312,7 @@ def _share(name, value, zero=True):
         return None
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     fits = number and 0 <= value <= 1 and (zero or value > 0)
-    _expect(fits, name, f"None or a number in {'[' if zero else '('}0, 1]", value)
+    expect(fits, name, f"None or a number in {'[' if zero else '('}0, 1]", value)
     return float(value)
 
 
@@ -341,7 +328,7 @@ def _listed(values):
 def _alphas(alpha, num_experts):
     if not _is_sequence(alpha):
         return _coefficient("alpha", alpha)
-    _expect(len(alpha) == num_experts, "alpha", f"a number or {num_experts}, one per expert", alpha)
+    expect(len(alpha) == num_experts, "alpha", f"a number or {num_experts}, one per expert", alpha)
     return tuple(_coefficient(f"alpha[{e}]", a) for e, a in enumerate(_listed(alpha)))
 
 
@@ -350,17 +337,17 @@ def _ranks(r, num_experts):
         r = _integer("r", r, MAX_RANK)
         rows = r * num_experts
     else:
-        _expect(len(r) == num_experts, "r", f"one rank for each of {num_experts} experts", r)
+        expect(len(r) == num_experts, "r", f"one rank for each of {num_experts} experts", r)
         r = tuple(_integer(f"r[{e}]", rank, MAX_RANK) for e, rank in enumerate(_listed(r)))
         rows = sum(r)
-    _expect(rows <= MAX_ROWS, "r", f"at most {MAX_ROWS} rows for all experts together", rows)
+    expect(rows <= MAX_ROWS, "r", f"at most {MAX_ROWS} rows for all experts together", rows)
     return r
 
 
 def _dtype_name(dtype):
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     fits = name is None or (isinstance(name, str) and name in ADAPTER_DTYPES)
-    _expect(fits, "adapter_dtype", f"None or one of {ADAPTER_DTYPES}", dtype)
+    expect(fits, "adapter_dtype", f"None or one of {ADAPTER_DTYPES}", dtype)
     return name
 
 
@@ -369,7 +356,7 @@ def _names(name, value):
     hint = f"; for one name write ({value!r},)" if isinstance(value, str) else ""
     plain = isinstance(value, Collection) and not isinstance(value, (str, bytes, dict))
     plain = plain and all(isinstance(suffix, str) and suffix for suffix in value)
-    _expect(plain, name, f"module names{hint}", value)
+    expect(plain, name, f"module names{hint}", value)
     ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
     return tuple(map(str, ordered))
 
@@ -380,5 +367,5 @@ def _pattern(name, value):
         return ()
     if not isinstance(value, str):
         return _names(name, value)
-    _expect(len(value) <= MAX_PATTERN, name, f"at most {MAX_PATTERN} characters", value)
+    expect(len(value) <= MAX_PATTERN, name, f"at most {MAX_PATTERN} characters", value)
     return value

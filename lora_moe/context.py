@@ -28,9 +28,7 @@ from .routing import Routing
 class Reading(NamedTuple):
     """What a router of its own reads of the model's call."""
 
-    mask: torch.Tensor | None = (
-        None  # (B, L), the attention mask of the tokens that the layer reads
-    )
+    mask: torch.Tensor | None = None  # (B, L), of the tokens that the layer reads
     labels: torch.Tensor | None = None  # (B, L), see Call
 
 
@@ -247,10 +245,8 @@ def _checkpoints_around() -> list:
     """
     autograd = torch._C._autograd
     try:
-        top, enabled = (
-            autograd._top_saved_tensors_default_hooks,
-            autograd._saved_tensors_hooks_is_enabled(),
-        )
+        top = autograd._top_saved_tensors_default_hooks
+        enabled = autograd._saved_tensors_hooks_is_enabled()
     except AttributeError:
         return []
     found, taken = [], []

@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from . import safefile
-from .attach import attach
 from .config import LoraMoeConfig
-from .injection import freeze_base, modules_to_save, place
+from .injection import modules_to_save, settle
 from .layers import LoraMoeLinear
 from .linear import linear_features
 from .peft_experts import Found, experts_in
@@ -111,10 +110,7 @@ def _into(model, adapters, fields, top_k, adapter_dtype, revision=None):
             _fill(path, layer, loras)
         for found, layer in experts.items():
             _fill_experts(found, layer)
-    layers |= {found.path: layer for found, layer in experts.items()}
-    place(model, {layer.base_layer: layer for layer in layers.values()})
-    attach(model)
-    freeze_base(model)
+    settle(model, (*layers.values(), *experts.values()))
     for module in saved:
         module.requires_grad_(True)
     return whole

@@ -6,7 +6,7 @@ Modules are replaced by object, not by name: what a model shares under two names
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -72,10 +72,7 @@ def inject(
         found |= targets
         with_config = dict(own[path] for path in targets)
         adapters |= {base: layer_around(base, config) for base, config in with_config.items()}
-    place(model, adapters)
-    attach(model)
-    if freeze:
-        freeze_base(model)
+    settle(model, adapters.values(), freeze)
     for module in saved.values():
         module.requires_grad_(True)
     _log.info("%d modules replaced: %s", len(adapters), ", ".join(found))
@@ -141,6 +138,14 @@ def place(model: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):  # named_children() hides second names
             if child in replacement:
                 setattr(parent, name, replacement[child])
+
+
+def settle(model: nn.Module, layers: Iterable[LoraMoeLayer], freeze: bool = True) -> None:
+    """Put layers in the place of their bases, with all that a model with experts has around them."""
+    place(model, {layer.base_layer: layer for layer in layers})
+    attach(model)
+    if freeze:
+        freeze_base(model)
 
 
 def freeze_base(model: nn.Module) -> None:

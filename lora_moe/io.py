@@ -23,11 +23,10 @@ from torch import nn
 
 from . import locate, peft_format, safefile, sharded
 from .adapter_file import configs_of, describe, fixed_fields, frozen_of, read_info, slices_of
-from .attach import attach
 from .config import FFN
 from .ffn_targets import unfit_ffns
 from .from_peft import with_own_experts
-from .injection import freeze_base, layer_around, modules_to_save, place
+from .injection import layer_around, modules_to_save, settle
 from .placement import LoraMoeLayer
 from .sharded import plain_path
 from .steering import injected, layers_of
@@ -80,7 +79,7 @@ def save_adapter(
             _write(path, model, layers, sharded.gathered(_taken_from(state_dict, model, layers)))
         return path
     with sharded.at_rest(whole):
-        own = _keyed(layers) | _saved_tensors(model, layers)
+        own = _keyed(layers) | _saved_tensors(modules_saved(model, layers))
         sharded.write_whole(whole, own, lambda tensors: _write(path, model, layers, tensors))
     return path
 
@@ -90,7 +89,7 @@ def _write(path, model, layers, tensors):
     _expect_loadable(layers, tensors)
     metadata = {
         "format": "pt",
-        "lora_moe": json.dumps(describe(layers, tuple(_whole_modules(model, layers)))),
+        "lora_moe": json.dumps(describe(layers, tuple(modules_saved(model, layers)))),
     }
     safefile.write(safefile.path_in(path.parent, path.name), tensors, metadata)
 
@@ -177,10 +176,7 @@ def _load(model, layers, source, adapter_dtype):
     for path, ids in frozen_of(info).items():
         layers[path].frozen = ids
     if adapters:
-        bases = {layer.base_layer: layer for layer in adapters.values()}
-        place(model, bases)
-        attach(model)
-        freeze_base(model)
+        settle(model, adapters.values())
     for key, tensor in whole_tensors.items():
         sharded.fill(tensor, values.pop(key))
     modules = sharded.modules_by_path(model)
@@ -190,7 +186,7 @@ def _load(model, layers, source, adapter_dtype):
 
 
 def _tell_not_in_file(model, layers, info):
-    left = [path for path in _whole_modules(model, layers) if path not in info["modules_to_save"]]
+    left = [path for path in modules_saved(model, layers) if path not in info["modules_to_save"]]
     if left:
         warnings.warn(
             f"load_adapter: {', '.join(left[:6])}{' ...' if left[6:] else ''} ({len(left)} in all) of"
@@ -262,7 +258,8 @@ def _taken_from(state_dict, model, layers):
     for path, layer in layers.items():
         own = {name: f"{path}.{name}".removeprefix(".") for name in layer.adapter_state()}
         names |= _under_keys(path, layer.config, own)
-    names |= {key: key.removeprefix(_SAVED) for key in _saved_tensors(model, layers)}
+    saved = _saved_tensors(modules_saved(model, layers))
+    names |= {key: key.removeprefix(_SAVED) for key in saved}
     missing = [name for name in names.values() if name not in given]
     safefile.raise_all(
         "state_dict: expected the model's whole state", [f"{n}: missing" for n in missing]
@@ -270,7 +267,7 @@ def _taken_from(state_dict, model, layers):
     return {key: given[name] for key, name in names.items()}
 
 
-def _whole_modules(model, layers):
+def modules_saved(model: nn.Module, layers: dict[str, LoraMoeLayer]) -> dict[str, nn.Module]:
     """{path: module} of what modules_to_save names."""
     found = sharded.whole_modules(model)
     for names in {layer.config.modules_to_save for layer in layers.values()}:
@@ -278,30 +275,25 @@ def _whole_modules(model, layers):
     return {plain_path(path): module for path, module in found.items()}
 
 
-def modules_state(model: nn.Module, layers: dict[str, LoraMoeLayer]) -> dict[str, dict]:
-    """{path: {name: tensor}} of modules_to_save; what two of them share, once."""
+def state_of(modules: dict[str, nn.Module]) -> dict[tuple[str, str], torch.Tensor]:
+    """{(path, name): tensor}; what two of the modules share, once."""
     state, seen = {}, set()
-    for path, module in _whole_modules(model, layers).items():
-        state[path] = {}
+    for path, module in modules.items():
         for name, tensor in module.state_dict(keep_vars=True).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                state[path][plain_path(name)] = tensor
+                state[path, plain_path(name)] = tensor
     return state
 
 
-def _saved_tensors(model, layers):
-    """{name in the file: tensor} of modules_to_save."""
-    return {
-        f"{_SAVED}{path}.{name}": tensor
-        for path, named in modules_state(model, layers).items()
-        for name, tensor in named.items()
-    }
+def _saved_tensors(modules):
+    """{name in the file: tensor} of modules that train as a whole."""
+    return {f"{_SAVED}{path}.{name}": t for (path, name), t in state_of(modules).items()}
 
 
 def _tell_unsaved(model, layers):
     kept = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
-    for module in _whole_modules(model, layers).values():
+    for module in modules_saved(model, layers).values():
         kept |= {id(p) for p in module.parameters()}
     lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:
@@ -378,13 +370,7 @@ def _wanted_modules(model, info):
     modules = sharded.modules_by_path(model)
     missing = [path for path in info["modules_to_save"] if path not in modules]
     safefile.raise_all("adapter: expected modules_to_save of the model", missing)
-    wanted, seen = {}, set()
-    for path in info["modules_to_save"]:
-        for name, tensor in modules[path].state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                wanted[f"{_SAVED}{path}.{plain_path(name)}"] = tensor
-    return wanted
+    return _saved_tensors({path: modules[path] for path in info["modules_to_save"]})
 
 
 def _whole(wanted):

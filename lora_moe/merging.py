@@ -10,7 +10,6 @@ sizes.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from reprlib import repr as brief
 
@@ -195,23 +194,13 @@ def _one_lora(layer, c, r):
         A, B = truncated(A, B, r)
     if not len(A):
         A, B = layer.lora_A.new_zeros(1, layer.in_features), B.new_zeros(1, layer.out_features)
-    one = LoraMoeLinear(layer.base_layer, _config_of_one(layer.config, len(A)))
+    one = LoraMoeLinear(layer.base_layer, layer.config.one_expert(len(A), float(len(A))))
     one.lora_A.copy_(A)
     one.lora_B.copy_(B)
     one.train(layer.training)
     for name in ("lora_A", "lora_B"):
         getattr(one, name).requires_grad_(getattr(layer, name).requires_grad)
     return one
-
-
-def _config_of_one(config, r):
-    """Fields of a router fall back to their defaults: with one expert it always says 1."""
-    names = ("dropout", "adapter_dtype", "target_modules", "exclude_modules", "modules_to_save")
-    fields = {name: getattr(config, name) for name in names}
-    return dataclasses.replace(
-        type(config)(**fields), num_experts=1, top_k=1, r=r, alpha=float(r), renormalize=True,
-        balance_coef=0.0, z_coef=0.0,
-    )  # fmt: skip
 
 
 def truncated(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -137,7 +137,7 @@ class Part:
 
     def to_dict(self) -> dict:
         """{"kind": kind, **fields} in plain lists, strings and numbers."""
-        fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"kind": self.kind} | fields
 
     @classmethod
@@ -170,10 +170,11 @@ class Part:
             raise ValueError(f"{name} {kind!r}: {error}") from None
 
 
-def _plain(value):
+def plain(value):
+    """A part as a dict, a tuple as a list, as JSON has them."""
     if isinstance(value, Part):
         return value.to_dict()
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    return [plain(v) for v in value] if isinstance(value, tuple) else value
 
 
 def _read(family, value, depth):
@@ -201,11 +202,8 @@ def register(cls):
     parameters = getattr(cls, "__dataclass_params__", None)
     if not issubclass(cls, Part) or parameters is None or not parameters.frozen:
         raise TypeError(f"{cls.__name__}: expected a frozen dataclass of Router or Middle")
-    other = cls.known.get(cls.kind)
-    if other is not None and (other.__module__, other.__qualname__) != (
-        cls.__module__,
-        cls.__qualname__,
-    ):
+    other = cls.known.get(cls.kind, cls)
+    if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ValueError(f"{cls.__name__}: expected a kind of its own, got {cls.kind!r}, {other}'s")
     cls.known[cls.kind] = cls
     return cls

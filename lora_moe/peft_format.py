@@ -20,6 +20,7 @@ from reprlib import repr as brief
 from torch import nn
 
 from . import safefile
+from .targets import expect_regular_expression
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)
@@ -77,12 +78,7 @@ def expect_patterns(name: str, patterns) -> dict:
     repeated = 0
     for pattern in patterns:
         repeated += _repetitions(name, pattern) > 0
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(
-                f"{name}: expected a regular expression, got {brief(pattern)}: {error}"
-            ) from None
+        expect_regular_expression(name, pattern)
     if repeated > MAX_REPEATED:
         raise ValueError(
             f"{name}: expected at most {MAX_REPEATED} with repetitions, got {repeated}"

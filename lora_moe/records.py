@@ -90,11 +90,16 @@ class _Paid:
             run.paid = True
 
 
-def record_of(layer) -> Record:
-    """This thread's, with what a compiled forward left on the layer; a new one before any forward."""
+def _own(layer):
     record = thread.records.get(layer)
     if record is None:
         record = thread.records[layer] = Record()
+    return record
+
+
+def record_of(layer) -> Record:
+    """This thread's, with what a compiled forward left on the layer; a new one before any forward."""
+    record = _own(layer)
     if layer.compiled_run is not None:
         record.remember(layer.compiled_run)
     if layer.compiled_graph is not None and layer.compiled_graph not in record.pending:
@@ -114,9 +119,7 @@ def remember(layer, routing: Routing, tokens: Tokens) -> None:
         return
     if layer.compiled_run is not None or layer.compiled_graph is not None:
         layer.compiled_run = layer.compiled_graph = None
-    record = thread.records.get(layer)
-    if record is None:
-        record = thread.records[layer] = Record()
+    record = _own(layer)
     record.remember(run)
     if owes:
         record.expect_loss(run)

@@ -86,15 +86,8 @@ def use_routing(
     """
     if task_ids is None and mask is None and routing is None:
         raise ValueError("use_routing: expected task_ids, mask or routing, got none of them")
-    layers = layers_of(model)
-    _expect_mask(mask)
-    tasks, given = _tasks(layers, task_ids), _given(layers, task_ids, routing)
-    with deciding(
-        {
-            layer: _told(layer, routing=given.get(name), mask=mask, tasks=tasks.get(name))
-            for name, layer in layers.items()
-        }
-    ):
+    said = _said(model, task_ids, routing, mask)
+    with deciding({layer: _told(layer, **fields) for layer, fields in said.items()}):
         yield
 
 
@@ -147,18 +140,22 @@ def set_routing(
     Args, Raises: as use_routing, but with neither task_ids nor routing the routers decide again.
         Nothing changes where it raises.
     """
-    layers = layers_of(model)
-    _expect_mask(mask)
-    tasks, given = _tasks(layers, task_ids), _given(layers, task_ids, routing)
-    for name, layer in layers.items():
-        layer.given, layer.tasks, layer.mask = given.get(name), tasks.get(name), mask
+    for layer, fields in _said(model, task_ids, routing, mask).items():
+        layer.given, layer.tasks, layer.mask = fields["routing"], fields["tasks"], fields["mask"]
         records.forget(layer)
 
 
-def _expect_mask(mask):
+def _said(model, task_ids, routing, mask) -> dict[LoraMoeLayer, dict]:
+    """{layer: fields of its Decision}, None for what the caller leaves open."""
+    layers = layers_of(model)
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2)):
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(f"mask: expected (B, L) or (T,), got {got}")
+    tasks, given = _tasks(layers, task_ids), _given(layers, task_ids, routing)
+    return {
+        layer: {"routing": given.get(name), "mask": mask, "tasks": tasks.get(name)}
+        for name, layer in layers.items()
+    }
 
 
 def _tasks(layers, task_ids) -> dict[str, Routing]:
@@ -221,12 +218,8 @@ def _checked_ids(task_ids, E, what):
             ) from None
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise TypeError(f"task_ids: expected integers, got {task_ids.dtype}")
-    if (
-        E
-        and task_ids.device.type == "cpu"
-        and task_ids.numel()
-        and not torch.compiler.is_compiling()
-    ):
+    readable = task_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if E and readable and task_ids.numel():
         low, high = (int(bound) for bound in task_ids.aminmax())
         if low < -1 or high >= E:
             wrong = low if low < -1 else high

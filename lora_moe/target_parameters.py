@@ -11,10 +11,10 @@ from .config import LoraMoeConfig
 from .fused import config_at, fused_names, is_fused, why_unfit
 from .native import LoraMoeExperts
 from .places import Place, Survey
-from .targets import matches
+from .targets import matches, refuse
 from .unfit import reasons_around
 
-_MESSAGE = "target_parameters: expected weights of fused experts, "
+_EXPECTED = "target_parameters: expected weights of fused experts"
 
 
 def experts_of(
@@ -35,10 +35,9 @@ def experts_of(
             if own:
                 named[path] = own
     if not named:
-        raise ValueError(f"{_MESSAGE}but nothing matches {config.target_parameters}{_hint(model)}")
-    if reasons := unfit_experts(model, named):
-        listed = ", ".join(f"{path} ({reason})" for path, reason in reasons.items())
-        raise ValueError(f"{_MESSAGE}got {listed}")
+        nothing = f"but nothing matches {config.target_parameters}"
+        raise ValueError(f"{_EXPECTED}, {nothing}{_hint(model)}")
+    refuse(_EXPECTED, unfit_experts(model, named))
     if lost := [t for t in config.target_parameters if not _matches_any(model, t)]:
         warnings.warn(
             f"target_parameters: no parameter matches {', '.join(map(repr, lost))}{_hint(model)}",

@@ -32,7 +32,7 @@ def targets_of(model: nn.Module, config: LoraMoeConfig) -> dict[str, nn.Module]:
     if not found:
         raise ValueError(_nothing(survey, modules, config))
     if not is_all_linear(config.target_modules):
-        _refuse(reasons_of(survey, found))
+        refuse("target_modules: expected linear modules", reasons_of(survey, found))
         _warn(_partly_called(survey, found))
     _warn(_unmatched(survey, modules, config))
     return found
@@ -40,20 +40,23 @@ def targets_of(model: nn.Module, config: LoraMoeConfig) -> dict[str, nn.Module]:
 
 def _expect_regular_expressions(config):
     for field in ("target_modules", "exclude_modules"):
-        pattern = getattr(config, field)
-        if isinstance(pattern, str):
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(
-                    f"{field}: expected a regular expression, got {pattern[:80]!r}: {error}"
-                ) from None
+        if isinstance(pattern := getattr(config, field), str):
+            expect_regular_expression(field, pattern)
 
 
-def _refuse(reasons):
+def expect_regular_expression(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        got = f"{pattern[:80]!r}: {error}"
+        raise ValueError(f"{name}: expected a regular expression, got {got}") from None
+
+
+def refuse(expected: str, reasons: dict[str, str]) -> None:
+    """ValueError with each path and its reason, if there is one."""
     if reasons:
         listed = ", ".join(f"{path} ({reason})" for path, reason in reasons.items())
-        raise ValueError(f"target_modules: expected linear modules, got {listed}")
+        raise ValueError(f"{expected}, got {listed}")
 
 
 def matches(name: str, pattern) -> bool:

@@ -19,13 +19,14 @@ from torch import nn
 
 from . import peft_format, safefile
 from .config import FFN
-from .io import modules_state
+from .io import modules_saved, state_of
 from .layers import LoraMoeLinear
 from .peft_experts import expect_one_rank, names_in_order, targets_of, tensors_of
 from .placement import expert_ids
 from .replace import replacing
 from .sharded import at_rest, plain_path, unwrapped, write_whole
 from .steering import layers_of
+from .targets import refuse
 
 
 def to_peft(
@@ -89,12 +90,8 @@ def _expect_what_peft_adapts(model, layers):
         raise ValueError(
             f"model: expected experts around linear modules, got {ffns[0]}, a whole FFN"
         )
-    several = peft_format.shared(model, layers)
-    if several:
-        listed = ", ".join(f"{path} ({text})" for path, text in several.items())
-        raise ValueError(
-            f"model: expected experts around modules of one name, as PEFT adapts one alone, got {listed}"
-        )
+    one = "model: expected experts around modules of one name, as PEFT adapts one alone"
+    refuse(one, peft_format.shared(model, layers))
 
 
 def _expect_one_adapter(layers, experts):
@@ -137,12 +134,7 @@ def _sources(model, layers) -> dict[tuple[str, str], torch.Tensor]:
         for path, layer in layers.items()
         for name in (layer.names if layer.config.target_parameters else ("lora_A", "lora_B"))
     }
-    saved = {
-        (path, name): tensor
-        for path, named in modules_state(model, layers).items()
-        for name, tensor in named.items()
-    }
-    return banks | saved
+    return banks | state_of(modules_saved(model, layers))
 
 
 def _tensors(layers, sources, e) -> dict[str, torch.Tensor]:
@@ -193,7 +185,7 @@ def _config(model, layers, e, tensors) -> dict:
     """As it was read, if it still says what the tensors are; else anew."""
     own = {path: layer for path, layer in layers.items() if _key(path) in tensors}
     fused = {path: layer for path, layer in own.items() if layer.config.target_parameters}
-    saved_paths = list(modules_state(model, layers))
+    saved_paths = list(modules_saved(model, layers))
     origins = [layer.origins[e] for layer in own.values() if layer.origins]
     origin = origins[0].config if origins and None not in origins else None
     linear = {path: layer for path, layer in own.items() if path not in fused}

@@ -48,12 +48,8 @@ def fit_mask(mask, shape) -> torch.Tensor | None:
         if mask.dim() == 2 and mask.shape != shape[:2] and mask.T.shape == shape[:2]:
             mask = mask.T
         return mask.reshape(-1) != 0
-    if (
-        mask.dim() == 2
-        and len(shape) == 3
-        and mask.shape[0] == shape[0]
-        and shape[1] < mask.shape[1]
-    ):
+    matrices = mask.dim() == 2 and len(shape) == 3
+    if matrices and mask.shape[0] == shape[0] and shape[1] < mask.shape[1]:
         return mask[:, mask.shape[1] - shape[1] :].reshape(-1) != 0
     return None
 

@@ -53,10 +53,8 @@ def check_operands(operator, args):
     first, x = tensors[0]
     for name, t in tensors:
         if t.layout != torch.strided or t.is_quantized or t.is_nested:
-            kind = (
-                "a quantized" if t.is_quantized else "a nested" if t.is_nested else f"a {t.layout}"
-            )
-            raise TypeError(f"{name}: expected a dense tensor, got {kind} one")
+            kind = "quantized" if t.is_quantized else "nested" if t.is_nested else t.layout
+            raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
         if t.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} like {first}, got {t.device}")
 

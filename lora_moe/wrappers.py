@@ -37,9 +37,8 @@ class Generate(Wrapper):
     name = "generate"
 
     def __call__(self, *args, **kwargs):
-        expect_rows(
-            self.model, args, kwargs, injected(self.model).values()
-        )  # before beams and return sequences
+        layers = injected(self.model).values()
+        expect_rows(self.model, args, kwargs, layers)  # before beams and return sequences
         thread.generating += 1
         try:
             return super().__call__(*args, **kwargs)

@@ -13,7 +13,7 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from ..config import FFN, LoraMoeConfig
-from ..parts import Part
+from ..parts import Part, plain
 from ..peft_moe import RENAMED
 from .registration import member
 
@@ -102,8 +102,7 @@ class MoeLoraConfig(PeftConfig):
         own = self.at("")  # raises for what does not fit
         self._expect_patterns()
         for name in self._layer_fields():
-            value = getattr(own, RENAMED.get(name, name))
-            setattr(self, name, _listed(value))
+            setattr(self, name, plain(getattr(own, RENAMED.get(name, name))))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -127,7 +126,7 @@ class MoeLoraConfig(PeftConfig):
                 continue
             if own not in (defaults[name], value):
                 raise ValueError(f"{name}: expected mixture's {value!r} or nothing, got {own!r}")
-            setattr(self, name, value if isinstance(value, str) else _listed(value))
+            setattr(self, name, plain(value))
 
     def _expect_patterns(self):
         for name, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
@@ -198,12 +197,6 @@ def _mixture_of(mixture) -> LoraMoeConfig:
             "mixture: expected one around linear modules, got placement='ffn', for lora_moe.inject alone"
         )
     return mixture
-
-
-def _listed(value):
-    if isinstance(value, Part):
-        return value.to_dict()
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _in_our_names(message):

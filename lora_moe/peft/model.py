@@ -11,7 +11,7 @@ from torch import nn
 
 from ..attach import attach, detach
 from ..injection import place
-from ..targets import is_all_linear, targets_of
+from ..targets import is_all_linear, refuse, targets_of
 from ..tensors import adapter_dtype
 from ..unfit import unfit
 from .layer import NO_MERGE, MoeLoraLinear
@@ -49,10 +49,7 @@ class MoeLoraModel(BaseTuner):
             and not any(path == a or path.startswith(f"{a}.") for a in adapted)
             and self._check_target_module_exists(peft_config, path)
         ]
-        reasons = unfit(model, found)
-        if reasons:
-            listed = ", ".join(f"{path} ({reason})" for path, reason in reasons.items())
-            raise ValueError(f"target_modules: expected linear modules, got {listed}")
+        refuse("target_modules: expected linear modules", unfit(model, found))
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **_

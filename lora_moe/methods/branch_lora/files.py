@@ -20,9 +20,8 @@ import torch
 from torch import nn
 
 from ... import safefile
-from ...attach import attach
 from ...config import LoraMoeConfig
-from ...injection import freeze_base, place
+from ...injection import settle
 from ...layers import LoraMoeLinear
 from ...linear import linear_features
 from ...reference import accumulator
@@ -95,9 +94,7 @@ def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
     course.bank, course.learning = found["bank"], found["learning"]
     layers = {path: _layer(path, base, found, course, values) for path, base in bases.items()}
     selector = _selector(values)
-    place(model, {layer.base_layer: layer for layer in layers.values()})
-    attach(model)
-    freeze_base(model)
+    settle(model, layers.values())
     for name in course.also:
         model.get_submodule(name).requires_grad_(True)
     with torch.no_grad():

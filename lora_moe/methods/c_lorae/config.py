@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ...config import LoraMoeConfig
+from ...config import LoraMoeConfig, expect
 from ...parts import one_of
 from ...routers import UniversalRouter
 from ...routers.universal import GATES
@@ -40,12 +40,9 @@ class CLoraeConfig:
     exclude_modules: str | tuple[str, ...] = ()
 
     def __post_init__(self):
-        if type(self.num_tasks) is not int or self.num_tasks < 0:
-            raise ValueError(
-                f"num_tasks: expected an integer of at least 0, got {self.num_tasks!r}"
-            )
-        if type(self.r) is not int or self.r < max(self.num_tasks, 1):
-            raise ValueError(f"r: expected at least {max(self.num_tasks, 1)}, got {self.r!r}")
+        N, r = self.num_tasks, self.r
+        expect(type(N) is int and N >= 0, "num_tasks", "an integer of at least 0", N)
+        expect(type(r) is int and r >= max(N, 1), "r", f"at least {max(N, 1)}", r)
         one_of("gate", self.gate, GATES)
         if not isinstance(self.mutual_information, bool) or (
             self.mutual_information and self.num_tasks == 0
@@ -59,9 +56,7 @@ class CLoraeConfig:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Rank of the universal expert and of each task's, (1 + N,)."""
-        return (
-            (self.r, *[self.r // self.num_tasks] * self.num_tasks) if self.num_tasks else (self.r,)
-        )
+        return (self.r, *[self.r // max(self.num_tasks, 1)] * self.num_tasks)
 
     @property
     def scales(self) -> tuple[float, ...]:

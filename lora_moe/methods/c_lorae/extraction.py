@@ -89,9 +89,8 @@ def write(schema: Schema, records) -> str:
     Raises:
         ValueError: a record does not fit the schema.
     """
-    records = (
-        sorted(records, key=_order) if isinstance(records, (set, frozenset)) else list(records)
-    )
+    ordered = not isinstance(records, (set, frozenset))
+    records = list(records) if ordered else sorted(records, key=_order)
     answer = "; ".join(_write_record(schema, record) for record in records) or NONE
     if read(schema, answer) != Reading(frozenset(map(_cleaned, records)), 0):
         raise ValueError(f"records: expected {schema.kind} of {schema}, each once, got {records!r}")
@@ -123,9 +122,7 @@ def trigger_f1(predicted: Sequence[Reading], wanted: Sequence[frozenset]) -> Sco
 
 def argument_f1(predicted: Sequence[Reading], wanted: Sequence[frozenset]) -> Score:
     """Of events: each argument with its event's type, its role and its text."""
-    return f1(
-        *_mapped(lambda e: {(e.type, *argument) for argument in e.arguments}, predicted, wanted)
-    )
+    return f1(*_mapped(lambda e: {(e.type, *pair) for pair in e.arguments}, predicted, wanted))
 
 
 def set_f1(predicted: Reading, wanted: frozenset) -> float:
@@ -229,8 +226,6 @@ def _cleaned(record):
 
 
 def _order(record):
-    return (
-        str(sorted(record.arguments)) + str(record[:2])
-        if isinstance(record, Event)
-        else str(record)
-    )
+    if not isinstance(record, Event):
+        return str(record)
+    return str(sorted(record.arguments)) + str(record[:2])

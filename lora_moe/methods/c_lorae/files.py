@@ -89,10 +89,7 @@ def _expect_same(name, found, expected):
     own = expected["modules"]
     problems = [
         f"{ascii(path)[:200]}: the model has {own.get(path)}, the file {brief(saved.get(path))}"
-        for path in sorted(own.keys() | saved.keys())
+        for path in own.keys() | saved.keys()
         if own.get(path) != saved.get(path)
     ]
-    if problems:
-        raise ValueError(
-            f"{name}: expected the modules of the model, got\n  " + "\n  ".join(problems)
-        )
+    safefile.raise_all(f"{name}: expected the modules of the model", problems)

@@ -62,20 +62,14 @@ class GatedVisual(nn.Module):
             return h
         v = self._of(h, self.images).to(self.value.weight.dtype)  # (B, P, D_v)
         mask = None if self.mask is None else self._of(h, self.mask)  # (B, P)
-        seen = (
-            self._attend(h.to(v.dtype), v, mask)
-            if self.mode == "attention"
-            else self._mean(v, mask)
-        )
+        attends = self.mode == "attention"
+        seen = self._attend(h.to(v.dtype), v, mask) if attends else self._mean(v, mask)
         return h + (torch.tanh(self.gate) * seen).to(h.dtype)
 
     def _attend(self, h, v, mask):
-        q, k, v = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(
-                1, 2
-            )  # (B, heads, L or P, head_width)
-            for projected in (self.query(self.norm(h)), self.key(v), self.value(v))
-        )
+        projected = self.query(self.norm(h)), self.key(v), self.value(v)
+        # (B, heads, L or P, head_width)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in projected)
         mask = None if mask is None else mask[:, None, None]
         seen = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(seen.transpose(1, 2).flatten(2))
@@ -84,9 +78,8 @@ class GatedVisual(nn.Module):
         if mask is None:
             return self.value(v.mean(1, keepdim=True))
         weight = mask.to(v.dtype)[..., None]
-        return self.value(
-            (v * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
-        )
+        count = weight.sum(1, keepdim=True).clamp(min=1)
+        return self.value((v * weight).sum(1, keepdim=True) / count)
 
     def _of(self, h, given):
         """Rows for the samples of h; with beams, one image serves its sample's beams."""

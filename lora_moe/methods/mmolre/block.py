@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ... import functional as F
+from ...config import expect
 from ...parts import ROUTER_STD
-from .checks import expect, expect_mask
-from .config import ACTIVATIONS, ROUTES
+from .checks import expect_mask
+from .config import ACTIVATIONS, expect_options
 
 
 class UniTSE(nn.Module):
@@ -49,13 +50,9 @@ class UniTSE(nn.Module):
     ):
         super().__init__()
         mixed = any(task_ranks) and not all(task_ranks)
-        expect(
-            len(task_ranks) and not mixed, "task_ranks", "one per task, all or none 0", task_ranks
-        )
-        expect(
-            activation in tuple(ACTIVATIONS), "activation", f"one of {[*ACTIVATIONS]}", activation
-        )
-        expect(route in ROUTES, "route", f"one of {ROUTES}", route)
+        fit = len(task_ranks) and not mixed
+        expect(fit, "task_ranks", "one per task, all or none 0", task_ranks)
+        expect_options(activation, route)
         self.width, self.tasks, self.shared = width, len(task_ranks), len(shared_ranks)
         self.activation, self.route, self.residual = activation, route, residual
         self.ranks = (*shared_ranks, *(r for r in task_ranks if r))

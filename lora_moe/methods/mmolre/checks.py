@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from reprlib import repr as brief
 
 import torch
 from torch import nn
 
+from ...config import expect
+
 MAX_PARTS = 64  # modalities, tasks, experts, blocks
-
-
-def expect(condition, name, expected, received):
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {brief(received)}")
 
 
 def expect_mask(name, mask, shape):
@@ -22,12 +18,6 @@ def expect_mask(name, mask, shape):
         raise ValueError(
             f"{name}: expected bool {tuple(shape)}, got {mask.dtype} {tuple(mask.shape)}"
         )
-
-
-def integer(name, value, low, high):
-    expect(
-        type(value) is int and low <= value <= high, name, f"an integer in [{low}, {high}]", value
-    )
 
 
 def number(name, value, high):

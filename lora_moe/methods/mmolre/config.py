@@ -8,8 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ...config import MAX_COEFFICIENT, MAX_RANK
-from .checks import MAX_PARTS, expect, fields_of, integer, named, number
+from ...config import MAX_COEFFICIENT, MAX_RANK, expect
+from ...parts import count
+from .checks import MAX_PARTS, fields_of, named, number
 
 ACTIVATIONS = {
     "relu": nn.functional.relu,
@@ -20,6 +21,13 @@ ACTIVATIONS = {
 ROUTES = ("token", "mean")
 LOSSES = ("mae", "mse", "multiclass", "multilabel")
 MAX_WIDTH = 65_536
+
+
+def expect_options(activation, route):
+    """Of a block."""
+    known = activation in tuple(ACTIVATIONS)
+    expect(known, "activation", f"one of {[*ACTIVATIONS]}", activation)
+    expect(route in ROUTES, "route", f"one of {ROUTES}", route)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Task:
 
     def __post_init__(self):
         expect(self.loss in LOSSES, "loss", f"one of {LOSSES}", self.loss)
-        integer("outputs", self.outputs, 1, MAX_WIDTH)
+        count("outputs", self.outputs, MAX_WIDTH)
         number("weight", self.weight, MAX_COEFFICIENT)
 
 
@@ -80,25 +88,19 @@ class MMoLREConfig:
         for name in ("modalities", "tasks"):
             object.__setattr__(self, name, named(name, getattr(self, name)))
         for name, features in self.modalities.items():
-            integer(f"modalities[{name!r}]", features, 1, MAX_WIDTH)
+            count(f"modalities[{name!r}]", features, MAX_WIDTH)
         for name, task in self.tasks.items():
             expect(isinstance(task, Task), f"tasks[{name!r}]", "a Task", task)
-        integer("width", self.width, 1, MAX_WIDTH)
+        count("width", self.width, MAX_WIDTH)
         ranks = self.shared_ranks
         many = isinstance(ranks, (list, tuple)) and 1 <= len(ranks) <= MAX_PARTS
         expect(many, "shared_ranks", f"1 to {MAX_PARTS} ranks", ranks)
         for n, rank in enumerate(ranks):
-            integer(f"shared_ranks[{n}]", rank, 1, MAX_RANK)
+            count(f"shared_ranks[{n}]", rank, MAX_RANK)
         object.__setattr__(self, "shared_ranks", tuple(ranks))
-        integer("task_rank", self.task_rank, 0, MAX_RANK)
-        integer("blocks", self.blocks, 1, MAX_PARTS)
-        expect(
-            self.activation in tuple(ACTIVATIONS),
-            "activation",
-            f"one of {[*ACTIVATIONS]}",
-            self.activation,
-        )
-        expect(self.route in ROUTES, "route", f"one of {ROUTES}", self.route)
+        count("task_rank", self.task_rank, MAX_RANK, 0)
+        count("blocks", self.blocks, MAX_PARTS)
+        expect_options(self.activation, self.route)
         for name in ("residual", "hard_sharing"):
             expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         number("dropout", self.dropout, 1)

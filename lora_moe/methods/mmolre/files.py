@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from ... import safefile
+from ...config import expect
 from .block import UniTSE
-from .checks import expect
 from .config import MMoLREConfig
 from .model import MMoLRE
 
@@ -26,9 +26,8 @@ def save(model: MMoLRE, path: str | os.PathLike) -> None:
         OSError: the file cannot be written; an older one is as it was.
     """
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    safefile.write(
-        Path(path), tensors, {"format": "pt", "mmolre": json.dumps(model.config.to_dict())}
-    )
+    metadata = {"format": "pt", "mmolre": json.dumps(model.config.to_dict())}
+    safefile.write(Path(path), tensors, metadata)
 
 
 def load(path: str | os.PathLike) -> MMoLRE:
