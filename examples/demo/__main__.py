@@ -1,3 +1,3 @@
-from .run import main
+from .quick import main
 
 main()

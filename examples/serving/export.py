@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_moe
 from examples.common import peers, smollm2, tasks
-from examples.demo.run import PER_TASK, SEED, train
+from examples.demo.learning import PER_TASK, SEED, train
 
 ASKED = 6  # held-out items of each of the three tasks
 NEW = 8  # tokens of an answer
@@ -37,7 +37,7 @@ def main():
             print(f"no adapter in {args.adapter}: training one for {args.steps} steps")
             batches = list(tasks.batches(three, tokenizer, args.steps, PER_TASK, SEED))
             tuned = peers.ours(model, peers.start_weights(model, SEED))
-            train(tuned, batches)
+            list(train(tuned, batches))  # takes the steps
             lora_moe.save_adapter(tuned, adapter)
     model = lora_moe.load_adapter(smollm2.load_model(), adapter).eval()
     questions = [

@@ -1,6 +1,6 @@
 """SmolLM2-135M learns three small tasks with a mixture of LoRA experts in each of its linears.
 
-    python -m examples.demo --out build/demo
+    python -m examples.demo.full --out build/demo-full
 
 trains, then puts our layer beside a loop over experts, dense stacked matmuls and PEFT LoRA: the
 same losses and gradients, step time, memory.  Writes OUT/report.md, OUT/results.json, four pictures
@@ -10,28 +10,25 @@ printed and decide nothing.
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 import lora_moe
-from benchmarks import machine, timing
-from examples.common import figures, measure, peers, smollm2, tasks, training
+from benchmarks import machine
+from examples.common import figures, peers, smollm2, tasks
 from examples.demo import report
 from examples.demo.agreement import follow
+from examples.demo.cost import cost
+from examples.demo.learning import PER_TASK, SEED, look, train, trainer
+from examples.demo.load import expert_load, most_telling
 from examples.demo.reload import logits_of
 
-SEED = 0
-LEARNING_RATE = 1e-3
-PER_TASK = 8  # items of each task in a step: about 500 tokens
 COMPARED = 20  # steps that the loop trains beside ours
 
 
@@ -48,7 +45,10 @@ def main():
     found["tasks"] = [describe(task) for task in three]
     found["before"] = look(model, tokenizer, three, "untuned")
     tuned = peers.ours(model, start)
-    trace = train(tuned, batches)
+    trace = [  # the routing decisions of the compared steps only
+        (loss, peers.decisions(tuned) if number < COMPARED else None)
+        for number, loss in enumerate(train(tuned, batches))
+    ]
     found["loss"] = [loss for loss, _ in trace]
     found["after"] = look(tuned, tokenizer, three, "tuned")
     load = expert_load(tuned, tokenizer, three)
@@ -68,10 +68,10 @@ def main():
 
 def parse():
     parser = argparse.ArgumentParser(
-        prog="python -m examples.demo", description=__doc__.split("\n")[0]
+        prog="python -m examples.demo.full", description=__doc__.split("\n")[0]
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("build/demo"), help="folder for the results"
+        "--out", type=Path, default=Path("build/demo-full"), help="folder for the results"
     )
     parser.add_argument("--steps", type=int, default=60, help="training steps")
     parser.add_argument("--quick", action="store_true", help="a smoke test: four layers, few steps")
@@ -86,39 +86,6 @@ def describe(task):
     return {"name": task.name, "labels": task.labels, "majority": task.majority(), **sizes}
 
 
-def look(model, tokenizer, three, when):
-    """Held-out accuracy of each task, and what the model says to one item of each."""
-    bar = tqdm(three, f"held-out, {when}")
-    right = [training.accuracy(model, tokenizer, task) for task in bar]
-    shown = [task.prompt(task.heldout[2][0]) for task in three]
-    answers = [training.answer(model, tokenizer, prompt) for prompt in shown]
-    wanted = [task.heldout[2][1] for task in three]
-    return {"accuracy": right, "prompts": shown, "answers": answers, "wanted": wanted}
-
-
-def trainer(model, steps, penalty):
-    """step(number, batch) -> loss; ours and the loop are trained by this same function."""
-    optimizer = training.optimizer_of(model, LEARNING_RATE)
-
-    def step(number, batch):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * training.rate_at(number, steps)
-        return training.train_step(model, optimizer, batch, penalty)
-
-    return step
-
-
-def train(model, batches):
-    """Returns (loss, routing decisions) a step; the decisions of the first steps only."""
-    step, trace = trainer(model, len(batches), lora_moe.aux_loss), []
-    bar = tqdm(batches, "ours")
-    for number, batch in enumerate(bar):
-        loss = step(number, batch)
-        trace.append((loss, peers.decisions(model) if number < COMPARED else None))
-        bar.set_postfix(loss=f"{loss:.3f}")
-    return trace
-
-
 def compare(model, start, twin, batches, trace, args):
     """The loop's training beside ours; `twin` lends its layers, its weights are overwritten."""
     loop = peers.loop(model, start)
@@ -126,35 +93,6 @@ def compare(model, start, twin, batches, trace, args):
     checked = {0, len(compared) // 2, len(compared) - 1}
     step = trainer(loop, args.steps, peers.balance)
     return follow(loop, twin, compared, step, trace, checked)
-
-
-@torch.no_grad()
-def expert_load(model, tokenizer, three):
-    """{kind of linear: (layers, tasks, E)}: the share of the slots of a task's tokens, padding left out."""
-    layers = peers.mixtures(model)
-    load = {kind: [] for kind in peers.TARGETS}
-    for task in three:
-        rows = [tokenizer.encode(task.prompt(subject)) for subject, _ in task.heldout[:64]]
-        ids = tasks.pad(rows, -1)  # (N, L)
-        model.model(input_ids=ids.clamp(min=0), use_cache=False)
-        chosen = {n: layer.routing.indices[ids.flatten() >= 0] for n, layer in layers.items()}
-        for kind in load:
-            load[kind].append(
-                torch.stack([share(i) for n, i in chosen.items() if n.endswith(kind)])
-            )
-    return {kind: torch.stack(by_task, dim=1) for kind, by_task in load.items()}
-
-
-def share(indices):
-    """(E,): which share of the slots each expert has."""
-    return torch.bincount(indices.flatten(), minlength=peers.NUM_EXPERTS) / indices.numel()
-
-
-def most_telling(load):
-    """The kind of linear whose routing differs most between the tasks."""
-    return max(
-        load, key=lambda kind: (load[kind] - load[kind].mean(dim=1, keepdim=True)).abs().sum()
-    )
 
 
 def save_and_reload(model, tokenizer, three, args):
@@ -178,30 +116,6 @@ def save_and_reload(model, tokenizer, three, args):
     return {"equal": torch.equal(here, there), "bytes": size, "logits": here.numel()}
 
 
-def cost(model, start, batch, rounds):
-    """{contender: seconds, saved bytes above the un-adapted model, peak bytes} of a training step."""
-    contenders = {
-        "ours": peers.ours(model, start),
-        "dense stacked": peers.stacked(model, start),
-        "loop over experts": peers.loop(model, start),
-        "PEFT LoRA, r=16": peers.peft_lora(model, SEED),
-    }
-    plain = measure.saved_bytes_unadapted(model, batch)
-    saved = {name: measure.saved_bytes(m, batch) - plain for name, m in contenders.items()}
-    steps = {
-        name: partial(training.train_step, m, training.optimizer_of(m, LEARNING_RATE), batch)
-        for name, m in contenders.items()
-    }
-    seconds = timing.interleave(steps, rounds, timing.once, laggard=math.inf)
-    measure.return_memory_at_once()
-    peak = {name: measure.peak_bytes(step) for name, step in tqdm(steps.items(), "memory")}
-    rows = {
-        name: {"seconds": seconds[name], "saved_bytes": saved[name], "peak_bytes": peak[name]}
-        for name in contenders
-    }
-    return {"tokens": batch[0].numel(), "unadapted_saved_bytes": plain, "contenders": rows}
-
-
 def draw(out, found, load):
     """The four pictures."""
     names = [task["name"] for task in found["tasks"]]
@@ -214,3 +128,7 @@ def draw(out, found, load):
     kind = most_telling(load)
     figures.draw_load(out / "experts.png", load[kind], names, kind)
     figures.draw_cost(out / "cost.png", report.cost_panels(found["cost"]["contenders"]))
+
+
+if __name__ == "__main__":
+    main()
