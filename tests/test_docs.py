@@ -23,6 +23,7 @@ PAGES = (
     "merging.md",
     "peft.md",
     "experts.md",
+    "plans.md",
 )
 
 

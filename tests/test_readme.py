@@ -1,32 +1,83 @@
-"""The README's examples run as printed, and all links resolve."""
+"""The README's examples run as they are printed, one after the other, and its links lead somewhere."""
 
+from __future__ import annotations
+
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from lora_moe import injected
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+FIRST, TRAINER, TRL, PEFT, FUNCTIONS = BLOCKS  # each has a test below
 
 
-def test_first_example(tmp_path, monkeypatch):
+def ran(block, **scope):
+    """The names that a block leaves."""
+    scope["__name__"] = "readme"
+    exec(compile(block, "README.md", "exec", dont_inherit=True), scope)
+    return scope
+
+
+def test_first_steps(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
-    scope = {}
-    exec(BLOCKS[0], scope)
+    scope = ran(FIRST)
     gradients = [p.grad for p in scope["model"].parameters() if p.requires_grad]
     assert len(gradients) == 2 * 3 * 3 and all(g is not None for g in gradients)
     assert (tmp_path / "adapter" / "lora_moe.safetensors").is_file()
 
 
-def test_functions_example():
+def test_trainer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from .stack import tiny
+
+    model = tiny.model()
+    before = [layer.lora_B.clone() for layer in injected(model).values()]
+    args = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, report_to="none", use_cpu=True
+    )
+    ran(TRAINER, model=model, args=args, data=tiny.sequences(8))
+    assert not any(
+        torch.equal(layer.lora_B, b) for layer, b in zip(injected(model).values(), before)
+    )
+
+
+def test_trl():
+    trl = pytest.importorskip("trl")
+    assert issubclass(ran(TRL)["MoeSFTTrainer"], trl.SFTTrainer)
+
+
+def test_peft():
+    pytest.importorskip("peft")
+    from .stack import tiny
+
+    model = ran(PEFT, base=tiny.base())["model"]
+    assert {n.split(".")[-1] for n in injected(model)} == {"q_proj", "v_proj"}
+
+
+def test_vllm():
+    from lora_moe.vllm.options import options_of
+
+    command = shlex.split(re.search(r"^vllm serve .*$", TEXT, re.MULTILINE)[0])
+    assert command[command.index("--load-format") + 1] == "lora_moe"
+    options = json.loads(command[command.index("--additional-config") + 1])
+    assert options_of(options) == {"adapter": "DIR"}
+
+
+def test_functions():
     g = torch.Generator().manual_seed(0)
     shapes = {"x": (6, 12), "router_weight": (8, 12), "lora_A": (64, 12), "lora_B": (64, 5)}
-    scope = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-    scope |= {"linear": torch.nn.Linear(12, 5), "task_ids": torch.tensor([0, 1, -1, 7, 0, 3])}
-    exec(BLOCKS[1], scope)
+    tensors = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    ids = torch.tensor([0, 1, -1, 7, 0, 3])
+    scope = ran(FUNCTIONS, linear=torch.nn.Linear(12, 5), task_ids=ids, **tensors)
     assert not scope["y"][2].any() and scope["y"][3].any()
     assert scope["routing"].indices.shape == (6, 2)
 
