@@ -8,7 +8,7 @@ REP_MS = 20
 
 
 def events(call, calls):
-    """Median seconds per call by CUDA events, clearing the L2 cache before each; triton picks the call count."""
+    """Median seconds per call by CUDA events; clears L2 before each call; triton picks their number."""
     from triton import testing
 
     return testing.do_bench(call, warmup=5, rep=REP_MS, return_mode="median") / 1e3
