@@ -44,12 +44,7 @@ def floating_input(x, function, name="x"):
 
 def logits(values):
     """(..., E) of any floating dtype as (T, E), fp32 or fp64."""
-    if not isinstance(values, torch.Tensor):
-        raise TypeError(f"logits: expected a tensor, got {type(values).__name__}")
-    if values.layout != torch.strided or values.dtype not in FLOATS:
-        raise TypeError(
-            f"logits: expected a dense floating tensor, got {values.dtype} {values.layout}"
-        )
+    _floating("logits", values)
     if values.dim() < 1:
         raise ValueError("logits: expected (..., E), got a scalar")
     return values.reshape(-1, values.shape[-1]).to(accumulator(values.dtype))
@@ -76,19 +71,20 @@ def matrix(name, tensor, x, shape, why="", like="x"):
         and _fits(tensor.shape, shape)
     ):
         return
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided or tensor.dtype not in FLOATS:
-        raise TypeError(
-            f"{name}: expected a dense floating tensor, got {tensor.dtype} {tensor.layout}"
-        )
+    _floating(name, tensor)
     if len(shape) != tensor.dim():
         raise ValueError(f"{name}: expected {len(shape)} dimensions, got {tuple(tensor.shape)}")
-    expected = [
-        have if want is None else want for want, have in zip(shape, tensor.shape, strict=True)
-    ]
+    expected = [have if want is None else want for want, have in zip(shape, tensor.shape)]
     shape_is(name, tensor, expected, why)
     device_is(name, tensor, x, like)
+
+
+def _floating(name, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    dtype, layout = tensor.dtype, tensor.layout
+    if layout != torch.strided or dtype not in FLOATS:
+        raise TypeError(f"{name}: expected a dense floating tensor, got {dtype} {layout}")
 
 
 def _fits(have, shape):
@@ -197,6 +193,12 @@ def _is_finite(value):
     """While tracing, a number may be a symbol, which math.isfinite does not take."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and -math.inf < value < math.inf
+
+
+def wrong_id(ids, E) -> int | None:
+    """One of the ids that is not in [-1, E), None where there is none; reads them."""
+    low, high = (int(bound) for bound in ids.aminmax()) if ids.numel() else (-1, -1)
+    return low if low < -1 else high if high >= E else None
 
 
 def sparsity(top_p, threshold, gate):

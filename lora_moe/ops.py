@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 
 from . import reference, tracing
+from .checks import wrong_id
 from .plan import SEGMENTED
 
 _ROUTER = "int top_k, str gate, bool renormalize, float top_p, float threshold"
@@ -70,11 +71,8 @@ SCHEMAS = {
 
 def check_ids(indices: torch.Tensor, num_experts: int) -> None:
     """On a CPU reading the ids costs nothing, so wrong ones raise; on a GPU they are masked."""
-    if indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    low, high = (int(bound) for bound in indices.aminmax())
-    if low < -1 or high >= num_experts:
-        wrong = low if low < -1 else high
+    wrong = wrong_id(indices, num_experts) if indices.device.type == "cpu" else None
+    if wrong is not None:
         raise ValueError(f"indices: expected expert ids in [-1, {num_experts}), got {wrong}")
 
 

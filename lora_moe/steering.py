@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import records
+from .checks import wrong_id
 from .context import Decision, deciding, thread
 from .placement import LoraMoeLayer, expert_ids
 from .routing import Routing
@@ -219,11 +220,8 @@ def _checked_ids(task_ids, E, what):
     if task_ids.is_floating_point() or task_ids.is_complex() or task_ids.dtype == torch.bool:
         raise TypeError(f"task_ids: expected integers, got {task_ids.dtype}")
     readable = task_ids.device.type == "cpu" and not torch.compiler.is_compiling()
-    if E and readable and task_ids.numel():
-        low, high = (int(bound) for bound in task_ids.aminmax())
-        if low < -1 or high >= E:
-            wrong = low if low < -1 else high
-            raise ValueError(f"task_ids: expected {what} ids in [-1, {E}), got {wrong}")
+    if E and readable and (wrong := wrong_id(task_ids, E)) is not None:
+        raise ValueError(f"task_ids: expected {what} ids in [-1, {E}), got {wrong}")
     return task_ids
 
 

@@ -69,13 +69,11 @@ class MoeLoraModel(BaseTuner):
         """
         if autocast_adapter_dtype or self.peft_config[adapter_name].adapter_dtype is not None:
             return
-        for layer in self.model.modules():
-            if isinstance(layer, MoeLoraLinear) and adapter_name in layer.lora_moe_experts:
-                experts = layer.lora_moe_experts[adapter_name]
-                config = dataclasses.replace(experts.config, adapter_dtype="base")
-                dtype = adapter_dtype(layer.base_layer, config)
-                experts.lora_A.data = experts.lora_A.data.to(dtype)
-                experts.lora_B.data = experts.lora_B.data.to(dtype)
+        for experts in _experts_of(self.model, adapter_name):
+            config = dataclasses.replace(experts.config, adapter_dtype="base")
+            dtype = adapter_dtype(experts.base_layer, config)
+            experts.lora_A.data = experts.lora_A.data.to(dtype)
+            experts.lora_B.data = experts.lora_B.data.to(dtype)
 
     # --- out of it -------------------------------------------------------------------------------
 
@@ -94,11 +92,7 @@ class MoeLoraModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
         """PEFT saves the configuration after this: note which experts are frozen."""
-        frozen = {
-            layer.lora_moe_experts[adapter_name].frozen
-            for layer in model.modules()
-            if isinstance(layer, MoeLoraLinear) and adapter_name in layer.lora_moe_experts
-        }
+        frozen = {experts.frozen for experts in _experts_of(model, adapter_name)}
         if len(frozen) > 1:
             raise ValueError(
                 f"frozen: expected the same experts in every layer of {adapter_name!r}, as"
@@ -117,6 +111,13 @@ class MoeLoraModel(BaseTuner):
                 " put the experts into one mixture and route by lora_moe.use_routing(model, task_ids=)"
             )
         yield
+
+
+def _experts_of(model, adapter_name):
+    """An adapter's experts, layer by layer."""
+    for layer in model.modules():
+        if isinstance(layer, MoeLoraLinear) and adapter_name in layer.lora_moe_experts:
+            yield layer.lora_moe_experts[adapter_name]
 
 
 def _all_linear(model, peft_config, adapted):

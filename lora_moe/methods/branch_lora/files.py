@@ -116,15 +116,17 @@ def _fields_of(config):
 
 def _keyed(model, layers, also):
     """{key: tensor} of the layers and of the modules that train beside them."""
-    tensors = {}
-    for path, layer in layers.items():
-        own = {"lora_A": layer.lora_A, "usage": layer.usage.float()}
-        own |= {f"branches.{j}": rows for j, rows in enumerate(branches_of(layer))}
-        own |= {f"routers.{i}": router for i, router in enumerate(routers_of(layer))}
-        tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
+    tensors = {f"{p}.{n}": t for p, layer in layers.items() for n, t in _tensors_of(layer).items()}
     for module in also:
         tensors |= {f"{module}.{n}": p for n, p in model.get_submodule(module).named_parameters()}
     return tensors
+
+
+def _tensors_of(layer):
+    """{name: tensor} of a layer, each branch and router by itself."""
+    tensors = {"lora_A": layer.lora_A, "usage": layer.usage.float()}
+    tensors |= {f"branches.{j}": rows for j, rows in enumerate(branches_of(layer))}
+    return tensors | {f"routers.{i}": router for i, router in enumerate(routers_of(layer))}
 
 
 def _keys(selector):
@@ -221,18 +223,14 @@ def _layer(path, base, found, course, values):
     """A layer with the file's values, not in the model yet."""
     known, branches = tuple(found["routers"]), found["branches"]
     router = router_of(found["reads"], len(known), known)
-    layer = LoraMoeLinear(
-        base, dataclasses.replace(found["config"], num_experts=branches, router=router)
-    )
+    config = dataclasses.replace(found["config"], num_experts=branches, router=router)
+    layer = LoraMoeLinear(base, config)
     Count.attach(layer, course)
     with torch.no_grad():
-        for name, tensor in (("lora_A", layer.lora_A), ("usage", layer.usage)):
+        for name, tensor in _tensors_of(layer).items():
             tensor.copy_(values.pop(f"{path}.{name}"))
-        for j, rows in enumerate(branches_of(layer)):
-            rows.copy_(values.pop(f"{path}.branches.{j}"))
-        for i, router in enumerate(routers_of(layer)):
-            router.copy_(values.pop(f"{path}.routers.{i}"))
-            router.requires_grad_(found["learning"] and i == found["bank"][-1])
+    for i, router in enumerate(routers_of(layer)):
+        router.requires_grad_(found["learning"] and i == found["bank"][-1])
     layer.frozen = found["frozen"][path]
     return layer
 
