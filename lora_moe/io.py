@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import locate, peft_format, safefile, sharded
+from . import locate, model_card, peft_format, safefile, sharded
 from .adapter_file import configs_of, describe, fixed_fields, frozen_of, read_info, slices_of
 from .config import FFN
 from .ffn_targets import unfit_ffns
@@ -47,7 +47,8 @@ def save_adapter(
     """Write the model's experts, routers and configurations to directory/lora_moe.safetensors.
 
     All or nothing: after a crash or on a full disk an older file is intact.  The base's weights are
-    not in it; modules_to_save and which experts are frozen are.  Wrappers of the model (DDP, FSDP,
+    not in it; modules_to_save and which experts are frozen are.  A README.md beside it, written only where
+    there is none, is a model card to be filled in.  Wrappers of the model (DDP, FSDP,
     torch.compile, DeepSpeed's engine) leave no trace in the file.
 
     In a distributed run one process writes, rank 0 (of the shards' mesh), and the others return.  Only
@@ -92,6 +93,7 @@ def _write(path, model, layers, tensors):
         "lora_moe": json.dumps(describe(layers, tuple(modules_saved(model, layers)))),
     }
     safefile.write(safefile.path_in(path.parent, path.name), tensors, metadata)
+    model_card.write(path.parent, model, layers, sum(t.numel() for t in tensors.values()))
 
 
 def load_adapter(

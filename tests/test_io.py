@@ -504,4 +504,4 @@ def test_a_kill_during_a_save_leaves_one_whole_version(saved):
     left = {
         name for name in os.listdir(saved) if not (name.endswith(".tmp") or name.startswith(".tmp"))
     }
-    assert left == {FILE}
+    assert left == {FILE, "README.md"}

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
-from pathlib import Path
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from .. import model_card
 from ..config import FFN, LoraMoeConfig
 from ..parts import Part, plain
 from ..peft_moe import RENAMED
@@ -21,22 +20,6 @@ from .registration import member
 _OWN = {field.name for field in dataclasses.fields(LoraMoeConfig)}
 _OWN -= {"target_parameters", "placement"}
 _MODULES = ("target_modules", "exclude_modules", "modules_to_save")
-_README = """
-
-## Loading this adapter
-
-This is a mixture of LoRA experts, which the package `lora-moe` adds to PEFT as the method LORA_MOE. Import
-`lora_moe.peft` before PEFT reads the folder; without it PEFT says `KeyError: 'LORA_MOE'`:
-
-```python
-import lora_moe.peft  # noqa: F401  tells PEFT of the method
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("this folder or repository")
-```
-
-`lora_moe.load_adapter(base_model, folder)` reads it without PEFT.
-"""
 
 
 @dataclass
@@ -174,10 +157,7 @@ class MoeLoraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """PEFT's adapter_config.json, and in README.md what to import."""
         super().save_pretrained(save_directory, **kwargs)
-        readme = Path(os.fspath(save_directory)) / "README.md"
-        text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-        if "import lora_moe.peft" not in text:
-            readme.write_text(text.rstrip() + _README, encoding="utf-8")
+        model_card.add_loading_with_peft(save_directory)
 
 
 def _mixture_of(mixture) -> LoraMoeConfig:

@@ -81,7 +81,7 @@ def test_loading_and_saving_in_many_threads(tmp_path):
 
     with ThreadPoolExecutor(THREADS) as pool:
         assert all(pool.map(work, range(THREADS)))
-    assert os.listdir(tmp_path) == ["lora_moe.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["README.md", "lora_moe.safetensors"]
 
 
 CHILD = """
