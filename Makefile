@@ -47,7 +47,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 .DELETE_ON_ERROR:
 .PHONY: help venv build demo demo-full demo-vllm bench test test-host test-triton test-cuda test-reference test-vllm \
 	sanitize sanitize-cuda sanitize-ttsem sanitize-threads mutate nightly hashes check-hashes check-vulnerabilities gpu-static check-triton \
-	check-cuda check-gpu lint format clean
+	check-cuda check-gpu lint docs format clean
 
 help: ## Show this help
 	@echo "Usage: make TARGET [NAME=value ...]"; echo
@@ -123,7 +123,7 @@ sanitize-ttsem: build $(VENV)/.ttsem ## A second opinion on the Triton kernels: 
 
 gpu-static: build $(VENV)/.test $(TRITON_READY) ## Compile the Triton kernels for every GPU and write docs/gpu_static.md
 	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --jobs $(JOBS) \
-		--markdown $(if $(TRITON),build/gpu_static_$(TRITON).md,docs/gpu_static.md)
+		$(if $(TRITON),--markdown build/gpu_static_$(TRITON).md,--markdown docs/generated/gpu_static.md --summary docs/gpu_static.md)
 
 check-triton: build $(VENV)/.test $(TRITON_READY) ## Compile each kernel and interpret a few, with TRITON=3.6.0 for example
 	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --check
@@ -188,10 +188,15 @@ check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check th
 	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -P -W ignore tests/check_cuda.py
 	@$(CUDA_VENV)/bin/lora-moe info
 
-lint: $(VENV)/.lint ## Check style: ruff and clang-format
+lint: $(VENV)/.lint $(VENV)/.package ## Check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	$(BIN)/python -m mypy
+
+docs: $(VENV)/.docs ## Build the documentation's site in build/docs; a broken link or code block is an error
+	$(call step,documentation)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 format: $(VENV)/.lint ## Rewrite the sources in the house style
 	$(BIN)/ruff check --fix
@@ -329,4 +334,9 @@ $(VENV)/.ttsem: $(VENV)/.test requirements/ttsem.txt
 $(VENV)/.lint: $(VENV)/.python requirements/lint.txt
 	$(call step,installing the linters)
 	@$(PIP) --ignore-installed -r requirements/lint.txt
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.python requirements/docs.txt
+	$(call step,installing what builds the documentation)
+	@$(PIP) --ignore-installed -r requirements/docs.txt
 	@touch $@
