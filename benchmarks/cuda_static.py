@@ -1,6 +1,6 @@
 """What nvcc makes of the kernels in csrc/cuda; needs no GPU.
 
-    python -m benchmarks.cuda_static [--targets sm_80,sm_90] [--json FILE] [--markdown FILE]
+    python -m benchmarks.cuda_static [--targets sm_80,sm_90] [--json FILE] [--markdown FILE] [--summary FILE]
 
 Each file is compiled for each target and the machine code is read: registers, spills, shared memory and
 occupancy of every kernel; tensor-core instructions, fp32 FMAs and the widest global load in the loops
@@ -20,7 +20,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import binary
+from . import binary, static_report
 from .binary import count
 
 SOURCES = Path(__file__).parents[1] / "csrc/cuda"
@@ -155,37 +155,65 @@ def violations(row):
         yield f"{row['fp32_fmas']} fp32 FMAs"
 
 
-COLUMNS = {
-    "kernel": "kernel", "config": "tile", "dtype": "dtype", "target": "target", "registers": "registers",
-    "spills": "spills", "shared_bytes": "shared B", "occupancy": "occupancy", "limiter": "limited by",
-    "tensor_core_ops": "tensor-core ops", "fp32_fmas": "FMAs", "load_bits": "load bits",
-}  # fmt: skip
+TITLE = "# The CUDA kernels, compiled"
+READ = """
+Read from what nvcc 13.0 compiles, without a GPU: `python -m benchmarks.cuda_static`. Blocks have
+8 warps; bf16 needs sm_80. Instructions are counted in the loops that multiply.
+"""
+PROMISES = """
+Each kernel promises: no spills, no float atomics, shared memory within the GPU's limit, and in the products
+tensor cores for 16-bit dtypes and loads of 128 bits. Nothing here ran on a GPU, and no speed is claimed.
+"""
 
 
-def markdown(found) -> str:
-    lines = [
-        COLUMNS.values(),
-        ["---"] * len(COLUMNS),
-        *([r[key] for key in COLUMNS] for r in found),
-    ]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+def cells(row):
+    """A row of the table."""
+    return {
+        "target": row["target"],
+        "kernel": row["kernel"],
+        "tile": row["config"],
+        "dtype": row["dtype"],
+        "registers": row["registers"],
+        "spills": row["spills"],
+        "shared KB": round(row["shared_bytes"] / 1024, 1),
+        "occupancy": f"{row['occupancy']:.0%}",
+        "limited by": row["limiter"],
+        "tensor-core ops": row["tensor_core_ops"],
+        "FMAs": row["fp32_fmas"],
+        "load bits": row["load_bits"],
+    }
+
+
+def page(found):
+    """All rows."""
+    return [TITLE, READ, *static_report.table([cells(row) for row in found])]
+
+
+def summary(found):
+    """The page that a person reads first."""
+    tables = static_report.summary([cells(row) for row in found])
+    link = "All rows: [generated/cuda_static.md](generated/cuda_static.md)."
+    return [TITLE, READ, PROMISES.strip(), "", *tables, "", link]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--markdown", type=Path, help="all rows")
+    parser.add_argument("--summary", type=Path, help="the extremes of each target and kernel")
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
         parser.exit(2, "cuda_static: nvcc is not in PATH\n")
     found = rows(args.targets.split(","))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.summary:
+        args.summary.write_text("\n".join(summary(found)) + "\n")
     if args.markdown:
-        args.markdown.write_text(markdown(found))
-    if not (args.json or args.markdown):
-        print(markdown(found))
+        args.markdown.write_text("\n".join(page(found)) + "\n")
+    if not (args.json or args.markdown or args.summary):
+        print("\n".join(page(found)))
     broken = [
         f"{r['kernel']} {r['config']} {r['dtype']} {r['target']}: {why}"
         for r in found

@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel; needs no GPU.
 
     python -m benchmarks.gpu_static [--targets sm_90,gfx942] [--dtypes bfloat16] [--scenarios "many tokens"]
-                                    [--json FILE] [--markdown FILE] [--check]
+                                    [--json FILE] [--markdown FILE] [--summary FILE] [--check]
 
 The public functions run up to their launches (benchmarks/launches.py), each launch is compiled for the
 target, and the machine code is read: registers, spills, shared memory and occupancy; and, in the loops that
@@ -17,6 +17,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from . import static_report
 
 DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx90a", "gfx942")
 SMALL = ("sm_86", "sm_89", "sm_120")  # 99 KB of shared memory per block
@@ -113,43 +115,66 @@ def check(rows):
     return bool(rows) and not broken
 
 
-COLUMNS = {
-    "kernel": "kernel", "scenario": "first launched by", "dtype": "dtype", "config": "configuration",
-    "registers": "registers", "spills": "spills", "shared": "shared KB", "occupancy": "occupancy",
-    "tensor": "tensor-core ops", "fp32_fmas": "fp32 FMAs", "load_bits": "load bits",
-    "float_atomics": "float atomics",
-}  # fmt: skip
-
-
-INTRO = """
+TITLE = "# The Triton kernels, compiled for GPUs that need not be there"
+READ = """
 Read from the machine code that Triton {version} compiles ahead of time, without a GPU: `make gpu-static`.
+"""
+PROMISES = """
+A row is a kernel in one configuration and dtype. Each promises: no spills, no float atomics, shared
+memory within the GPU's limit, tensor cores in every loop with a 16-bit product, loads of 128 bits of
+wide operands, and no new compilation for another number of tokens. Nothing here ran on a GPU, and no
+speed is claimed.
+"""
+LEGEND = """
 Configuration: tile sizes (tokens T, columns D and N, ranks R, experts E), warps and pipeline stages.
 Occupancy: of a multiprocessor's warps, and what limits it.  Tensor-core ops and fp32 FMAs: instructions in
 loops.  Load bits: of x, dy, A and B, the narrowest; of the widest load where a kernel reads none of them.
 """
 
 
-def markdown(rows):
-    """One table per target, followed by the violations."""
+def cells(row):
+    """A row of the table."""
+    return {
+        "target": row["target"],
+        "kernel": row["kernel"],
+        "first launched by": row["scenario"],
+        "dtype": row["dtype"],
+        "configuration": tile(row["config"]),
+        "registers": row["registers"],
+        "spills": row["spills"],
+        "shared KB": round(row["shared_bytes"] / 1024, 1),
+        "occupancy": f"{row['occupancy']:.0%}",
+        "limited by": row["limiter"],
+        "tensor-core ops": row["tensor_core_ops"] if row["dots"] else "no dot",
+        "fp32 FMAs": row["fp32_fmas"],
+        "load bits": row["load_bits"],
+        "float atomics": row["float_atomics"],
+    }
+
+
+def page(rows):
+    """All rows, and what breaks a promise at the end."""
+    table = static_report.table([cells(row) for row in rows])
+    return [TITLE, _read(), LEGEND.strip(), "", *table, *_broken(rows)]
+
+
+def summary(rows):
+    """The page that a person reads first."""
+    found = static_report.summary([cells(row) for row in rows])
+    link = "All rows: [generated/gpu_static.md](generated/gpu_static.md)."
+    return [TITLE, _read(), PROMISES.strip(), "", *found, *_broken(rows), "", link]
+
+
+def _read():
     import triton
 
-    yield f"# {__doc__.partition(chr(10))[0]}\n{INTRO.rstrip().format(version=triton.__version__)}"
-    for target in dict.fromkeys(row["target"] for row in rows):
-        of_target = [row for row in rows if row["target"] == target]
-        yield f"\n## {target}: {of_target[0]['shared_limit'] // 1024} KB of shared memory a block\n"
-        yield "| " + " | ".join(COLUMNS.values()) + " |"
-        yield "|" + " --- |" * len(COLUMNS)
-        for row in of_target:
-            cells = row | {
-                "config": tile(row["config"]),
-                "shared": round(row["shared_bytes"] / 1024, 1),
-                "occupancy": f"{row['occupancy']:.0%} ({row['limiter']})",
-                "tensor": row["tensor_core_ops"] if row["dots"] else "no dot",
-            }
-            yield "| " + " | ".join(str(cells[key]) for key in COLUMNS) + " |"
+    return READ.format(version=triton.__version__)
+
+
+def _broken(rows):
     broken = [(row, list(violations(row))) for row in rows]
     broken = [(row, words) for row, words in broken if words]
-    yield f"\n{len(rows)} kernels and configurations, {len(broken)} with something to mend.\n"
+    yield f"\n{len(rows)} kernels and configurations, {len(broken)} with something to mend."
     for row, words in broken:
         yield f"- {row['target']} {row['dtype']} {row['kernel']}, {row['scenario']}: {'; '.join(words)}"
 
@@ -168,7 +193,8 @@ def main():
     parser.add_argument("--scenarios", default="", help="names, separated by ;")
     parser.add_argument("--jobs", type=int, default=2, help="targets at a time")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--markdown", type=Path, help="all rows")
+    parser.add_argument("--summary", type=Path, help="the extremes of each target and kernel")
     parser.add_argument(
         "--check",
         action="store_true",
@@ -184,13 +210,14 @@ def main():
     if args.check:
         sys.exit(0 if check(rows(["sm_90"], ["bfloat16"], EACH_KERNEL, args.jobs)) else 1)
     found = rows(args.targets.split(","), dtypes, scenarios, args.jobs)
-    table = "\n".join(markdown(found)) + "\n"
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.summary:
+        args.summary.write_text("\n".join(summary(found)) + "\n")
     if args.markdown:
-        args.markdown.write_text(table)
+        args.markdown.write_text("\n".join(page(found)) + "\n")
     else:
-        print(table)
+        print("\n".join(page(found)))
 
 
 if __name__ == "__main__":

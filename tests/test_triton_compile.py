@@ -1,7 +1,7 @@
 """What the compiler makes of every Triton kernel; needs no GPU.
 
 Spills, shared memory, tensor cores, width of the loads, atomics, with the tiles that the launchers choose;
-docs/gpu_static.md has the table.  One GPU here; the others in `make nightly`.
+docs/generated/gpu_static.md has the table.  Here one GPU; the others by `make nightly`.
 """
 
 from __future__ import annotations
