@@ -1,7 +1,7 @@
-"""Published checkpoints of other packages as adapters of this one; see docs/convert.md.
+"""Converts published checkpoints of other packages to adapters of this one; see docs/convert.md.
 
-Each format has a file here, with its layout and its mathematics.  It is recognized by its configuration and
-keys; what an importer does not understand it refuses by name.
+Each format has a file here, with its layout and its formula.  It is recognized by its configuration and
+keys; an importer refuses by name what it does not understand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FORMATS = ("mixlora", "loramoe", "mola", "hydralora", "meteora", "coin", "peft",
 
 
 class Converted(NamedTuple):
-    """format: what the source was.  paths: what has been written.  notes: what else a user should know."""
+    """format: that of the source.  paths: files written.  notes: what else a user should know."""
 
     format: str
     paths: tuple[Path, ...]
@@ -38,22 +38,22 @@ def convert(
 ) -> Converted:
     """Write directory/lora_moe.safetensors of another package's checkpoint, for load_adapter.
 
-    No base model is needed, and none is written.  An adapter of this package (format lora_moe) goes the other
-    way: each of its experts becomes a folder of PEFT.
+    No base model is needed, and none is written.  An adapter of this package (format lora_moe) is
+    converted in the other direction: each of its experts becomes a PEFT folder.
 
     Args:
         source: a folder with adapter_model or model as .safetensors or .bin, or such a file; for peft, also a
-            folder of such folders, one for each expert.
-        directory: made if it does not exist.
-        format: one of FORMATS; None recognizes it.
-        adapters: of meteora, the folders of the imported LoRAs in the order in which they were loaded.
-        top_k: experts per token where no file says it: meteora (None is 2) and peft (see LoraMoeConfig).
+            folder of such folders, one per expert.
+        directory: created if it does not exist.
+        format: one of FORMATS; None detects it.
+        adapters: for meteora, the folders of the imported LoRAs in the order in which they were loaded.
+        top_k: experts per token if no file says it: meteora (None is 2) and peft (see LoraMoeConfig).
     Returns:
         Converted(format, paths, notes).
     Raises:
         ValueError: the format is not recognized; a tensor or a field is not understood (all are named) or
-            does not fit; a file is damaged, or a pickle that does anything but build tensors, which is not
-            run.  Nothing is written.
+            does not fit; a file is damaged, or is a pickle that does anything but build tensors (it is not
+            run).  Nothing is written.
         OSError: a file is missing, cannot be read or cannot be written.
     """
     if format is not None and format not in FORMATS:

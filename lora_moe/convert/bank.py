@@ -1,4 +1,4 @@
-"""Experts by module path, as an importer reads them, and how they become an adapter's file.
+"""Experts by module path, as an importer reads them, and how they are written as an adapter's file.
 
 Letters: E experts, R rank rows of all experts together, r one expert's rank, D_in and D_out a linear's
 sizes.
@@ -55,7 +55,7 @@ class FfnExperts(NamedTuple):
 
 
 class Place(nn.Module):
-    """Stands for a linear map that nobody has loaded."""
+    """Stands for a linear map that has not been loaded."""
 
     def __init__(self, D_in: int, D_out: int):
         super().__init__()
@@ -63,7 +63,7 @@ class Place(nn.Module):
 
 
 def places(sizes: dict[str, tuple[int, int]]) -> nn.Module:
-    """A model of nothing but a Place at each path.
+    """A model that consists only of a Place at each path.
 
     Raises:
         ValueError: a path cannot be a module's, or lies inside another one.
@@ -88,7 +88,7 @@ def places(sizes: dict[str, tuple[int, int]]) -> nn.Module:
 
 
 def write(directory: str | os.PathLike, bank: dict[str, Experts | FfnExperts]) -> Path:
-    """The adapter's file that load_adapter reads, with the tensors in the dtypes that they came in.
+    """Writes the adapter's file that load_adapter reads, with the tensors in their original dtypes.
 
     Raises:
         ValueError: a tensor holds NaN or infinite values, a path cannot be a module's, or an FFN's linear
@@ -114,7 +114,7 @@ def write(directory: str | os.PathLike, bank: dict[str, Experts | FfnExperts]) -
 
 
 def _layer(path, module, experts):
-    """A layer on meta, and its tensors' values."""
+    """A layer on the meta device, and the values of its tensors."""
     values = {"router_weight": experts.router_weight}
     if not isinstance(experts, FfnExperts):
         values |= {"lora_A": experts.lora_A, "lora_B": experts.lora_B}
@@ -138,7 +138,7 @@ def gather(source: Source, keys_A: Sequence[str], keys_B: Sequence[str]):
 
 
 def expect_pairs(source: Source, pairs: Iterable[tuple[str, str, int]], gate: str | None, E: int):
-    """Problems of experts (key of A, key of B, r) and of their router's key, each in a line."""
+    """Problems of experts (key of A, key of B, r) and of their router's key, one per line."""
     problems, widths = [], set()
     for a, b, r in pairs:
         shape_a, shape_b = source.shape(a), source.shape(b)
@@ -167,7 +167,7 @@ def expect_floats(source: Source, keys: Iterable[str]) -> list[str]:
 
 
 def refuse_unknown(source: Source, keys: Iterable[str], fields: Iterable[str], kind: str) -> None:
-    """Raises ValueError that names tensors and fields of the configuration which would be lost."""
+    """Raises ValueError naming the tensors and configuration fields that would be lost."""
     lost = [f"tensor {ascii(key)[:200]}" for key in keys]
     lost = [*fields, *lost]
     if lost:
@@ -179,7 +179,7 @@ def refuse_unknown(source: Source, keys: Iterable[str], fields: Iterable[str], k
 
 
 def unknown_fields(config: dict, known: Iterable[str]) -> list[str]:
-    """field=value of those that are set and not known."""
+    """field=value of those that are set but not known."""
     known = set(known)
     return [
         f"{field}={brief(value)}"
@@ -189,7 +189,7 @@ def unknown_fields(config: dict, known: Iterable[str]) -> list[str]:
 
 
 def number(source: Source, field: str, default=None):
-    """A field that must be a number; LoraMoeConfig bounds it."""
+    """A field that must be a number; LoraMoeConfig checks its range."""
     return number_in(source.name, source.config, field, default)
 
 
@@ -201,6 +201,6 @@ def number_in(name: str, config: dict, field: str, default=None):
 
 
 def common(source: Source, paths: Iterable[str]) -> dict:
-    """Fields that all formats have alike: the dropout, and the last names of the modules."""
+    """Fields that all formats share: the dropout, and the last names of the modules."""
     dropout = number(source, "lora_dropout") if source.config.get("lora_dropout") else 0.0
     return {"dropout": dropout, "target_modules": {path.rpartition(".")[2] for path in paths}}

@@ -1,12 +1,12 @@
-"""MoELoRA of CoIN (arXiv 2403.08350), saved by its fork of PEFT: E experts of rank r / E, none left out.
+"""MoELoRA of CoIN (arXiv 2403.08350), saved by its fork of PEFT: E experts of rank r / E, all used.
 
     <path>.lora_A.loraA.<e>.mlp.weight (r / E, D_in)     <path>.lora_B.loraB.<e>.mlp.weight (D_out, r / E)
     <path>.lora_router.weight (E, D_in)
 
     y = W0 x + (lora_alpha / r) sum_e softmax(router(x))_e B_e A_e x
 
-The fork holds each expert's weight under a second name without `.mlp`, which may stand in the file as well,
-and the adapter's name `default` may stand behind lora_A, lora_B and lora_router.
+The fork stores each expert's weight under a second name without `.mlp`, which the file may also contain, and
+the adapter's name `default` may follow lora_A, lora_B and lora_router.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _problems(source, path, keys, second, r):
 
 
 def _expect_same(source, found, second):
-    """What stands under a second name must be the same tensor."""
+    """The tensor under a second name must be the same."""
     for path, names in second.items():
         for name, key in names.items():
             first = found[path][name]

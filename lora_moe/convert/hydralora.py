@@ -1,8 +1,8 @@
-"""HydraLoRA (arXiv 2404.19245), saved by its fork of PEFT: one A, a head B_i for each of N experts.
+"""HydraLoRA (arXiv 2404.19245), saved by its fork of PEFT: one A, and a head B_i per expert, N in all.
 
 <path>.lora_A.weight (r, D_in)   <path>.lora_B0.weight, ... (D_out, r)   <path>.lora_route.weight (N, D_in)
 
-y = W0 x + (lora_alpha / r) sum_i softmax(route(x))_i B_i A x            every token takes all heads
+y = W0 x + (lora_alpha / r) sum_i softmax(route(x))_i B_i A x            every token uses all heads
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
     y = W0 x + sum over e in topk(gate(x)) of  softmax over the picked(gate(x))_e s_e B_e A_e x
 
-Expert e's rows of lora_A, and columns of lora_B, follow those of e - 1.  Ranks and scales s_e stand in the
-adapter_config.json of the LoRAs that were imported, in the order in which they were loaded.  K is in no file:
-MeteoRA's code says 2, with a temperature of 1.
+Expert e's rows of lora_A, and columns of lora_B, follow those of e - 1.  Ranks and scales s_e are in the
+adapter_config.json of the LoRAs that were imported, in the order in which they were loaded.  K is not in any
+file: MeteoRA's code uses 2, with a temperature of 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .bank import NO_LOSSES, Experts, expect_floats, number_in, refuse_unknown, 
 from .source import Source
 
 _KEY = re.compile(r"([\w.]+)\.(moe_gate|lora_A|lora_B)\.weight", re.ASCII)
-# of the base model, which is not converted
+# belong to the base model, which is not converted
 _BASE = re.compile(r"(?!.*(lora|moe_gate))[\w.]+\.(weight|bias|inv_freq)", re.ASCII)
 _OF_LORA = {"r", "lora_alpha", "use_rslora"}
 

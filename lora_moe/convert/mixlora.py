@@ -4,14 +4,14 @@
     mixlora.layers.<L>.mlp.<proj>.experts.<e>.lora_{A,B}.weight         (r, D_in), (D_out, r)
     mixlora.layers.<L>.self_attn.<proj>.lora_{A,B}.weight
 
-    older, with routing_strategy mixtral; w1, w2, w3 are gate, down and up; with or without mlp.
+    older files, with routing_strategy mixtral; w1, w2, w3 are gate, down and up; with or without mlp.
     mixlora.layers.<L>.mlp.gate.weight
     mixlora.layers.<L>.mlp.experts.<e>.{w1,w2,w3}_proj.lora_{A,B}.weight
 
     MixLoRA (arXiv 2404.15159)   y = sum over e in top-K of g_e FFN_e(x),  g = softmax(W x) renormalized
 
-With mixlora-dynamic a token takes experts until their gates sum to top_p, which are not renormalized.  The
-experts' r and lora_alpha are those of expert_lora, where the configuration has it.  Layers are those of
+With mixlora-dynamic, a token uses experts until their gates sum to top_p, without renormalization.  The
+experts' r and lora_alpha come from expert_lora if the configuration has it.  Layers are those of
 `model.layers`.
 """
 
@@ -155,7 +155,7 @@ def _tell(source, notes):
 
 
 def _shared(source, fields):
-    """What the configurations of experts and of plain LoRAs have alike."""
+    """Fields that the configurations of experts and of plain LoRAs share."""
     dropout = fields.get("lora_dropout") or 0.0
     return {
         "r": number_in(source.name, fields, "r"),
@@ -172,7 +172,7 @@ def _config(source, experts, E, strategy):
     fields = NO_LOSSES | _shared(source, experts) | {"top_k": top_k, "renormalize": not dynamic}
     if dynamic:
         fields["top_p"] = number(source, "top_p", 0.8)
-    if source.config.get("router_loss", True):  # theirs is K where it is balanced, ours 1
+    if source.config.get("router_loss", True):  # when balanced, theirs is K and ours 1
         fields["balance_coef"] = number(source, "router_aux_loss_coef", 0.001) * top_k
     return LoraMoeConfig(num_experts=E, placement=FFN, **fields)
 

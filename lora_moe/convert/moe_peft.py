@@ -2,7 +2,7 @@
 
     <kind>.layers.<L>.<module>.moe_gate.weight                  (E, D_in), kind loramoe or mola
     <kind>.layers.<L>.<module>.experts.<e>.lora_{A,B}.weight    (r, D_in), (D_out, r)
-    <kind>.layers.<L>.<module>.lora_{A,B}.weight                a plain LoRA: LoRAMoE's, outside of the FFN
+    <kind>.layers.<L>.<module>.lora_{A,B}.weight                a plain LoRA: in LoRAMoE, outside the FFN
 
     LoRAMoE (arXiv 2312.09979)   y = W0 x + s sum_e softmax(W x)_e B_e A_e x
     MoLA (arXiv 2402.08562)      the same over the top_k experts, their weights divided by their sum
@@ -56,7 +56,7 @@ _TYPES = {"LORAMOE": "loramoe", "MOLA": "mola", "MIXLORA": "mixlora"}
 
 
 def kind_of(source: Source) -> str | None:
-    """loramoe, mola, or mixlora, which has another structure; None if it is none of them."""
+    """loramoe, mola, or mixlora, which has a different structure; None if it is none of them."""
     prefixes = {key.partition(".")[0] for key in source.places} & set(_TYPES.values())
     by_type = _TYPES.get(str(source.config.get("peft_type")).upper())
     return by_type or next(iter(prefixes), None)
@@ -96,7 +96,7 @@ def read(source: Source, notes: list[str], kind: str) -> dict[str, Experts]:
 
 
 def _experts(keys, E):
-    """Whether it is a plain LoRA, and the experts' ids as they stand in keys."""
+    """Whether it is a plain LoRA, and the experts' ids as they appear in keys."""
     plain = keys.keys() <= {(None, "A"), (None, "B")}
     return plain, [None] if plain else [str(e) for e in range(E)]
 
@@ -119,7 +119,7 @@ def _bank(source, keys, kind, E, r, found):
         config = LoraMoeConfig(num_experts=E, top_k=E, renormalize=False, **fields)
     else:
         top_k = number(source, "top_k", 2)
-        if source.config.get("router_loss"):  # theirs is K where it is balanced, ours 1
+        if source.config.get("router_loss"):  # when balanced, theirs is K and ours 1
             fields["balance_coef"] = number(source, "router_aux_loss_coef", 0.001) * top_k
         config = LoraMoeConfig(num_experts=E, top_k=top_k, renormalize=True, **fields)
     return Experts(config, A, B, source.read(keys["gate"]))

@@ -1,4 +1,4 @@
-"""LoRAs of PEFT to a bank of experts, and back.
+"""Converts PEFT LoRAs to a bank of experts, and back.
 
     <path>.lora_A.weight (r, D_in)   <path>.lora_B.weight (D_out, r)     y = W0 x + s B A x
 
@@ -36,7 +36,7 @@ def folders(source: str | os.PathLike) -> list[Path]:
 
 
 def _parts(name):
-    """Text and numbers by turns, text first."""
+    """Text and numbers, alternating, text first."""
     return re.split(r"(\d+)", name)
 
 
@@ -74,7 +74,7 @@ def read(sources: Iterable[Source], notes: list[str], top_k: int | None) -> dict
 
 
 def _bank(path, loras, fields, size):
-    """An adapter without a LoRA here is an expert of rank 1 with a zero lora_B, as in from_peft."""
+    """An adapter without a LoRA here becomes an expert of rank 1 with a zero lora_B, as in from_peft."""
     D_in, D_out = size
     config, A, B = config_at(path, loras, fields), [], []
     for lora in loras:
@@ -87,7 +87,7 @@ def _bank(path, loras, fields, size):
 
 
 def write_back(source: str | os.PathLike, directory: str | os.PathLike) -> list[Path]:
-    """Each expert of an adapter of ours as a folder of PEFT; the base model is not needed.
+    """Writes each expert of one of our adapters as a PEFT folder; the base model is not needed.
 
     Raises:
         ValueError, OSError: as load_adapter and to_peft.

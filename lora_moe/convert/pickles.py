@@ -1,11 +1,11 @@
-"""State dicts that torch.save wrote, the one place in this package where a pickle is read.
+"""State dicts written by torch.save: the only place in this package where a pickle is read.
 
     archive.zip   <name>/data.pkl          the pickle: keys, shapes, and which record holds which values
-                  <name>/data/0, 1, ...    records: the values, stored as they are
+                  <name>/data/0, 1, ...    records: the values, stored uncompressed
 
-Only such an archive is read, and its pickle is looked through first, without being run: it may build
-dicts of tensors and nothing else, in few enough steps.  torch.load(weights_only=True) then runs it, and maps
-the records instead of reading them, so that the size of a file costs nothing until a tensor is read.
+Only such an archive is read, and its pickle is first checked without being run: it may build dicts of
+tensors and nothing else, in a limited number of steps.  torch.load(weights_only=True) then runs it, and maps
+the records instead of reading them, so that a large file costs nothing until a tensor is read.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from ..opening import open_regular
 
 MAX_FILE = 1 << 36  # bytes
-MAX_DIRECTORY = 2 << 20  # bytes of the archive's list of records: some 20,000
+MAX_DIRECTORY = 2 << 20  # bytes of the archive's list of records: about 20,000
 MAX_PICKLE = 4 << 20  # bytes
-MAX_STEPS = 400_000  # of the pickle: some 12,000 tensors
+MAX_STEPS = 400_000  # of the pickle: about 12,000 tensors
 _STORAGES = ("FloatStorage", "DoubleStorage", "HalfStorage", "BFloat16Storage")
 _GLOBALS = {
     "collections OrderedDict",
@@ -39,7 +39,7 @@ _STEPS = {
     *("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
     *("SETITEM", "SETITEMS", "APPEND", "APPENDS", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
 }  # fmt: skip
-# what zipfile makes of damaged archives
+# what zipfile raises for damaged archives
 _DAMAGE = (
     *(zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError),
     *(struct.error, OverflowError, zlib.error),
@@ -51,8 +51,8 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, on the CPU, mapped from the file.
 
     Raises:
-        ValueError: it is no archive of torch.save, its pickle does anything but build a dict of tensors,
-            one of these is not contiguous, or they claim more than the file holds.
+        ValueError: it is not a torch.save archive, its pickle does anything but build a dict of tensors,
+            one of these is not contiguous, or they claim more data than the file holds.
         OSError: it cannot be read.
     """
     with open_regular(path, pickles=True) as file:
@@ -62,7 +62,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged pickle makes of torch's reader
+    except Exception as error:  # a damaged pickle may raise anything in torch's reader
         raise ValueError(f"{path}: expected a state dict, got {brief(str(error))}") from None
     return _tensors(path, state, size)
 
@@ -113,7 +113,7 @@ def _expect_archive(path, file, size):
 
 
 def _expect_small_directory(path, file, size):
-    """Before zipfile parses it: what the end record says, which zipfile believes, too."""
+    """Checks the end record, which zipfile trusts, before zipfile parses it."""
     tail = min(size, 1 << 16)
     file.seek(size - tail)
     end = file.read(tail)
@@ -129,7 +129,7 @@ def _expect_small_directory(path, file, size):
 
 
 def _expect_tensors_only(path, pickled):
-    """Looks at each step of the pickle; none is run."""
+    """Checks each step of the pickle without running it."""
     tuples, last = set(), ""
     try:
         for count, (step, value, _) in enumerate(pickletools.genops(pickled)):

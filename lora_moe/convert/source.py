@@ -1,4 +1,4 @@
-"""What is to be converted: its configuration, and its tensors by key, read when they are asked for."""
+"""The source of a conversion: its configuration, and its tensors by key, read on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import peft_format, safefile
 from .pickles import read_pickle
 
 PICKLES = (".bin", ".pt", ".pth")
-# the first of these that the directory has
+# the first of these found in the directory is used
 _FILES = (
     r"adapter_model\.safetensors",
     r"adapter_model\.bin",
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 
 def opened(stack: contextlib.ExitStack, source: str | os.PathLike) -> Source:
-    """A folder of a checkpoint, or one file of tensors; files stay open as long as the stack.
+    """Opens a checkpoint folder, or one file of tensors; files stay open until the stack closes.
 
     Raises:
         ValueError: a file is damaged, or two hold the same key.
@@ -74,7 +74,7 @@ def opened(stack: contextlib.ExitStack, source: str | os.PathLike) -> Source:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of the first kind of checkpoint that the folder has."""
+    """The files of the first kind of checkpoint found in the folder."""
     names = sorted(os.listdir(folder))
     for pattern in _FILES:
         if found := [name for name in names if re.fullmatch(pattern, name)]:

@@ -1,10 +1,10 @@
-"""At home in transformers' Trainer and TRL.
+"""Integration with transformers' Trainer and TRL.
 
     from lora_moe.hf import LoraMoeTrainer, LoraMoeTrainerMixin
 
     trainer = LoraMoeTrainer(model, args, train_dataset=data)      # model: after lora_moe.inject
 
-    class MoeDPOTrainer(LoraMoeTrainerMixin, trl.DPOTrainer):      # any trainer of TRL
+    class MoeDPOTrainer(LoraMoeTrainerMixin, trl.DPOTrainer):      # any TRL trainer
         pass
 
 Imported on first use of lora_moe.hf; needs transformers (and accelerate, as its Trainer does).

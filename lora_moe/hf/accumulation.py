@@ -1,7 +1,7 @@
 """Each micro-batch's share of an optimizer step, by tokens.
 
 The auxiliary loss is a mean over tokens.  Weighted by these shares, micro-batches add up to the mean over
-the whole step, however it is cut and padded and over how many processes it is spread.
+the whole step, however it is split, padded and distributed over processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 
 def tokens_in(batch) -> torch.Tensor | int | None:
-    """Tokens of a micro-batch without padding, samples if it has no tokens; None if that is not known."""
+    """Tokens of a micro-batch without padding; samples if it has no tokens; None if unknown."""
     if not isinstance(batch, Mapping):
         return None
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
@@ -25,7 +25,7 @@ def tokens_in(batch) -> torch.Tensor | int | None:
 
 
 class Shares:
-    """Of the optimizer step that is running.
+    """The shares of the current optimizer step.
 
     Args:
         accelerator: sums over processes.
@@ -36,9 +36,9 @@ class Shares:
         self.total, self.micro_batches = None, 1
 
     def begin_step(self, batches, over_processes: bool) -> None:
-        """Take in the micro-batches of a step, before the first of them runs.
+        """Register the micro-batches of a step before the first of them runs.
 
-        over_processes: count the tokens of all processes, as the task's loss does.
+        over_processes: count the tokens of all processes, as the task loss does.
         """
         counts = [tokens_in(batch) for batch in batches]
         self.micro_batches, self.total = max(len(batches), 1), None
@@ -51,7 +51,7 @@ class Shares:
         self.total = total.clamp(min=1)
 
     def of(self, batch) -> torch.Tensor | float:
-        """The share of this micro-batch; of a step they sum to 1, in the mean over processes."""
+        """The share of this micro-batch; over a step the shares sum to 1, averaged over processes."""
         tokens = tokens_in(batch)
         if self.total is None or tokens is None:
             return 1 / self.micro_batches

@@ -1,4 +1,4 @@
-"""Checkpoints of a Trainer that hold the adapter and the trainer's state, and no weight of the base.
+"""Trainer checkpoints that hold the adapter and the trainer's state, and no base weights.
 
 checkpoint-100/
     lora_moe.safetensors        experts, routers, modules_to_save
@@ -26,13 +26,13 @@ BASE_WEIGHTS = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHT
 
 
 def is_adapter_only(directory) -> bool:
-    """Whether a checkpoint has our file, and no base weights that a plain Trainer saved beside it."""
+    """Whether a checkpoint has our file and no base weights, which a plain Trainer would save as well."""
     files = set(os.listdir(directory)) if directory and os.path.isdir(directory) else set()
     return io.FILE_NAME in files and not files.intersection(BASE_WEIGHTS)
 
 
 def save(trainer, directory) -> None:
-    """The adapter, and beside it what Trainer saves beside a model; every process calls it."""
+    """Saves the adapter and the files that Trainer saves with a model; every process calls it."""
     io.save_adapter(trainer.model, directory)
     if not trainer.args.should_save:
         return
@@ -43,7 +43,7 @@ def save(trainer, directory) -> None:
 
 
 def copy_adapter(source, target) -> None:
-    """What Trainer's push of a checkpoint does not know to copy."""
+    """Files that Trainer does not copy on its own when it pushes a checkpoint."""
     for name in (io.FILE_NAME, history.FILE_NAME):
         if (Path(source) / name).is_file():
             shutil.copy(Path(source) / name, Path(target) / name)

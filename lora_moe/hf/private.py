@@ -1,7 +1,7 @@
-"""All that lora_moe.hf takes from transformers and TRL without it being public, in one place.
+"""All private APIs of transformers and TRL that lora_moe.hf uses, in one place.
 
-tests/stack/test_trainer.py checks each item against the installed versions; docs/trainer.md names those that
-were tested.
+tests/stack/test_trainer.py checks each item against the installed versions; docs/trainer.md lists the tested
+versions.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def divides_loss(trainer, num_items_in_batch) -> bool:
 
 @contextlib.contextmanager
 def outermost_loss(trainer, finish):
-    """Inside, compute_loss of this trainer returns finish(its result, num_items_in_batch).
+    """Inside, this trainer's compute_loss returns finish(its result, num_items_in_batch).
 
-    Whoever overrides compute_loss need not call super() for that, nor stand in any order of bases.
+    An override of compute_loss need not call super() for this, and the order of bases does not matter.
     """
     own = vars(trainer).get("compute_loss")
     compute = trainer.compute_loss
@@ -67,7 +67,7 @@ def checkpoints_activations(args) -> bool:
 
 
 def expect_gradients(model) -> None:
-    """ValueError for a quantised model of which transformers says that no gradient passes through it."""
+    """Raises ValueError for a quantized model that transformers reports as not trainable."""
     quantizer = getattr(model, "hf_quantizer", None)
     if not getattr(model, "is_quantized", False) or quantizer is None:
         return
@@ -80,16 +80,16 @@ def expect_gradients(model) -> None:
         )
 
 
-# functions of TRL's modules that make a second model: from the policy's id, or as a copy of the policy
+# functions in TRL's modules that create a second model, from the policy's id or as a copy of the policy
 REFERENCE_MAKERS = ("create_model_from_path", "create_reference_model")
 
 
 @contextlib.contextmanager
 def references_made_by(make, trainer_class):
-    """Inside, TRL's trainers get `make(id or policy)` where they would make a second model as reference.
+    """Inside, TRL's trainers get `make(id or policy)` instead of creating a second model as reference.
 
-    DPO, GRPO, KTO and RLOO each call one of REFERENCE_MAKERS by the name in their own module.  Models that
-    they load for other ends have an architecture= or a second argument.
+    DPO, GRPO, KTO and RLOO each call one of REFERENCE_MAKERS by its name in their own module.  Models that
+    they load for other purposes have an architecture= or a second argument.
     """
     patched = []
     for kind in trainer_class.__mro__:
@@ -119,9 +119,9 @@ class _Maker:
 
 @contextlib.contextmanager
 def keeps_dtypes(model):
-    """Parameters that train have afterwards the dtypes and values that they had before.
+    """Restores the dtypes and values of trainable parameters on exit.
 
-    TRL's trainers turn all that trains on a quantised base to bf16, routers too.
+    TRL's trainers cast all trainable parameters on a quantized base to bf16, including routers.
     """
     if not isinstance(model, nn.Module) or not getattr(model, "is_quantized", False):
         yield

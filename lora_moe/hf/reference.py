@@ -1,7 +1,8 @@
-"""The policy as it was at the start, for DPO and its kin, without a second model.
+"""The initial policy, as a reference for DPO and similar methods, without a second model.
 
-Fresh experts (B = 0) are the base, so the reference is the policy with its experts off.  Experts that were
-trained before, and modules_to_save, are kept as a copy of what trains; the base is shared in any case.
+With fresh experts (B = 0) the policy equals the base, so the reference is the policy with its experts
+disabled. If experts were trained before, or there are modules_to_save, a copy of the trainable
+parameters is kept; the base is always shared.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from ..steering import disable_adapters, layers_of
 
 
 class Reference(nn.Module):
-    """Calls the policy with the values that it had when this was made; holds no parameters.
+    """Calls the policy with the values that it had when this was created; holds no parameters.
 
-    Attributes that it lacks are the policy's (config, get_output_embeddings ...).  It always runs
+    Attributes that it lacks come from the policy (config, get_output_embeddings ...).  It always runs
     without gradients.
 
     Args:
@@ -29,7 +30,7 @@ class Reference(nn.Module):
     def __init__(self, policy: nn.Module):
         super().__init__()
         layers = layers_of(policy).values()
-        self.__dict__["policy"] = policy  # no submodule: .eval() and .to() are its own affair
+        self.__dict__["policy"] = policy  # not a submodule: .eval() and .to() are up to the policy
         fresh = not any(layer.config.modules_to_save for layer in layers)
         fresh = fresh and not any(bool(B.any()) for layer in layers for _, B in layer.pairs())
         self.__dict__["start"] = None if fresh else _what_trains(policy)
@@ -44,7 +45,7 @@ class Reference(nn.Module):
             return functional_call(self.policy, self.start, args, kwargs)
 
     def _follow(self):
-        """Keep the copy beside the policy, which may have moved to a GPU since."""
+        """Keep the copy on the policy's device; the policy may have moved to a GPU since."""
         name, value = next(iter(self.start.items()))
         if value.device != self.policy.get_parameter(name).device:
             tensors = {**dict(self.policy.named_parameters()), **dict(self.policy.named_buffers())}
@@ -64,14 +65,14 @@ class Reference(nn.Module):
 
 
 def _what_trains(policy):
-    """{name: copy} of all that trains, and of buffers that steer routers."""
+    """{name: copy} of all trainable parameters, and of buffers that affect routing."""
     named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     named |= {n: b for n, b in policy.named_buffers() if n.endswith(".selection_bias")}
     return {name: tensor.detach().clone() for name, tensor in named.items()}
 
 
 class _nothing_noted:
-    """The layers' memory of their forwards is afterwards as it was before."""
+    """Restores the layers' records of their forwards on exit."""
 
     def __init__(self, model):
         self.records = [records.record_of(layer) for layer in layers_of(model).values()]

@@ -1,6 +1,6 @@
 """Trainer for models with experts: auxiliary loss, adapter-only checkpoints, router metrics.
 
-What reaches the optimizer in a step of M micro-batches (over all processes):
+The loss that an optimizer step of M micro-batches (over all processes) minimizes:
 
     task loss as Trainer scales it  +  sum over m of  share_m * aux_loss_m,   shares by tokens, sum 1
 
@@ -24,32 +24,33 @@ from .reference import Reference
 
 
 class LoraMoeTrainerMixin:
-    """Put it before any Trainer: `class MoeSFTTrainer(LoraMoeTrainerMixin, trl.SFTTrainer): pass`.
+    """Use it before any Trainer: `class MoeSFTTrainer(LoraMoeTrainerMixin, trl.SFTTrainer): pass`.
 
-    The model must have experts (lora_moe.inject, or load_adapter to go on).  Beyond what the Trainer does:
+    The model must have experts (from lora_moe.inject, or load_adapter to continue).  In addition to the
+    Trainer:
 
     - aux_loss(model) trains the routers with the same strength for every batch size, gradient
-      accumulation, padding and number of processes.  The logged `loss` is the task's alone.
+      accumulation, padding and number of processes.  The logged `loss` is the task loss alone.
     - Checkpoints hold lora_moe.safetensors and the trainer's state, no base weights; resume_from_checkpoint
       and load_best_model_at_end read them.  A PeftModel is saved by PEFT as usual.
-    - router/max_over_mean, router/entropy, router/dead and router/aux_loss are in every log, with eval_
-      before them in those of evaluation (see lora_moe.monitor), and a collapse is told once.
-    - Routers have no weight decay, and selection biases move after each optimizer step.
-    - A quantised or GGUF base is accepted, and what trains keeps its dtype.
-    - Activation checkpointing uses use_reentrant=False where it is left open.
-    - DPO, GRPO, KTO and RLOO of TRL take the model as it was at the start as their reference, by
-      disable_adapters where experts are fresh: no second model.
+    - router/max_over_mean, router/entropy, router/dead and router/aux_loss are in every log, with the prefix
+      eval_ in evaluation logs (see lora_moe.monitor), and a collapse is reported once.
+    - Weight decay does not apply to routers, and selection biases are updated after each optimizer step.
+    - A quantized or GGUF base is accepted, and trainable parameters keep their dtype.
+    - Activation checkpointing uses use_reentrant=False unless you set it.
+    - TRL's DPO, GRPO, KTO and RLOO use the initial model as their reference, through disable_adapters if
+      experts are fresh, without a second model.
 
     Args:
         *args, **kwargs: the Trainer's own.
-        router_learning_rate: of routers; the other parameters' by default.
-        router_metrics: log them, and write router_history.json beside each saved adapter.
+        router_learning_rate: learning rate of the routers; by default that of the other parameters.
+        router_metrics: log router metrics, and write router_history.json next to each saved adapter.
         router_heatmap: also draw router_history.png there (needs matplotlib).
-        selection_bias_rate: of update_selection_bias, for layers with selection_bias=True.
+        selection_bias_rate: rate of update_selection_bias, for layers with selection_bias=True.
     Raises:
         ValueError: the model has no experts; several GPUs in one process (nn.DataParallel); a
-            quantisation without gradients; a negative rate; or router_learning_rate beside an optimizer
-            of one's own.
+            quantization without gradients; a negative rate; or router_learning_rate together with a custom
+            optimizer.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class LoraMoeTrainerMixin:
         )
 
     def call_model_init(self, trial=None):
-        """Trainer's; each trial of a hyperparameter search has a model of its own to watch."""
+        """Trainer's own; each trial of a hyperparameter search has a new model to monitor."""
         model = super().call_model_init(trial)
         if getattr(self, "router_monitor", None) is not None:
             self._watch(model)
@@ -112,7 +113,7 @@ class LoraMoeTrainerMixin:
             )
 
     def _reference(self, source):
-        """In place of a second model that TRL would make from an id or a policy, None to let it."""
+        """Replaces the second model that TRL would create from an id or a policy; None lets TRL create it."""
         policy = source if isinstance(source, nn.Module) else getattr(self, "model", None)
         if policy is None or is_peft_model(policy) or not injected(policy):
             return None
@@ -133,7 +134,7 @@ class LoraMoeTrainerMixin:
             return super().training_step(model, inputs, *args, **kwargs)
 
     def _with_aux(self, result, num_items_in_batch):
-        """What compute_loss returned, a subclass's own included, with the gradient of aux_loss."""
+        """The result of compute_loss, including a subclass's, with the gradient of aux_loss added."""
         if not self.model.training:
             return result
         loss, *outputs = result if isinstance(result, tuple) else (result,)
@@ -165,7 +166,7 @@ class LoraMoeTrainerMixin:
         return super().log(logs, *args, **kwargs)
 
     def _router_metrics(self, logs):
-        """For a log of Trainer's: of training if it has a loss, of evaluation if it has its runtime."""
+        """For Trainer's logs: a training log has a loss, an evaluation log has its runtime."""
         step = self.state.global_step
         several = self.accelerator.num_processes > 1
         reduce = (lambda t: self.accelerator.reduce(t, "sum")) if several else None
@@ -180,7 +181,7 @@ class LoraMoeTrainerMixin:
     # --- the optimizer -----------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model):
-        """Trainer's, without routers."""
+        """Trainer's own, without routers."""
         routers = _routers(model)
         named = dict(model.named_parameters())
         return [n for n in super().get_decay_parameter_names(model) if named.get(n) not in routers]
@@ -203,7 +204,7 @@ class LoraMoeTrainerMixin:
     # --- checkpoints -------------------------------------------------------------------------------
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """Write the adapter and what belongs to it to output_dir (args.output_dir by default)."""
+        """Write the adapter and its other files to output_dir (args.output_dir by default)."""
         directory = self.args.output_dir if output_dir is None else output_dir
         if is_peft_model(self.model):
             super().save_model(output_dir, _internal_call)

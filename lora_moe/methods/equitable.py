@@ -1,14 +1,14 @@
-"""Task weights by EMTL: every task's relative contribution to the shared parameters is to be alike.
+"""Task weights by EMTL, which equalizes the tasks' relative contributions to the shared parameters.
 
     c_t = L_t / ||g_t||,  g_t = dL_t / d shared          relative contribution, divided by the tasks' mean
     w   = argmin  sum_t (w_t - 1 / N)^2 + strength * Var_t(w_t / c_t)     with sum_t w_t = 1
     loss  sum_t w_t L_t                                  w takes no gradient
 
-strength 0 is equal weights; a large one makes w_t proportional to c_t, so that the step w_t ||g_t|| of
-each task is the same share of its loss.  The weights are positive, and known in closed form.
+strength 0 gives equal weights; a large one makes w_t proportional to c_t, so that the step w_t ||g_t|| of
+each task is the same fraction of its loss.  The weights are positive and have a closed form.
 
 Source: Yuan and Zhang, Equitable Multi-Task Learning, arXiv 2306.09373.  Its abstract defines c and says
-that its variance is regularised; the objective that the variance joins is inferred.
+that its variance is regularized; the rest of the objective is inferred.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ TINY = 1e-8
 
 
 class EquitableLoss(nn.Module):
-    """The tasks' losses as one, weighted by their relative contributions.
+    """The combined loss of the tasks, weighted by their relative contributions.
 
     Each forward runs one more backward pass per task, down to the shared parameters.
 
     Args:
         strength: weight of the variance, at least 0.
     Raises:
-        ValueError: strength is no such number.
+        ValueError: strength is invalid.
     """
 
     def __init__(self, strength: float = 1.0):
@@ -47,7 +47,7 @@ class EquitableLoss(nn.Module):
 
         Args:
             losses: {task: 0-dim loss}, positive; the mean over the task's own tokens, without padding.
-            shared: the parameters that all tasks move; those without requires_grad do not count.
+            shared: the parameters that all tasks train; those without requires_grad are ignored.
         Raises:
             ValueError: there is no loss or no such parameter, or a loss is not 0-dim or has no graph.
         """
@@ -75,7 +75,7 @@ class EquitableLoss(nn.Module):
 def equitable_weights(
     losses: torch.Tensor, norms: torch.Tensor, strength: float = 1.0
 ) -> torch.Tensor:
-    """w (N,), positive and summing to one; see the file.
+    """w (N,), positive and summing to one; see the module's docstring.
 
     The gradient of the objective is zero where  (I + strength / N * D (I - 1 1^T / N) D) w  is the same
     number for every task, D = diag(1 / c).

@@ -1,4 +1,4 @@
-"""Middles, one file each: what stands between lora_A and lora_B in place of the gate."""
+"""Middles, one per file: they replace the gate between lora_A and lora_B."""
 
 from .core import CoreMiddle
 from .slots import ModalSlotMiddle, SlotMiddle

@@ -20,13 +20,13 @@ MAX_SEGMENTS = 65_536
 class SlotMiddle(Middle):
     """Z_e = sum_t softmax_t(logits)_te x_t,   y_t = base_t + sum_e softmax_e(logits)_te s_e B_e A_e Z_e.
 
-    The token router's logits serve both; each expert has one slot in each segment of a sequence.  Padding
-    is in no slot.  Not causal: a token sees later ones, so a cache is refused.
+    Both softmaxes use the token router's logits; each expert has one slot per segment of a sequence.  Padding
+    enters no slot.  Not causal: a token sees later ones, so a cache is refused.
 
     Args:
-        segments: a sequence is cut into so many of equal length, each with slots of its own.
-    Source: Wu et al. 2023 (Omni-SMoLA), arXiv 2312.00968; one slot per expert and what a segment is are
-    inferred.
+        segments: number of equal segments per sequence, each with its own slots.
+    Source: Wu et al. 2023 (Omni-SMoLA), arXiv 2312.00968; one slot per expert and the definition of a
+    segment are inferred.
     """
 
     kind: ClassVar[str] = "slots"
@@ -70,20 +70,20 @@ class SlotMiddle(Middle):
         return own if mask is None else own & mask[:, None].to(own.device)
 
     def returns(self, x, routing, batch) -> torch.Tensor:
-        """(T, E): whether a token takes from the slot of an expert."""
+        """(T, E): whether a token reads from the slot of an expert."""
         return torch.ones_like(routing.logits, dtype=torch.bool)
 
 
 @register
 @dataclasses.dataclass(frozen=True)
 class ModalSlotMiddle(SlotMiddle):
-    """SlotMiddle whose experts each see the tokens of one modality, or of all.
+    """SlotMiddle in which each expert sees the tokens of one modality, or of all.
 
-    task_ids say each token's modality; a token of modality -1 meets the experts of all.
+    task_ids give each token's modality; a token of modality -1 uses only the experts for all modalities.
 
     Args:
-        num_tasks: how many modalities there are.
-        modalities: of each expert, (E,), in [-1, num_tasks); -1 is all.
+        num_tasks: number of modalities.
+        modalities: that of each expert, (E,), in [-1, num_tasks); -1 is all.
     """
 
     kind: ClassVar[str] = "modal_slots"
@@ -114,6 +114,6 @@ class ModalSlotMiddle(SlotMiddle):
 
 
 def _softmax(logits, taken, dim):
-    """Softmax over what is taken; zeros where nothing is."""
+    """Softmax over the selected entries; zeros if there are none."""
     p = torch.softmax(logits.masked_fill(~taken, -torch.inf), dim)
     return torch.where(taken.any(dim, keepdim=True), p, 0)

@@ -1,4 +1,4 @@
-"""Rank-1 factors whose A and B are picked apart (conditional MixLoRA)."""
+"""Rank-1 factors whose A and B are picked independently (conditional MixLoRA)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..rows import adapter_rows
 class UnpairedMiddle(Middle):
     """y = base + sum_{j < K} g_j h_j s b_{l_j} a_{i_j} x:  slots j < K name rows of A, slots K + j rows of B.
 
-    The routing has 2 K slots, as FactorRouter makes them: ids i and weights g, then ids l and weights h.
+    The routing has 2 K slots, as from FactorRouter: ids i and weights g, then ids l and weights h.
     Every expert has rank 1.
 
     Source: Shen et al. 2024, arXiv 2402.15896.

@@ -2,8 +2,8 @@
 
     inject(model, presets.hydralora(num_experts=3, r=8, target_modules=("q_proj", "v_proj")))
 
-Keywords are those of LoraMoeConfig, and **fields is any other of its fields.  Experts are frozen only where
-they are given, by adapters=.  Which method when: docs/methods.md.
+Keywords are those of LoraMoeConfig, and **fields takes any of its other fields.  Experts are frozen only if
+they are given by adapters=.  To choose a method, see docs/methods.md.
 """
 
 from .adapters import Adapters, meteora, moa, xlora

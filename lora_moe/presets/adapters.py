@@ -1,7 +1,7 @@
-"""Presets over experts that exist already: MeteoRA, Mixture-of-LoRAs (MoA), X-LoRA.
+"""Presets over existing experts: MeteoRA, Mixture-of-LoRAs (MoA), X-LoRA.
 
-With adapters=, LoRA adapters of PEFT as from_peft takes them, the experts are those, frozen, and only the
-routers train.  Without it they are new and train too.
+With adapters=, PEFT LoRA adapters as in from_peft, these become the experts, frozen, and only the routers
+train.  Without it, the experts are new and train as well.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .experts import NO_LOSS
 
 @dataclasses.dataclass(frozen=True)
 class Adapters:
-    """Frozen experts from LoRA adapters of PEFT, and the router over them; `inject` takes it.
+    """Frozen experts from PEFT LoRA adapters, and the router over them; an argument for `inject`.
 
     Attributes:
         adapters: as in from_peft.
         top_k: as in LoraMoeConfig; None is all of them.
-        fields: of LoraMoeConfig, for the router.
+        fields: fields of LoraMoeConfig for the router.
     """
 
     adapters: tuple
@@ -33,7 +33,7 @@ class Adapters:
     fields: Mapping
 
     def into(self, model: nn.Module) -> nn.Module:
-        """The same model with the experts in it, all of them frozen."""
+        """The same model with the experts added, all of them frozen."""
         top_k = len(self.adapters) if self.top_k is None else self.top_k
         from_peft(model, self.adapters, top_k=top_k, router=self.fields)
         freeze_experts(model, range(len(self.adapters)))
@@ -56,12 +56,12 @@ def meteora(
 ) -> LoraMoeConfig | Adapters:
     """y = W0 x + sum over e in top-K of  g_e s_e B_e A_e x,   g = softmax of the picked logits / temperature.
 
-    To teach the routers which adapter a sample is of:
+    To teach the routers which adapter a sample belongs to:
 
         losses.router_loss(model, losses.label_loss, labels)
 
     Args:
-        adapters: LoRA adapters of PEFT, which are then the frozen experts and say their number, ranks,
+        adapters: PEFT LoRA adapters, which become the frozen experts and determine their number, ranks,
             scales and modules.
     Source: Xu et al. 2024 (MeteoRA), arXiv 2405.13053, and its code.
     """
@@ -79,18 +79,18 @@ def moa(
     target_modules=(),
     **fields,
 ) -> LoraMoeConfig | Adapters:
-    """y = W0 x + s_e B_e A_e x,  e = argmax W x*:  one expert for a sequence, by its mean or first token x*.
+    """y = W0 x + s_e B_e A_e x,  e = argmax W x*:  one expert per sequence, by its mean or first token x*.
 
-    The weight is 1, so that the domain's label alone trains the router:
+    The weight is 1, so only the domain label trains the router:
 
-        losses.router_loss(model, losses.label_loss, labels)          labels (B,), an expert for each sequence
+        losses.router_loss(model, losses.label_loss, labels)          labels (B,), one expert per sequence
 
-    While a cache decodes, the prompt's decision stays.
+    While decoding with a cache, the prompt's decision is kept.
 
     Args:
         by: "mean" or "first".
         adapters: as in meteora.
-    Source: Feng et al. 2024 (Mixture-of-LoRAs), arXiv 2403.03432; that it is a linear router on the mean
+    Source: Feng et al. 2024 (Mixture-of-LoRAs), arXiv 2403.03432; the linear router on the mean
     is inferred.
     """
     router = NO_LOSS | {"router": SequenceRouter(by), "renormalize": True} | fields
@@ -111,13 +111,14 @@ def xlora(
 ) -> LoraMoeConfig | Adapters:
     """y = W0 x + sum_e g_e s_e B_e A_e x,  g = softmax((W h + b) / temperature),  h the base's last state.
 
-    The two-pass classifier is included: after inject call presets.two_passes(model), which runs the base
-    before each forward.  It is PEFT's of depth 1 with scalings by layers, W and b of each layer's own;
-    deeper ones and one for all layers are not.  There is no cache: generate(use_cache=False).
+    The two-pass classifier is included: after inject, call presets.two_passes(model), which runs the
+    base before each forward.  It corresponds to PEFT's classifier of depth 1 with scalings per layer,
+    and each layer has its own W and b.  Deeper classifiers, or one for all layers, are not supported.
+    There is no cache: use generate(use_cache=False).
 
     Args:
-        hidden_size: of h, the model's.
-        top_k: None is all; otherwise the others' gates are zero and the picked ones' stay as they are.
+        hidden_size: size of h, the model's hidden size.
+        top_k: None is all; otherwise the gates of the others are zero and the picked gates are unchanged.
         adapters: as in meteora.
     Source: Buehler and Buehler 2024 (X-LoRA), arXiv 2402.07148, and PEFT.
     """

@@ -1,4 +1,4 @@
-"""Presets whose tokens decide by themselves: MoELoRA, HydraLoRA, LoRAMoE, MoLA, AdaMoLE, SMoRA.
+"""Presets that route per token: MoELoRA, HydraLoRA, LoRAMoE, MoLA, AdaMoLE, SMoRA.
 
 Letters: E experts, r one expert's rank, K picked experts per token; s is an expert's scale.
 """
@@ -17,14 +17,14 @@ NO_LOSS = {"balance_coef": 0.0, "z_coef": 0.0}
 def moelora(num_experts=8, r=128, alpha=256.0, *, target_modules=(), **fields) -> LoraMoeConfig:
     """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x,  E experts of rank r / E.
 
-    Every token takes all of them.
+    Every token uses all of them.
 
     Args:
         num_experts: E.
-        r: the rank of all experts together, a multiple of E.
-        alpha: belongs to r, so that s = alpha / r.
+        r: the total rank of all experts, a multiple of E.
+        alpha: relative to r, so that s = alpha / r.
     Raises:
-        ValueError: r is no multiple of E, or a field does not fit.
+        ValueError: r is not a multiple of E, or a field is invalid.
     Source: Chen et al. 2024 (CoIN), arXiv 2403.08350, and its code.
     """
     piece = share("r", r, num_experts)
@@ -43,13 +43,13 @@ def hydralora(num_experts=3, r=8, alpha=16.0, *, target_modules=(), **fields) ->
 
 
 def loramoe(num_experts=8, r=4, alpha=32.0, *, target_modules=(), **fields) -> LoraMoeConfig:
-    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x, and a loss that keeps kinds of experts apart.
+    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x, and a loss that separates kinds of experts.
 
-    Add the loss yourself, as it needs the kinds of experts and of samples:
+    Add the loss yourself, because it needs the kinds of experts and of samples:
 
         losses.router_loss(model, losses.localized_cv_squared, expert_types, sample_types, delta)
 
-    Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, and its code; in the paper the FFN's linears.
+    Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, and its code; the paper adapts the FFN's linears.
     """
     sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts}
     return LoraMoeConfig(**sizes, **NO_LOSS | _named(alpha, target_modules) | fields)
@@ -67,18 +67,18 @@ def mola(
 ) -> tuple[LoraMoeConfig, ...]:
     """y = W0 x + sum over e in top-K of  g_e (alpha / r) B_e A_e x,  g = softmax(W x) renormalized.
 
-    Each transformer layer has as many experts as the list says.  A layer beyond the list has none.
+    The list gives the number of experts of each transformer layer.  A layer beyond the list has none.
 
     Args:
-        num_experts: E of each layer, in order; an int is every layer's.
-        r: the experts' rank, of each layer or of all.
-        top_k: K; a layer with fewer experts takes them all.
-        target_modules: names, as in LoraMoeConfig; with a list no regular expression.
+        num_experts: E of each layer, in order, or an int for every layer.
+        r: the experts' rank, per layer or for all.
+        top_k: K; a layer with fewer experts uses them all.
+        target_modules: names, as in LoraMoeConfig; with a list, not a regular expression.
         layers: the name of the module list that holds the layers.
     Returns:
-        A configuration for each layer, or one where E and r are ints.
+        One configuration per layer, or a single one if E and r are ints.
     Raises:
-        ValueError: lists of different lengths, or a field does not fit.
+        ValueError: lists have different lengths, or a field is invalid.
     Source: Gao et al. 2024 (MoLA), arXiv 2402.08562; the balance loss's coefficient is LoraMoeConfig's.
     """
     lengths = {len(v) for v in (num_experts, r) if not isinstance(v, int)}
@@ -108,11 +108,11 @@ def adamole(
 ) -> LoraMoeConfig:
     """y = W0 x + sum_e g_e (alpha / r) B_e A_e x,   g = relu(p - tau) / sum of these.
 
-    p = softmax(W x) and tau = max_threshold * sigmoid(v x + c): each token takes as many experts as lie above
-    its threshold.
+    p = softmax(W x) and tau = max_threshold * sigmoid(v x + c): each token uses all experts above its
+    threshold.
 
     Args:
-        max_threshold: in (0, 1]; None is 1 / E, where every token takes at least one.
+        max_threshold: in (0, 1]; None is 1 / E, with which every token uses at least one.
     Source: Liu and Luo 2024 (AdaMoLE), arXiv 2405.00361, and its code.
     """
     sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts}
@@ -123,8 +123,8 @@ def adamole(
 def smora(num_experts=64, top_k=8, alpha=64.0, *, target_modules=(), **fields) -> LoraMoeConfig:
     """y = W0 x + (alpha / E) sum over e in top-K of K g_e b_e a_e x,  g = sigmoid(W x) renormalized.
 
-    Every rank of one LoRA is an expert.  top-K is of sigmoid(W x) + bias; after each step
-    losses.update_selection_bias(model) moves the bias towards balance, without a loss.
+    Every rank of one LoRA is an expert.  The top-K is taken of sigmoid(W x) + bias; after each step, call
+    losses.update_selection_bias(model), which moves the bias towards balance, without a loss.
 
     Args:
         num_experts: E, the rank of the LoRA.
@@ -137,7 +137,7 @@ def smora(num_experts=64, top_k=8, alpha=64.0, *, target_modules=(), **fields) -
 
 
 def share(name: str, total, pieces: int) -> int:
-    """total / pieces, or ValueError where that is no integer of at least 1."""
+    """total / pieces; raises ValueError unless it is an integer of at least 1."""
     if not isinstance(total, int) or not isinstance(pieces, int) or pieces < 1 or total % pieces:
         raise ValueError(f"{name}: expected a multiple of {pieces} experts, got {total!r:.99}")
     return total // pieces

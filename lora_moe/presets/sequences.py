@@ -1,4 +1,4 @@
-"""Presets that decide over several tokens at once: conditional MixLoRA, Omni-SMoLA."""
+"""Presets that decide for several tokens at once: conditional MixLoRA, Omni-SMoLA."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def conditional_mixlora(
         p = softmax(W m)                                                  i = top-K of p
         q = softmax(softmax(V m) + softmax(sum_k softmax(U_k a_{i_k})))   l = top-K of q
 
-    g and h are p and q, each divided by the picked ones' sum;  m is the sequence's mean token, padding
-    apart.  While a cache decodes, the prompt's decision stays.
+    g and h are p and q, each divided by the sum over the picked;  m is the sequence's mean token, without
+    padding.  While decoding with a cache, the prompt's decision is kept.
 
     Args:
         num_experts: E, the factors of rank 1.
-        top_k: K, the rank of what they make up.
-        scored: False leaves g and h out, as the public code does, whose routers then get no gradient.
-    Source: Shen et al. 2024 (conditional MixLoRA), arXiv 2402.15896, and its code; that g and h weigh the
-    factors is an option there.
+        top_k: K, the rank of their sum.
+        scored: False omits g and h, as in the public code, whose routers then get no gradient.
+    Source: Shen et al. 2024 (conditional MixLoRA), arXiv 2402.15896, and its code, where weighting the
+    factors by g and h is an option.
     """
     sizes = {"num_experts": num_experts, "r": 1, "top_k": top_k, "alpha": alpha / top_k}
     parts = {
@@ -51,13 +51,13 @@ def smola(
 
         D = softmax over t of W x,   C = softmax over e of W x
 
-    Not causal: each token sees all of its segment, padding apart.  A cache is refused.
+    Not causal: each token sees all of its segment, except padding.  A cache is refused.
 
     Args:
-        segments: a sequence is cut into so many of equal length.
-        modalities: of each expert, -1 for all tokens; task_ids say each token's.
-    Source: Wu et al. 2023 (Omni-SMoLA), arXiv 2312.00968; one slot per expert and what a segment is are
-    inferred from the abstract.
+        segments: number of equal segments per sequence.
+        modalities: that of each expert, -1 for all tokens; task_ids give each token's.
+    Source: Wu et al. 2023 (Omni-SMoLA), arXiv 2312.00968; one slot per expert and the definition of a segment
+    are inferred from the abstract.
     """
     middle = SlotMiddle(segments)
     if modalities is not None:

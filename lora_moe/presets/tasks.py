@@ -1,4 +1,4 @@
-"""Presets whose batch says its tasks (use_routing): MTL-LoRA, MoRE, MLoRE, C-LoRAE, BranchLoRA."""
+"""Presets that route by the batch's tasks (use_routing): MTL-LoRA, MoRE, MLoRE, C-LoRAE, BranchLoRA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mtl_lora(
 ) -> LoraMoeConfig:
     """y = W0 x + (alpha / r) sum_e softmax(w_t / temperature)_e B_e C_t A x,   t the task.
 
-    One A, E heads B, and of each task a core matrix C_t (r, r), the identity at first, and weights w_t (E,).
+    One A, E heads B and, per task, a core matrix C_t (r, r), initially the identity, and weights w_t (E,).
 
     Source: Yang et al. 2024 (MTL-LoRA), arXiv 2410.09437, and its code, whose Lambda is C and whose script
     has this temperature.
@@ -39,13 +39,13 @@ def more(
 ) -> LoraMoeConfig:
     """y = W0 x + (alpha / r) (1 + p_e - stop(p_e)) B[:, :n] A[:n] x,   n = (e + 1) r / E.
 
-    p = softmax(W z_t + c) and e = argmax p:  the task t picks one of E ranks of one LoRA, by its
+    p = softmax(W z_t + c) and e = argmax p:  the task t picks one of E ranks of one LoRA through its
     embedding z_t.
 
     The paper's contrastive loss on the embeddings is presets.contrastive_loss.
 
     Args:
-        num_experts: E, how many ranks there are to pick from.
+        num_experts: E, the number of ranks to pick from.
         r: the largest of them, a multiple of E.
     Source: Zhang et al. 2025 (MoRE), arXiv 2505.22694, and its code.
     """
@@ -65,20 +65,20 @@ def contrastive_loss(
     mask: torch.Tensor | None = None,
     temperature: float = 0.05,
 ):
-    """MoRE's loss on the task embeddings, of the forwards inside the block:
+    """MoRE's loss on the task embeddings, for the forwards inside the block:
 
         with presets.contrastive_loss(model, task_ids, mask) as contrast:
             loss = model(...).loss
         (loss + contrast()).backward()
 
     It is the mean over layers and samples of -log softmax_t(cos(x_b, z_t) / temperature) at the sample's
-    task, x_b the first token of the layer's input that is not padding.
+    task, with x_b the first non-padding token of the layer's input.
 
     Args:
-        task_ids: (B,), a task for each sample.
+        task_ids: (B,), one task per sample.
         mask: (B, L), nonzero for real tokens; None is all.
     Raises:
-        ValueError: no layer is of `more`.
+        ValueError: no layer uses `more`.
     Source: Zhang et al. 2025 (MoRE), arXiv 2505.22694, and its code.
     """
     layers = [y for y in layers_of(model).values() if isinstance(y.config.router, PrefixRouter)]
@@ -123,17 +123,18 @@ def mlore(
 ) -> LoraMoeConfig:
     """y = W0 x + s B_0 A_0 x + s B_t A_t x + sum over e in top-K of  p_e s_e B_e A_e x.
 
-    p = softmax(W_t m), m the sequence's mean token: a generic expert, one of the task t, and the best of M
-    shared ones.  Expert 0 is generic, 1 + t task t's, the shared ones follow.  In training the router's
-    logits have learned noise.  Balance: losses.router_loss(model, losses.cv_squared).  While a cache decodes,
-    the prompt's decision stays.  This is the router and the experts, not the vision decoder.
+    p = softmax(W_t m), with m the sequence's mean token: a generic expert, the expert of task t, and the
+    best of M shared ones.  Expert 0 is generic, expert 1 + t belongs to task t, and the shared ones
+    follow.  In training, the router's logits have learned noise.  Balance: losses.router_loss(model,
+    losses.cv_squared). While decoding with a cache, the prompt's decision is kept.  This covers the
+    router and the experts, not the vision decoder.
 
     Args:
         r: the rank of each shared expert, (M,).
         top_k: K.
         alpha: s = alpha / r of each expert; a number, or one per expert (1 + num_tasks + M,).
-        generic_r, task_r: ranks of the generic and of the tasks' experts.
-    Source: Yang et al. 2024 (MLoRE), arXiv 2403.17749; 15 ranks from 16 to 128 as there, their steps, the
+        generic_r, task_r: ranks of the generic and of the task experts.
+    Source: Yang et al. 2024 (MLoRE), arXiv 2403.17749, with 15 ranks from 16 to 128; their steps, the
     ranks of the other experts and the scale are inferred.
     """
     ranks = (generic_r, *[task_r] * num_tasks, *r)
@@ -155,14 +156,14 @@ def c_lorae(
 ) -> LoraMoeConfig:
     """y = W0 x + g1(x) s_U B_U A_U x + g2(x) s_t B_t A_t x,   [g1, g2] = softmax(W x),   t the task.
 
-    Expert 0, U, is for all tasks and has rank r; expert 1 + t is task t's and has rank r / N.  Scales
-    are alpha / r of each (inferred).  The achievement loss is methods.c_lorae.AchievementLoss.
+    Expert 0, U, is for all tasks and has rank r; expert 1 + t belongs to task t and has rank r / N.  The
+    scale of each is alpha / its rank (inferred).  The achievement loss is methods.c_lorae.AchievementLoss.
 
     Args:
         num_tasks: N, at most r.
-        task_alpha: of the tasks' experts; None is alpha.
-        gate: "softmax", "sigmoid" or "sum", both weights 1.
-    Source: C-LoRAE (IJCAI 2025), arXiv 2505.06303; that there are two logits of x is inferred.
+        task_alpha: alpha of the task experts; None is alpha.
+        gate: "softmax", "sigmoid" or "sum" (both weights 1).
+    Source: C-LoRAE (IJCAI 2025), arXiv 2505.06303; the two logits of x are inferred.
     """
     if not isinstance(r, int) or not isinstance(num_tasks, int) or not 1 <= num_tasks <= r:
         raise ValueError(f"num_tasks: expected an integer in [1, r = {r}], got {num_tasks!r:.99}")
@@ -190,14 +191,15 @@ def branch_lora(
 ) -> LoraMoeConfig:
     """y = W0 x + (alpha / (E r)) sum over j in top-K of  g_j B_j A x,  g = softmax(W_t x*) renormalized.
 
-    One trunk A, E branches B_j, and a router W_t for each task t, made at inject; x* is the first token of
-    the sequence (or the mean of its tokens).  All tasks train together; learning them one after the other,
-    with branches that freeze, is methods.branch_lora.  While a cache decodes, the prompt's decision stays.
+    One trunk A, E branches B_j, and one router W_t per task t, created by inject; x* is the first token
+    of the sequence (or the mean of its tokens).  All tasks train together; to learn them one after
+    another, with branches that freeze, use methods.branch_lora.  While decoding with a cache, the
+    prompt's decision is kept.
 
     Args:
         num_branches: E.
-        alpha: belongs to the total rank E r.
-        by: "first" or "mean"; in a causal model the first token sees no other, so that the mean tells more.
+        alpha: relative to the total rank E r.
+        by: "first" or "mean"; in a causal model the first token sees no other, so the mean tells more.
     Source: Zhang et al. 2025 (BranchLoRA), arXiv 2506.02041.
     """
     sizes = {"num_experts": num_branches, "r": r, "top_k": top_k, "shared_a": True}

@@ -18,14 +18,14 @@ _thread = threading.local()
 def two_passes(model: nn.Module):
     """Run the base before each forward of the model, for its layers with a HiddenRouter (see xlora).
 
-    The first pass has the same arguments without labels, no gradient and no experts; its last hidden states,
-    which the model gives by output_hidden_states, decide.  There is no cache: a forward after a cached one
-    raises, as the tokens before it would have no first pass.
+    The first pass has the same arguments without labels, no gradient and no experts.  The routing
+    depends on its last hidden states, which the model returns with output_hidden_states.  There is no
+    cache: a forward that uses one raises, because the cached tokens would have no first pass.
 
     Args:
-        model: with experts in it, a model of transformers or one with its arguments.
+        model: a model with experts, from transformers or with the same arguments.
     Returns:
-        A handle; handle.remove() ends it.
+        A handle; call handle.remove() to undo it.
     Raises:
         ValueError: no layer has a HiddenRouter.
     """

@@ -1,4 +1,4 @@
-"""Routers, one file each: who decides which experts a token takes, and with which weights."""
+"""Routers, one per file: they decide which experts a token uses, and with which weights."""
 
 from .base import Router
 from .factors import FactorRouter

@@ -25,11 +25,11 @@ TOKEN_FIELDS = {
 
 
 class Router(Part):
-    """x -> Routing: a frozen dataclass in the place of LoraMoeConfig(router=).
+    """x -> Routing: a frozen dataclass for LoraMoeConfig(router=).
 
     Attributes:
         reads: the fields of TOKEN_FIELDS that it takes from the configuration; a configuration that
-            sets another one is refused.
+            sets any other is refused.
     """
 
     known: ClassVar[dict] = {}
@@ -39,20 +39,20 @@ class Router(Part):
         return self.reads
 
     def route(self, x: torch.Tensor, tensors: dict[str, torch.Tensor], batch: Batch) -> Routing:
-        """A decision for each token of x.
+        """The decision for each token of x.
 
         Args:
             x: (..., D_in), before dropout.
             tensors: those of `tensors`, by name.
             batch: the layer, tasks, padding.
         Returns:
-            Routing of T rows; aux_loss and statistics need its logits, lse and mean_prob.
+            Routing with T rows; aux_loss and statistics need its logits, lse and mean_prob.
         """
         raise NotImplementedError
 
 
 def decide(logits: torch.Tensor, config: LoraMoeConfig, bias=None) -> Routing:
-    """Routing.from_logits as the configuration's fields say, temperature included.  logits (..., E)"""
+    """Routing.from_logits with the configuration's fields, including temperature.  logits (..., E)"""
     logits = logits if config.temperature == 1 else logits / config.temperature
     return Routing.from_logits(
         logits, config.top_k, gate=config.gate, renormalize=config.normalizes, bias=bias,

@@ -1,4 +1,4 @@
-"""Rank-1 factors of A and of B picked one after the other (conditional MixLoRA)."""
+"""Rank-1 factors of A and then of B, picked one after another (conditional MixLoRA)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .threshold import with_logits
 @register
 @dataclasses.dataclass(frozen=True)
 class FactorRouter(Router):
-    """2 K slots: K rows i of A by p, then K rows l of B by q, which looks at the rows of A picked.
+    """2 K slots: K rows i of A by p, then K rows l of B by q, which depends on the picked rows of A.
 
         p = softmax(W x)                                                          i = top-K of p
         q = softmax(softmax(V x) + weight * softmax(sum_k softmax(U_k a_{i_k})))  l = top-K of q
 
-    Best first, and the j-th of A goes with the j-th of B; see UnpairedMiddle.
+    Best first; the j-th of A is paired with the j-th of B; see UnpairedMiddle.
 
     Args:
-        scored: weigh the factors by p and q, each divided by the picked ones' sum.  The public code picks
-            without weights, so that no gradient reaches its routers; False is that.
-        weight: of the condition on A, at least 0.
+        scored: weight the factors by p and q, each divided by the sum over the picked.  The public code picks
+            without weights, so that no gradient reaches its routers; False does the same.
+        weight: weight of the condition on A, at least 0.
     Source: Shen et al. 2024, arXiv 2402.15896.
     """
 

@@ -1,4 +1,4 @@
-"""A generic expert, the task's own, and the best of those that all tasks share (MLoRE)."""
+"""A generic expert, the task's own, and the best of those shared by all tasks (MLoRE)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from .noisy import noisy_logits
 class GenericRouter(Router):
     """Expert 0 and expert 1 + t with weight 1, and top-k of p = softmax(W_t x) of the M experts after them.
 
-    The weights are p as they stand.  In training the logits have noise, (softplus(V_t x) + 0.01) * n.
-    Losses and statistics see the M shared experts' logits: losses.cv_squared is the paper's balance.
-    A token of task -1 takes expert 0 alone.
+    The weights are p without renormalization.  In training, the logits have noise (softplus(V_t x) +
+    0.01) * n. Losses and statistics see the M shared experts' logits: losses.cv_squared is the paper's
+    balance loss. A token of task -1 uses expert 0 alone.
 
     Args:
         num_tasks: N; the configuration has E = 1 + N + M experts.

@@ -1,4 +1,4 @@
-"""A router that reads a first pass of the base model, not the layer's own input (X-LoRA)."""
+"""A router that reads the result of a first pass of the base model, not the layer's input (X-LoRA)."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_last: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # for a recompute in another thread
+_last: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # for recomputation in other threads
 
 
 def show(layers, states: torch.Tensor) -> None:
-    """What these layers' routers read in the forwards to come, in this thread.  states (B, L, hidden)"""
+    """Sets what these layers' routers read in this thread's next forwards.  states (B, L, hidden)"""
     for layer in layers:
         _thread.states[layer] = _last[layer] = states
 
@@ -39,11 +39,11 @@ class HiddenRouter(Router):
     """top-k of gate((W h + b) / temperature),  h the base model's last hidden state of the same token.
 
     h comes from a first pass without experts and without gradients, which presets.two_passes(model)
-    puts before each forward of the model.
+    runs before each forward of the model.
 
     Args:
-        hidden_size: of h; the model's.
-    Source: Buehler and Buehler 2024 (X-LoRA), arXiv 2402.07148, its classifier of depth 1 by layers.
+        hidden_size: size of h, the model's hidden size.
+    Source: Buehler and Buehler 2024 (X-LoRA), arXiv 2402.07148, its classifier of depth 1 per layer.
     """
 
     kind: ClassVar[str] = "hidden"

@@ -1,4 +1,4 @@
-"""The token router with noise and dropped experts while it trains."""
+"""The token router with noise and dropped experts during training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FLOOR = 0.01  # of learned noise
 class NoisyRouter(Router):
     """top-k of gate((W x + noise) / temperature),   noise = std * n   or   (softplus(V x) + 0.01) * n.
 
-    n is normal, one number for each token and expert; in evaluation mode there is none.  What losses and
-    statistics read are the logits without noise and with every expert.
+    n is normal, one number per token and expert; there is no noise in evaluation mode.  Losses and statistics
+    use the logits without noise and with every expert.
 
     Args:
-        std: of the noise, in [0, 1e6).
-        learned: the standard deviation is the token's, by V (E, D_in), zero at first; std is then 0.
-        expert_dropout: in [0, 1): with this probability a token may not take an expert; one is left in
-            any case.
+        std: standard deviation of the noise, in [0, 1e6).
+        learned: the standard deviation depends on the token by V (E, D_in), initially zero; std is then 0.
+        expert_dropout: in [0, 1): the probability that a token may not use an expert; at least one always
+            remains.
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5 (learned).
     """
 
@@ -79,6 +79,6 @@ def noisy_logits(logits: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
 
 
 def dropped(logits: torch.Tensor, probability: float) -> torch.Tensor:
-    """(T, E) bool, True with this probability, but for one expert of each token at random."""
+    """(T, E) bool, True with this probability, except for one random expert per token."""
     draw = torch.rand_like(logits)
     return (draw < probability) & (draw < draw.amax(1, keepdim=True))

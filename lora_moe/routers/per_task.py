@@ -1,4 +1,4 @@
-"""A token router for each task."""
+"""One token router per task."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .token import tempered
 @register
 @dataclasses.dataclass(frozen=True)
 class PerTaskRouter(Router):
-    """Each task has a router of its own:  top-k of gate(W_t x / temperature),  W_t (E_t, D_in).
+    """Each task has its own router:  top-k of gate(W_t x / temperature),  W_t (E_t, D_in).
 
-    The parameters are router_weight_0, router_weight_1, ..., so that one can be frozen or added alone.
-    A token of task -1 takes no expert.
+    The parameters are router_weight_0, router_weight_1, ..., so that each can be frozen or added separately.
+    A token of task -1 uses no expert.
 
     Args:
-        num_tasks: N, in [0, 65536]; 0 where routers are still to come.
-        known_experts: E_t, how many experts each router knows, (N,): the first ones.  None is all.
+        num_tasks: N, in [0, 65536]; 0 if routers are added later.
+        known_experts: E_t, the number of experts each router knows, (N,), from the first.  None is all.
     Source: Zhang et al. 2025 (BranchLoRA), arXiv 2506.02041, its task-specific routers.
     """
 

@@ -1,4 +1,4 @@
-"""One decision for a whole sequence: by its first token, or by the mean of its tokens."""
+"""One decision per sequence: by its first token, or by the mean of its tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ READS = ("first", "mean")
 @register
 @dataclasses.dataclass(frozen=True)
 class SequenceRouter(Router):
-    """All tokens of a sequence take what `then` decides for one row: its first token, or their mean.
+    """All tokens of a sequence use the decision of `then` for one row: the first token, or their mean.
 
-    Padding does not count, and where the model's call has labels neither do tokens from the first one
-    with a label on: there are none when the model answers.  While a cache decodes, in this thread, the
-    prompt's decision stays; so logits of `generate` are not those of one forward over prompt and answer.
-    In a causal model the first token sees no other: where all sequences open alike, read the mean.
+    Padding does not count.  If the model is called with labels, neither do tokens from the first labeled
+    one on, which are not available when the model generates.  While decoding with a cache, in this thread,
+    the prompt's decision is kept, so the logits of `generate` differ from those of one forward over prompt
+    and answer.  In a causal model the first token sees no other: if all sequences start the same way, use
+    the mean.
 
     Args:
         by: "first" or "mean".
@@ -66,7 +67,7 @@ class SequenceRouter(Router):
         return kept.repeat(L)
 
     def row(self, x: torch.Tensor, batch) -> torch.Tensor:
-        """What each sequence decides by.  (B, L, D_in) -> (B, D_in)"""
+        """The row that each sequence decides by.  (B, L, D_in) -> (B, D_in)"""
         mask = batch.prompt(x)
         if mask is None:
             return x[:, 0] if self.by == "first" else x.mean(1)

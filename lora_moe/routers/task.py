@@ -1,4 +1,4 @@
-"""The task decides: a row of a table, or one expert for each task."""
+"""The task decides: a row of a table, or one expert per task."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TABLES = ("logits", "weights", "expert")
 @register
 @dataclasses.dataclass(frozen=True)
 class TaskRouter(Router):
-    """Tokens of task t take the experts that row t of a table says, whatever they are.
+    """Tokens of task t use the experts given by row t of a table, whatever the tokens are.
 
     logits    top-k of gate(G_t / temperature), G (num_tasks, E) trained
-    weights   all experts with the weights G_t as they stand, 1 / E at first, trained
+    weights   all experts with the weights G_t, initially 1 / E, trained
     expert    expert t alone, with weight 1; nothing to train
 
-    A token of task -1 takes no expert.
+    A token of task -1 uses no expert.
 
     Args:
         num_tasks: N, in [1, 65536]; at most E for "expert".
@@ -68,7 +68,7 @@ class TaskRouter(Router):
 
 
 def without(routing: Routing, none: torch.Tensor) -> Routing:
-    """The same with empty slots for the tokens of none (T,) bool, in its statistics too."""
+    """The same with empty slots for the tokens in `none` (T,) bool, also in its statistics."""
     ids = routing.indices.masked_fill(none[:, None], -1)
     weights = routing.weights.masked_fill(none[:, None], 0)
     counts = Routing.from_ids(ids, num_experts=routing.num_experts).counts

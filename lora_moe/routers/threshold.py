@@ -1,4 +1,4 @@
-"""A threshold that the token learns: from no expert to all of them (AdaMoLE)."""
+"""A learned threshold per token: from no expert to all of them (AdaMoLE)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .base import Router
 class ThresholdRouter(Router):
     """g_e = relu(p_e - tau) / sum_e relu(p_e - tau),   p = softmax(W x),   tau = tau_max sigmoid(v x + c).
 
-    A token whose gates are all at most tau takes no expert.
+    A token whose gates are all at most tau uses no expert.
 
     Args:
-        max_threshold: tau_max, in (0, 1]; None is 1 / E, where every token takes at least one.
+        max_threshold: tau_max, in (0, 1]; None is 1 / E, with which every token uses at least one.
     Source: Liu and Luo 2024 (AdaMoLE), arXiv 2405.00361.
     """
 
@@ -70,6 +70,6 @@ def decide_above(logits: torch.Tensor, tau: torch.Tensor, highest: float) -> Rou
 
 
 def with_logits(routing: Routing, logits: torch.Tensor) -> Routing:
-    """The decision with what losses and statistics read: a softmax router's logits (T, E)."""
+    """The decision with the logits (T, E) of a softmax router, for losses and statistics."""
     mean_prob = torch.softmax(logits, 1).sum(0) / max(logits.shape[0], 1)
     return routing._replace(logits=logits, mean_prob=mean_prob, lse=torch.logsumexp(logits, 1))

@@ -1,4 +1,4 @@
-"""The token router: top-k of W x + bias, as the flat fields of LoraMoeConfig say."""
+"""The token router: top-k of W x + bias, configured by the fields of LoraMoeConfig."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .base import TOKEN_FIELDS, Router
 @register
 @dataclasses.dataclass(frozen=True)
 class TokenRouter(Router):
-    """Every token decides by itself:  top-k of gate((W x + bias) / temperature).
+    """Every token decides for itself:  top-k of gate((W x + bias) / temperature).
 
-    For SequenceRouter(then=); alone it is what router=None says.
+    For SequenceRouter(then=); on its own it is the same as router=None.
     """
 
     kind: ClassVar[str] = "token"

@@ -18,14 +18,14 @@ GATES = ("softmax", "sigmoid", "sum")
 @register
 @dataclasses.dataclass(frozen=True)
 class UniversalRouter(Router):
-    """y += g1(x) s_0 B_0 A_0 x + g2(x) s_t B_t A_t x;  expert 0 is universal, expert 1 + t task t's.
+    """y += g1(x) s_0 B_0 A_0 x + g2(x) s_t B_t A_t x;  expert 0 is universal, expert 1 + t belongs to task t.
 
     A token of task -1 keeps g1(x) and has no second expert.
 
     Args:
-        num_tasks: N = E - 1; 0 leaves the universal expert alone, with weight 1.
+        num_tasks: N = E - 1; 0 means only the universal expert, with weight 1.
         gate: [g1, g2] is "softmax" or "sigmoid" of the two logits W x, W (2, D_in); "sum" is 1 and 1.
-    Source: C-LoRAE (IJCAI 2025), arXiv 2505.06303; that there are two logits from x is inferred.
+    Source: C-LoRAE (IJCAI 2025), arXiv 2505.06303; the two logits from x are inferred.
     """
 
     kind: ClassVar[str] = "universal"

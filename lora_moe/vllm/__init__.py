@@ -2,15 +2,15 @@
 
     vllm serve BASE --load-format lora_moe --additional-config '{"lora_moe": {"adapter": DIR}}'
 
-vLLM finds `register` by the entry point `vllm.general_plugins`.  Nothing here imports vLLM before that, but
-for `loader` and `method`, which are vLLM's side of it; docs/serving.md says what is served and how it scales.
+vLLM finds `register` through the entry point `vllm.general_plugins`.  Nothing here imports vLLM before that,
+except `loader` and `method`, which run inside vLLM; docs/serving.md says what is supported and how it scales.
 """
 
 LOAD_FORMAT = "lora_moe"
 
 
 def register() -> None:
-    """Give vLLM the load format `lora_moe`; vLLM calls this in each of its processes."""
+    """Register the load format `lora_moe`; vLLM calls this in each of its processes."""
     from vllm.model_executor.model_loader import register_model_loader
 
     from .loader import LoraMoeLoader

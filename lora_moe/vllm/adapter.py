@@ -1,6 +1,6 @@
-"""A saved adapter as a server reads it: strictly, and refused as a whole before any base is touched.
+"""A saved adapter as a server reads it: strictly, and refused as a whole before the base is loaded.
 
-What may be served is a mixture whose tokens decide by themselves; see rules.refusal.
+Only mixtures that route per token can be served; see rules.refusal.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .rules import refusal
 
 
 class Adapter:
-    """The file that save_adapter wrote, or PEFT of a lora_moe.peft adapter; close it after reading.
+    """A file written by save_adapter, or by PEFT for a lora_moe.peft adapter; close it after reading.
 
     Attributes:
         configs: {module path: LoraMoeConfig}
-        digest: of all bytes of its files, in hexadecimal.
+        digest: digest of all bytes of its files, in hexadecimal.
 
     Args:
-        source: a directory, or "owner/name" of a repository of the hub.
-        revision: of a repository.
+        source: a directory, or a Hub repository "owner/name".
+        revision: revision of a repository.
     Raises:
-        ValueError: it is damaged, is no adapter, lacks tensors or has others, or cannot be served; every
-            reason is listed.
+        ValueError: it is damaged, is not an adapter, has missing or unexpected tensors, or cannot be served;
+            every reason is listed.
         OSError: it is missing or cannot be read.
     """
 
@@ -58,7 +58,7 @@ class Adapter:
         self.close()
 
     def misfit(self, path: str, D_in: int, D_out: int) -> list[str]:
-        """What of the tensors of this path is not of a linear (D_in, D_out)."""
+        """The mismatches between the tensors of this path and a linear (D_in, D_out)."""
         problems = []
         for key, like in self._wanted(path, D_in, D_out).items():
             expected, got = tuple(like.shape), self._slices[key].shape
@@ -69,7 +69,7 @@ class Adapter:
     def tensors(
         self, path: str, D_in: int, D_out: int, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        """{name of LoraMoeLinear's: whole tensor}; lora_A and lora_B in `dtype`, the router's in fp32."""
+        """{name in LoraMoeLinear: whole tensor}; lora_A and lora_B in `dtype`, the router's in fp32."""
         config = self.configs[path]
         names = {
             f"{path}.{own}".removeprefix("."): name for name, own in file_names(config).items()

@@ -1,4 +1,4 @@
-"""The experts of one linear layer, this rank's part of them, as buffers of the layer.
+"""This rank's part of the experts of one linear layer, as buffers of the layer.
 
 Letters: E experts, R rank rows of all experts together, D_in and D_out the whole linear's sizes.
 """
@@ -20,13 +20,13 @@ from .rules import alike, rule_of, to_text
 from .shards import Shard
 
 _ops = torch.ops.lora_moe_serving
-# in the order that the operators take them
+# in the operators' argument order
 NAMES = ("w", "a", "b", "scaling", "experts", "bias", "router_bias")
 PREFIX = "lora_moe_"
 
 
 class Projection(NamedTuple):
-    """What an adapter has for one projection of a layer: whole tensors, by the names of LoraMoeLinear."""
+    """An adapter's tensors for one projection of a layer: whole, under the names of LoraMoeLinear."""
 
     index: int | None  # in the layer; None is one bank over all of its outputs
     config: LoraMoeConfig
@@ -34,17 +34,17 @@ class Projection(NamedTuple):
 
 
 class Banks:
-    """The banks of one layer: registers their buffers, and calls them.
+    """The banks of one layer: registers their buffers and calls them.
 
-    Buffers, not parameters: a weight loader of the base's does not look for them.  Those of the router and
-    the scales are fp32, lora_A and lora_B of the base's dtype.
+    Buffers, not parameters, so that the base's weight loader does not look for them.  Those of the router and
+    the scales are fp32; lora_A and lora_B have the base's dtype.
 
     Args:
         layer: gets the buffers.
         shard: this rank's part of the layer.
-        projections: which of its projections have experts; indices are unique.
-        dtype: of the base.
-        device: of the base.
+        projections: the projections with experts; indices are unique.
+        dtype: dtype of the base.
+        device: device of the base.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Banks:
     ) -> torch.Tensor:
         """y plus the experts.  (..., D_in of this rank), (..., D_out of this rank)
 
-        Of a row-parallel layer, it is this rank's share of a sum that the layer takes itself.
+        In a row-parallel layer, this is this rank's part of a sum that the layer itself computes.
 
         Args:
             all_reduce: sums over the ranks; called where shard.sums_logits.
@@ -102,7 +102,7 @@ class Banks:
 
 
 def _side_by_side(buffers):
-    """The same in memory that lies bank after bank, B's along its columns: one launch reads all of them."""
+    """The same in contiguous memory, bank after bank (B along its columns): one launch reads them all."""
     joined = [dict(named) for named in buffers]
     for name in NAMES:
         tensors = [named[name] for named in buffers]
@@ -121,7 +121,7 @@ def _buffers(shard, projection, dtype) -> dict[str, torch.Tensor | None]:
     config, tensors = projection.config, projection.tensors
     E = config.num_experts
     weight, bias = tempered(config, tensors["router_weight"].float(), tensors.get("router_bias"))
-    if isinstance(config.router, ThresholdRouter):  # its logit stands behind the experts'
+    if isinstance(config.router, ThresholdRouter):  # its logit follows the experts'
         weight = torch.cat([weight, tensors["threshold_weight"].float()])
         bias = torch.cat([torch.zeros(E), tensors["threshold_bias"].float()])
     w, a, b = shard.cut(projection.index, weight, tensors["lora_A"], tensors["lora_B"])

@@ -1,4 +1,4 @@
-"""The load format `lora_moe`: the base by any other format, then the experts around its linear layers."""
+"""The load format `lora_moe`: the base with any other format, then the experts around its linear layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = init_logger("vllm.lora_moe")
 
 
 class LoraMoeLoader(BaseModelLoader):
-    """The base through `base_load_format`, then the adapter; both named in vLLM's additional_config."""
+    """Loads the base with `base_load_format`, then the adapter; vLLM's additional_config names both."""
 
     def __init__(self, load_config: LoadConfig):
         super().__init__(load_config)
@@ -72,11 +72,11 @@ class LoraMoeLoader(BaseModelLoader):
 
 
 def attach(model: nn.Module, adapter: Adapter, model_config: ModelConfig) -> int:
-    """Put the adapter around the linear layers of this rank's model; returns around how many.
+    """Add the adapter to the linear layers of this rank's model; returns the number of layers.
 
     Raises:
-        ValueError: a path names no linear layer of the model, or one of another size or of a kind that
-            cannot be cut; all are listed, and the model is as it was.
+        ValueError: a path does not name a linear layer of the model, or names one of a different size or of
+            a kind that cannot be sharded; all are listed, and the model is unchanged.
     """
     modules = dict(model.named_modules())
     packed = get_packed_modules_mapping(model)
@@ -109,7 +109,7 @@ def attach(model: nn.Module, adapter: Adapter, model_config: ModelConfig) -> int
 
 
 def _problem(path, name, index, modules, shards, adapter, model_config) -> list[str]:
-    """Why the experts of a path cannot go where it points, [] where they can; notes the layer's shard."""
+    """Why the experts cannot be added at a path, [] if they can; records the layer's shard."""
     if name is None:
         return [f"{path}: no such module"]
     layer = modules[name]

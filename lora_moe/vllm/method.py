@@ -1,7 +1,7 @@
-"""vLLM's side of a linear layer with experts: the layer's own method, whatever it is, and then the experts.
+"""vLLM's side of a linear layer with experts: the layer's own method, whatever it is, then the experts.
 
-vLLM's linear layers compute through `quant_method`, and so do its LoRA layers around them; wrapping it
-leaves the base's loading, its quantisation and its parallelism as they are.
+vLLM's linear layers compute through `quant_method`, and so do the LoRA layers around them; wrapping it
+leaves the base's loading, quantization and parallelism unchanged.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ class LoraMoeMethod(LinearMethodBase):
         y = self.base.apply(layer, x, bias)
         return self.banks.add(layer, x, y, tensor_model_parallel_all_reduce)
 
-    def __getattr__(self, name):  # what else vLLM asks of the layer's method
+    def __getattr__(self, name):  # anything else vLLM asks of the layer's method
         return getattr(self.__dict__["base"], name)
 
 
 def wrap(layer: LinearBase, banks: Banks) -> None:
-    """From now on the layer adds these experts; their input is as the layer gets it, never quantised."""
+    """From now on the layer adds these experts; their input is the layer's own input, never quantized."""
     layer.quant_method = LoraMoeMethod(layer.quant_method, banks)
     layer.requires_unquantized_input = True
 
 
 def shard_of(layer: LinearBase) -> Shard | None:
-    """How this layer is cut, None where its class says nothing that is known here."""
+    """How this layer is sharded, None if its class is not known here."""
     if (type(layer).forward, type(layer).weight_loader) not in _KNOWN:
         return None
     kind = "replicated"
@@ -70,14 +70,14 @@ def shard_of(layer: LinearBase) -> Shard | None:
 
 
 def replicas_of(layer: ColumnParallelLinear, projections: int) -> tuple[int, ...] | None:
-    """How many ranks hold the same part of each projection; None where that is not plain."""
+    """How many ranks hold the same part of each projection; None if that is not clear."""
     shared = getattr(layer, "num_kv_head_replicas", None)
     if shared is None:
         return (1,) * projections
     return (1, shared, shared) if projections == 3 else None
 
 
-# a subclass with a forward or a weight loader of its own may be cut in another way
+# a subclass with its own forward or weight loader may be sharded differently
 _KNOWN = {
     (kind.forward, kind.weight_loader)
     for kind in (

@@ -1,4 +1,4 @@
-"""Where a module of transformers stands in vLLM's model, which puts some side by side into one layer."""
+"""Where a transformers module is in vLLM's model, which fuses some modules into one layer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def places(
     """(name of a layer, which of its outputs; None for all of them): what the path may mean, best first.
 
     Args:
-        path: of the module in transformers.
-        model: vLLM's, whose hf_to_vllm_mapper knows the names of the base's own weights.
+        path: path of the module in transformers.
+        model: vLLM's model, whose hf_to_vllm_mapper knows the names of the base's own weights.
         modules: its modules by name.
-        packed: {a fused layer's last name: last names of what is in it}.
+        packed: {a fused layer's last name: last names of its parts}.
     """
     mapped = _mapped(path, model)
     for name, index in ([] if mapped is None else [mapped]) + [(path, None)]:
@@ -30,7 +30,7 @@ def places(
 
 
 def _mapped(path, model):
-    """By the table through which the base's own weights went."""
+    """Through the table that maps the base's own weights."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return None
@@ -38,7 +38,7 @@ def _mapped(path, model):
     if with_shard is None:  # packed modules say the rest
         name = mapper.map_name(f"{path}.weight")
         return None if name is None else (name.removesuffix(".weight"), None)
-    # a whole weight's name, as patterns may ask for its end
+    # the full name of a weight, because patterns may match its end
     found = with_shard(f"{path}.weight")
     if found is None:
         return None

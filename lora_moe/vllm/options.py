@@ -1,4 +1,4 @@
-"""What a server was asked for: {"lora_moe": {"adapter": ...}} of vLLM's additional_config."""
+"""A server's options: {"lora_moe": {"adapter": ...}} in vLLM's additional_config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def options_of(additional_config) -> dict:
     """Checked options.
 
     Raises:
-        ValueError: there is no adapter in it, or a field that is not known.
+        ValueError: the adapter is missing, or there is an unknown field.
     """
     found = additional_config.get(LOAD_FORMAT) if isinstance(additional_config, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get("adapter"), str):

@@ -1,6 +1,6 @@
-"""How a bank of experts decides, as plain numbers: what the operators read beside tensors.
+"""How a bank of experts routes, as plain numbers: the operators' inputs besides tensors.
 
-A compiler sees it as a constant string, so that neither a graph nor a cache holds an object of ours.
+The compiler sees it as a constant string, so that neither a graph nor a cache holds one of our objects.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rule:
         return len(self.offsets) - 1
 
     def decide(self, logits: torch.Tensor, bias: torch.Tensor | None) -> Routing:
-        """The routing of logits (T, E), or (T, E + 1) with a learned threshold's behind them."""
+        """The routing of logits (T, E), or (T, E + 1) with the logit of a learned threshold last."""
         if self.max_threshold is None:
             return Routing.from_logits(
                 logits, self.top_k, gate=self.gate, renormalize=self.renormalize, bias=bias,
@@ -52,7 +52,7 @@ class Rule:
 
 
 def rule_of(config: LoraMoeConfig, start: int, stop: int) -> Rule:
-    """Of a configuration that `refusal` has nothing against."""
+    """The rule of a configuration that `refusal` accepts."""
     high = None
     if isinstance(config.router, ThresholdRouter):
         high = config.router.highest(config.num_experts)
@@ -63,7 +63,7 @@ def rule_of(config: LoraMoeConfig, start: int, stop: int) -> Rule:
 
 
 def refusal(config: LoraMoeConfig) -> str | None:
-    """Why a server cannot serve these experts, None if it can: each token must decide by itself."""
+    """Why a server cannot serve these experts, None if it can: routing must be per token."""
     router, middle = config.router, config.middle
     if config.target_parameters:
         return "LoRAs on the model's own experts (target_parameters); only linear layers are served"
@@ -92,6 +92,6 @@ def from_text(text: str) -> tuple[Rule, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def alike(rules: tuple[Rule, ...]) -> bool:
-    """Whether the banks differ in nothing but their columns; a learned threshold is not served together."""
+    """Whether the banks differ only in their columns; banks with learned thresholds run separately."""
     kinds = {dataclasses.replace(rule, start=0, stop=0) for rule in rules}
     return len(kinds) == 1 and rules[0].max_threshold is None

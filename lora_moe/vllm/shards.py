@@ -1,11 +1,11 @@
-"""Which part of a bank of experts a rank of a tensor-parallel layer holds.
+"""Which part of a bank of experts each rank of a tensor-parallel layer holds.
 
     layer                 router W      A             B
     replicated            whole         whole         whole
     column, merged, QKV   whole         whole         the columns of this rank's outputs
     row                   cut on D_in   cut on D_in   whole; the logits are summed over the ranks
 
-The base decides how it is cut; the experts follow, so that their outputs add to the base's where it has them.
+The base decides how it is sharded; the experts follow, so that each rank adds their outputs to its own.
 
 Letters: E experts, R rank rows of all experts together, D_in and D_out the whole linear's sizes.
 """
@@ -22,17 +22,17 @@ KINDS = ("replicated", "column", "row")
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One rank's part of a linear layer, which may hold several projections beside each other.
+    """One rank's part of a linear layer, which may fuse several projections.
 
     Args:
         kind: one of KINDS.
         rank, ranks: this rank, and how many share the layer.
         D_in: the width of the whole input.
-        widths: of each projection's output on this rank.
-        replicas: how many ranks in a row hold the same part of each projection, as of a key or value head
-            when there are more ranks than heads; 1 for each where it is empty.
+        widths: width of each projection's output on this rank.
+        replicas: how many consecutive ranks hold the same part of each projection, for example of a key or
+            value head if there are more ranks than heads; if empty, 1 for each.
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument is invalid.
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Shard:
 
     @property
     def sums_logits(self) -> bool:
-        """Whether a rank sees a part of the input alone, so that logits are summed over the ranks."""
+        """Whether a rank sees only a part of the input, so that logits are summed over the ranks."""
         return self.kind == "row" and self.ranks > 1
 
     @property
@@ -73,7 +73,7 @@ class Shard:
         return tuple(w * self.ranks // n for w, n in zip(self.widths, self.replicas, strict=True))
 
     def D_out(self, index: int | None) -> int:
-        """Of the projection, or of all together for None."""
+        """Width of the projection, or of all together for None."""
         return sum(self.wholes) if index is None else self.wholes[index]
 
     def outputs(self, index: int | None) -> tuple[int, int]:
@@ -104,7 +104,7 @@ class Shard:
     def cut(
         self, index: int | None, router: torch.Tensor, A: torch.Tensor, B: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This rank's part of a bank, with memory of its own.
+        """This rank's part of a bank, in its own memory.
 
         Args:
             index: which projection of the layer; None for one bank over all of them.

@@ -1,28 +1,28 @@
-"""BranchLoRA: continual instruction tuning by branches on a shared trunk (arXiv 2506.02041).
+"""BranchLoRA: continual instruction tuning with branches on a shared trunk (arXiv 2506.02041).
 
     y_i = W0 x_i + s * sum over j in topk(W_t x_*) of  g_j * B_j A x_i        for every token i of a sequence
 
 A is the trunk, B_j the branches, W_t the router of task t.  A sequence decides once, by its token
-x_*: the first that is not padding, or the mean of those tokens (or each token for itself).  While a
-task is learned, its routed weight is counted branch by branch; afterwards the k most used branches
-are frozen, and their gradient is not computed any more.  Keys beside the model (TaskSelector) tell
-which router a sequence without a task id wants.
+x_*: the first that is not padding, or the mean of all that are not (or each token decides for itself).
+While a task is learned, its routed weight is counted per branch; afterwards the k most used branches
+are frozen, and their gradient is no longer computed.  Keys outside the model (TaskSelector) select the
+router for a sequence without a task id.
 
     inject(model, branch_lora(...))
     for data in tasks:
         begin_task(model)             # a new router; make the optimizer after it
         train(model, data)
         end_task(model)               # freezes what the task came to rely on
-    set_task(model, 2)                # or one task for each sequence
+    set_task(model, 2)                # or one task per sequence
 
-The layers are LoraMoeLinear with shared_a and a PerTaskRouter, inside a SequenceRouter where a sequence
-decides.  Everything that lora_moe says of such layers holds here.
+The layers are LoraMoeLinear with shared_a and a PerTaskRouter, wrapped in a SequenceRouter if sequences
+decide.  Everything in lora_moe works with them.
 
     config.py      branch_lora; moelora, the baseline, is the preset
-    adapters.py    branches into a model, tasks and masks of a batch
+    adapters.py    adds branches to a model; tasks and masks of a batch
     lifecycle.py   begin_task, end_task, add_branches
-    counting.py    routed weight of the open task, branch by branch
-    files.py       the whole state on disk
+    counting.py    routed weight of the current task per branch
+    files.py       the complete state on disk
     continual.py   the task selector, ACC, MAA and BWT
 """
 

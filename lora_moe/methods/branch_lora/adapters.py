@@ -27,25 +27,25 @@ def inject(
     fixed_opening: bool = True,
     also: tuple[str, ...] = (),
 ) -> nn.Module:
-    """lora_moe.inject of branches, without a router so far.
+    """lora_moe.inject with branches, initially without a router.
 
     Everything else is frozen, except `also`.  The model's attention_mask says which tokens are
-    padding; in a causal model, tokens from the first one with a label on do not decide, since there
-    are none when it answers.  During generation the prompt's decision stays (see SequenceRouter).
+    padding.  In a causal model, tokens from the first labeled one on do not decide, because they are not
+    available when it generates.  During generation the prompt's decision is kept (see SequenceRouter).
 
-    In a causal model the first token sees no other.  Where all sequences open alike, by a BOS token
-    or a chat template, it says nothing about the sequence: the mean is read instead, with a warning.
+    In a causal model the first token sees no other.  If all sequences start the same way, with a BOS token
+    or a chat template, it says nothing about the sequence: the mean is used instead, with a warning.
 
     Args:
         model: a Hugging Face model, or any module whose forward takes attention_mask.
         config: see branch_lora().
-        reads: "first", "mean" or "token": by what a sequence decides.
+        reads: "first", "mean" or "token": what a sequence decides by.
         fixed_opening: False if the sequences of a causal model differ in their first token.
-        also: names of modules whose own parameters are trained and saved too (a projector).
+        also: names of modules whose own parameters are also trained and saved (a projector).
     Returns:
-        The same model; begin_task is next.
+        The same model; call begin_task next.
     Raises:
-        ValueError: an argument does not fit, nothing matches, or the model has branches already.
+        ValueError: an argument is invalid, nothing matches, or the model already has branches.
     """
     if reads not in READS:
         raise ValueError(f"reads: expected one of {READS}, got {reads!r}")
@@ -78,15 +78,15 @@ def inject(
 
 
 def router_of(reads: str, num_tasks: int, known: tuple[int, ...] = ()) -> Router:
-    """A router for each task, which reads tokens or sequences; `known` experts each."""
+    """One router per task, which reads tokens or sequences; each knows `known` experts."""
     bank = PerTaskRouter(num_tasks, known)
     return bank if reads == "token" else SequenceRouter(reads, bank)
 
 
 def set_task(model: nn.Module, task: int | Sequence[int] | torch.Tensor) -> None:
-    """Whose router decides from now on: one task, or (B,) tasks, one for each sequence.
+    """Set the task whose router decides from now on: one task, or (B,) tasks, one per sequence.
 
-    It is lora_moe.set_routing(model, task_ids=), but for tasks that go on with an earlier one's router.
+    Like lora_moe.set_routing(model, task_ids=), except for tasks that continue with an earlier task's router.
 
     Raises:
         ValueError: there is no such task.
@@ -103,16 +103,16 @@ def set_task(model: nn.Module, task: int | Sequence[int] | torch.Tensor) -> None
 
 
 def tell(model: nn.Module, course: Course) -> None:
-    """Say the course's task to the layers, as the number of its router."""
+    """Pass the course's task to the layers, as the number of its router."""
     bank = torch.tensor(course.bank)
     set_routing(model, task_ids=bank[torch.as_tensor(course.task).cpu()])
 
 
 def set_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
-    """Say which tokens may decide, (B, L), in place of the model's arguments; None ends that.
+    """Set which tokens may decide, (B, L), instead of the model's arguments; None restores these.
 
-    For a model that takes no two-dimensional attention_mask, or a loss outside of the model: the
-    answer's tokens are not to decide.
+    For a model without a two-dimensional attention_mask, or a loss outside the model: the answer's tokens
+    must not decide.
     """
     layers, _ = parts(model)
     if mask is not None and mask.dim() != 2:
@@ -122,7 +122,7 @@ def set_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
 
 
 def branch_layers(model: nn.Module) -> dict[str, LoraMoeLinear]:
-    """The model's layers with branches by their (first) path; empty if there are none."""
+    """The model's layers with branches, by their (first) path; empty if there are none."""
     return {name: layer for name, layer in injected(model).items() if Count.of(layer)}
 
 

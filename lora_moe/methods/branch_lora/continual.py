@@ -1,4 +1,4 @@
-"""Learning tasks one after the other: which task an input belongs to, and what was forgotten.
+"""Learning tasks one after another: which task an input belongs to, and what was forgotten.
 
 Letters: N tasks, B samples, d the width of an embedding.
 """
@@ -14,13 +14,13 @@ from torch.nn.functional import normalize
 
 
 class TaskSelector(nn.Module):
-    """A text key and an image key a task; the task whose keys lie nearest by cosine.
+    """One text key and one image key per task; selects the task with the nearest keys by cosine.
 
         L = lambda * sum over samples of  (1 - cos(e_img, k_img)) + (1 - cos(e_txt, k_txt))
 
-    Embeddings come from encoders that do not change.  What minimises L is then known: the direction
-    of the sum of the unit embeddings.  Keys are those sums, exact after every batch, whatever the
-    order and without a learning rate; L's gradient descends to the same (see loss).
+    Embeddings come from fixed encoders.  The minimizer of L is then known: the direction of the sum of the
+    unit embeddings.  Keys are these sums, which are exact after every batch, in any order and without a
+    learning rate; gradient descent on L converges to the same (see loss).
 
     Source: BranchLoRA (arXiv 2506.02041), its task selector.
 
@@ -35,21 +35,21 @@ class TaskSelector(nn.Module):
         self.register_buffer("image_keys", None if image_dim is None else torch.zeros(0, image_dim))
 
     def begin_task(self) -> int:
-        """Add keys, of zero length so far; returns the task's number."""
+        """Add keys, initially zero; returns the task's number."""
         for name, keys in list(self.named_buffers()):
             setattr(self, name, torch.cat([keys, keys.new_zeros(1, keys.shape[1])]))
         return len(self.text_keys) - 1
 
     @torch.no_grad()
     def observe(self, text: torch.Tensor, image: torch.Tensor | None = None) -> None:
-        """Move the newest task's keys by a batch of embeddings (B, d)."""
+        """Update the newest task's keys with a batch of embeddings (B, d)."""
         for keys, embeddings in self._pairs(text, image):
             if not len(keys):
                 raise ValueError("selector: expected begin_task first")
             keys[-1] += normalize(embeddings.to(keys), dim=1).sum(0)
 
     def loss(self, text, image=None, coefficient: float = 1.0) -> torch.Tensor:
-        """L of a batch for the newest task; for encoders that train, or to see how tight a task is."""
+        """L of a batch for the newest task; for encoders that train, or to measure a task's spread."""
         terms = [
             (1 - normalize(e, dim=1) @ normalize(keys[-1].to(e), dim=0)).sum()
             for keys, e in self._pairs(text, image)
@@ -57,7 +57,7 @@ class TaskSelector(nn.Module):
         return coefficient * sum(terms)
 
     def forward(self, text: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-        """(B,) the nearest task of each sample, by the sum of its cosines; for set_task."""
+        """(B,) the nearest task of each sample by the sum of cosines; for set_task."""
         if not len(self.text_keys):
             raise ValueError("selector: expected a task; see begin_task")
         cosines = [
@@ -82,7 +82,7 @@ class TaskSelector(nn.Module):
 class ContinualMetrics(NamedTuple):
     acc: float  # mean accuracy after the last task
     maa: float  # mean over time of the mean accuracy on the tasks so far
-    bwt: float  # mean change since a task was learned: below 0, it was forgotten
+    bwt: float  # mean change since a task was learned; below 0 means forgetting
 
 
 def continual_metrics(accuracy: Sequence[Sequence[float]]) -> ContinualMetrics:
@@ -91,9 +91,9 @@ def continual_metrics(accuracy: Sequence[Sequence[float]]) -> ContinualMetrics:
         ACC = mean_j A_Nj      MAA = mean_i mean_{j <= i} A_ij      BWT = mean_{j < N} (A_Nj - A_jj)
 
     Args:
-        accuracy: N rows; row i holds A_i0 .. A_ii at least, and more is not looked at.
+        accuracy: N rows; row i holds at least A_i0 .. A_ii, and the rest is ignored.
     Raises:
-        ValueError: no rows, or one that is too short.
+        ValueError: there are no rows, or one is too short.
     Source: Chen et al. 2024 (CoIN), arXiv 2403.08350.
     """
     rows = [[float(a) for a in row[: i + 1]] for i, row in enumerate(accuracy)]

@@ -1,4 +1,4 @@
-"""What the layers of a model share while tasks come and go, and the count of what a task relies on.
+"""State that a model's layers share over the tasks, and the count of the branches that a task relies on.
 
 Letters: B sequences, L tokens each, E branches, K picked ones.
 """
@@ -13,14 +13,14 @@ from ...records import record_of
 
 
 class Course:
-    """Where a model stands in its sequence of tasks; one for all of its layers.
+    """A model's position in its sequence of tasks, shared by all of its layers.
 
     Attributes:
-        reads: "first", "mean" or "token": by what a sequence decides.
+        reads: "first", "mean" or "token": what a sequence decides by.
         also: names of the modules that train besides the layers.
         bank: bank[t] is the number of task t's router.
-        learning: a task has begun and not ended.
-        task: whose router decides: a number, or (B,) one for each sequence; see set_task.
+        learning: whether a task has begun and not ended.
+        task: the task whose router decides: a number, or (B,) one per sequence; see set_task.
     """
 
     def __init__(self, reads: str, also: tuple[str, ...] = ()):
@@ -31,14 +31,14 @@ class Course:
 
     @property
     def counting(self) -> bool:
-        """The task that is being learned decides; not, say, an earlier one that is looked at."""
+        """Whether the task being learned decides, and not, for example, an earlier one under evaluation."""
         return self.learning and isinstance(self.task, int) and self.task == len(self.bank) - 1
 
 
 class Count:
-    """A forward hook that adds the routed weight of the open task to layer.usage, branch by branch.
+    """A forward hook that adds the current task's routed weight per branch to layer.usage.
 
-    `usage` (E,) fp32 is a buffer of the layer, so that DDP's processes agree on it.
+    `usage` (E,) fp32 is a buffer of the layer, so that all DDP processes agree on it.
     """
 
     def __init__(self, course: Course):
@@ -52,7 +52,7 @@ class Count:
 
     @staticmethod
     def of(module) -> Course | None:
-        """The course of a layer that has this hook, else None."""
+        """The course of a layer with this hook, else None."""
         hooks = module._forward_hooks.values()
         return next((hook.course for hook in hooks if isinstance(hook, Count)), None)
 

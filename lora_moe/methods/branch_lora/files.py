@@ -1,12 +1,12 @@
-"""The whole continual state in one safetensors file: to go on in the middle of a task.
+"""The complete continual state in one safetensors file, to continue in the middle of a task.
 
     branch_lora.safetensors
-        tensors   <module path>.{lora_A, branches.<j>, routers.<i>, usage}, <name> of what else trains,
+        tensors   <module path>.{lora_A, branches.<j>, routers.<i>, usage}, <name> of other parameters,
                   selector.{text_keys, image_keys}
         metadata  {"format": "pt", "branch_lora": JSON of the configuration, the tasks and what is frozen}
 
-The file is untrusted, as in lora_moe.io: the model decides keys, shapes and dtypes, and changes last
-or not at all.  An optimizer's state is the trainer's to save.
+The file is untrusted, as in lora_moe.io: the model determines keys, shapes and dtypes, and is changed last
+or not at all.  The trainer saves the optimizer's state.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _FIELDS = {
 
 
 def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector | None = None):
-    """Write branches, routers, usage, what else trains and the selector's keys; all or nothing.
+    """Write branches, routers, usage, other trainable parameters and the selector's keys; all or nothing.
 
     Returns:
         The file's path.
@@ -72,14 +72,14 @@ def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector 
 
 
 def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
-    """Read what save wrote into a model without branches; training goes on where it stood.
+    """Read what save wrote into a model without branches; training continues where it stopped.
 
     The last task's router decides; see set_task.
 
     Returns:
         The selector, or None if none was saved.
     Raises:
-        ValueError: the file is none of ours, is damaged, does not fit the model (every misfit is
+        ValueError: the file is not ours, is damaged, does not fit the model (every mismatch is
             listed), or holds NaN or infinite values.  The model is unchanged.
         OSError: the file is missing or cannot be read.
     """
@@ -107,7 +107,7 @@ def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
 
 
 def _fields_of(config):
-    """The configuration as of its first router, as files have always had it."""
+    """The configuration at the time of its first router, as files have always stored it."""
     router = config.router if isinstance(config.router, PerTaskRouter) else config.router.inner
     fewest = min(router.experts_of(config), default=config.num_experts)
     plain = dataclasses.replace(config, router=None, num_experts=fewest, r=config.ranks[0])
@@ -115,7 +115,7 @@ def _fields_of(config):
 
 
 def _keyed(model, layers, also):
-    """{key: tensor} of the layers and of the modules that train beside them."""
+    """{key: tensor} of the layers and of the other modules that train."""
     tensors = {f"{p}.{n}": t for p, layer in layers.items() for n, t in _tensors_of(layer).items()}
     for module in also:
         tensors |= {f"{module}.{n}": p for n, p in model.get_submodule(module).named_parameters()}
@@ -147,7 +147,7 @@ def _read_description(file, metadata, tensors):
         ("also", all(type(module) is str for module in found["also"])),
         ("branches", fewest <= branches <= tensors),
         ("routers", len(routers) <= tensors and _numbers(routers, fewest, branches + 1)),
-        ("routers", routers == sorted(routers)),  # branches came in between the routers
+        ("routers", routers == sorted(routers)),  # branches were added between routers
         ("bank", len(bank) >= len(routers) and _numbers(bank, 0, len(routers))),
         ("learning", bool(bank) or not found["learning"]),
         ("frozen", all(_ids(ids, branches) for ids in found["frozen"].values())),
@@ -169,7 +169,7 @@ def _ids(values, high):
 
 
 def _modules(model, found):
-    """{path: linear module} of the layers, and {key: parameter} of what trains beside them."""
+    """{path: linear module} of the layers, and {key: parameter} of the other modules that train."""
     modules = dict(model.named_modules())
     problems = [f"{name}: no such module" for name in found["also"] if name not in modules]
     for path in found["frozen"]:
@@ -184,7 +184,7 @@ def _modules(model, found):
 
 
 def _expect_count(name, found, also, slices):
-    """Before a tensor is described, so that a small file cannot ask for a long list of them."""
+    """Checks the number of tensors before describing any, so that a small file cannot ask for a long list."""
     layer = 2 + found["branches"] + len(found["routers"])  # lora_A and usage
     keys = sum(key in slices for key in _SELECTOR)
     expected = len(found["frozen"]) * layer + len(also) + keys
@@ -193,7 +193,7 @@ def _expect_count(name, found, also, slices):
 
 
 def _wanted(bases, found):
-    """The layers' tensors, on meta: nothing is allocated before the file was found to have them."""
+    """The layers' tensors on meta: nothing is allocated before the file is known to contain them."""
     config, wanted = found["config"], {}
     for path, base in bases.items():
         trunk = adapter_tensors(base, config)["lora_A"]  # (r, D_in)

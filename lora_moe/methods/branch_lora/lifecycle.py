@@ -1,4 +1,4 @@
-"""A task begins and ends: a router of its own, then the branches that it came to rely on are frozen.
+"""The lifecycle of a task: it gets a router, and afterwards the branches that it relies on are frozen.
 
 Letters: E branches.
 """
@@ -20,15 +20,15 @@ from .adapters import parts, router_of, routers_of, tell
 
 
 def begin_task(model: nn.Module, *, router: bool = True) -> int:
-    """Start to learn a task: each layer gets a router for it.  Make the optimizer afterwards.
+    """Start learning a task: each layer gets a router for it.  Create the optimizer afterwards.
 
     Args:
         model: see inject.
-        router: False goes on with the router of the task before, if there is one.
+        router: False continues with the previous task's router, if there is one.
     Returns:
         The task's number, 0 for the first.
     Raises:
-        ValueError: a task is being learned already.
+        ValueError: a task is already being learned.
     """
     layers, course = parts(model)
     if course.learning:
@@ -48,12 +48,12 @@ def begin_task(model: nn.Module, *, router: bool = True) -> int:
 def end_task(model: nn.Module, freeze: int | None = None) -> None:
     """Freeze in each layer the `freeze` branches that the task used most, and the task's router.
 
-    A branch that an earlier task froze may be among them: then fewer become new.  What was learned
-    stays; what a frozen branch adds can still change with the trunk, which every task trains.
+    These may include branches frozen by an earlier task; then fewer are newly frozen.  The branches keep what
+    they learned, but their output can still change with the trunk, which every task trains.
 
     Args:
         model: see inject.
-        freeze: how many; top_k of them by default, 0 for none.
+        freeze: number of branches; top_k by default, 0 for none.
     Raises:
         ValueError: no task is being learned, or freeze is negative.
     """
@@ -70,12 +70,12 @@ def end_task(model: nn.Module, freeze: int | None = None) -> None:
 
 
 def add_branches(model: nn.Module, n: int) -> None:
-    """n new branches in each layer for the tasks that begin from now on; outputs keep their bits.
+    """Add n branches to each layer for the tasks that begin from now on; outputs stay bitwise unchanged.
 
-    It is lora_moe.grow: lora_B is a new parameter, so the optimizer is made afterwards.
+    Uses lora_moe.grow: lora_B is a new parameter, so create the optimizer afterwards.
 
     Raises:
-        ValueError: n is no positive number, or the layers would exceed LoraMoeConfig's bounds.
+        ValueError: n is not positive, or the layers would exceed LoraMoeConfig's bounds.
     """
     layers, _ = parts(model)
     if type(n) is not int or n < 1:
@@ -86,7 +86,7 @@ def add_branches(model: nn.Module, n: int) -> None:
 
 
 def add_router(layer: LoraMoeLinear, reads: str) -> None:
-    """A router for one task more, which knows all branches that there are; the others stay as they are."""
+    """Add a router for one more task, which knows all current branches; the others do not change."""
     known = tuple(router.shape[0] for router in routers_of(layer))
     known = (*known, layer.config.num_experts)
     config = dataclasses.replace(layer.config, router=router_of(reads, len(known), known))
@@ -99,7 +99,7 @@ def add_router(layer: LoraMoeLinear, reads: str) -> None:
 
 
 def freeze_most_used(layer: LoraMoeLinear, k: int) -> None:
-    """The k branches with the most usage, of those with any; lower ids first among equals."""
+    """The k most used branches among those used at all; ties go to the lower id."""
     usage = layer.usage.tolist() if k else []
     order = sorted(range(len(usage)), key=lambda e: (-usage[e], e))
     layer.frozen = {e for e in order[:k] if usage[e] > 0} | set(layer.frozen)

@@ -1,19 +1,19 @@
-"""The achievement-based multi-task loss, and two neighbours that weigh tasks by their metrics alone.
+"""The achievement-based multi-task loss, and two related ones that weight tasks by their metrics alone.
 
-    a_t <- (1 - momentum) a_t + momentum metric_t        at each evaluation, the first value as it is
-    p_t  = single_task_metric_t * (1 + margin)           what a model of this task alone achieves, and more
-    w_t  = max(0, 1 - a_t / p_t)^gamma                   "achievement": 0 where the task is solved
+    a_t <- (1 - momentum) a_t + momentum metric_t        at each evaluation; the first value is taken as is
+    p_t  = single_task_metric_t * (1 + margin)           a single-task model's metric plus a margin
+    w_t  = max(0, 1 - a_t / p_t)^gamma                   "achievement": 0 once the task is solved
     w_t  = -(1 - a_t)^gamma log a_t                      "dtp", dynamic task prioritization
     w_t  = (1 - a_t)^gamma                               "focal"
 
     weights  w <- softmax(w)  or  w / sum(w)
     loss     prod_t L_t^w_t   (geometric)   or   sum_t w_t L_t
 
-Sources: Yun and Cho, Achievement-Based Training Progress Balancing for Multi-Task Learning, ICCV 2023:
-"achievement" is exact for it; that C-LoRAE's loss of the same name is this one is inferred.  Guo et al.,
-Dynamic Task Prioritization for Multitask Learning, ECCV 2018.  "dtp" and "focal" differ from what was
-published: dynamic task prioritization has gamma 1 by default and does not normalize, focal weights are
-divided by their sum; here both have gamma 2 and the softmax by default, as "achievement" has.
+Sources: Yun and Cho, Achievement-Based Training Progress Balancing for Multi-Task Learning, ICCV 2023, for
+which "achievement" is exact; it is inferred that C-LoRAE's loss of the same name is this one.  Guo et al.,
+Dynamic Task Prioritization for Multitask Learning, ECCV 2018.  "dtp" and "focal" differ from the published
+versions: dynamic task prioritization has gamma 1 by default and does not normalize, and focal weights are
+divided by their sum; here both have gamma 2 and the softmax by default, like "achievement".
 """
 
 from __future__ import annotations
@@ -31,24 +31,23 @@ TINY = 1e-8
 
 
 class AchievementLoss(nn.Module):
-    """One loss of several tasks', weighted by how far each is from what it could achieve.
+    """Combines the losses of several tasks, weighted by how far each is from its achievable metric.
 
-    What goes to zero for a solved task is `raw_weights`.  Normalised by the sum, its weight goes to zero
-    too; the softmax, the published default, divides e^0 by the others' e^w and so never leaves a task
-    below 1 / (1 + e (N - 1)).  Where every raw weight is zero, and before the first update, all weights
-    are equal.
+    For a solved task, `raw_weights` goes to zero.  Normalized by the sum, its weight also goes to zero; the
+    softmax, the published default, divides e^0 by the others' e^w, so no task's weight falls below
+    1 / (1 + e (N - 1)).  If every raw weight is zero, and before the first update, all weights are equal.
 
     Args:
         potentials: {task: metric of a model trained on this task alone}, in (0, 1] or in any unit that
-            the metrics share, higher is better.  "dtp" and "focal" use the names only.
-        margin: how much more than that is aimed at.
+            the metrics share, higher is better.  "dtp" and "focal" only use the names.
+        margin: how far above these metrics to aim.
         gamma: at least 0.
-        momentum: of the newest metric in the moving average, in (0, 1].
+        momentum: weight of the newest metric in the moving average, in (0, 1].
         form: "geometric" or "sum".
         normalisation: "softmax" or "sum".
         weighting: "achievement", "dtp" or "focal".
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -84,15 +83,15 @@ class AchievementLoss(nn.Module):
         self.form, self.normalisation, self.weighting = form, normalisation, weighting
         single = torch.tensor([float(p) for p in potentials.values()])
         self.register_buffer("potential", single * (1 + margin))  # (N,)
-        self.register_buffer("achieved", torch.full_like(single, torch.nan))  # (N,), NaN: not yet
+        self.register_buffer("achieved", torch.full_like(single, torch.nan))  # (N,), NaN at first
 
     @torch.no_grad()
     def update(self, metrics: Mapping[str, float]) -> None:
-        """Take in an evaluation: a metric for every task.
+        """Record an evaluation: one metric per task.
 
         Raises:
-            ValueError: a task is missing or unknown, a metric is not finite or negative, or above 1
-                where the weighting needs a share.  Nothing changes then.
+            ValueError: a task is missing or unknown, a metric is not finite or is negative, or is above 1
+                if the weighting needs a fraction.  Nothing changes then.
         """
         if set(metrics) != set(self.tasks):
             raise ValueError(
@@ -107,7 +106,7 @@ class AchievementLoss(nn.Module):
         self.achieved.copy_(torch.where(self.achieved.isnan(), new, moved))
 
     def raw_weights(self) -> torch.Tensor:
-        """w (N,) before normalisation; NaN before the first update."""
+        """w (N,) before normalization; NaN before the first update."""
         if self.weighting == "achievement":
             return (1 - self.achieved / self.potential).clamp(min=0) ** self.gamma
         left = (1 - self.achieved) ** self.gamma
@@ -122,13 +121,13 @@ class AchievementLoss(nn.Module):
         return _shares(raw)
 
     def forward(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The tasks' losses as one, differentiable.
+        """The combined loss of the tasks, differentiable.
 
-        A batch may lack some of the tasks: leave these out, and the weights of the others are divided
-        by their sum, so that the scale of the loss does not depend on which tasks a batch has.
+        A batch may lack some tasks: omit these, and the weights of the others are divided by their sum, so
+        that the scale of the loss does not depend on which tasks a batch contains.
 
         Args:
-            losses: {task: 0-dim loss} of the tasks that the batch has; positive, for the geometric form.
+            losses: {task: 0-dim loss} of the tasks in the batch; positive for the geometric form.
         Raises:
             ValueError: a task is unknown, or there is none.
         """
@@ -153,6 +152,6 @@ class AchievementLoss(nn.Module):
 
 
 def _shares(weights):
-    """Divided by their sum; equal where all are zero."""
+    """Divided by their sum; equal if all are zero."""
     total = weights.sum()
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1), 1 / len(weights))

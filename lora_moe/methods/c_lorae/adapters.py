@@ -22,8 +22,8 @@ def CollaborativeLinear(base: nn.Module, config: CLoraeConfig) -> LoraMoeLinear:
 
         y = base(x) + g1(x) s_U B_U A_U x + g2(x) s_t B_t A_t x
 
-    It is a LoraMoeLinear with a UniversalRouter: router_weight, the gate, is (2, D_in), or None where
-    there is nothing to gate, and tasks (set_tasks, use_routing) say which expert the second slot holds.
+    It is a LoraMoeLinear with a UniversalRouter: router_weight, the gate, is (2, D_in), or None if there is
+    nothing to gate, and tasks (set_tasks, use_routing) determine the expert in the second slot.
     """
     layer = LoraMoeLinear(base, config.mixture)
     if config.mutual_information:
@@ -32,7 +32,7 @@ def CollaborativeLinear(base: nn.Module, config: CLoraeConfig) -> LoraMoeLinear:
 
 
 def inject(model: nn.Module, config: CLoraeConfig, *, freeze: bool = True) -> nn.Module:
-    """lora_moe.inject of config.mixture, with what mutual_information_loss needs.
+    """lora_moe.inject with config.mixture, plus what mutual_information_loss needs.
 
     Args, Returns, Raises: as lora_moe.inject.  Parameters of the model's GatedVisual adapters stay
     trainable.
@@ -53,16 +53,16 @@ def layers_of(model: nn.Module) -> dict[str, LoraMoeLinear]:
 
 
 def set_tasks(model: nn.Module, task_ids: torch.Tensor | None) -> None:
-    """Say which task each sample of the following forwards has: lora_moe.set_routing(model, task_ids).
+    """Set the task of each sample in the following forwards: lora_moe.set_routing(model, task_ids).
 
-    An activation checkpoint's recompute and every step of generate() see it, whatever the lengths of
-    encoder and decoder.  With beams, one id serves its sample's beams.
+    The recomputation of an activation checkpoint and every step of generate() see it, for any lengths of
+    encoder and decoder.  With beams, one id applies to all beams of its sample.
 
     Args:
-        model: with experts of ours.
-        task_ids: (B,) integers in [-1, N), -1 for the universal expert alone; None forgets.
+        model: a model with our experts.
+        task_ids: (B,) integers in [-1, N), -1 for the universal expert alone; None clears them.
     Raises:
-        ValueError, TypeError: no such experts, or no such ids.  Nothing changes then.
+        ValueError, TypeError: there are no such experts or ids.  Nothing changes then.
     """
     layers = layers_of(model)
     if not layers:

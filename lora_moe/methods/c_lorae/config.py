@@ -1,4 +1,4 @@
-"""CLoraeConfig: every choice of a C-LoRAE model, and the mixture of experts that it stands for."""
+"""CLoraeConfig: all options of a C-LoRAE model, and the mixture of experts that it corresponds to."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from ...routers.universal import GATES
 
 @dataclasses.dataclass(frozen=True)
 class CLoraeConfig:
-    """Every choice of a C-LoRAE model; a universal expert of rank r, N task experts of rank r // N.
+    """All options of a C-LoRAE model: a universal expert of rank r, N task experts of rank r // N.
 
     Args:
-        num_tasks: N.  0 leaves the universal expert alone, an ordinary LoRA: the ablation.
+        num_tasks: N.  0 means only the universal expert, an ordinary LoRA: the ablation.
         r: rank of the universal expert, at least N.
         alpha: an expert of rank r_e is scaled by s = alpha / r_e (inferred).
-        task_alpha: the same of the task experts; None is alpha, so that s_t = N s_U.
+        task_alpha: the same for the task experts; None is alpha, so that s_t = N s_U.
         gate: "softmax" of two logits of the token; "sigmoid" of each; "sum", both weights 1: the
-            ablation.  That there are two logits from x is inferred, the paper's text has not been
-            compared.
-        dropout: on the experts' input while training, never on the gate's; in [0, 1).
+            ablation.  The two logits from x are inferred; the paper's text has not been compared.
+        dropout: on the experts' input during training, never on the gate's; in [0, 1).
         mutual_information: keep what mutual_information_loss needs.
         target_modules, exclude_modules: as in LoraMoeConfig.
     Raises:
-        ValueError: a field does not fit.
+        ValueError: a field is invalid.
     """
 
     num_tasks: int
@@ -55,7 +54,7 @@ class CLoraeConfig:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of the universal expert and of each task's, (1 + N,)."""
+        """Ranks of the universal expert and of each task's expert, (1 + N,)."""
         return (self.r, *[self.r // max(self.num_tasks, 1)] * self.num_tasks)
 
     @property
@@ -85,7 +84,7 @@ class CLoraeConfig:
         )
 
     def one_lora(self) -> CLoraeConfig:
-        """The baseline: one LoRA with as many rank rows, and one more for the gate's parameters."""
+        """The baseline: one LoRA with the same total rank, plus one for the gate's parameters."""
         return dataclasses.replace(
             self,
             num_tasks=0,

@@ -5,11 +5,11 @@ r"""Unified multimodal information extraction as text: instructions, answers, a 
     relations  born in: Ada Lovelace | London
     events     attack: bombed | attacker = rebels | target = the bridge
 
-An answer is a list of records of one kind, `none` if there are none.  A value that holds one of
-``; : | = \`` has a backslash before it.  The reader accepts exactly what the writer can write, apart from
-spaces around the signs: a record with a wrong number of fields, an empty field or a type outside the
-schema is malformed.  Malformed records are counted, and the scores count each as a wrong prediction, so
-that a model gains nothing from babbling.
+An answer is a list of records of one kind, or `none` if there are none.  In a value, each of ``; : | = \`` is
+escaped with a backslash.  The reader accepts exactly what the writer can write, apart from spaces around the
+signs: a record with a wrong number of fields, an empty field or a type outside the schema is malformed.
+Malformed records are counted, and the scores count each as a wrong prediction, so that a model gains nothing
+from extra output.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Event(NamedTuple):
 
 
 class Schema(NamedTuple):
-    """What to extract: `name` is how the instruction calls it, `types` the allowed types or labels,
-    `roles` those of an event's arguments."""
+    """What to extract: `name` is its name in the instruction, `types` the allowed types or labels, `roles`
+    those of an event's arguments."""
 
     kind: str
     name: str
@@ -50,7 +50,7 @@ class Schema(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """An answer as read: well-formed records, and how many others there were."""
+    """A parsed answer: the well-formed records, and the number of others."""
 
     records: frozenset
     malformed: int
@@ -68,8 +68,8 @@ def instruction(schema: Schema, text: str, *, image: bool = True, brief: bool = 
     Args:
         schema: what to extract.
         text: the sentence; line breaks become spaces.
-        image: say that there is an image.
-        brief: the sentence and the task's name only, for a model that is trained anyway.
+        image: mention that there is an image.
+        brief: only the sentence and the task's name, for a model that is trained on the task.
     Raises:
         ValueError: the schema's kind is unknown.
     """
@@ -126,7 +126,7 @@ def argument_f1(predicted: Sequence[Reading], wanted: Sequence[frozenset]) -> Sc
 
 
 def set_f1(predicted: Reading, wanted: frozenset) -> float:
-    """2 |P & W| / (|P| + |W|) of one item, malformed records in P; 1 when both are empty."""
+    """2 |P & W| / (|P| + |W|) of one item, malformed records in P; 1 if both are empty."""
     size = len(predicted.records) + predicted.malformed + len(wanted)
     return 2 * len(predicted.records & wanted) / size if size else 1.0
 
@@ -141,7 +141,7 @@ def _mapped(parts_of, predicted, wanted):
 
 
 def _score(right, said, wanted):
-    """Nothing wanted and nothing said is a perfect answer."""
+    """If nothing is expected and nothing is predicted, the answer is perfect."""
     precision = right / said if said else float(wanted == 0)
     recall = right / wanted if wanted else float(said == 0)
     total = precision + recall
@@ -190,7 +190,7 @@ def _read_event(schema, kind, fields):
 
 
 def _split(text, sign):
-    """At each `sign` without a backslash before it; a backslash protects one character."""
+    """Splits at each unescaped `sign`; a backslash escapes one character."""
     parts, start, i = [], 0, 0
     while i < len(text):
         if text[i] == sign:
@@ -205,7 +205,7 @@ def _escaped(value):
 
 
 def _plain(field):
-    """The value of a field, or None where a sign stands in it that a value cannot hold."""
+    """The value of a field, or None if it contains a sign that a value cannot hold."""
     rest = re.sub(r"\\[;:|=\\]", "", field)
     if re.search(r"[;:|=\\]", rest):
         return None

@@ -33,12 +33,12 @@ def save(model: nn.Module, directory: str | os.PathLike) -> Path:
 
 @torch.no_grad()
 def load(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
-    """Read what save wrote, into a model prepared in the same way (inject, add_visual).
+    """Read what save wrote into a model prepared in the same way (inject, add_visual).
 
-    The model decides what the file must hold: paths, ranks, gates, shapes; it keeps its dtypes.
+    The model determines what the file must hold: paths, ranks, gates, shapes; it keeps its dtypes.
 
     Raises:
-        ValueError: the file is damaged, is another's, does not fit the model (every misfit is listed) or
+        ValueError: the file is damaged, is not ours, does not fit the model (every mismatch is listed) or
             holds NaN or infinite values.  The model is unchanged.
         OSError: the file cannot be read.
     """
@@ -70,7 +70,7 @@ def _keyed(model):
 
 
 def _describe(model):
-    """What a saved file says of itself; JSON."""
+    """A saved file's description of itself; JSON."""
     modules = {}
     for path, module in _trained(model).items():
         if isinstance(module, GatedVisual):

@@ -16,7 +16,7 @@ from ...routing import Routing
 
 
 class Pooling:
-    """A forward hook that keeps each sample's mean token, and the task that its forward was told.
+    """A forward hook that keeps each sample's mean token and the task of its forward.
 
     An expert is linear, so the mean of its outputs is its output for the mean token: B rows of work
     instead of T.
@@ -37,7 +37,7 @@ class Pooling:
 
     @staticmethod
     def of(module: nn.Module):
-        """The module's own, none or one."""
+        """The module's own hook, none or one."""
         return (hook for hook in module._forward_hooks.values() if isinstance(hook, Pooling))
 
     def __call__(self, layer, args, _output):
@@ -45,14 +45,14 @@ class Pooling:
             return
         (x, *_) = args
         self.mean = x.flatten(1, -2).mean(1) if x.dim() > 2 else x
-        # expert 1 + t is task t's, and the universal one is 0 in each row
+        # expert 1 + t belongs to task t, and the universal one is 0 in each row
         second = layer.routing.indices.amax(1)  # (T,)
         self.tasks = second.view(self.mean.shape[0], -1)[:, 0].long() - 1
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """u, d (B, D_out): both experts' ungated outputs, mean over each sample's tokens; tasks (B,).
 
-        d is zero where a sample has no task.
+        d is zero if a sample has no task.
         """
         layer, tasks = self.layer, self.tasks
         ids = torch.cat([torch.zeros_like(tasks), torch.where(tasks < 0, tasks, tasks + 1)])
@@ -79,21 +79,21 @@ def mutual_information_loss(
         L = -mean_b log( exp(cos(u_b, d_b) / tau) / sum_c exp(cos(u_b, d_c) / tau) ),   I(u; d) >= log B - L
 
     u_b and d_b are a sample's universal and task representation (Pooling.representations).
-    Add it to the loss with a small coefficient: maximising the bound keeps the task expert speaking of
-    the same samples as the universal one.  That C-LoRAE maximises a mutual information is known.  Inferred
-    are the two variables (task and gate are an equal candidate), this bound, the pooling (over all
-    positions, padding too) and the temperature.
+    Add it to the loss with a small coefficient: maximizing the bound keeps the task expert informative about
+    the same samples as the universal one.  It is known that C-LoRAE maximizes a mutual information.  The two
+    variables (task and gate are an equal candidate), this bound, the pooling (over all positions, including
+    padding) and the temperature are inferred.
 
     Args:
         model: injected with mutual_information=True, after a forward.
         temperature: tau.
         negatives: the c of the sum.  "batch": all samples that have a task.  "task": those of b's own
-            task, so that nothing is gained by telling tasks apart and the universal expert is not
-            taught to.  Which one C-LoRAE takes is not known.
+            task, so that nothing is gained by distinguishing tasks and the universal expert does not learn
+            to.  It is not known which one C-LoRAE uses.
     Returns:
         0-dim, fp32 (fp64), differentiable.
     Raises:
-        ValueError: no layer keeps what is needed, or negatives is neither of the two.
+        ValueError: no layer keeps what is needed, or negatives is invalid.
         RuntimeError: no forward has run yet.
     Source of the bound: van den Oord et al. 2018 (CPC), arXiv 1807.03748, eq. 4-5.
     """
@@ -112,7 +112,7 @@ def mutual_information_loss(
 def info_nce(u, d, tasks, temperature: float = 0.1, negatives: str = "batch") -> torch.Tensor:
     """-mean_b log softmax_c(cos(u_b, d_c) / tau)[b] over the samples with a task.  u, d (B, D), tasks (B,)
 
-    negatives="task" takes the softmax over the samples of b's task alone.
+    negatives="task" takes the softmax only over the samples of b's task.
     """
     one_of("negatives", negatives, NEGATIVES)
     idle = tasks < 0

@@ -1,4 +1,4 @@
-"""A gated visual adapter: image features into the blocks of a T5 encoder or of a decoder.
+"""A gated visual adapter: adds image features to the blocks of a T5 encoder or a decoder.
 
     "attention"   h_i <- h_i + tanh(gate) * Attention(query: norm(h_i), keys and values: v_1 .. v_P)
     "addition"    h_i <- h_i + tanh(gate) * W mean_p v_p
@@ -9,7 +9,7 @@ block recomputes the adapter too.
 
 Letters: B samples, L tokens, P patches of an image, D the model's width, D_v the image features'.
 
-That C-LoRAE feeds visual features through adapters is known; which of these two it takes is inferred.
+It is known that C-LoRAE feeds visual features through adapters; which of the two it uses is inferred.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class GatedVisual(nn.Module):
         width: D.
         image_width: D_v.
         mode: "attention" or "addition".
-        heads: of the attention.
-        head_width: of each of them.
+        heads: number of attention heads.
+        head_width: width of each head.
     Attributes:
-        images: (B, P, D_v) of the following forwards, or None: text alone; see set_images.
-        mask: (B, P) bool, True where there is a patch; None: everywhere.
+        images: (B, P, D_v) for the following forwards, or None for text alone; see set_images.
+        mask: (B, P) bool, True where there is a patch; None means everywhere.
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument is invalid.
     """
 
     def __init__(self, width, image_width, mode="attention", heads=4, head_width=32):
@@ -82,7 +82,7 @@ class GatedVisual(nn.Module):
         return self.value((v * weight).sum(1, keepdim=True) / count)
 
     def _of(self, h, given):
-        """Rows for the samples of h; with beams, one image serves its sample's beams."""
+        """Rows for the samples of h; with beams, one image applies to all beams of its sample."""
         have, rows = given.shape[0], h.shape[0]
         if rows % have:
             raise ValueError(
@@ -92,7 +92,7 @@ class GatedVisual(nn.Module):
         return given if have == rows else given.repeat_interleave(rows // have, 0)
 
     def before(self, block, args, kwargs):
-        """The hook: the block's first argument, its hidden states, go through the adapter."""
+        """The hook: passes the block's first argument, its hidden states, through the adapter."""
         if args:
             return (self(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": self(kwargs["hidden_states"])}
@@ -117,13 +117,13 @@ def add_visual(
 
     Args:
         model: a Hugging Face encoder, decoder or both.
-        blocks: paths of transformer blocks: ("encoder.block.0", ...) of a T5, ("model.layers.20", ...)
-            of a decoder.
+        blocks: paths of transformer blocks: ("encoder.block.0", ...) for a T5, ("model.layers.20", ...)
+            for a decoder.
         image_width: D_v.
         width: D; model.config.hidden_size by default.
-        options: of GatedVisual.
+        options: options of GatedVisual.
     Returns:
-        The same model, which behaves as before until set_images and training.
+        The same model, which is unchanged in its results until set_images and training.
     Raises:
         ValueError: a path is unknown or has an adapter; the model is unchanged.
     """
@@ -149,11 +149,11 @@ def set_images(
     """Give the following forwards their images, until the next call.
 
     Args:
-        model: with GatedVisual modules.
+        model: a model with GatedVisual modules.
         images: (B, P, D_v), or None for text alone.
-        mask: (B, P) bool, at least one True a row.
+        mask: (B, P) bool, at least one True per row.
     Raises:
-        ValueError: no such modules, or another shape.  Nothing changes then.
+        ValueError: there are no such modules, or a shape is wrong.  Nothing changes then.
     """
     adapters = [m for m in model.modules() if isinstance(m, GatedVisual)]
     if not adapters:

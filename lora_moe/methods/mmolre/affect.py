@@ -1,7 +1,7 @@
-"""Metrics of sentiment and emotion, as the field computes them (CMU-MOSI, CMU-MOSEI and their kin).
+"""Standard metrics of sentiment and emotion (CMU-MOSI, CMU-MOSEI and similar data sets).
 
 Sentiment is a score, usually in [-3, 3]; emotions are a class, or a set of labels.  F1 of a class c is
-2 TP / (2 TP + FP + FN), zero where that is 0 / 0; weighted F1 is its mean over the classes, weighted by
+2 TP / (2 TP + FP + FN), zero if that is 0 / 0; weighted F1 is its mean over the classes, weighted by
 how often each one is true.
 """
 
@@ -17,13 +17,13 @@ def sentiment_metrics(prediction: torch.Tensor, truth: torch.Tensor) -> dict[str
         prediction, truth: scores of the same shape, N of them in all.
     Returns:
         mae            mean |prediction - truth|
-        corr           Pearson's; NaN where one side is constant
-        acc7           both sides clipped to [-3, 3] and rounded (halves to even) to one of seven classes
+        corr           Pearson's correlation; NaN if one side is constant
+        acc7           both sides clipped to [-3, 3] and rounded (half to even) to one of seven classes
         acc2_non_negative, f1_non_negative    negative against non-negative: < 0 against >= 0, all items
         acc2_positive, f1_positive            negative against positive: items whose truth is 0 are left
                                               out, the others are < 0 against > 0; a prediction of
                                               exactly 0 counts as negative
-        where F1 is weighted over the two classes.  NaN where no item is left.
+        F1 is weighted over the two classes.  NaN if no item is left.
     Raises:
         ValueError: shapes differ, or there are no items.
     """
@@ -52,13 +52,13 @@ def multiclass_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, 
 
 
 def multilabel_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Each of C labels is there where its logit is positive.
+    """Each of C labels is predicted if its logit is positive.
 
     Args:
         logits, labels: (N, C), labels of 0 and 1.
     Returns:
-        accuracy       share of all N * C decisions that are right
-        weighted_f1    mean over labels of F1 of "there", weighted by how often each label is there
+        accuracy       fraction of all N * C decisions that are correct
+        weighted_f1    mean over labels of their F1, weighted by how often each label is present
         macro_f1       the same, unweighted
     """
     there, true = logits > 0, labels > 0.5

@@ -1,7 +1,7 @@
-"""UniTSE: the shared and the task experts of one block, with a router for each task.
+"""UniTSE: the shared and the task experts of one block, with one router per task.
 
 Letters: B items, L positions, D width, N shared experts, E experts of all tasks together, R rank rows
-of all experts, S streams: 1 where all tasks read the same input, or one per task.
+of all experts, S streams: 1 if all tasks read the same input, or one per task.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from .config import ACTIVATIONS, expect_options
 
 
 class UniTSE(nn.Module):
-    """Shared and task-specific low-rank experts, mixed by one router a task.
+    """Shared and task-specific low-rank experts, mixed by one router per task.
 
         H^t = sum_n g^t_n f_n(X^t) + g^t_{N+1} f_t(X^t),    g^t = softmax(W^t x_i)
         f_n(X)_i = B_n phi(A_n [x_{i-1}; x_i; x_{i+1}] + b1_n) + b2_n
 
-    Parameters: lora_A (3, R, D), one slice a tap: of x_{i-1}, x_i, x_{i+1}; bias_A (R,); lora_B (R, D),
-    whose row r pairs with row r of lora_A; bias_B (E, D); router_weight (tasks * K, D), K the experts
-    that a task chooses from.  Rows and experts are in the order: shared, then each task's own.
-    There is no W0 beside the experts, so B does not start at zero: A and B are drawn such that the mean of
-    K experts has their input's variance behind a ReLU; biases start at zero, routers near it.
-    The attribute gates (tasks, B, L, E) is what the last forward mixed with, detached; None before.
+    Parameters: lora_A (3, R, D), one slice per tap: x_{i-1}, x_i, x_{i+1}; bias_A (R,); lora_B (R, D),
+    whose row r pairs with row r of lora_A; bias_B (E, D); router_weight (tasks * K, D), K the number of
+    experts that a task chooses from.  Rows and experts are ordered: shared, then each task's own.
+    There is no W0 besides the experts, so B does not start at zero: A and B are drawn such that the mean of
+    K experts, with a ReLU, has the variance of their input; biases start at zero, routers near zero.
+    The attribute gates (tasks, B, L, E) holds the last forward's gates, detached; None before.
 
     Args:
         width: D.
-        shared_ranks: of the N shared experts.
-        task_ranks: of each task's own expert, one per task; all zeros for tasks without one.
+        shared_ranks: ranks of the N shared experts.
+        task_ranks: rank of each task's own expert, one per task; all zeros for tasks without one.
         activation, route, residual: as in MMoLREConfig.
     """
 
@@ -88,11 +88,11 @@ class UniTSE(nn.Module):
 
         Args:
             x: (B, L, D), the same for all tasks, or (tasks, B, L, D).
-            mask: (B, L) bool, False at padding, which reads and becomes zero; None: no padding.
+            mask: (B, L) bool, False at padding, which is read as zero and becomes zero; None: no padding.
         Returns:
             (tasks, B, L, D) in x's dtype.
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: a shape is wrong.
         """
         x = self._streams(x, mask)  # (S, B, L, D)
         taps, logits = F.shrink(x, self.lora_A.flatten(0, 1), self.router_weight)

@@ -1,4 +1,4 @@
-"""What MMoLRE asks of its arguments: each message names argument, expected and received."""
+"""Checks of MMoLRE's arguments: each message names the argument, what was expected and what was received."""
 
 from __future__ import annotations
 

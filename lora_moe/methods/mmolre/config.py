@@ -1,4 +1,4 @@
-"""MMoLREConfig: every choice of a model, checked before anything is allocated."""
+"""MMoLREConfig: all options of a model, checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def expect_options(activation, route):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a task's head puts out and how it is trained.
+    """What a task's head outputs and how it is trained.
 
     Args:
         loss: "mae" or "mse" (regression), "multiclass" (cross-entropy of class ids) or "multilabel"
             (binary cross-entropy of each output).
-        outputs: numbers an item: 1 for a sentiment score, the number of emotions.
-        weight: of this loss in the sum; in [0, 1e6].
+        outputs: numbers per item: 1 for a sentiment score, or the number of emotions.
+        weight: weight of this loss in the sum; in [0, 1e6].
     """
 
     loss: str = "mae"
@@ -53,23 +53,23 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class MMoLREConfig:
-    """Every choice of the model, checked before anything is allocated.
+    """All options of the model, checked before anything is allocated.
 
     Args:
-        modalities: {name: features a position}, one or more, such as {"text": 768, "audio": 74}.
+        modalities: {name: features per position}, one or more, such as {"text": 768, "audio": 74}.
         tasks: {name: Task}.
         width: D, of the experts' inputs and outputs; other features are projected to it first.
         shared_ranks: rank of each shared expert; they may differ.
         task_rank: rank of each task's own expert in a block; 0 for none.
-        blocks: UniTSE blocks of a modality, one upon the other.
+        blocks: number of stacked UniTSE blocks per modality.
         activation: phi, one of "relu", "gelu", "silu", "tanh".
-        route: "token": gates at each position; "mean": one set of gates an item, from its mean.
+        route: "token": gates at each position; "mean": one set of gates per item, from its mean.
         residual: add a block's input to its output.
-        dropout: on the fused vector while training; in [0, 1).
-        hard_sharing: the baseline: one stream for all tasks, so one router and no task's own experts
-            (task_rank is 0); fusion and heads stay apart.
+        dropout: on the fused vector during training; in [0, 1).
+        hard_sharing: the baseline: one stream for all tasks, so one router and no task experts
+            (task_rank is 0); fusion and heads remain separate.
     Raises:
-        ValueError: a field does not fit; the message names it, what was expected and was received.
+        ValueError: a field is invalid; the message names it, what was expected and what was received.
     """
 
     modalities: Mapping[str, int]

@@ -20,10 +20,10 @@ def save(model: MMoLRE, path: str | os.PathLike) -> None:
     """Write configuration and weights to one safetensors file, all or nothing.
 
     Args:
-        path: of the file, not of a directory.
+        path: path of the file, not of a directory.
     Raises:
         ValueError: a parameter could not be read back, such as one on meta.
-        OSError: the file cannot be written; an older one is as it was.
+        OSError: the file cannot be written; an older one is unchanged.
     """
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
     metadata = {"format": "pt", "mmolre": json.dumps(model.config.to_dict())}
@@ -34,8 +34,8 @@ def load(path: str | os.PathLike) -> MMoLRE:
     """The model that save wrote, on the CPU, in eval mode; the file is untrusted.
 
     Raises:
-        ValueError: it is damaged, holds no MMoLRE, other tensors than its configuration asks for, or
-            values that are not finite.
+        ValueError: it is damaged, does not hold an MMoLRE model, or holds tensors that do not match its
+            configuration or values that are not finite.
         OSError: it is missing or cannot be read.
     """
     with safefile.open_regular(Path(path)) as file:
@@ -53,7 +53,7 @@ def load(path: str | os.PathLike) -> MMoLRE:
             for name, shape in shapes.items()
         }
         tensors = safefile.read_tensors(file, slices, wanted)
-    with torch.device("meta"):  # the file's tensors become the parameters: they are in memory once
+    with torch.device("meta"):  # the file's tensors become the parameters, without a second copy
         model = MMoLRE(config)
     model.load_state_dict(tensors, assign=True)
     for module in model.modules():
@@ -63,7 +63,7 @@ def load(path: str | os.PathLike) -> MMoLRE:
 
 
 def _shapes(config):
-    """{name: shape} of a model's parameters; all blocks of a modality are alike, so one is made."""
+    """{name: shape} of a model's parameters; all blocks of a modality are alike, so one is built."""
     with torch.device("meta"):
         first = MMoLRE(dataclasses.replace(config, blocks=1)).state_dict()
     shapes = {}

@@ -1,4 +1,4 @@
-"""A loss for each kind of task: mae, mse, multiclass, multilabel."""
+"""One loss per kind of task: mae, mse, multiclass, multilabel."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .config import MMoLREConfig
 def task_losses(
     config: MMoLREConfig, outputs: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """{task: its mean loss}, unweighted; a label that is missing does not count.
+    """{task: its mean loss}, unweighted; missing labels do not count.
 
     Args:
-        outputs: the model's.
-        labels: {task: tensor}: (B,) or (B, outputs) numbers, NaN where missing, for a regression; (B,)
-            class ids, -100 where missing; (B, outputs) of 0 and 1, NaN where missing, for multilabel.
+        outputs: the model's outputs.
+        labels: {task: tensor}: (B,) or (B, outputs) numbers, NaN if missing, for a regression; (B,)
+            class ids, -100 if missing; (B, outputs) of 0 and 1, NaN if missing, for multilabel.
     """
     return {
         name: _loss(name, task.loss, outputs[name], labels[name])

@@ -1,4 +1,4 @@
-"""MMoLRE: a stack of blocks for each modality, a fusion and a head for each task.
+"""MMoLRE: one stack of blocks per modality, and one fusion and one head per task.
 
 Letters: B items, L positions, D width.
 """
@@ -16,11 +16,11 @@ from .config import MMoLREConfig
 
 
 class Fusion(nn.Module):
-    """Task-adaptive fusion: a task's own attention over positions, then over modalities.
+    """Task-adaptive fusion: attention per task over positions, then over modalities.
 
         z_m = sum_i softmax_i(q_m . h_mi) h_mi        a = softmax_m(u . tanh(V z_m))        z = sum_m a_m z_m
 
-    A modality whose mask holds no True for an item has no part in it; an item without any is zero.
+    A modality whose mask is all False for an item is excluded; an item without any modality is zero.
     """
 
     def __init__(self, width: int, modalities: int):
@@ -42,11 +42,11 @@ class Fusion(nn.Module):
 
 
 class MMoLRE(nn.Module):
-    """Two or more feature sequences in, one prediction a task out.
+    """Maps two or more feature sequences to one prediction per task.
 
-    Each modality is projected to D and passes its own stack of UniTSE blocks: all tasks enter the first
-    one together and leave it apart, and the shared experts of the later ones couple them again.  Then
-    each task fuses the modalities and reads its head.
+    Each modality is projected to D and passes through its own stack of UniTSE blocks: all tasks share the
+    input of the first block and have separate outputs, and the shared experts of later blocks couple them
+    again.  Then each task fuses the modalities and applies its head.
     """
 
     def __init__(self, config: MMoLREConfig):
@@ -85,20 +85,20 @@ class MMoLRE(nn.Module):
     def forward(
         self, features: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor] | None = None
     ) -> dict[str, torch.Tensor]:
-        """{task: (B, outputs)}: scores of a regression, logits of a classification.
+        """{task: (B, outputs)}: scores for regression, logits for classification.
 
         Args:
             features: {modality: (B, L, features)}; lengths may differ between modalities.
-            masks: {modality: (B, L) bool}, False at padding; a modality left out has none.
+            masks: {modality: (B, L) bool}, False at padding; an omitted modality has no padding.
         Raises:
-            ValueError: a modality is missing or too many, or a shape does not fit.
+            ValueError: a modality is missing or unknown, or a shape is wrong.
         """
         masks = masks or {}
         self._check(features, masks)
         encoded = {}
         for name, blocks in self.encoders.items():
             mask, x = masks.get(name), features[name]
-            if mask is not None:  # before the projection, whose gradient would meet a NaN there
+            if mask is not None:  # before the projection, whose gradient a NaN there would reach
                 x = x.masked_fill(~mask[..., None], 0)
             h = self.project[name](x)
             for block in blocks:
@@ -127,7 +127,7 @@ class MMoLRE(nn.Module):
 
 
 def attend(scores: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """sum_i softmax_i(scores) values_i over the True of the mask; zero where there are none.
+    """sum_i softmax_i(scores) values_i where the mask is True; zero if it never is.
 
     scores, mask (B, L), values (B, L, D) -> (B, D)
     """
