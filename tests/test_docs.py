@@ -1,6 +1,6 @@
 """Every page's Python runs as printed, one block after another, and all links resolve.
 
-A block whose last line is a comment `# ValueError: message` or `# UserWarning: message` must raise or warn so.
+A block whose last line is a comment `# ValueError: message` or `# UserWarning: message` must raise or warn.
 """
 
 from __future__ import annotations
