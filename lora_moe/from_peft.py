@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from reprlib import repr as brief
 from typing import NamedTuple
@@ -190,7 +191,26 @@ def _modules_of(model, loras) -> dict[str, nn.Module]:
             problems += [f"{lora.name}: {path}: {text}" for text in found]
     if problems:
         raise ValueError("adapters: expected LoRAs of this model, got\n  " + "\n  ".join(problems))
+    for lora in loras:
+        _tell_missing(lora, modules)
     return {path: modules[path] for path in paths}
+
+
+def _tell_missing(lora, modules):
+    """Warns of modules that the adapter's configuration names and its weights do not have."""
+    names, limits = lora.config.get("target_modules"), ("layers_to_transform", "exclude_modules")
+    if not isinstance(names, list | tuple | set) or any(lora.config.get(k) for k in limits):
+        return
+    ends = tuple(f".{name}" for name in names)
+    named = [path for path in modules if f".{path}".endswith(ends)]
+    missing = [path for path in named if (path, "A") not in lora.tensors]
+    if missing:
+        warnings.warn(
+            f"lora_moe: {lora.name} has no weights for {len(missing)} of {len(named)} modules that its"
+            f" target_modules names ({brief(missing[0])}, ...): its expert adds zero there",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _misfits(lora, path, module):

@@ -532,3 +532,18 @@ def test_modules_to_save_of_the_new_bank(tmp_path):
         with pytest.raises(ValueError, match=f"modules_to_save: expected modules .*{message}"):
             from_peft(model, paths, router={"modules_to_save": names})
         assert not injected(model)
+
+
+def test_weights_that_an_adapter_lacks_are_told(tmp_path):
+    lora(target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / "whole")
+    tensors = safetensors.torch.load_file(tmp_path / "whole" / FILES[1])
+    short = {name: tensor for name, tensor in tensors.items() if "layers.1" not in name}
+    config = json.loads((tmp_path / "whole" / FILES[0]).read_text())
+    with pytest.warns(
+        UserWarning, match=r"adapters\[1\].*no weights for 2 of 4 modules.*adds zero"
+    ):
+        from_peft(llama(), [(tensors, config), (short, config)])
+    with warnings.catch_warnings():  # one layer is what the configuration asks for
+        warnings.simplefilter("error", UserWarning)
+        from_peft(llama(), [(short, config | {"layers_to_transform": [0]})])
+        from_peft(llama(), [(tensors, config)])
