@@ -50,6 +50,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         )
         for path in (ROOT / source).rglob("*.py")
     }
+    modules.add("lora_moe/py.typed")
     assert modules <= set(names)
     rest = set(names) - modules - {"lora_moe/_not_built.json"}
     assert all(".dist-info/" in name for name in rest), rest
