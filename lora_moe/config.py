@@ -94,9 +94,9 @@ class LoraMoeConfig:
         TypeError: there is no such field; the message suggests one.
     """
 
-    num_experts: int | None = None
+    num_experts: int = None  # type: ignore[assignment]  # until __post_init__, or the model, says
     r: int | tuple[int, ...] = 8
-    top_k: int | None = None
+    top_k: int = None  # type: ignore[assignment]  # likewise
     alpha: float | tuple[float, ...] = 16.0
     dropout: float = 0.0
     gate: str = "softmax"

@@ -233,12 +233,12 @@ def config_at(path, loras, fields) -> LoraMoeConfig:
             for a, r, root in zip(alphas, ranks, roots)
         ]
     some = next(a for a in alphas if a is not None)
-    alphas = [some if a is None else a for a in alphas]
+    filled = [some if a is None else a for a in alphas]
     return LoraMoeConfig(
         **fields,
         num_experts=len(loras),
         r=ranks[0] if len(set(ranks)) == 1 else tuple(ranks),
-        alpha=alphas[0] if len(set(alphas)) == 1 else tuple(alphas),
+        alpha=filled[0] if len(set(filled)) == 1 else tuple(filled),
         use_rslora=agree and roots[present.index(True)],
     )
 

@@ -59,7 +59,9 @@ def inject(
             raise ValueError("freeze: expected True with adapters=, which trains routers alone")
         return config.into(model)
     configs = [config] if isinstance(config, LoraMoeConfig) else list(config)
-    saved, found, adapters = {}, {}, {}
+    saved: dict[str, nn.Module] = {}
+    found: dict[str, nn.Module] = {}
+    adapters: dict[nn.Module, LoraMoeLayer] = {}
     for each in configs:
         saved |= modules_to_save(model, each.modules_to_save)
     for each in configs:
@@ -136,7 +138,7 @@ def place(model: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
     """Put replacement[m] wherever the model holds m, under all of its names."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() hides second names
-            if child in replacement:
+            if child is not None and child in replacement:
                 setattr(parent, name, replacement[child])
 
 
@@ -167,7 +169,7 @@ def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Mo
         ValueError: a name matches nothing, or a module that holds or is a LoraMoeLinear, or one with
             extra state, which no adapter can hold.
     """
-    found = {}
+    found: dict[str, nn.Module] = {}
     for name in names:
         matches = {
             path: module

@@ -56,6 +56,10 @@ class LoraMoeLinear(LoraMoeLayer):
         TypeError: base is no linear module, or already a LoraMoeLinear.
     """
 
+    base_layer: nn.Linear  # or a module like it
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
     def __init__(self, base: nn.Module, config: LoraMoeConfig):
         features = linear_features(base)
         if features is None or isinstance(base, LoraMoeLinear):
@@ -111,7 +115,7 @@ class LoraMoeLinear(LoraMoeLayer):
         self._scaling = None
         self._note_parts()
         for name, tensor in tensors.items():
-            known = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
+            known: dict = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
             known[name] = tensor
         self.frozen = self._frozen
         records.forget(self)

@@ -125,6 +125,7 @@ class Part:
 
     kind: ClassVar[str]
     known: ClassVar[dict[str, type[Part]]]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # each subclass is a dataclass
 
     @property
     def task_count(self) -> int | None:

@@ -86,8 +86,7 @@ def localized_cv_squared(
         ValueError: the caller supplied the routing, or T is no multiple of B.
     Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, eq. 6-8.
     """
-    _require(routing, "logits")
-    T, B = routing.logits.shape[0], sample_types.shape[0]
+    T, B = _require(routing, "logits").shape[0], sample_types.shape[0]
     if B == 0 or T % B:
         raise ValueError(f"sample_types: expected one per sequence of {T} tokens, got {B}")
     logits, kept = _masked(routing, mask)
@@ -106,9 +105,9 @@ def z_loss(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
         ValueError: the caller supplied the routing, or the mask is not (T,).
     Source: Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, eq. 5.
     """
-    _require(routing, "lse")
+    lse = _require(routing, "lse")
     if mask is None:
-        return routing.lse.square().sum() / max(routing.lse.shape[0], 1)
+        return lse.square().sum() / max(lse.shape[0], 1)
     logits, kept = _masked(routing, mask)
     lse = torch.where(kept[:, 0], torch.logsumexp(logits, 1), 0)
     return lse.square().sum() / kept.sum().clamp(min=1)
@@ -150,9 +149,11 @@ def label_loss(
     return nn.functional.cross_entropy(logits, labels, reduction="sum") / counted
 
 
-def _require(routing, field):
-    if getattr(routing, field) is None:
+def _require(routing, field) -> torch.Tensor:
+    value = getattr(routing, field)
+    if value is None:
         raise ValueError(f"routing: expected {field} from a router, got a routing by the caller")
+    return value
 
 
 def _masked(routing, mask):
@@ -160,8 +161,7 @@ def _masked(routing, mask):
 
     Rows that do not count may hold NaN: they are replaced, not multiplied by zero.
     """
-    _require(routing, "logits")
-    logits = routing.logits
+    logits = _require(routing, "logits")
     if mask is None:
         return logits, torch.ones_like(logits[:, :1], dtype=torch.bool)
     kept = _fitted(mask, logits)[:, None] != 0

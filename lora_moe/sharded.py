@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+Key = TypeVar("Key", bound=Hashable)
 # names that wrappers put into the middle of a path
 _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -119,8 +121,8 @@ def conclude(tensors: Iterable[torch.Tensor], error: Exception | None) -> None:
 
 def write_whole(
     model: nn.Module,
-    tensors: dict[Hashable, torch.Tensor],
-    write: Callable[[dict[Hashable, torch.Tensor]], None],
+    tensors: dict[Key, torch.Tensor],
+    write: Callable[[dict[Key, torch.Tensor]], None],
 ) -> None:
     """Call write(the tensors, whole) on the process that writes, which the others of a collective await.
 

@@ -159,14 +159,15 @@ def _said(model, task_ids, routing, mask) -> dict[LoraMoeLayer, dict]:
     }
 
 
-def _tasks(layers, task_ids) -> dict[str, Routing]:
+def _tasks(layers, task_ids) -> dict[str, Routing | int]:
     """{path: tasks on the layer's device, as a Routing over tasks} of the layers that read them."""
     counts = {
         name: n for name, layer in layers.items() if (n := layer.config.num_tasks) is not None
     }
     if task_ids is None or not counts:
         return {}
-    task_ids, moved = _checked_ids(task_ids, min(counts.values()), "task"), {}
+    task_ids = _checked_ids(task_ids, min(counts.values()), "task")
+    moved: dict = {}
     if task_ids.dim() > 1:
         raise ValueError(
             f"task_ids: expected (B,) or (T,), one task each, got {tuple(task_ids.shape)}"

@@ -9,10 +9,13 @@ so that batch size, accumulation and padding do not change how strongly routers 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..io import load_adapter
 from ..losses import aux_loss, update_selection_bias
@@ -52,6 +55,12 @@ class LoraMoeTrainerMixin:
             quantization without gradients; a negative rate; or router_learning_rate together with a custom
             optimizer.
     """
+
+    # the Trainer's own
+    model: nn.Module
+    args: TrainingArguments
+    accelerator: Accelerator
+    add_callback: Callable[[TrainerCallback], None]
 
     def __init__(
         self,

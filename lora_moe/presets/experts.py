@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from ..config import LoraMoeConfig
 from ..routers import ThresholdRouter
 
-NO_LOSS = {"balance_coef": 0.0, "z_coef": 0.0}
+NO_LOSS: dict[str, Any] = {"balance_coef": 0.0, "z_coef": 0.0}
 
 
 def moelora(num_experts=8, r=128, alpha=256.0, *, target_modules=(), **fields) -> LoraMoeConfig:
@@ -130,8 +131,8 @@ def smora(num_experts=64, top_k=8, alpha=64.0, *, target_modules=(), **fields) -
         num_experts: E, the rank of the LoRA.
     Source: Zhao et al. 2025 (SMoRA), arXiv 2501.15103; that s is alpha / E is inferred.
     """
-    sizes = {"num_experts": num_experts, "r": 1, "top_k": top_k}
-    router = {"gate": "sigmoid", "renormalize": True, "selection_bias": True}
+    sizes: dict[str, Any] = {"num_experts": num_experts, "r": 1, "top_k": top_k}
+    router: dict[str, Any] = {"gate": "sigmoid", "renormalize": True, "selection_bias": True}
     named = _named(alpha * top_k / num_experts, target_modules)
     return LoraMoeConfig(**sizes, **router, **NO_LOSS | named | fields)
 

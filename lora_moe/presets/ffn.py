@@ -6,6 +6,8 @@ each adapted linear map.
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..config import FFN, LoraMoeConfig
 from .experts import NO_LOSS
 
@@ -59,6 +61,6 @@ def llava_mole(num_experts=3, r=32, alpha=64.0, *, target_modules=(), **fields) 
 
     Source: Chen et al. 2024 (LLaVA-MoLE), arXiv 2401.16160, and its code; r and alpha are inferred.
     """
-    router = {"top_k": 1, "renormalize": True, "router_bias": True}
+    router: dict[str, Any] = {"top_k": 1, "renormalize": True, "router_bias": True}
     named = {"alpha": alpha, "target_modules": target_modules, "placement": FFN}
     return LoraMoeConfig(num_experts=num_experts, r=r, **router, **NO_LOSS | named | fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -168,7 +169,7 @@ def c_lorae(
     if not isinstance(r, int) or not isinstance(num_tasks, int) or not 1 <= num_tasks <= r:
         raise ValueError(f"num_tasks: expected an integer in [1, r = {r}], got {num_tasks!r:.99}")
     task_alpha = alpha if task_alpha is None else task_alpha
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_experts": 1 + num_tasks,
         "r": (r, *[r // num_tasks] * num_tasks),
         "alpha": (alpha, *[task_alpha] * num_tasks),
