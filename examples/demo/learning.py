@@ -10,14 +10,20 @@ LEARNING_RATE = 1e-3
 PER_TASK = 8  # items of each task in a step: about 500 tokens
 
 
-def look(model, tokenizer, three, when):
-    """Held-out accuracy of each task, and what the model says to one item of each."""
-    bar = tqdm(three, f"held-out, {when}")
+def look(model, tokenizer, learned, when, items=(2,)):
+    """Held-out accuracy of each task, and what the model says to some of its items."""
+    bar = tqdm(learned, f"held-out, {when}")
     right = [training.accuracy(model, tokenizer, task) for task in bar]
-    shown = [task.prompt(task.heldout[2][0]) for task in three]
-    answers = [training.answer(model, tokenizer, prompt) for prompt in shown]
-    wanted = [task.heldout[2][1] for task in three]
-    return {"accuracy": right, "prompts": shown, "answers": answers, "wanted": wanted}
+    shown = [
+        (task.prompt(subject), label) for task in learned for subject, label in _of(task, items)
+    ]
+    answers = [training.answer(model, tokenizer, prompt) for prompt, _ in shown]
+    prompts, wanted = zip(*shown)
+    return {"accuracy": right, "prompts": prompts, "answers": answers, "wanted": wanted}
+
+
+def _of(task, items):
+    return [task.heldout[i] for i in items]
 
 
 def train(model, batches):

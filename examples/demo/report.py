@@ -80,22 +80,6 @@ def cost_panels(rows):
     ]
 
 
-def summary(rows, before, after):
-    """rows: (task, untuned, tuned, majority), as in figures.draw_accuracy; an answer to each task."""
-    lines = ["", f"{'held-out accuracy':<18}{'untuned':>9}{'tuned':>9}{'majority class':>17}"]
-    for name, untuned, tuned, majority in rows:
-        lines.append(f"{name:<18}{untuned:>9.1%}{tuned:>9.1%}{majority:>17.1%}")
-    asked = after["prompts"], after["wanted"], before["answers"], after["answers"]
-    for prompt, wanted, untuned, tuned in zip(*asked):
-        lines += ["", prompt.split("\n")[0]]
-        lines += [
-            f"  untuned  {_cell(untuned)}",
-            f"  tuned    {_cell(tuned)}",
-            f"  data     {wanted}",
-        ]
-    return "\n".join(lines)
-
-
 def markdown(found):
     parts = [
         "# A mixture of LoRA experts in SmolLM2-135M: the demo's report",
