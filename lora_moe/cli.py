@@ -23,43 +23,50 @@ _DOCTOR_ROW = "{:<10} {:<15} {:<9} {:>10} {:>10} {:>9}  {}"
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status is 0 where all is right, 1 where not, 2 for wrong usage."""
-    parser = argparse.ArgumentParser(prog="lora-moe", description="Fast mixtures of LoRA experts.")
+    parser = argparse.ArgumentParser(
+        prog="lora-moe",
+        description="Fast mixtures of LoRA experts for PyTorch.",
+        epilog="`lora-moe COMMAND --help` shows the options of a command.",
+    )
     parser.add_argument("--version", action="version", version=f"lora-moe {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    about = "which backend serves each device, and why the others do not"
+    about = "show which backend serves each device, and why the others do not"
     command = commands.add_parser("info", help=about, description=about)
     command.set_defaults(run=lambda _: info())
 
-    about = "show a saved adapter's configuration and tensors; reads the header, never the weights"
+    about = "show the configuration and the tensors of a saved adapter, without reading the weights"
     command = commands.add_parser("inspect", help=about, description=about)
-    command.add_argument("directory", metavar="DIR", help="where save_adapter wrote")
-    about = "draw where tokens went over training, from DIR/router_history.json; needs matplotlib"
+    command.add_argument("directory", metavar="DIR", help="the folder that save_adapter wrote")
+    about = "draw how training spread tokens over experts, from DIR/router_history.json (needs matplotlib)"
     command.add_argument("--png", metavar="FILE", help=about)
     command.set_defaults(run=lambda args: inspect(args.directory, args.png))
 
-    about = "make an adapter of another package's checkpoint, or PEFT folders of an adapter"
+    about = "turn another package's checkpoint into an adapter, or an adapter into folders of PEFT"
     command = commands.add_parser("convert", help=about, description=about)
-    command.add_argument("source", metavar="SOURCE", help="a folder, or a file of tensors")
+    command.add_argument("source", metavar="SOURCE", help="a folder or a file of tensors")
     command.add_argument(
-        "directory", metavar="DIR", help="where to write; made if it does not exist"
+        "directory", metavar="DIR", help="where to write; created if it does not exist"
     )
-    about = "of SOURCE, else recognized: loramoe, mola, hydralora, meteora, coin, peft or lora_moe"
-    command.add_argument("--format", help=about)
-    about = "of meteora, the folders of its LoRAs in the order in which they were loaded"
+    formats = "mixlora, loramoe, mola, hydralora, meteora, coin, peft or lora_moe"
+    command.add_argument("--format", help=f"format of SOURCE: {formats} (default: recognized)")
+    about = "for meteora: the folders of its LoRAs, in the order in which they were loaded"
     command.add_argument("--adapters", metavar="DIR", nargs="+", default=(), help=about)
-    about = "experts per token, of meteora (2 by default) and peft"
+    about = "for meteora (default: 2) and peft: experts per token"
     command.add_argument("--top-k", metavar="K", type=int, help=about)
     command.set_defaults(run=convert)
 
     about = "check forward and gradients of every backend on this machine against fp64"
     command = commands.add_parser("doctor", help=about, description=about)
     command.add_argument(
-        "backends", metavar="BACKEND", nargs="*", help=f"all of {', '.join(BACKENDS)} by default"
+        "backends",
+        metavar="BACKEND",
+        nargs="*",
+        help=f"which to check: {', '.join(BACKENDS)} (default: all)",
     )
     command.set_defaults(run=lambda args: doctor(args.backends))
 
-    about = "time our layers beside plain PyTorch and the machine's limit; needs a checkout"
+    about = "time the layers beside plain PyTorch and the machine's limit (needs a checkout)"
     command = commands.add_parser("bench", help=about, add_help=False)  # has options of its own
     command.set_defaults(run=None)
 

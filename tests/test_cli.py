@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from lora_moe import LoraMoeConfig, cli, doctor, inject, save_adapter
+
+
+@pytest.mark.parametrize("command", ["info", "inspect", "convert", "doctor", "bench"])
+def test_help_of_every_command(command, capsys):
+    for arguments in (["--help"], [command, "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == 0
+        assert command in capsys.readouterr().out
+
+
+def test_help_names_every_format(capsys):
+    from lora_moe.convert import FORMATS
+
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--help"])
+    said = capsys.readouterr().out
+    assert all(re.search(rf"\b{name}\b", said) for name in FORMATS)
 
 
 def test_info_names_every_backend_and_a_reason(capsys):
