@@ -41,11 +41,12 @@ EACH_PASS := -k 'test_routed_lora and (odd or unequal or shared) and not float16
 TRITON_AT = build/triton-$(TRITON)
 TRITON_READY = $(if $(TRITON),$(TRITON_AT)/.installed)
 WITH_TRITON = $(if $(TRITON),PYTHONPATH=$(TRITON_AT))
+OF_TORCH := --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*'
 step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo demo-full demo-vllm bench test test-host test-triton test-cuda test-reference test-vllm types \
+.PHONY: help venv build demo demo-full demo-vllm wheel bench test test-host test-triton test-cuda test-reference test-vllm types \
 	sanitize sanitize-cuda sanitize-ttsem sanitize-threads mutate nightly hashes check-hashes check-vulnerabilities gpu-static check-triton \
 	check-cuda check-gpu lint docs format clean
 
@@ -79,6 +80,19 @@ demo-vllm: build $(VENV)/.demo $(VLLM_VENV)/.package ## Serve the demo's adapter
 	@$(BIN)/python -m examples.serving.export --adapter build/demo/adapter --out build/demo-vllm
 	$(call step,vllm serve and a client)
 	@$(VLLM_VENV)/bin/python -m examples.serving.ask build/demo-vllm
+
+wheel: $(VENV)/.package $(VENV)/.wheel ## Build an sdist, and of it a manylinux wheel, into dist (docs/release.md)
+	$(call step,the sdist)
+	@rm -rf dist build/wheel
+	@LORA_MOE_SKIP_EXT=1 $(BIN)/python setup.py -q sdist
+	$(call step,the wheel: about two minutes)
+	@LORA_MOE_SKIP_EXT=0 $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation \
+		-w build/wheel dist/lora_moe-*.tar.gz
+	$(call step,its tag; the libraries that are left out come with torch)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist $(OF_TORCH) build/wheel/lora_moe-*.whl
+	@$(BIN)/auditwheel show dist/lora_moe-*.whl
+	@! $(BIN)/python -m zipfile -l dist/lora_moe-*.whl | grep '\.libs/' || \
+		{ echo "the wheel has a copy of a library that is not torch's" >&2; exit 1; }
 
 bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machine's limit (docs/benchmarks.md)
 	$(call step,benchmarks)
@@ -321,6 +335,11 @@ $(VLLM_VENV)/.vllm: $(VENV)/.python requirements/torch.txt $(wildcard requiremen
 $(VLLM_VENV)/.package: $(VLLM_VENV)/.vllm $(VENV)/.extension
 	@LORA_MOE_SKIP_EXT=1 $(VLLM_PIP) --no-deps --no-build-isolation -e .
 	@LORA_MOE_SKIP_EXT=$(if $(CXX_FOUND),0) $(VLLM_VENV)/bin/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.wheel: $(VENV)/.package requirements/wheel.txt
+	$(call step,installing auditwheel)
+	@$(PIP) -r requirements/wheel.txt
 	@touch $@
 
 $(VENV)/.mutation: $(VENV)/.test requirements/mutation.txt

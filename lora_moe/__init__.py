@@ -38,7 +38,7 @@ from .steering import (  # noqa: E402
 from .to_peft import to_peft  # noqa: E402
 from .warm import warm_up  # noqa: E402
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 # attributes that are imported on first use: they need packages that the layers do not
 _ON_FIRST_USE = ("convert", "hf", "peft", "presets", "vllm")
