@@ -109,7 +109,7 @@ def sample(shape, dtype, device="cpu", seed=0):
 
 
 def draw(shape, generator):
-    """(T, K) different experts a token: Gumbel noise on the logarithm of the popularity."""
+    """(T, K) different experts per token: Gumbel noise on the logarithm of the popularity."""
     rank = torch.arange(1.0, shape.E + 1)
     popularity = 1 / rank if shape.routing == "zipf" else torch.ones(shape.E)
     noise = torch.empty(shape.T, shape.E).exponential_(generator=generator)

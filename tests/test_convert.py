@@ -447,7 +447,7 @@ def test_other_formats_and_options(tmp_path):
     with pytest.raises(ValueError, match="the ranks of 3 adapters together"):
         convert(source, tmp_path / "out", adapters=options["adapters"][:3])
     source, *_ = hydralora(tmp_path / "hydra")
-    with pytest.raises(ValueError, match="top_k: expected none for hydralora"):
+    with pytest.raises(ValueError, match="top_k: expected None for hydralora"):
         convert(source, tmp_path / "out", top_k=2)
     (tmp_path / "dcp").mkdir()
     (tmp_path / "dcp/__0_0.distcp").touch()

@@ -90,7 +90,7 @@ def test_tensors_that_no_configuration_names(saved):
 UNSERVED = {
     "TaskRouter decides by the tasks": {"router": TaskRouter(num_tasks=4)},
     "SequenceRouter decides by more than": {"router": SequenceRouter()},
-    "CoreMiddle stands between A and B": {"shared_a": True, "middle": CoreMiddle(num_tasks=2)},
+    "CoreMiddle replaces the gate": {"shared_a": True, "middle": CoreMiddle(num_tasks=2)},
 }
 
 
@@ -109,7 +109,7 @@ def test_what_no_token_decides_is_refused_by_name(said, fields, tmp_path):
     [
         ("LoRAs on the model's own experts", {"target_parameters": ("mlp.experts.down_proj",)}),
         (
-            "experts around a whole FFN",
+            "experts around an FFN",
             {"placement": "ffn", "target_modules": ("gate_proj", "up_proj", "down_proj")},
         ),
     ],
@@ -178,8 +178,8 @@ def test_nothing_imports_vllm_before_it_serves():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({}, "expected the adapter beside --load-format lora_moe"),
-        ({"lora_moe": {"adapter": 3}}, "expected the adapter beside"),
+        ({}, "expected the adapter with --load-format lora_moe"),
+        ({"lora_moe": {"adapter": 3}}, "expected the adapter with"),
         ({"lora_moe": {"adapter": "a", "adaptor": "b"}}, r"got \['adaptor'\]"),
         ({"lora_moe": {"adapter": "a", "revision": 1}}, "revision: expected of a repository"),
     ],

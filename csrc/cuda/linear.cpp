@@ -88,7 +88,7 @@ Tensor expand_rows(const Tensor& h, const Tensor& b, const MaybeTensor& h2, cons
                    const MaybeTensor& base, ScalarType dtype) {
   check(!h2 == !b2, "expand: expected H2 and B2 together");
   const bool exact = b.scalar_type() != dtype;
-  check(!exact || !h2, "expand: expected B in the result's dtype beside a second pair");
+  check(!exact || !h2, "expand: expected B in the result's dtype with a second pair");
   const MaybeTensor wide_h = exact ? MaybeTensor(wide(h)) : h2 ? MaybeTensor(wide(*h2)) : h2;
   const MaybeTensor wide_b = exact ? MaybeTensor(wide(b)) : b2 ? MaybeTensor(wide(*b2)) : b2;
   Tensor none_h = torch::stable::new_empty(h, {h.size(0), 0}, dtype);

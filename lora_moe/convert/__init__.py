@@ -72,9 +72,7 @@ def convert(
         if not found:
             raise ValueError(f"{source}: expected tensors of {format}, got none")
         path = bank.write(directory, found)
-    notes += [
-        f"{s.name}: {', '.join(s.beside)} beside it was not read" for s in sources if s.beside
-    ]
+    notes += [f"{s.name}: {', '.join(s.beside)} beside it: not read" for s in sources if s.beside]
     return Converted(format, (path,), tuple(notes))
 
 
@@ -116,5 +114,5 @@ def _expect_unused(format, **options):
     for name, value in options.items():
         if value is not None and value != ():
             raise ValueError(
-                f"{name}: expected none for {format}, whose files say it, got {brief(value)}"
+                f"{name}: expected None for {format}, whose files contain it, got {brief(value)}"
             )

@@ -63,8 +63,8 @@ def read(source: Source, notes: list[str]) -> dict[str, Experts]:
     raise_all(f"{source.name}: expected HydraLoRA's tensors", problems)
     if source.config.get("blc_weight"):
         notes.append(
-            f"blc_weight={source.config['blc_weight']!r:.20}, its loss of task types in training, is no part"
-            " of the function and is left out; lora_moe.losses has it"
+            f"blc_weight={source.config['blc_weight']!r:.20}, a training loss over task types, is not part"
+            " of the function and is left out; see lora_moe.losses"
         )
     bank = {}
     for path, keys in found.items():

@@ -49,8 +49,8 @@ def read(source: Source, notes: list[str], adapters, top_k: int | None) -> dict[
     refuse_unknown(source, strange, (), "MeteoRA")
     if not adapters:
         raise ValueError(
-            f"{source.name}: adapters: expected the folders of the LoRAs that MeteoRA was made of, in order,"
-            " as ranks and scales stand in their adapter_config.json, got none"
+            f"{source.name}: adapters: expected the folders of the LoRAs that MeteoRA imported, in order,"
+            " because their adapter_config.json has the ranks and scales, got none"
         )
     configs = [_lora_config(folder) for folder in adapters]
     ranks, alphas = [c["r"] for c in configs], [c["lora_alpha"] for c in configs]

@@ -93,7 +93,7 @@ def _expect_archive(path, file, size):
         raise ValueError(f"{path}: expected at most {MAX_FILE} bytes, got {size}")
     if file.read(2) != b"PK":
         raise ValueError(
-            f"{path}: expected an archive of torch.save (1.6 or later), got another file; save it anew"
+            f"{path}: expected an archive of torch.save (1.6 or later), got another file; save it again"
         )
     _expect_small_directory(path, file, size)
     try:

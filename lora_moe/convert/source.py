@@ -63,7 +63,7 @@ def opened(stack: contextlib.ExitStack, source: str | os.PathLike) -> Source:
     for file in paths:
         own, read = _open(stack, file)
         if both := own.keys() & places.keys():
-            raise ValueError(f"{file}: expected keys of its own, got {brief(sorted(both))} again")
+            raise ValueError(f"{file}: expected unique keys, got duplicates {brief(sorted(both))}")
         places |= own
         readers |= dict.fromkeys(own, read)
     taken = {file.name for file in paths}
@@ -86,7 +86,7 @@ def _nothing(folder):
     names, hint = sorted(os.listdir(folder)), ""
     if any(name.endswith(".distcp") for name in names):
         hint = (
-            "; this is a distributed checkpoint: make it one file with torch's dcp_to_torch_save first, and"
+            "; this is a distributed checkpoint: convert it to one file with torch's dcp_to_torch_save and"
             " pass that file"
         )
     return (

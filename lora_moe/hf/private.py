@@ -74,9 +74,9 @@ def expect_gradients(model) -> None:
     if not quantized.passes_gradients(model):
         method = getattr(quantizer.quantization_config, "quant_method", "its method")
         raise ValueError(
-            f"model: expected a quantisation that gradients pass through, got {method}, of which"
-            " transformers says that it does not; load the base another way, for example 4-bit with"
-            " bitsandbytes, or dequantised"
+            f"model: expected a quantization that gradients pass through, got {method}, which"
+            " transformers reports as not trainable; load the base differently, for example in 4 bits"
+            " with bitsandbytes, or dequantized"
         )
 
 

@@ -117,8 +117,8 @@ class LoraMoeTrainerMixin:
         reference = getattr(self, "ref_model", None)
         if getattr(self.args, "sync_ref_model", False) and isinstance(reference, Reference):
             raise ValueError(
-                "sync_ref_model: expected False, as the reference shares the policy's base and holds"
-                " no weights of its own; or pass a ref_model"
+                "sync_ref_model: expected False, because the reference shares the policy's base and has"
+                " no weights of its own; alternatively, pass a ref_model"
             )
 
     def _reference(self, source):
@@ -201,8 +201,8 @@ class LoraMoeTrainerMixin:
         if rate is not None and not getattr(self, "_router_group", False):
             if given:
                 raise ValueError(
-                    "router_learning_rate: expected None beside optimizers=, got"
-                    f" {rate}; give the routers a parameter group of their own"
+                    "router_learning_rate: expected None with optimizers=, got"
+                    f" {rate}; give the routers their own parameter group"
                 )
             _own_group(
                 optimizer, _routers(args[0] if args and args[0] is not None else self.model), rate

@@ -43,8 +43,8 @@ class GenericRouter(Router):
         M = config.num_experts - 1 - self.num_tasks
         if config.top_k > M:
             raise ValueError(
-                f"top_k: expected at most {max(M, 0)}, the experts beside the generic one and"
-                f" {self.num_tasks} tasks', got {config.top_k}"
+                f"top_k: expected at most {max(M, 0)}, the experts besides the generic one and the"
+                f" {self.num_tasks} task experts, got {config.top_k}"
             )
         if config.balance_coef:
             raise ValueError(

@@ -45,7 +45,7 @@ class NoisyRouter(Router):
                 raise ValueError(f"{name}: expected a number in [0, {high:g}), got {value!r:.99}")
         if not isinstance(self.learned, bool) or (self.learned and self.std):
             raise ValueError(
-                f"learned: expected a bool, and std=0 where it is True, got {self.learned!r:.99} and"
+                f"learned: expected a bool, and std=0 if it is True, got {self.learned!r:.99} and"
                 f" std={self.std:g}"
             )
 

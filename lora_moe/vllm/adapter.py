@@ -104,7 +104,7 @@ class Adapter:
             if reason := refusal(config):
                 problems.append(f"{path}: {reason}")
         problems += [
-            f"{path}: in modules_to_save, trained as a whole; put its weights into the base's checkpoint and"
+            f"{path}: in modules_to_save, trained in full; put its weights into the base's checkpoint and"
             " save the adapter without it"
             for path in info["modules_to_save"]
         ]

@@ -35,8 +35,8 @@ class LoraMoeLoader(BaseModelLoader):
         extra = load_config.model_loader_extra_config
         if isinstance(extra, dict) and "adapter" in extra:
             raise ValueError(
-                "model_loader_extra_config: expected no adapter in it, as vLLM's compile cache does not see"
-                ' it; say --additional-config \'{"lora_moe": {"adapter": DIR}}\''
+                "model_loader_extra_config: expected no adapter, because vLLM's compile cache does not see"
+                ' it; use --additional-config \'{"lora_moe": {"adapter": DIR}}\''
             )
 
     def _inner(self, base_load_format="auto"):
@@ -94,7 +94,7 @@ def attach(model: nn.Module, adapter: Adapter, model_config: ModelConfig) -> int
         index = 0 if index is None and len(shards[name].widths) == 1 else index
         taken = placed.setdefault(name, {})
         if index in taken or (taken and None in (index, *taken)):
-            problems.append(f"{path}: stands for the same outputs of {name} as {[*taken.values()]}")
+            problems.append(f"{path}: names the same outputs of {name} as {[*taken.values()]}")
         taken[index] = path
     raise_all("adapter: expected experts around linear layers of this base", problems)
     for name, by_index in placed.items():
@@ -114,13 +114,13 @@ def _problem(path, name, index, modules, shards, adapter, model_config) -> list[
         return [f"{path}: no such module"]
     layer = modules[name]
     if not isinstance(layer, LinearBase):
-        return [f"{path}: {name} is a {type(layer).__name__}, which experts cannot go around"]
+        return [f"{path}: {name} is a {type(layer).__name__}, which cannot take experts"]
     if model_config.use_mla and name.endswith("kv_b_proj"):
         return [f"{path}: latent attention reads the weight of {name} without calling it"]
     shard = shards[name] = shard_of(layer)
     if shard is None:
         return [
-            f"{path}: {name} is a {type(layer).__name__}, whose cut over ranks is not known here"
+            f"{path}: {name} is a {type(layer).__name__}, whose sharding over ranks is not known here"
         ]
     if index is not None and index >= len(shard.widths):
         return [f"{path}: {name} has {len(shard.widths)} outputs, not an output {index}"]

@@ -29,7 +29,7 @@ class LoraMoeMethod(LinearMethodBase):
         self.base, self.banks = base, banks
 
     def create_weights(self, *args, **kwargs):
-        raise RuntimeError("lora_moe: experts are attached to a layer that is loaded already")
+        raise RuntimeError("lora_moe: experts are attached to a layer that is already loaded")
 
     def process_weights_after_loading(self, layer):
         self.base.process_weights_after_loading(layer)

@@ -7,7 +7,7 @@ from reprlib import repr as brief
 from . import LOAD_FORMAT
 
 FIELDS = {
-    "adapter": "a directory, or 'owner/name' of a repository of the hub",
+    "adapter": "a directory, or a repository 'owner/name' on the Hub",
     "revision": "of a repository: a branch, tag or commit",
     "base_load_format": "vLLM's load format of the base, 'auto' by default",
     "digest": "of the adapter's bytes; the loader writes it",
@@ -23,7 +23,7 @@ def options_of(additional_config) -> dict:
     found = additional_config.get(LOAD_FORMAT) if isinstance(additional_config, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get("adapter"), str):
         raise ValueError(
-            "additional_config: expected the adapter beside --load-format lora_moe, as in"
+            "additional_config: expected the adapter with --load-format lora_moe, as in"
             ' --additional-config \'{"lora_moe": {"adapter": DIR}}\', got '
             f"{brief(additional_config)}"
         )

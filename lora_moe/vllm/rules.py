@@ -66,17 +66,18 @@ def refusal(config: LoraMoeConfig) -> str | None:
     """Why a server cannot serve these experts, None if it can: routing must be per token."""
     router, middle = config.router, config.middle
     if config.target_parameters:
-        return "LoRAs on the model's own experts (target_parameters); only linear layers are served"
+        return (
+            "LoRAs on the model's own experts (target_parameters); only linear layers are supported"
+        )
     if config.placement == FFN:
-        return f"experts around a whole FFN (placement={config.placement!r}); only linear layers are served"
+        return f"experts around an FFN (placement={config.placement!r}); only linear layers are supported"
     if middle is not None:
         return (
-            f"{type(middle).__name__} stands between A and B, which a server does not compute; only the"
-            " gate is served"
+            f"{type(middle).__name__} replaces the gate between A and B; only the gate is supported"
         )
     if router is not None and not isinstance(router, (NoisyRouter, ThresholdRouter)):
         needs = "the tasks of a request" if router.task_count else "more than a token's own input"
-        return f"{type(router).__name__} decides by {needs}; only routers of tokens are served"
+        return f"{type(router).__name__} decides by {needs}; only token routers are supported"
     return None
 
 

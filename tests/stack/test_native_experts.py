@@ -489,7 +489,7 @@ def test_what_cannot_take_experts_is_refused():
         LoraMoeExperts(
             moes.base().model.layers[0].mlp.experts, moes.config(target_parameters=("w",))
         )
-    assert "only linear layers are served" in refusal(moes.config(num_experts=4))
+    assert "only linear layers are supported" in refusal(moes.config(num_experts=4))
     with pytest.raises(TypeError, match="fused experts, got something else"):
         LoraMoeExperts(nn.Linear(3, 3), moes.config())
 

@@ -562,7 +562,7 @@ def test_a_router_rate_beside_an_optimizer_of_ones_own_is_refused(tmp_path):
         optimizers=(own, None),
         router_learning_rate=1.0,
     )
-    with pytest.raises(ValueError, match="router_learning_rate: expected None beside optimizers="):
+    with pytest.raises(ValueError, match="router_learning_rate: expected None with optimizers="):
         trainer.train()
 
 
@@ -636,7 +636,7 @@ def test_a_quantisation_without_gradients_is_refused(tmp_path):
     model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(
         torch.zeros(24, 16, dtype=torch.uint8), requires_grad=False
     )
-    with pytest.raises(ValueError, match="quantisation that gradients pass through"):
+    with pytest.raises(ValueError, match="quantization that gradients pass through"):
         LoraMoeTrainer(model, arguments(tmp_path), train_dataset=tiny.sequences(4))
 
 

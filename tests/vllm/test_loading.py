@@ -74,7 +74,7 @@ def test_what_vllm_asks_of_a_layers_own_method_is_answered(base, every_kind):
     assert layer.quant_method.something == 3
     with pytest.raises(AttributeError):
         _ = layer.quant_method.nothing_of_that_name
-    with pytest.raises(RuntimeError, match="loaded already"):
+    with pytest.raises(RuntimeError, match="already loaded"):
         layer.quant_method.create_weights()
 
 
@@ -120,7 +120,7 @@ def test_no_adapter_there(base, tmp_path):
 
 def test_no_adapter_said(base):
     config = configured(base, None, load_format="lora_moe")
-    with pytest.raises(ValueError, match="expected the adapter beside --load-format lora_moe"):
+    with pytest.raises(ValueError, match="expected the adapter with --load-format lora_moe"):
         loaded(config)
 
 
@@ -177,7 +177,7 @@ def test_a_layer_that_is_cut_in_a_way_of_its_own(base, every_kind, monkeypatch):
 
     monkeypatch.setattr(llama, "QKVParallelLinear", Other)
     with pytest.raises(
-        ValueError, match=r"q_proj: .*is a Other, whose cut over ranks is not known"
+        ValueError, match=r"q_proj: .*is a Other, whose sharding over ranks is not known"
     ):
         loaded(configured(base, every_kind))
 

@@ -47,7 +47,7 @@ class CLoraeConfig:
             self.mutual_information and self.num_tasks == 0
         ):
             raise ValueError(
-                "mutual_information: expected a bool, and task experts where it is True,"
+                "mutual_information: expected a bool, and task experts if it is True,"
                 f" got {self.mutual_information!r} with {self.num_tasks} tasks"
             )
         _ = self.mixture  # its constructor checks the rest

@@ -106,7 +106,7 @@ class MMoLREConfig:
         number("dropout", self.dropout, 1)
         expect(self.dropout < 1, "dropout", "a probability in [0, 1)", self.dropout)
         own = self.hard_sharing and self.task_rank
-        expect(not own, "task_rank", "0 with hard_sharing, which has no task's own experts", own)
+        expect(not own, "task_rank", "0 with hard_sharing, which has no task experts", own)
 
     def to_dict(self) -> dict:
         """Plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
