@@ -46,7 +46,7 @@ step = @printf '\033[1m==> %s\033[0m\n' "$(1)"
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv build demo demo-full demo-vllm wheel bench test test-host test-triton test-cuda test-reference test-vllm types \
+.PHONY: help venv build demo demo-full demo-vllm wheel bench test test-host test-triton test-cuda test-reference test-vllm \
 	sanitize sanitize-cuda sanitize-ttsem sanitize-threads mutate nightly hashes check-hashes check-vulnerabilities gpu-static check-triton \
 	check-cuda check-gpu lint docs format clean
 
@@ -202,12 +202,10 @@ check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check th
 	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -P -W ignore tests/check_cuda.py
 	@$(CUDA_VENV)/bin/lora-moe info
 
-lint: $(VENV)/.lint ## Check style: ruff, clang-format
+lint: $(VENV)/.lint $(VENV)/.package ## Check style and types: ruff, clang-format, mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
-
-types: $(VENV)/.lint $(VENV)/.package ## Check the types of the public surface: mypy
 	$(BIN)/python -m mypy
 
 docs: $(VENV)/.docs ## Build the documentation's site in build/docs; a broken link or code block is an error
