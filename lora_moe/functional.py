@@ -261,7 +261,8 @@ def routed_lora_banks(
     n, none = len(router_weights), [None] * len(router_weights)
     biases, router_biases = biases or none, router_biases or none
     if x.dim() == 2 and _runs_at_once(x):
-        drop = _sparsity(top_p, threshold, gate)
+        given = top_p is not None or threshold is not None
+        drop = checks.sparsity(top_p, threshold, gate) if given else (ALL_KEPT, 0.0)
         with contextlib.suppress(ValueError, RuntimeError):  # said again below, in these names
             return _ops.routed_lora_banks.default(
                 x, router_weights, lora_As, lora_Bs, base, biases, router_biases, scaling, rank_offsets,
@@ -381,7 +382,8 @@ def routed_lora_at_once(
         rank_offsets = checks.rank_offsets_of(rank_offsets, scaling.shape[0])
     if base is not None and base.shape[:-1] != shape[:-1]:
         return None
-    drop = _sparsity(top_p, threshold, gate)
+    given = top_p is not None or threshold is not None
+    drop = checks.sparsity(top_p, threshold, gate) if given else (ALL_KEPT, 0.0)
     if frozen:  # without gradients they are only checked
         checks.frozen_ids(frozen, scaling.shape[0])
     if len(shape) != 2:
@@ -390,7 +392,7 @@ def routed_lora_at_once(
         base = None if base is None else base.reshape(tokens, base.shape[-1])
     forced = plan._forced is not None
     chosen = plan.choose("cpp", 1, 0, 0, (), top_k, None) if forced else plan.SEGMENTED
-    y, *routing, _ = _ops.routed_lora.default(
+    y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
         x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, rank_offsets,
         bool(shared_a), top_k, gate, bool(renormalize), *drop, chosen,
     )  # fmt: skip
@@ -398,7 +400,7 @@ def routed_lora_at_once(
         y = y.view(shape[0], shape[1], y.shape[1])
     elif len(shape) != 2:
         y = y.view(*shape[:-1], y.shape[1])
-    return y, _routing(*routing)
+    return y, Routing(indices, weights, counts, logits, mean_prob, lse)
 
 
 def _runs_at_once(x):
@@ -446,13 +448,6 @@ def _like(x, y):
 
 def _router_operands(weight, bias, x):
     return autograd.router_operand(weight, x), autograd.router_bias_operand(bias, x)
-
-
-def _sparsity(top_p, threshold, gate):
-    """checks.sparsity, where a decoding step has no time for it."""
-    if top_p is None is threshold:
-        return ALL_KEPT, 0.0
-    return checks.sparsity(top_p, threshold, gate)
 
 
 def _needs_graph(*tensors):
