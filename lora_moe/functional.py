@@ -272,8 +272,7 @@ def routed_lora_banks(
     lists = lora_As, lora_Bs, starts, scaling, biases, router_biases
     if n == 0 or any(len(v) != n for v in lists):
         raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
-    given = [x, base, *router_weights, *lora_As, *lora_Bs, *router_biases]
-    if _needs_graph(*given):
+    if _needs_graph(x, base, *router_weights, *lora_As, *lora_Bs, *router_biases):
         raise ValueError(
             "banks: expected no gradient to be asked for; call routed_lora for each layer"
         )
