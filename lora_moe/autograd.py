@@ -4,7 +4,7 @@ Parameters may be wider than x (fp32 adapters, bf16 x): the operators round them
 products and return their gradients, summed in fp32, in the parameter's own dtype.  An incoming gradient
 may be missing, or be expanded, transposed or a slice: it is laid out here, for every backend.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 """
 
 from __future__ import annotations

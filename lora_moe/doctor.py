@@ -7,7 +7,7 @@ PyTorch's autograd, so that no backward of ours stands on both sides.  An error 
 
 As a module it prints one line of JSON a check; `lora-moe doctor` runs it so for every backend.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 """
 
 from __future__ import annotations

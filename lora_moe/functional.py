@@ -2,7 +2,7 @@
 
     y_t = base_t + sum over e in topk(router(x_t)) of  g_te * s_e * B_e A_e x_t
 
-Letters: T tokens (all leading dimensions of x together), E experts, K picked experts a token,
+Letters: T tokens (all leading dimensions of x together), E experts, K picked experts per token,
 R rank rows of all experts together, r one expert's rank, D_in and D_out the linear's sizes.
 """
 

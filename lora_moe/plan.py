@@ -7,7 +7,7 @@ decode      for up to 16 tokens: everything split until it fills the device, in 
 The model: a launch lasts as long as the slower of moving its bytes and doing its products, plus what it costs
 to start one.  `explain` prints it, `override` (or LORA_MOE_PLAN, read at import) goes over its head.
 
-Letters: T tokens, E experts, K picked a token, R rank rows, W width of the saved S.
+Letters: T tokens, E experts, K picked per token, R rank rows, W width of the saved S.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def explain(
         T: tokens.
         D_in, D_out: the linear's sizes.
         ranks: of every expert.
-        k: picked experts a token.
+        k: picked experts per token.
         dtype: of x.
         device: "cpu", "cuda" (this machine's GPU, an sm_90 without one) or an entry of PARTS.
     Returns:

@@ -4,7 +4,7 @@
 
 written as one low-rank map with a gate in rank space:  y = base + H @ B,  H = gate(S),  S = x @ A^T.
 
-Letters: T tokens, E experts, K picked experts a token, R rank rows of all experts together,
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts together,
 r one expert's rank, D_in and D_out the linear's sizes.  Sums are taken in fp32 (fp64 for fp64 inputs),
 outputs are rounded once, A and B to x's dtype before.  Everything here also serves as the backend of last
 resort.

@@ -1,6 +1,6 @@
 """Routing: which experts each token takes, with which weights, and what the router losses need.
 
-Letters: T tokens, E experts, K slots a token.
+Letters: T tokens, E experts, K slots per token.
 """
 
 from __future__ import annotations

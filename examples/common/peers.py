@@ -1,6 +1,6 @@
 """Four ways to train on one model: ours, a loop over experts, dense stacked matmuls, PEFT LoRA.
 
-T tokens, E experts, K picked a token, r one expert's rank, R = E r, D_in and D_out of the linear.
+T tokens, E experts, K picked per token, r one expert's rank, R = E r, D_in and D_out of the linear.
 
 The peers are what a good user writes in plain PyTorch: experts as separate parameters (slices of
 one would cost a gradient of full size each), in-place sums, the scaling folded into the gate.

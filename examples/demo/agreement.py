@@ -4,7 +4,7 @@
     replayed  at some of these steps the loop takes our routing decisions: the gradients agree
     free      both train from the same start, each with its own rounding: the losses stay close
 
-A decision is the set of K experts a token gets in one of the 210 linears; where two logits nearly
+A decision is the set of K experts per token gets in one of the 210 linears; where two logits nearly
 tie, rounding may flip it.  Freely running, flips feed back into the weights; locked, they cannot.
 """
 
