@@ -125,13 +125,14 @@ def _distributed(place):
 def _is_not_linear(place):
     module = place.module
     name = _name(module)
+    name = f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return f"a {name} has no size yet: run the model once first"
+        return f"{name} has no size yet: run the model once first"
     if banks := _fused_experts(place):
         named = ", ".join(banks)
-        return f"a {name} holds fused experts ({named}): name them in target_parameters"
+        return f"{name} holds fused experts ({named}): name them in target_parameters"
     if linear_features(module) is None or not _multiplies(place):
-        return f"a {name} is not linear"
+        return f"{name} is not linear"
     return None
 
 

@@ -47,7 +47,7 @@ KINDS = {
     "weight-only": (WeightOnly, None),
     "parametrized": (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), None),
     "lazy": (lambda: nn.LazyLinear(4), "has no size yet: run the model once first"),
-    "embedding": (lambda: nn.Embedding(4, 4), "an? Embedding is not linear"),
+    "embedding": (lambda: nn.Embedding(4, 4), "an Embedding is not linear"),
     "embedding-bag": (lambda: nn.EmbeddingBag(4, 4), "EmbeddingBag is not linear"),
     "conv": (lambda: nn.Conv1d(4, 4, 1), "Conv1d is not linear"),
     "bilinear": (lambda: nn.Bilinear(4, 4, 4), "Bilinear is not linear"),
