@@ -84,7 +84,7 @@ demo-vllm: build $(VENV)/.demo $(VLLM_VENV)/.package ## Serve the demo's adapter
 wheel: $(VENV)/.package $(VENV)/.wheel ## Build an sdist, and of it a manylinux wheel, into dist (docs/release.md)
 	$(call step,the sdist)
 	@rm -rf dist build/wheel
-	@LORA_MOE_SKIP_EXT=1 $(BIN)/python setup.py -q sdist
+	@$(BIN)/python setup.py -q sdist
 	$(call step,the wheel: about two minutes)
 	@LORA_MOE_SKIP_EXT=0 $(BIN)/python -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation \
 		-w build/wheel dist/lora_moe-*.tar.gz
