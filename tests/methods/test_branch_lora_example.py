@@ -72,7 +72,7 @@ def test_the_evidence_runs(tmp_path):
     assert claim in text and "selector is right" in text and "seeds [0]" in text
     runs = {}
     for order in ("given", "reversed", "hashed"):
-        lines = (tmp_path / f"{order}.jsonl").read_text().splitlines()
+        _setting, *lines = (tmp_path / f"{order}.jsonl").read_text().splitlines()
         runs[order] = {run["arm"]: run for run in map(json.loads, lines)}
     assert set(runs["given"]) == set(arms.ARMS)
     assert set(runs["reversed"]) == set(runs["hashed"]) == set(arms.IN_A_ROW)

@@ -40,7 +40,7 @@ def test_evidence_in_short(tmp_path, capsys):
     assert all(f"| {arm} |" in text for arm in mmolre.ARMS)
     assert (tmp_path / "gains.png").stat().st_size > 5000
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-    assert len(lines) == 2 * len(mmolre.ARMS)
+    assert len(lines) == 1 + 2 * len(mmolre.ARMS)  # the setting is the first
     again = ["--quick", "--seeds", "1", "--arms", "text alone", "hard sharing"]
     mmolre.main([*again, "--out", str(tmp_path)])  # nothing trains again
     assert "| MMoLRE |" not in (tmp_path / "results.md").read_text().split("\n\n", 3)[3]

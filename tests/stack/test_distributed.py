@@ -107,7 +107,7 @@ def test_the_example_of_the_docs(kind, tmp_path):
     example = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
     if kind == "DDP":
         sharding = r"for layer in model.*\n    fully_shard.*\nfully_shard.*\n"
-        (change,) = re.findall(r"by\s`(model = .*)`", text)
+        (change,) = re.findall(r"with\s`(model = .*)`", text)
         example, changes = re.subn(sharding, change + "\n", example)
         assert changes == 1
     (tmp_path / "train.py").write_text(example)
