@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+_, TABLE = (FOLDER / "README.md").read_text().split("## Faults and their tests")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
-    for line in (FOLDER / "README.md").read_text().splitlines()
+    for line in TABLE.splitlines()
     if line.startswith("|") and "---" not in line
 ][1:]
 
