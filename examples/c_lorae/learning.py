@@ -103,10 +103,10 @@ def train(learner, items, batches, rate, weigh=per_item, watch=None):
         for group in optimizer.param_groups:
             group["lr"] = rate * rate_at(step, len(batches), warmup=20)
         batch = items.batch(rows)
-        losses = learner.losses(batch)
+        losses, information = learner.losses(batch), learner.information()
         if watch is not None:
             watch(learner, step, losses, batch.tasks)
-        (weigh(losses, batch.tasks) + learner.information()).backward()
+        (weigh(losses, batch.tasks) + information).backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -135,3 +135,23 @@ def test_quick_mode_tunes_trains_and_reports(tmp_path, name, arm):
     assert "**Differences**" in text or "**Gain over one LoRA**" in text
     (picture,) = tmp_path.glob("*.png")
     assert picture.stat().st_size > 10_000
+
+
+def test_looks_during_training_leave_it_as_it_is():
+    from examples.c_lorae import conflict, learning
+
+    study = conflict.Study(steps=2, train=24, validation=12, test=12)
+    items, validation = study.at(3, "train"), study.at(3, "validation")
+    batches = learning.balanced(items, 2, 2, 0)
+
+    def look(learner, *_):
+        learning.right(learner, validation)
+        learner.model.train()
+
+    found = []
+    for watch in (None, look):
+        learner = learning.Learner(conflict.ARMS["C-LoRAE"], study.encoder, 0)
+        torch.manual_seed(1)
+        learning.train(learner, items, batches, 1e-2, watch=watch)
+        found.append([p.detach().clone() for p in learner.parameters()])
+    assert all(map(torch.equal, *found))
