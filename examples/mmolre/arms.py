@@ -6,6 +6,7 @@ from torch import nn
 
 from examples.mmolre import data
 from examples.mmolre.kaomoji import EMOTIONS, SETS
+from examples.mmolre.plain import plain
 from lora_moe.methods.mmolre import MMoLRE, MMoLREConfig, Task
 
 WIDTH, RANK, SHARED = 128, 8, 4
@@ -36,6 +37,7 @@ class Arm:
 
     models: tuple[MMoLREConfig, ...]
     one_fusion: bool = False  # all tasks read the same fused vector
+    plain: bool = False  # blocks in plain PyTorch, which is faster at full rank
 
 
 def with_rank(rank):
@@ -58,7 +60,7 @@ ARMS = {
     "no task experts, one router": Arm((replace(ONLY_SHARED, hard_sharing=True),)),
     "one model per task, equal size": each_task(SMALL),
     "each task alone": each_task(OURS),
-    "full-rank experts": with_rank(WIDTH),
+    "full-rank experts": replace(with_rank(WIDTH), plain=True),
     "MMoLRE, rank 2": with_rank(2),
     "MMoLRE, rank 32": with_rank(32),
     "text alone": with_modality("text"),
@@ -66,9 +68,9 @@ ARMS = {
 }
 
 
-def build(config, one_fusion=False):
+def build(config, one_fusion=False, in_plain=False):
     """The model with linear heads: a deep head of its own would hide what sharing costs a task."""
-    model = MMoLRE(config)
+    model = plain(MMoLRE(config)) if in_plain else MMoLRE(config)
     for name, task in config.tasks.items():
         head = nn.Linear(config.width, task.outputs)
         model.heads[name] = nn.Sequential(nn.Dropout(config.dropout), head)

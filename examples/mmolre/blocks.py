@@ -1,48 +1,16 @@
 """Time of one block's forward and backward: low-rank and full-rank experts, ours and plain PyTorch."""
 
+import copy
 import statistics
 from functools import partial
 
 import torch
-from torch import nn
 
 from benchmarks import timing
 from examples.common import evidence
 from examples.mmolre.arms import SHARED, parameters
+from examples.mmolre.plain import plain
 from lora_moe.methods.mmolre import UniTSE
-
-
-class Plain(nn.Module):
-    """The first block's formula in plain PyTorch: a pair of Conv1d an expert, one after the other."""
-
-    def __init__(self, block):
-        super().__init__()
-        self.tasks, self.shared = block.tasks, block.shared
-        self.router = nn.Linear(block.width, len(block.router_weight), bias=False)
-        self.router.weight = nn.Parameter(block.router_weight.detach().clone())
-        self.experts = nn.ModuleList()
-        rows = block.lora_A.split(block.ranks, 1), block.bias_A.split(block.ranks)
-        for a, b1, b, b2 in zip(*rows, block.lora_B.split(block.ranks), block.bias_B):
-            first, second = (
-                nn.Conv1d(block.width, len(b1), 3, padding=1),
-                nn.Conv1d(len(b1), block.width, 1),
-            )
-            values = (a.permute(1, 2, 0), b1, b.T[..., None], b2)
-            for parameter, value in zip((*first.parameters(), *second.parameters()), values):
-                parameter.data.copy_(value)
-            self.experts.append(nn.Sequential(first, nn.ReLU(), second))
-
-    def forward(self, x):
-        """(B, L, D) -> (tasks, B, L, D)"""
-        gates = self.router(x).unflatten(-1, (self.tasks, -1)).softmax(-1)  # (B, L, tasks, N + 1)
-        outputs = [expert(x.mT).mT for expert in self.experts]  # each (B, L, D)
-        shared, own = outputs[: self.shared], outputs[self.shared :]
-        return torch.stack(
-            [
-                sum(gates[:, :, t, n, None] * y for n, y in enumerate([*shared, own[t]]))
-                for t in range(self.tasks)
-            ]
-        )
 
 
 def step_times(width, rank, items, length, turns):
@@ -51,9 +19,9 @@ def step_times(width, rank, items, length, turns):
     contenders, sizes = {}, {}
     for kind, r in (("low-rank", rank), ("full-rank", width)):
         block = UniTSE(width, (r,) * SHARED, (r,) * 2)
-        plain = Plain(block)
-        torch.testing.assert_close(plain(x), block(x), rtol=1e-3, atol=1e-4)
-        for how, module in (("ours", block), ("plain PyTorch", plain)):
+        same = plain(copy.deepcopy(block))
+        torch.testing.assert_close(same(x), block(x), rtol=1e-3, atol=1e-4)
+        for how, module in (("ours", block), ("plain PyTorch", same)):
             contenders[f"{kind}, {how}"] = partial(_step, module, x)
             sizes[f"{kind}, {how}"] = parameters(module)
     seconds = timing.interleave(contenders, turns, laggard=float("inf"))

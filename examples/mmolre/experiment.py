@@ -16,7 +16,7 @@ import torch
 
 from examples.common import evidence
 from examples.mmolre import blocks, data, report
-from examples.mmolre.arms import ARMS, TASKS, parameters
+from examples.mmolre.arms import ARMS, TASKS, build, parameters
 from examples.mmolre.losses import constants, forward, item_losses, scales
 from examples.mmolre.training import train
 from lora_moe.methods.mmolre.affect import multilabel_metrics, sentiment_metrics
@@ -60,8 +60,7 @@ class Study:
         rest = sizes.steps, rate, seed, self.scale, self.validation, probe
         return [
             train(
-                config,
-                arm.one_fusion,
+                partial(build, config, arm.one_fusion, arm.plain),
                 data.training(self.words, self.kaomoji, sizes.steps, sizes.batch, seed),
                 *rest,
             )

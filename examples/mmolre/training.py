@@ -4,21 +4,21 @@ import copy
 
 import torch
 
-from examples.mmolre.arms import build
 from examples.mmolre.losses import normalized
 
 WEIGHT_DECAY = 0.01
 LOOKS = 24  # at the validation items in a run
 
 
-def train(config, one_fusion, batches, steps, rate, seed, scale, validation, probe=None):
+def train(build, batches, steps, rate, seed, scale, validation, probe=None):
     """(the model as it was at its best look, what happened); the mean of the normalized losses counts.
 
     AdamW, warm-up, then down to zero in a straight line.
+    build: makes the model.
     probe: training items, on which every second look takes the tasks' gradients.
     """
     torch.manual_seed(seed)
-    model = build(config, one_fusion)
+    model = build()
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=WEIGHT_DECAY)
     warm, every = max(1, steps // 20), max(1, steps // LOOKS)
     schedule = torch.optim.lr_scheduler.LambdaLR(

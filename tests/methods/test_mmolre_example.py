@@ -1,5 +1,6 @@
 """The documentation's program runs as printed, the evidence in its short form; its statistics."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -101,16 +102,25 @@ def test_gradients_of_tasks_are_compared_over_what_they_share():
 
 
 @pytest.mark.usefixtures("mmolre_packages")
-def test_plain_block_computes_ours():
-    from examples.mmolre.blocks import Plain
+@pytest.mark.parametrize("streams", [1, 2])
+def test_plain_block_computes_ours(streams):
+    from examples.mmolre.plain import PlainUniTSE, plain
     from lora_moe.methods.mmolre import UniTSE
 
     torch.manual_seed(0)
-    block = UniTSE(12, (3, 3), (2, 5))
-    x = torch.randn(2, 6, 12)
-    torch.testing.assert_close(Plain(block)(x), block(x))
-    x[0, 3] += 1
-    assert (Plain(block)(x) - Plain(block)(x - 1)).abs().max() > 0.1
+    block = UniTSE(12, (3, 3), (2, 5), residual=streams == 2).double()
+    with torch.no_grad():
+        block.bias_A.normal_(), block.bias_B.normal_()
+    same, found = plain(copy.deepcopy(block)), []
+    assert type(same) is PlainUniTSE
+    mask = torch.arange(6) < torch.tensor([[6], [4]])
+    values = torch.randn(2, 6, 12) if streams == 1 else torch.randn(2, 2, 6, 12)
+    for each in (block, same):
+        x = values.double().requires_grad_()
+        y = each(x, mask)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in each.parameters())])
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.usefixtures("mmolre_packages")

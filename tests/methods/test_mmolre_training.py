@@ -117,7 +117,7 @@ def test_the_best_look_at_the_validation_items_is_kept(parts):
 
 
 def trained(batches, validation):
-    return train(OURS, False, batches, 12, 2e-3, 0, SCALE, validation)
+    return train(lambda: build(OURS), batches, 12, 2e-3, 0, SCALE, validation)
 
 
 def wrong(items):
