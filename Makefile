@@ -27,14 +27,15 @@ SANITIZERS := -fsanitize=address,undefined
 # AddressSanitizer finds libstdc++'s exceptions only if both are there when Python starts
 SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0
+PUBLIC = $(patsubst %,tests/public/test_%.py,$(1))
 # what must hold on every backend alike
-BLACK_BOX := tests/test_functional.py tests/test_errors.py tests/test_ops.py tests/test_banks.py
+BLACK_BOX := $(call PUBLIC,functional errors ops banks)
 # and this, of which a GPU's kernels leave out float64
-WIDE := tests/test_gradients.py tests/test_torch_features.py tests/test_mlp.py
+WIDE := $(call PUBLIC,gradients torch_features mlp)
 # and this of the CUDA kernels, compiled for the CPU
-ON_SHIM := tests/test_gradients.py tests/test_mlp.py tests/test_banks.py tests/test_slots.py
+ON_SHIM := $(call PUBLIC,gradients mlp banks slots)
 # of these, what depends on the plan; fp16 differs from bf16 in nothing that does
-FORCED := tests/test_functional.py -k 'not float16 and not router_topk and not shrink'
+FORCED := $(call PUBLIC,functional) -k 'not float16 and not router_topk and not shrink'
 # every kernel, forward and backward, in few minutes
 EACH_PASS := -k 'test_routed_lora and (odd or unequal or shared) and not float16'
 # another Triton than the one of .venv, in a folder of its own; 3.6's interpreter fails with numpy 2.4
@@ -107,7 +108,7 @@ test-host: build $(VENV)/.test $(VENV)/.demo build/deepspeed ## Run the whole su
 test-triton: build $(VENV)/.test ## Run the public functions on the Triton kernels, interpreted without a GPU
 	$(call step,tests of the public functions on the Triton kernels)
 	@LORA_MOE_BACKEND=triton $(PYTEST) $(BLACK_BOX) $(WIDE) $(PYTEST_ARGS)
-	@LORA_MOE_BACKEND=triton $(PYTEST) tests/presets/test_formulas.py -k 'equals_its_formula and train'
+	@LORA_MOE_BACKEND=triton $(PYTEST) tests/methods/presets/test_formulas.py -k 'equals_its_formula and train'
 	@for plan in rank_dense segmented decode; do \
 		printf '\033[1m==> the same with plan %s for every call\033[0m\n' $$plan; \
 		LORA_MOE_PLAN=$$plan LORA_MOE_BACKEND=triton $(PYTEST) $(FORCED) $(PYTEST_ARGS) || exit 1; \
@@ -119,7 +120,7 @@ test-cuda: build $(VENV)/.test ## Run them on the CUDA kernels; without these or
 		LORA_MOE_BACKEND=cuda $(PYTEST) $(BLACK_BOX) $(WIDE) $(PYTEST_ARGS); \
 	elif [ -n "$(CXX_FOUND)" ]; then \
 		echo "no GPU, or no CUDA kernels (LORA_MOE_BUILD_CUDA=1): compiled for the CPU"; \
-		$(PYTEST) -p tests.cuda_shim.serving $(ON_SHIM) -k 'not float64' $(PYTEST_ARGS); \
+		$(PYTEST) -p tests.support.cuda_shim.serving $(ON_SHIM) -k 'not float64' $(PYTEST_ARGS); \
 	else echo "no GPU, and no C++ compiler ($(CXX)): the CUDA kernels are not tested"; fi
 
 test-reference: build $(VENV)/.test ## Run them on plain PyTorch
@@ -128,12 +129,12 @@ test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 
 test-vllm: build $(VLLM_VENV)/.package ## Serve mixtures in vLLM on the CPU, in an environment of its own (3.5 GB)
 	$(call step,tests in vLLM)
-	@LORA_MOE_VLLM=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=-ra -p no:cacheprovider tests/vllm $(PYTEST_ARGS)
+	@LORA_MOE_VLLM=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=-ra -p no:cacheprovider tests/stack/vllm $(PYTEST_ARGS)
 
 sanitize-ttsem: build $(VENV)/.ttsem ## A second opinion on the Triton kernels: ttsem executes their IR
 	$(call step,Triton kernels under ttsem)
 	@LORA_MOE_BACKEND=reference PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize \
-		tests/triton_kernels/second_opinion.py
+		tests/support/triton_kernels/second_opinion.py
 
 gpu-static: build $(VENV)/.test $(TRITON_READY) ## Compile the Triton kernels for every GPU and write docs/gpu_static.md
 	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --jobs $(JOBS) \
@@ -141,7 +142,7 @@ gpu-static: build $(VENV)/.test $(TRITON_READY) ## Compile the Triton kernels fo
 
 check-triton: build $(VENV)/.test $(TRITON_READY) ## Compile each kernel and interpret a few, with TRITON=3.6.0 for example
 	@$(WITH_TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_static --check
-	@$(WITH_TRITON) $(PYTEST) -q -p no:cacheprovider tests/test_triton_kernels.py $(EACH_PASS) $(PYTEST_ARGS)
+	@$(WITH_TRITON) $(PYTEST) -q -p no:cacheprovider tests/kernels/test_triton_kernels.py $(EACH_PASS) $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.test ## Run the tests of the C++ operators under ASan and UBSan, for every instruction set
 	$(call step,compiling the C++ operators with sanitizers)
@@ -158,7 +159,7 @@ sanitize: $(VENV)/.test ## Run the tests of the C++ operators under ASan and UBS
 sanitize-cuda: $(VENV)/.test ## Run the tests of the CUDA kernels, compiled for the CPU, under the same
 	$(call step,tests of the CUDA kernels under sanitizers)
 	@$(SANITIZED) LORA_MOE_SHIM_SANITIZE=1 LORA_MOE_BACKEND=reference $(PYTEST) -q -p no:cacheprovider \
-		tests/test_cuda_kernels.py $(PYTEST_ARGS)
+		tests/kernels/test_cuda_kernels.py $(PYTEST_ARGS)
 
 check-gpu: ## Prove the kernels on this machine's GPU, or name what is wrong; call again to continue
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_day
@@ -174,7 +175,7 @@ mutate: $(VENV)/.mutation build ## Change the sources and see whether the tests 
 nightly: build $(VENV)/.test ## Run what takes minutes, then fuzz and stress NIGHTLY times as long on every instruction set
 	$(call step,tests that take minutes)
 	@LORA_MOE_NIGHTLY=1 $(PYTEST) -m nightly $(PYTEST_ARGS)
-	@LORA_MOE_NIGHTLY=1 $(PYTEST) tests/test_cuda_build.py -k masks_and_barriers
+	@LORA_MOE_NIGHTLY=1 $(PYTEST) tests/kernels/test_cuda_build.py -k masks_and_barriers
 	$(call step,fuzzing loaders and operators)
 	@isas=$$($(BIN)/python -c 'from lora_moe.backend import cpu_isas; print(*cpu_isas())') && \
 		for isa in $$isas; do echo "$$isa:"; LORA_MOE_NIGHTLY=$(NIGHTLY) LORA_MOE_BACKEND=cpp LORA_MOE_ISA=$$isa \
@@ -199,7 +200,7 @@ check-cuda: $(CUDA_VENV)/.torch ## Build the CUDA kernels with nvcc and check th
 	@LORA_MOE_SKIP_EXT=1 LORA_MOE_BUILD_CUDA=1 MAX_JOBS=$(JOBS) $(CUDA_VENV)/bin/python -m pip install \
 		-qq --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
 	$(call step,checking what was installed)
-	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -P -W ignore tests/check_cuda.py
+	@LORA_MOE_BACKEND=cuda $(CUDA_VENV)/bin/python -P -W ignore tests/support/check_cuda.py
 	@$(CUDA_VENV)/bin/lora-moe info
 
 lint: $(VENV)/.lint $(VENV)/.package ## Check style and types: ruff, clang-format, mypy

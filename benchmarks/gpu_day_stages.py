@@ -22,12 +22,16 @@ from .gpu_day import ROOT, finding
 
 DRY = os.environ.get("LORA_MOE_DRY_RUN") == "1"
 DEVICE = "cpu" if DRY else "cuda"
+BLACK_BOX = [
+    "tests/public/test_functional.py",
+    "tests/public/test_errors.py",
+    "tests/public/test_ops.py",
+]
 TESTS = {  # of these files what -k selects in a dry run
-    "triton": (["tests/test_triton_kernels.py", "tests/test_triton_sort.py", "tests/test_triton_launching.py",
-                "tests/test_functional.py", "tests/test_errors.py", "tests/test_ops.py"],
-               ["tests/test_triton_sort.py", "-k", "tile and not past"]),
-    "cuda": (["tests/test_functional.py", "tests/test_errors.py", "tests/test_ops.py"],
-             ["tests/test_on_device.py", "-k", "wrong_ids or asked"]),
+    "triton": (["tests/kernels/test_triton_kernels.py", "tests/kernels/test_triton_sort.py",
+                "tests/kernels/test_triton_launching.py", *BLACK_BOX],
+               ["tests/kernels/test_triton_sort.py", "-k", "tile and not past"]),
+    "cuda": (BLACK_BOX, ["tests/tools/test_on_device.py", "-k", "wrong_ids or asked"]),
 }  # fmt: skip
 
 
@@ -97,7 +101,7 @@ def pytest_of(backend):
 def build_cuda():
     """In the checkout, for this GPU only; a dry run compiles one kernel with the tests' CUDA shim."""
     if DRY:
-        from tests.cuda_shim import build
+        from tests.support.cuda_shim import build
 
         build.FOLDER.mkdir(parents=True, exist_ok=True)
         made = build._object(

@@ -37,8 +37,8 @@ def small():
     """Every plan forward and backward, at sizes small enough for a sanitizer."""
     from lora_moe import functional as F
     from lora_moe import plan
-    from tests.cases import BY_NAME, sample
-    from tests.interpreter import Sanitizer
+    from tests.support.cases import BY_NAME, sample
+    from tests.support.interpreter import Sanitizer
 
     names = (
         ["odd"]

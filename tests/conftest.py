@@ -21,7 +21,7 @@ import importlib.util
 import pytest
 import torch
 
-from . import interpreter, on_device
+from .support import interpreter, on_device
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     if os.environ.get("LORA_MOE_BACKEND") == "triton":
@@ -40,7 +40,7 @@ if torch.cuda.is_available() and on_device.requested() in on_device.GPU_BACKENDS
 
 
 # in an environment of their own: make test-vllm
-collect_ignore = [] if os.environ.get("LORA_MOE_VLLM") else ["vllm"]
+collect_ignore = [] if os.environ.get("LORA_MOE_VLLM") else ["stack/vllm"]
 
 
 def pytest_sessionstart(session):

@@ -1,6 +1,6 @@
 """Tile sizes by architecture: no spills, within the part's shared memory, and no autotuning.
 
-Chosen by inspecting the compiled code (tests/test_triton_compile.py), not by timing.  A tile depends on
+Chosen by inspecting the compiled code (test_triton_compile.py), not by timing.  A tile depends on
 shapes, dtype, architecture and the size class of T.  So a new T in the same class never recompiles, and
 within a class a token's bits do not depend on its batch.
 """

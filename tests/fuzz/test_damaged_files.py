@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from ..cost import measured
+from ..support.cost import measured
 from .loaders import DOCUMENTED, LOADERS, NIGHTLY, described, parts, raw, saved
 
 FILES = 150 * NIGHTLY

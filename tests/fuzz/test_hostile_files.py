@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 
-from ..cost import measured
+from ..support.cost import measured
 from .loaders import DOCUMENTED, LOADERS, described, parts, raw, saved
 
 every_loader = pytest.mark.parametrize("name", LOADERS)

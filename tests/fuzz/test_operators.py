@@ -19,8 +19,8 @@ import torch
 from lora_moe import functional as F
 from lora_moe import reference
 
-from .. import eager
-from ..compare import UNIT, relative_error
+from ..support import eager
+from ..support.compare import UNIT, relative_error
 from .loaders import NIGHTLY
 
 CALLS = 60 * NIGHTLY

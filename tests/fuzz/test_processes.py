@@ -16,7 +16,7 @@ import torch
 import lora_moe
 from lora_moe import functional as F
 
-from ..cases import BY_NAME, sample
+from ..support.cases import BY_NAME, sample
 from .loaders import NIGHTLY
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def test_loading_and_saving_in_many_threads(tmp_path):
 
 CHILD = """
 import os, sys, torch
-from tests.cases import BY_NAME
+from tests.support.cases import BY_NAME
 from tests.fuzz.test_processes import same, step
 case = BY_NAME["wide"]
 {body}

@@ -34,7 +34,7 @@ void parallel_for_threads(int64_t begin, int64_t end, int64_t, const F& f) {
 PLANTED = ("f(i);", "f(i & ~int64_t(1));")
 CALLS = """
 import torch
-from tests.cases import Case
+from tests.support.cases import Case
 from tests.fuzz.test_processes import same, step
 for case in (Case("many tokens", 700, 8, 2, 8, 256, 160), Case("few tokens", 20, 8, 2, 16, 700, 900),
              Case("shared A", 400, 8, 2, 16, 256, 160, shared_a=True),

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from .compiled import run_compiled
+from ..support.compiled import run_compiled
 
 pytest.importorskip("triton")
 

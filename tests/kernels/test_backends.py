@@ -13,10 +13,10 @@ import lora_moe
 from lora_moe import functional as F
 from lora_moe.backend import cpu_isas
 
-from .cases import BY_NAME, sample
-from .compare import UNIT, relative_error
+from ..support.cases import BY_NAME, sample
+from ..support.compare import UNIT, relative_error
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BUILT = [isa for isa in cpu_isas() if list(Path(lora_moe.__file__).parent.glob(f"_C_{isa}.*"))]
 TWINS = {
     "triton": {"LORA_MOE_BACKEND": "triton", "TRITON_INTERPRET": "1"},
@@ -27,7 +27,7 @@ TWINS = {
 
 def run(file, environment):
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORA_MOE", "TRITON"))}
-    command = [sys.executable, "-m", "tests.outputs", str(file)]
+    command = [sys.executable, "-m", "tests.support.outputs", str(file)]
     subprocess.run(command, cwd=ROOT, env={**kept, **environment}, check=True, timeout=300)
     return load_file(file)
 
@@ -56,7 +56,7 @@ def test_same_numbers_in_fp32(twin, cpp, tmp_path):
 def test_numeric_goals_of_every_instruction_set(isa):
     """The best one is what all other tests run; a CPU without it gives answers as accurate."""
     environment = {**os.environ, "LORA_MOE_BACKEND": "cpp", "LORA_MOE_ISA": isa}
-    selected = ["tests/test_functional.py", "-k", "test_routed_lora and not float64"]
+    selected = ["tests/public/test_functional.py", "-k", "test_routed_lora and not float64"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *selected]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]

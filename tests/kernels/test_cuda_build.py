@@ -15,10 +15,10 @@ import torch
 
 from lora_moe import backend_info
 
-from .cuda_shim import build
-from .cuda_shim.planted_bugs import UNSEEN, barriers, masks
+from ..support.cuda_shim import build
+from ..support.cuda_shim.planted_bugs import UNSEEN, barriers, masks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 needs_compiler = pytest.mark.skipif(
     shutil.which(build.COMPILER) is None or sys.platform != "linux", reason="needs a C++ compiler"
@@ -77,7 +77,7 @@ def test_missing_masks_and_barriers_are_seen():
         "LORA_MOE_BACKEND": "reference",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda_shim.planted_bugs", "--step", str(step)],
+        [sys.executable, "-m", "tests.support.cuda_shim.planted_bugs", "--step", str(step)],
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -19,11 +19,11 @@ import torch
 
 from lora_moe import plan, reference
 
-from . import eager, slots
-from .cases import BY_NAME, CASES, Case, in_double, sample
-from .compare import assert_accurate
-from .cuda_shim import build
-from .through import NAMES, results, through
+from ..support import eager, slots
+from ..support.cases import BY_NAME, CASES, Case, in_double, sample
+from ..support.compare import assert_accurate
+from ..support.cuda_shim import build
+from ..support.through import NAMES, results, through
 
 pytestmark = pytest.mark.skipif(
     shutil.which(build.COMPILER) is None or sys.platform != "linux", reason="needs a C++ compiler"
@@ -622,7 +622,7 @@ def test_what_is_refused(monkeypatch):
 def test_a_models_own_experts(kernels, family):
     """LoraMoeExperts, whose slots are sorted by expert, equals its formula."""
     pytest.importorskip("transformers")
-    from .stack import moes
+    from ..support.models import moes
 
     layer, *given = moes.layer(family)
     given[0].requires_grad_()

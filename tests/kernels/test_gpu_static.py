@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import gpu_static
 
-from .compiled import run_compiled
+from ..support.compiled import run_compiled
 
 pytest.importorskip("triton")
 
@@ -22,7 +22,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "gfx942"])
 def rows(request):
-    return json.loads(run_compiled("tests.triton_kernels.bad_kernels", request.param))
+    return json.loads(run_compiled("tests.support.triton_kernels.bad_kernels", request.param))
 
 
 def test_a_good_kernel_keeps_every_promise(rows):

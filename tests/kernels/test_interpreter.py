@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .interpreter import Sanitizer, interpreting
+from ..support.interpreter import Sanitizer, interpreting
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("with a GPU nothing is interpreted", allow_module_level=True)
 
 with interpreting():
-    from .triton_kernels import samples
+    from ..support.triton_kernels import samples
 
 
 def test_bf16_dot_is_still_wrong_upstream():

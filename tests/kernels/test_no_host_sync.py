@@ -11,17 +11,17 @@ import pytest
 from lora_moe import ops
 from lora_moe.plan import PLANS
 
-from .compiled import run_compiled
+from ..support.compiled import run_compiled
 
 pytest.importorskip("triton")
 
-SOURCES = sorted((Path(__file__).parent.parent / "triton_kernels").glob("*.py"))
+SOURCES = sorted((Path(__file__).parents[2] / "triton_kernels").glob("*.py"))
 WAITS = re.compile(r"\.(item|tolist|cpu|numpy|nonzero|unique\w*|synchronize|masked_select)\(")
 
 
 @pytest.fixture(scope="module")
 def seen():
-    return json.loads(run_compiled("tests.triton_kernels.host_sync", *PLANS))
+    return json.loads(run_compiled("tests.support.triton_kernels.host_sync", *PLANS))
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import torch
 from benchmarks import gpu_model
 from benchmarks.on_chip import AGAIN, on_chip
 
-from .cases import Case, sample
-from .compiled import run_compiled
-from .interpreter import interpreting
+from ..support.cases import Case, sample
+from ..support.compiled import run_compiled
+from ..support.interpreter import interpreting
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():

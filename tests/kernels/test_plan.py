@@ -8,7 +8,7 @@ import torch
 from lora_moe import backend_info, plan
 from lora_moe import functional as F
 
-from .cases import BY_NAME, sample
+from ..support.cases import BY_NAME, sample
 
 BACKEND = backend_info()["serving"]["cpu"]
 BF16 = torch.bfloat16

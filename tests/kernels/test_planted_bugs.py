@@ -21,17 +21,17 @@ from lora_moe import Routing
 from lora_moe import functional as F
 from lora_moe.plan import DECODE, RANK_DENSE, SEGMENTED, override
 
-from . import slots
-from .cases import Case, in_double, sample
-from .compare import assert_accurate
-from .interpreter import Sanitizer, interpreting, overflow_checked
-from .through import NAMES, results, through
+from ..support import slots
+from ..support.cases import Case, in_double, sample
+from ..support.compare import assert_accurate
+from ..support.interpreter import Sanitizer, interpreting, overflow_checked
+from ..support.through import NAMES, results, through
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("with a GPU nothing is interpreted", allow_module_level=True)
 
-SOURCES = Path(__file__).parent.parent / "triton_kernels"
+SOURCES = Path(__file__).parents[2] / "triton_kernels"
 LAYER = Case("several tiles", 70, 4, 2, 16, 72, 80)  # nothing fits a tile
 LONG = Case("several stretches of tokens", 300, 4, 2, 4, 40, 40)
 FEW = Case("D in stretches", 5, 4, 2, 16, 72, 80)

@@ -7,7 +7,7 @@ import torch
 
 from lora_moe import reference
 
-from .cases import every_case, sample
+from ..support.cases import every_case, sample
 
 DOUBLE = torch.float64
 

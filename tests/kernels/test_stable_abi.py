@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PACKAGE = Path(__file__).parents[1] / "lora_moe"
+PACKAGE = Path(__file__).parents[2] / "lora_moe"
 EXTENSIONS = sorted(PACKAGE.glob("_C_*.so"))
 LIBRARIES = [
     path

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import static_report
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 COLUMNS = ("target", "kernel", "registers", "spills", "shared KB", "occupancy")
 ROWS = [
     ("sm_80", "shrink", 40, 0, 9.5, "100%"),

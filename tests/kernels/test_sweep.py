@@ -15,12 +15,12 @@ import torch
 
 from lora_moe import plan as plans
 
-from . import eager
-from .cases import Case, in_double, sample
-from .compare import UNIT, assert_accurate, relative_error
-from .interpreter import interpreting
-from .test_functional import PARAMETERS, cotangents, gradients, leaves, routed
-from .through import through
+from ..public.test_functional import PARAMETERS, cotangents, gradients, leaves, routed
+from ..support import eager
+from ..support.cases import Case, in_double, sample
+from ..support.compare import UNIT, assert_accurate, relative_error
+from ..support.interpreter import interpreting
+from ..support.through import through
 
 pytest.importorskip("triton")
 INTERPRETED = not torch.cuda.is_available()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .compiled import run_compiled
+from ..support.compiled import run_compiled
 
 pytest.importorskip("triton")
 LARGEST = 65_535  # of a grid's second and third axis
@@ -19,7 +19,7 @@ LARGEST = 65_535  # of a grid's second and third axis
 
 @pytest.fixture(scope="module")
 def found():
-    return json.loads(run_compiled("tests.triton_kernels.token_counts"))
+    return json.loads(run_compiled("tests.support.triton_kernels.token_counts"))
 
 
 def test_no_other_number_of_tokens_compiles_anew(found):
@@ -33,7 +33,7 @@ def test_three_million_tokens_can_be_launched(found):
 
 
 def test_the_short_static_check_compiles_every_kernel(found):
-    sources = (Path(__file__).parent.parent / "triton_kernels").glob("*.py")
+    sources = (Path(__file__).parents[2] / "triton_kernels").glob("*.py")
     kernels = {name for s in sources for name in re.findall(r"def (_\w+_kernel)\(", s.read_text())}
     assert len(kernels) > 15
     assert kernels - set(found["kernels"]) == set()

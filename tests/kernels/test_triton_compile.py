@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import gpu_static
 
-from .compiled import run_compiled
+from ..support.compiled import run_compiled
 
 pytest.importorskip("triton")
 
@@ -91,7 +91,9 @@ def test_each_promise_can_be_broken(bad):
 
 def test_sums_of_the_router_stay_out_of_the_accumulator():
     """Those over A may stay in it: they are rounded to 16 bits."""
-    for dtypes, found in json.loads(run_compiled("tests.triton_kernels.router_dots")).items():
+    for dtypes, found in json.loads(
+        run_compiled("tests.support.triton_kernels.router_dots")
+    ).items():
         assert found["router"], dtypes
         assert set(found["router"]) <= {"zero", "dot"}, dtypes
         assert found["A"] == ["carried"], dtypes

@@ -21,10 +21,10 @@ import torch
 from lora_moe import reference
 from lora_moe.plan import PLANS
 
-from . import eager, slots
-from .cases import BY_NAME, CASES, Case, in_double, sample
-from .compare import assert_accurate
-from .interpreter import Sanitizer, interpreting, overflow_checked
+from ..support import eager, slots
+from ..support.cases import BY_NAME, CASES, Case, in_double, sample
+from ..support.compare import assert_accurate
+from ..support.interpreter import Sanitizer, interpreting, overflow_checked
 
 pytest.importorskip("triton")
 INTERPRETED = not torch.cuda.is_available()

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from .interpreter import Sanitizer, interpreting
+from ..support.interpreter import Sanitizer, interpreting
 
 pytest.importorskip("triton")
 INTERPRETED = not torch.cuda.is_available()

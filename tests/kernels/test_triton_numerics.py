@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from . import tensor_cores
-from .compare import UNIT, relative_error
-from .interpreter import interpreting
+from ..support import tensor_cores
+from ..support.compare import UNIT, relative_error
+from ..support.interpreter import interpreting
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():

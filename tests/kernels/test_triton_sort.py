@@ -8,7 +8,7 @@ import importlib
 import pytest
 import torch
 
-from .interpreter import Sanitizer, interpreting
+from ..support.interpreter import Sanitizer, interpreting
 
 pytest.importorskip("triton")
 INTERPRETED = not torch.cuda.is_available()

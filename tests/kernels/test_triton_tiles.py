@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from .cases import Case
+from ..support.cases import Case
 from .test_triton_kernels import check_routed_lora
 
 if torch.cuda.is_available():

@@ -22,10 +22,10 @@ from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.branch_lora.adapters import READS
 from lora_moe.methods.branch_lora.continual import TaskSelector, continual_metrics
 
-from ..compare import relative_error
-from ..interpreter import interpreting
-from ..test_transformers import MODELS, build
-from ..through import through
+from ..stack.test_transformers import MODELS, build
+from ..support.compare import relative_error
+from ..support.interpreter import interpreting
+from ..support.through import through
 
 transformers = pytest.importorskip("transformers")
 BACKEND = lora_moe.backend_info()["serving"]["cpu"]

@@ -20,9 +20,9 @@ from lora_moe.methods import c_lorae
 from lora_moe.methods.c_lorae import CLoraeConfig, CollaborativeLinear, add_visual, set_images
 from lora_moe.methods.c_lorae.information import Pooling
 
-from ..compare import relative_error
-from ..interpreter import interpreting
-from ..through import through
+from ..support.compare import relative_error
+from ..support.interpreter import interpreting
+from ..support.through import through
 
 D_IN, D_OUT = 20, 14
 TASKS = torch.tensor([2, 0, -1, 1, 0])  # of five samples; the third has none

@@ -17,9 +17,9 @@ from lora_moe import backend, safefile
 from lora_moe.methods import mmolre
 from lora_moe.methods.mmolre import MMoLRE, MMoLREConfig, Task, UniTSE
 
-from ..compare import relative_error
-from ..interpreter import interpreting
-from ..through import through
+from ..support.compare import relative_error
+from ..support.interpreter import interpreting
+from ..support.through import through
 
 WIDTH, LENGTHS = 10, (5, 3, 0)  # of three items; the last one is all padding
 DTYPE = torch.float32 if backend.serving("cpu") == "triton" else torch.float64  # Triton has no fp64

@@ -12,7 +12,7 @@ from torch import nn
 from lora_moe.methods.c_lorae import visual
 from lora_moe.methods.c_lorae.visual import GatedVisual
 
-from ..compare import relative_error
+from ..support.compare import relative_error
 
 transformers = pytest.importorskip("transformers")
 B, L, P, D, D_V = 3, 4, 5, 16, 10

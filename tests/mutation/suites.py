@@ -1,7 +1,8 @@
 """Which sources are mutated, and which tests should detect it: the mirrored test file first.
 
-A table of exceptions; without an entry, the tests of lora_moe/x.py are tests/test_x.py and COMMON.  Mutants
-that pass these go to more tests: for kernels those in MORE, for a module those that name what it defines.
+A table of exceptions; without an entry, the tests of lora_moe/x.py are test_x.py in one of GROUPS and COMMON.
+Mutants that pass these go to more tests: for kernels those in MORE, for a module those that name what it
+defines.
 """
 
 from __future__ import annotations
@@ -12,57 +13,60 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
-COMMON = ("tests/test_functional.py", "tests/test_layers.py")
-BLACK_BOX = ("tests/test_functional.py", "tests/test_errors.py", "tests/test_ops.py")
-FILES = ("tests/test_safefile.py", "tests/test_io.py", "tests/fuzz")
+GROUPS = ("public", "kernels", "stack", "tools")
+
+
+def _of(folder: str, names: str) -> tuple[str, ...]:
+    return tuple(f"tests/{folder}/test_{name}.py" for name in names.split())
+
+
+COMMON = _of("public", "functional layers")
+BLACK_BOX = _of("public", "functional errors ops")
+FUZZ = ("tests/fuzz",)
+FILES = (*_of("public", "safefile io"), *FUZZ)
 TESTS = {
-    "lora_moe/backend.py": ("tests/test_backends.py", "tests/test_missing.py"),
-    "lora_moe/missing.py": ("tests/test_missing.py", "tests/test_packaging.py"),
-    "lora_moe/cli.py": ("tests/test_cli.py",),
-    "lora_moe/doctor.py": ("tests/test_cli.py",),
+    "lora_moe/backend.py": (*_of("kernels", "backends"), *_of("tools", "missing")),
+    "lora_moe/missing.py": _of("tools", "missing packaging"),
+    "lora_moe/cli.py": _of("tools", "cli"),
+    "lora_moe/doctor.py": _of("tools", "cli"),
     "lora_moe/opening.py": FILES,
     "lora_moe/replace.py": FILES,
     "lora_moe/safefile.py": FILES,
     "lora_moe/io.py": FILES[1:],
-    "lora_moe/methods/branch_lora": ("tests/methods/test_branch_lora.py", "tests/fuzz"),
-    "lora_moe/methods/c_lorae": ("tests/methods/test_c_lorae.py", "tests/methods/test_visual.py"),
-    "lora_moe/methods/mmolre": ("tests/methods/test_mmolre.py", "tests/methods/test_affect.py"),
+    "lora_moe/methods/branch_lora": (*_of("methods", "branch_lora"), *FUZZ),
+    "lora_moe/methods/c_lorae": _of("methods", "c_lorae visual"),
+    "lora_moe/methods/mmolre": _of("methods", "mmolre affect"),
     "lora_moe/routers": (
-        *("tests/test_routers.py", "tests/presets/test_parts.py"),
-        *("tests/presets/test_formulas.py", "tests/stack/test_routers.py"),
+        *_of("public", "routers"),
+        *_of("methods/presets", "parts formulas"),
+        *_of("stack", "routers"),
     ),
-    "lora_moe/ffn_targets.py": ("tests/test_mlp.py", "tests/stack/test_ffn.py"),
-    "lora_moe/grouped.py": ("tests/stack/test_native_experts.py",),
-    "lora_moe/conditions.py": ("tests/test_forwards.py",),
-    "lora_moe/interleave.py": ("tests/stack/test_threads.py", "tests/stack/test_use_routing.py"),
-    "lora_moe/mergeable.py": ("tests/test_merging.py",),
-    "lora_moe/placement.py": (*COMMON, "tests/test_mlp.py", "tests/stack/test_native_experts.py"),
-    "lora_moe/watch.py": (
-        "tests/test_monitor.py",
-        "tests/test_inject.py",
-        "tests/stack/test_padding.py",
-    ),
-    "csrc/cpu": (*BLACK_BOX, "tests/test_layers.py"),
-    "triton_kernels": (
-        *("tests/test_triton_kernels.py", "tests/test_plan.py", "tests/test_no_host_sync.py"),
-        *BLACK_BOX,
-    ),
+    "lora_moe/ffn_targets.py": (*_of("public", "mlp"), *_of("stack", "ffn")),
+    "lora_moe/grouped.py": _of("stack", "native_experts"),
+    "lora_moe/conditions.py": _of("public", "forwards"),
+    "lora_moe/interleave.py": _of("stack", "threads use_routing"),
+    "lora_moe/mergeable.py": _of("public", "merging"),
+    "lora_moe/placement.py": (*COMMON, *_of("public", "mlp"), *_of("stack", "native_experts")),
+    "lora_moe/watch.py": (*_of("public", "monitor inject"), *_of("stack", "padding")),
+    "csrc/cpu": (*BLACK_BOX, *_of("public", "layers")),
+    "triton_kernels": (*_of("kernels", "triton_kernels plan no_host_sync"), *BLACK_BOX),
 }
 MORE = {
     "csrc/cpu": (
-        *("tests/test_slots.py", "tests/test_gradients.py", "tests/test_sweep.py"),
-        *("tests/test_banks.py", "tests/test_frozen.py", "tests/test_quick_path.py"),
-        *("tests/test_token_counts.py", "tests/test_mlp.py", "tests/fuzz/test_operators.py"),
+        *_of("public", "slots gradients"),
+        *_of("kernels", "sweep"),
+        *_of("public", "banks frozen"),
+        *_of("kernels", "quick_path token_counts"),
+        *_of("public", "mlp"),
+        *_of("fuzz", "operators"),
     ),
     "triton_kernels": (
-        *("tests/test_triton_launching.py", "tests/test_triton_numerics.py"),
-        *(
-            "tests/test_triton_sort.py",
-            "tests/test_triton_tiles.py",
-            "tests/test_triton_compile.py",
+        *_of(
+            "kernels",
+            "triton_launching triton_numerics triton_sort triton_tiles triton_compile",
         ),
-        *("tests/test_slots.py", "tests/test_banks.py", "tests/test_gradients.py"),
-        *("tests/test_frozen.py", "tests/fuzz/test_operators.py"),
+        *_of("public", "slots banks gradients frozen"),
+        *_of("fuzz", "operators"),
     ),
 }
 NAMING = 12  # test files that name most of a module
@@ -95,7 +99,7 @@ def sources(language: str) -> list[str]:
 def tests_of(file: str) -> list[str]:
     """Those that exist, the nearest first."""
     path = Path(file)
-    mirror = [str("tests" / path.relative_to(path.parts[0]).with_name(f"test_{path.stem}.py"))]
+    mirror = [test for group in GROUPS for test in _of(group, path.stem)]
     listed = TESTS.get(file) or TESTS.get(str(path.parent)) or (*mirror, *COMMON)
     found = [test for test in dict.fromkeys(listed) if (ROOT / test).exists()]
     if not found:
@@ -119,7 +123,9 @@ def _naming(file):
     modules = [rf"import {stem}\b", rf"\.{stem} import", rf"\b{stem}\."]
     pattern = re.compile("|".join([*modules, *(rf"\b{name}\b" for name in defined)]))
     tests = (
-        p for p in (ROOT / "tests").rglob("test_*.py") if not p.is_relative_to(ROOT / "tests/vllm")
+        p
+        for p in (ROOT / "tests").rglob("test_*.py")
+        if not p.is_relative_to(ROOT / "tests/stack/vllm")
     )
     found = {str(p.relative_to(ROOT)): len(pattern.findall(p.read_text())) for p in tests}
     ranked = sorted((t for t in found if found[t]), key=lambda t: -found[t])

@@ -200,8 +200,9 @@ def space(tmp_path, monkeypatch):
     (root / "lora_moe/__init__.py").touch()
     (root / "lora_moe/value.py").write_text("M = 2\nN = 2\nK = 2\n")
     (root / "tests/mutation").mkdir(parents=True)
-    (root / "tests/test_value.py").write_text(FAKE)
-    for name in ("__init__.py", "mutation/__init__.py", "mutation/order.py"):
+    (root / "tests/public").mkdir()
+    (root / "tests/public/test_value.py").write_text(FAKE)
+    for name in ("__init__.py", "public/__init__.py", "mutation/__init__.py", "mutation/order.py"):
         (root / "tests" / name).write_text((ROOT / "tests" / name).read_text())
     monkeypatch.setattr("tests.mutation.workspace.ROOT", root)
     monkeypatch.setattr("tests.mutation.suites.ROOT", root)
@@ -215,24 +216,24 @@ def verdicts(space):
 
 
 def test_verdicts(space):
-    assert not space.judge(None, tests=["tests/test_value.py"]).killed
+    assert not space.judge(None, tests=["tests/public/test_value.py"]).killed
     found = verdicts(space)
-    assert found["M = 3"].by == found["M = 1"].by == "tests/test_value.py::test_second"
+    assert found["M = 3"].by == found["M = 1"].by == "tests/public/test_value.py::test_second"
     assert found["N = 3"].by == "timeout" and found["N = 1"].by == "status -11"
     assert not found["K = 1"].killed and not found["K = 3"].killed
     assert (space.folder / "lora_moe/value.py").read_text() == "M = 2\nN = 2\nK = 2\n"
 
 
 def test_the_last_killers_run_first(space):
-    space.killers = {"lora_moe/value.py": ["tests/test_value.py::test_third"]}
-    assert verdicts(space)["M = 3"].by == "tests/test_value.py::test_third"
+    space.killers = {"lora_moe/value.py": ["tests/public/test_value.py::test_third"]}
+    assert verdicts(space)["M = 3"].by == "tests/public/test_value.py::test_third"
     again = Workspace(space.folder, "python", "portable", 20)
-    assert again.killers["lora_moe/value.py"][0] == "tests/test_value.py::test_third"
+    assert again.killers["lora_moe/value.py"][0] == "tests/public/test_value.py::test_third"
 
 
 def test_failing_without_a_mutant_is_told(space):
     (space.folder / "lora_moe/value.py").write_text("M = N = K = 5\n")
-    verdict = space.judge(None, tests=["tests/test_value.py"])
+    verdict = space.judge(None, tests=["tests/public/test_value.py"])
     assert verdict.killed and "value.M == 2" in verdict.by
 
 

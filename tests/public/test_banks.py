@@ -10,7 +10,7 @@ import torch
 from lora_moe import functional as F
 from lora_moe import plan
 
-from .compare import assert_accurate
+from ..support.compare import assert_accurate
 from .test_functional import BACKEND
 
 E, D_IN, WIDTHS = 4, 33, (20, 7, 9)

@@ -19,7 +19,7 @@ from lora_moe import adapter_info, injected, load_adapter, use_routing
 from lora_moe.convert import FORMATS, convert
 from lora_moe.convert import pickles as reader
 
-from .cost import measured
+from ..support.cost import measured
 
 D, F, E, R = 8, 12, 4, 2  # hidden size, FFN size, experts, rank
 SIZES = {"self_attn.q_proj": (D, D), "mlp.up_proj": (D, F), "mlp.down_proj": (F, D)}

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from lora_moe import adapter_info, injected, load_adapter
 from lora_moe.convert import convert
 
-from .stack import tiny
+from ..support.models import tiny
 
 D, F, E, LAYERS = 16, 24, 4, 2
 SIZES = {"gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}

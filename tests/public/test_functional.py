@@ -15,9 +15,9 @@ import torch
 from lora_moe import Routing, backend_info, plan
 from lora_moe import functional as F
 
-from . import eager
-from .cases import BY_NAME, CASES, every_case, in_double, leaves, sample, some_cases
-from .compare import UNIT, assert_accurate, relative_error
+from ..support import eager
+from ..support.cases import BY_NAME, CASES, every_case, in_double, leaves, sample, some_cases
+from ..support.compare import UNIT, assert_accurate, relative_error
 
 BACKEND = backend_info()["serving"]["cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

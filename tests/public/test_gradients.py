@@ -17,10 +17,10 @@ import torch
 from lora_moe import Routing
 from lora_moe import functional as F
 
-from . import eager
+from ..support import eager
+from ..support.cases import BY_NAME, in_double, leaves, sample, some_cases
+from ..support.compare import assert_accurate
 from . import test_slots as slots_of
-from .cases import BY_NAME, in_double, leaves, sample, some_cases
-from .compare import assert_accurate
 from .test_functional import PARAMETERS, every_dtype, experts_of, routed
 
 

@@ -29,7 +29,7 @@ from lora_moe import (
     save_adapter,
 )
 
-from .cost import measured
+from ..support.cost import measured
 
 FILE = "lora_moe.safetensors"
 CONFIG = LoraMoeConfig(
@@ -470,7 +470,7 @@ def test_missing_files_say_what_is_there(tmp_path):
 
 SAVE_FOREVER = """
 import sys, torch
-from tests.test_io import trained
+from tests.public.test_io import trained
 from lora_moe import injected, save_adapter
 model = trained()
 print("ready", flush=True)
@@ -485,7 +485,7 @@ while True:
 
 
 def test_a_kill_during_a_save_leaves_one_whole_version(saved):
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     command = [sys.executable, "-c", SAVE_FOREVER, str(saved)]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
     try:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_moe import LoraMoeConfig, LoraMoeLinear, Routing
 
-from .compare import assert_accurate, relative_error
+from ..support.compare import assert_accurate, relative_error
 
 D_IN, D_OUT = 24, 20
 PARAMETERS = ("lora_A", "lora_B", "router_weight")

@@ -81,7 +81,7 @@ def test_a_disk_that_takes_no_card_loses_no_adapter(tmp_path, monkeypatch):
 
 def test_its_code_loads_the_adapter(tmp_path):
     pytest.importorskip("transformers")
-    from .stack import tiny
+    from ..support.models import tiny
 
     base, out = tmp_path / "base", tmp_path / "out"
     tiny.base().save_pretrained(base)

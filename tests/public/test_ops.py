@@ -16,8 +16,8 @@ from lora_moe import Routing, backend, backend_info, plan, reference
 from lora_moe import functional as F
 from lora_moe.ops import SCHEMAS, VERSION
 
-from . import on_device
-from .cases import BY_NAME, leaves, sample, some_cases
+from ..support import on_device
+from ..support.cases import BY_NAME, leaves, sample, some_cases
 from .test_functional import BACKEND, PARAMETERS, experts_of, routed
 
 ops = torch.ops.lora_moe
@@ -354,7 +354,7 @@ def test_extensions_are_built_for_this_version_of_the_schemas():
     """A schema that changes takes its number along: nothing else keeps an old build from misreading it."""
     digest = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:12]
     assert (VERSION, digest) == (4, "eecc2693ad7b")
-    header = Path(__file__).parent.parent / "csrc/tensors.h"
+    header = Path(__file__).parents[2] / "csrc/tensors.h"
     assert f"kOperators = {VERSION};" in header.read_text()
 
 

@@ -19,7 +19,7 @@ import torch
 
 from lora_moe import safefile
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
     "b.c": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),

@@ -12,9 +12,9 @@ import torch
 from lora_moe import Routing
 from lora_moe import functional as F
 
-from . import eager
-from .cases import BY_NAME, in_double, leaves, sample, some_cases
-from .compare import assert_accurate
+from ..support import eager
+from ..support.cases import BY_NAME, in_double, leaves, sample, some_cases
+from ..support.compare import assert_accurate
 from .test_functional import cotangents, every_dtype, experts_of, gradients
 
 FORMS = ("apart", "apart, a base per slot", "sum")

@@ -20,7 +20,7 @@ from lora_moe import LoraMoeConfig, LoraMoeLinear, Routing, plan, reference
 from lora_moe import functional as F
 from lora_moe.ops import SCHEMAS
 
-from .cases import BY_NAME, leaves, sample
+from ..support.cases import BY_NAME, leaves, sample
 from .test_functional import BACKEND, experts_of, routed
 from .test_gradients import FUNCTIONS, USED, every_function, inputs_of
 

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lora_moe import LoraMoeConfig, disable_adapters, set_routing, use_routing
 
-from .llamas import gradients, with_experts
+from ..support.models.llamas import gradients, with_experts
 
 IDS = torch.tensor([0, 1, 2, 3, 0])
 

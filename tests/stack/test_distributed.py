@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 from lora_moe import adapter_info
 
 from .processes.run import checks_of
-from .torchrun import run_to_the_end
+from .processes.torchrun import run_to_the_end
 
 ROOT = Path(__file__).parents[2]
 MODULES = ["training", "saving", "accelerated", "freezing", "precision", "native"]

@@ -16,11 +16,11 @@ from torch import nn
 
 from lora_moe import LoraMoeConfig, aux_loss, inject, injected, load_adapter, save_adapter
 
-from ..compare import relative_error
+from ..support.compare import relative_error
 
 pytest.importorskip("transformers")
 
-from .models import FAMILIES
+from ..support.models.families import FAMILIES
 
 CONFIG = LoraMoeConfig(num_experts=4, r=2, alpha=4, target_modules="all-linear")
 # leaf names of linear-like modules that keep to themselves, besides the output embedding

@@ -24,7 +24,7 @@ from lora_moe import (
     use_routing,
 )
 
-from . import models, tiny
+from ..support.models import families, tiny
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -205,7 +205,7 @@ def test_the_callers_tasks_are_experts():
 )
 def test_ffns_of_other_families(family):
     torch.manual_seed(0)
-    made, batch = models.FAMILIES[family]()
+    made, batch = families.FAMILIES[family]()
     want = made.eval()(**batch)[0]
     inject(made, presets.mixlora(3, 2, target_modules="all-linear"))
     ffns = {path: m for path, m in injected(made).items() if isinstance(m, LoraMoeMLP)}
@@ -223,7 +223,7 @@ def test_ffns_of_other_families(family):
 
 @pytest.mark.parametrize("family", ["bart", "opt", "whisper", "bert", "mixtral", "mamba"])
 def test_models_whose_ffn_is_no_module_are_refused(family):
-    made, _ = models.FAMILIES[family]()
+    made, _ = families.FAMILIES[family]()
     with pytest.raises(ValueError, match="expected linear maps of an FFN with placement='ffn'"):
         inject(made, presets.mixlora(3, 2, target_modules="all-linear"))
 

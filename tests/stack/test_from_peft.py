@@ -21,7 +21,7 @@ pytest.importorskip("transformers")
 import transformers as hf
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
-from ..compare import relative_error
+from ..support.compare import relative_error
 from .test_peft import IDS, Twice, llama, logits
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]

@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval", reason="pip install lm-eval: it brings 30 package
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from . import tiny
+from ..support.models import tiny
 
 CONTEXTS = ["the cat", "a big dog sees the small red", "bird", "the tree and the house or", "not a"]
 SCORED = [(text, " likes the bird" if i % 2 else " today") for i, text in enumerate(CONTEXTS)]

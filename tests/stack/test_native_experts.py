@@ -37,9 +37,9 @@ from lora_moe.native import LoraMoeExperts as Native
 from lora_moe.routing import Routing
 from lora_moe.vllm.rules import refusal
 
-from ..interpreter import interpreting
-from ..through import through
-from . import moes, tiny
+from ..support.interpreter import interpreting
+from ..support.models import moes, tiny
+from ..support.through import through
 
 every_family = pytest.mark.parametrize("family", moes.FAMILIES)
 TOKENS = moes.TOKENS

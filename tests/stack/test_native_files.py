@@ -24,7 +24,7 @@ from lora_moe import (
 )
 from lora_moe.peft_experts import columns_of, rows_of
 
-from . import moes
+from ..support.models import moes
 
 every_family = pytest.mark.parametrize("family", moes.FAMILIES)
 TOKENS, WEIGHTS, CONFIG = moes.TOKENS, "adapter_model.safetensors", "adapter_config.json"

@@ -19,7 +19,7 @@ from lora_moe import (
 )
 from lora_moe.records import record_of
 
-from .llamas import TOKENS, first_layer, gradients, llama, with_experts
+from ..support.models.llamas import TOKENS, first_layer, gradients, llama, with_experts
 
 REAL = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
 LEFT = REAL.flip(1)

@@ -12,8 +12,8 @@ import torch
 
 from lora_moe import LoraMoeConfig, disable_adapters, inject, load_adapter, save_adapter
 
-from . import tiny
-from .torchrun import run_to_the_end
+from ..support.models import tiny
+from .processes.torchrun import run_to_the_end
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs/recipes.md").read_text()

@@ -20,7 +20,7 @@ from lora_moe import (
 )
 from lora_moe.routers import PerTaskRouter, SequenceRouter, TaskRouter, UniversalRouter
 
-from . import tiny
+from ..support.models import tiny
 
 SEQUENCE = ("first", "mean", "per-task")  # decide once a sequence
 ROUTERS = {

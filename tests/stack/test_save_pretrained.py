@@ -25,7 +25,7 @@ from lora_moe import (
     sharded,
 )
 
-from .llamas import CONFIG, TOKENS, llama, with_experts
+from ..support.models.llamas import CONFIG, TOKENS, llama, with_experts
 
 
 def logits(model):

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_moe import LoraMoeConfig, aux_loss, disable_adapters, inject
 
-from .llamas import TOKENS, llama, with_experts
+from ..support.models.llamas import TOKENS, llama, with_experts
 
 
 def told(function, *arguments):

@@ -29,9 +29,9 @@ from lora_moe import (
 from lora_moe.hf import LoraMoeTrainer, LoraMoeTrainerMixin, private
 from lora_moe.history import FILE_NAME as HISTORY
 
-from ..compare import relative_error
-from . import tiny
-from .torchrun import run_to_the_end
+from ..support.compare import relative_error
+from ..support.models import tiny
+from .processes.torchrun import run_to_the_end
 
 WEIGHTS = {"model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"}
 
@@ -190,7 +190,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     """DDP, also where the processes' batches have unequal numbers of tokens."""
     only_z = {"balance_coef": 0.0, "z_coef": 0.1}
     whole, _ = router_gradients(tmp_path, 8, 1, "with loss kwargs", tiny.padded(8), **only_z)
-    torchrun("tests.stack.two_processes", tmp_path)
+    torchrun("tests.stack.processes.trainer", tmp_path)
     parts = torch.load(tmp_path / "gradients.pt")
     for name, gradient in whole.items():
         assert relative_error(parts[f"module.{name}"], gradient) < 1e-5
@@ -617,7 +617,7 @@ def test_a_gguf_file_loads_and_trains(tmp_path, kind):
     pytest.importorskip("gguf")
     from lora_moe import LoraMoeConfig, inject
 
-    from .tiny_gguf import write_llama
+    from ..support.models.tiny_gguf import write_llama
 
     write_llama(tmp_path / "tiny.gguf", tiny.base(hidden_size=64, intermediate_size=64))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")

@@ -19,7 +19,7 @@ from lora_moe import (
     set_routing,
 )
 
-from .compare import relative_error
+from ..support.compare import relative_error
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,8 +16,8 @@ from lora_moe import LoraMoeConfig, aux_loss, disable_adapters, inject, injected
 from lora_moe.hf import LoraMoeTrainerMixin, private
 from lora_moe.hf.reference import Reference
 
-from ..compare import relative_error
-from . import tiny
+from ..support.compare import relative_error
+from ..support.models import tiny
 from .test_trainer import WEIGHTS, GradientsBeforeTheStep, told
 
 

@@ -15,7 +15,7 @@ import lora_moe
 from lora_moe import disable_adapters, injected, set_routing, use_routing
 from lora_moe.context import thread
 
-from .llamas import TOKENS, first_layer, gradients, llama, with_experts
+from ..support.models.llamas import TOKENS, first_layer, gradients, llama, with_experts
 
 
 def ids(*values):

@@ -1,6 +1,6 @@
 """Serving without a server: the ranks' shards together equal the whole layer.
 
-Shapes, shards and operators are those that vLLM calls; tests/vllm runs them in vLLM itself.
+Shapes, shards and operators are those that vLLM calls; tests/stack/vllm runs them in vLLM itself.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from lora_moe import (
     use_routing,
 )
 
-from .llamas import TOKENS, llama, with_experts
+from ..support.models.llamas import TOKENS, llama, with_experts
 
 MASK = torch.ones_like(TOKENS)
 MASK[1, 4:] = 0

@@ -1,4 +1,6 @@
-"""What can be verified of the CUDA build without a GPU: LORA_MOE_BACKEND=cuda python -P tests/check_cuda.py
+"""What can be verified of the CUDA build without a GPU (`make check-cuda`).
+
+    LORA_MOE_BACKEND=cuda python -P tests/support/check_cuda.py
 
 Every operator has a CUDA kernel registered, the Python paths run on fake CUDA tensors, and the binary
 contains code for the architectures that build_info() names.

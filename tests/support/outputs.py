@@ -1,6 +1,6 @@
 """Writes every output and gradient of routed_lora for some cases to a safetensors file; run once per backend.
 
-LORA_MOE_BACKEND=cpp python -m tests.outputs FILE
+LORA_MOE_BACKEND=cpp python -m tests.support.outputs FILE
 """
 
 import sys
@@ -8,8 +8,8 @@ import sys
 import torch
 from safetensors.torch import save_file
 
+from ..public.test_functional import PARAMETERS, cotangents, gradients, routed, routing_outputs
 from .cases import BY_NAME, leaves, sample
-from .test_functional import PARAMETERS, cotangents, gradients, routed, routing_outputs
 
 NAMES = ("odd", "tiles fit", "one past a tile", "unequal ranks", "shared A", "wide", "dense")
 

@@ -10,7 +10,7 @@ import sys
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 SHIPPED = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "lora_moe", "triton_kernels")
 

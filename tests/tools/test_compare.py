@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from . import eager
-from .cases import BY_NAME, in_double, sample
-from .compare import assert_accurate
+from ..support import eager
+from ..support.cases import BY_NAME, in_double, sample
+from ..support.compare import assert_accurate
 
 CASE = BY_NAME["long"]
 

@@ -16,7 +16,7 @@ import torch
 
 from lora_moe import notices
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = (
     "getting_started.md",
     "how_it_works.md",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
 _, TABLE = (FOLDER / "README.md").read_text().split("## Faults and their tests")
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]

@@ -16,7 +16,7 @@ import torch
 
 from lora_moe import backend, missing
 
-from .packages import NO_TRITON, PIP, ROOT, build_wheel, copy_checkout, make_venv, run
+from ..support.packages import NO_TRITON, PIP, ROOT, build_wheel, copy_checkout, make_venv, run
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 REBUILD = "type in a checkout: pip install --no-build-isolation --no-deps --force-reinstall ."

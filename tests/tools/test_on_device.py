@@ -13,8 +13,8 @@ import lora_moe
 from lora_moe import backend, ops
 from lora_moe import functional as F
 
-from . import on_device
-from .cases import BY_NAME, sample
+from ..support import on_device
+from ..support.cases import BY_NAME, sample
 
 
 class Recorder:
@@ -95,11 +95,11 @@ def test_a_suite_that_would_test_another_backend_stops(serving, monkeypatch):
 PRETEND = """
 import os, sys, torch
 torch.cuda.is_available = lambda: True
-import tests.on_device, lora_moe
-tests.on_device.serve_cpu_tensors = lambda *args: None
+import tests.support.on_device, lora_moe
+tests.support.on_device.serve_cpu_tensors = lambda *args: None
 os.environ["LORA_MOE_BACKEND"] = sys.argv[1]
 import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_compare.py"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/tools/test_compare.py"]))
 """
 
 

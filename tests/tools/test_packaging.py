@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from .packages import FIRST_STEPS, NO_TRITON, PIP, ROOT, build_wheel, copy_checkout, make_venv, run
+from ..support.packages import (
+    FIRST_STEPS,
+    NO_TRITON,
+    PIP,
+    ROOT,
+    build_wheel,
+    copy_checkout,
+    make_venv,
+    run,
+)
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +236,6 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
 def test_sdist_runs_its_own_tests(sdist):
     """From these sources and no others; that each test's helpers are there, the list above says."""
     code = "import lora_moe, pytest; print(lora_moe.__file__); raise SystemExit(pytest.main())"
-    options = "-q -p no:cacheprovider tests/test_safefile.py"
+    options = "-q -p no:cacheprovider tests/public/test_safefile.py"
     done = run([sys.executable, "-c", code], cwd=sdist, PYTHONPATH=sdist, PYTEST_ADDOPTS=options)
     assert str(sdist) in done.stdout and " passed" in done.stdout

@@ -16,7 +16,7 @@ from examples.parity import __main__ as script
 from examples.parity.measure import Pair, Side, compare
 from examples.parity.packages import FOLDER, PACKAGES, Package
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HERE = [(package, pair) for package in PACKAGES if not package.apart for pair in package.pairs]
 TABLE = script.TABLE.search((ROOT / "docs/parity.md").read_text())[0].splitlines()[2:]
 

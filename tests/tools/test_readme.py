@@ -12,7 +12,7 @@ import torch
 
 from lora_moe import injected
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 FIRST, TRAINER, TRL, PEFT = BLOCKS  # each has a test below
@@ -37,7 +37,7 @@ def test_first_steps(tmp_path, monkeypatch):
 def test_trainer(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from .stack import tiny
+    from ..support.models import tiny
 
     model = tiny.model()
     before = [layer.lora_B.clone() for layer in injected(model).values()]
@@ -57,7 +57,7 @@ def test_trl():
 
 def test_peft():
     pytest.importorskip("peft")
-    from .stack import tiny
+    from ..support.models import tiny
 
     model = ran(PEFT, base=tiny.base())["model"]
     assert {n.split(".")[-1] for n in injected(model)} == {"q_proj", "v_proj"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "requirements"
+FOLDER = Path(__file__).parents[2] / "requirements"
 OURS = {"torch", "deepspeed"}  # the user chooses its build; has sources only, for optional tests
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s\\;]+)", re.M)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(
     p for folder in ("lora_moe", "triton_kernels") for p in (ROOT / folder).rglob("*.py")
 )

@@ -236,7 +236,7 @@ def test_moelora_is_branch_loras_baseline():
 
 
 def test_the_table_of_methods_has_every_preset():
-    rows = (Path(__file__).parents[2] / "docs/methods.md").read_text().splitlines()
+    rows = (Path(__file__).parents[3] / "docs/methods.md").read_text().splitlines()
     rows = {row.split("`")[1]: row for row in rows if row.startswith("| `")}
     papers = [n for n in presets.__all__ if n not in ("Adapters", "contrastive_loss", "two_passes")]
     assert sorted(n for n in rows if "](https://arxiv.org/abs/" in rows[n]) == sorted(papers)

@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 
 from lora_moe import Routing, inject, injected, load_adapter, presets, save_adapter, use_routing
 
-from ..stack import tiny
+from ...support.models import tiny
 from .formulas import CASES, Case
 
 CASES = CASES | {
@@ -84,7 +84,9 @@ def test_files_give_the_same_bits_in_another_process(tmp_path):
         save_adapter(made, tmp_path / name)
         with torch.no_grad(), told(made, name):
             want[name] = made(IDS).logits
-    code = f"from tests.presets import test_models; test_models.logits_of({str(tmp_path)!r})"
+    code = (
+        f"from tests.methods.presets import test_models; test_models.logits_of({str(tmp_path)!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     got = torch.load(tmp_path / "logits.pt")
     assert not [name for name in CASES if not torch.equal(want[name], got[name])]

@@ -13,7 +13,7 @@ import peft
 
 from lora_moe import inject, injected, load_adapter, losses, presets, save_adapter, use_routing
 
-from ..stack import tiny
+from ...support.models import tiny
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 TARGETS = ["q_proj", "down_proj"]

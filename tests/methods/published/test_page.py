@@ -10,7 +10,7 @@ import pytest
 
 from examples.published import branch_lora, c_lorae, mmolre
 
-PAGE = (Path(__file__).parents[2] / "docs/published.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs/published.md").read_text()
 COMMANDS = re.findall(r"^python -m examples\.published\.(\w+) (.+)$", PAGE, re.MULTILINE)
 SCRIPTS = {"branch_lora": branch_lora, "c_lorae": c_lorae, "mmolre": mmolre}
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from lora_moe import load_adapter, save_adapter
 
-from .. import moes
+from ...support.models import moes
 
 
 def gradients(model):

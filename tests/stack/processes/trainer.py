@@ -10,8 +10,8 @@ import torch
 
 from lora_moe.hf import LoraMoeTrainer
 
-from . import tiny
-from .test_trainer import GradientsBeforeTheStep, arguments
+from ...support.models import tiny
+from ..test_trainer import GradientsBeforeTheStep, arguments
 
 
 def main(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A process that runs vLLM: `python -m tests.vllm.engine JOB OUT`, both JSON.
+"""A process that runs vLLM: `python -m tests.stack.vllm.engine JOB OUT`, both JSON.
 
 JOB {"engine": fields of vllm.LLM, "prompts": [[id, ...], ...], "new": tokens to generate for each}
 OUT {"rounds": [[{"sequence": [id, ...], "logprobs": [...], "cached": n}, ...], ...], "key": str}
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from examples.serving.server import ENVIRONMENT
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def fields(base, adapter, **more):
@@ -38,7 +38,7 @@ def run(folder, job, limit=420, **variables):
     asked.write_text(json.dumps(job))
     answered.unlink(missing_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.engine", asked, answered],
+        [sys.executable, "-m", "tests.stack.vllm.engine", asked, answered],
         cwd=ROOT, env=environment(ranks, **variables), capture_output=True, text=True, timeout=limit,
     )  # fmt: skip
     if done.returncode or not answered.exists():

@@ -20,7 +20,7 @@ import torch
 
 from lora_moe import ops
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHIM = Path(__file__).parent
 FOLDER = ROOT / "build" / "cuda_shim"
 COMPILER = os.environ.get("CXX", "c++")

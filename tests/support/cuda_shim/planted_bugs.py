@@ -1,6 +1,6 @@
 """Would the tests detect a missing bounds mask or barrier?  Each is removed, and some output must change.
 
-    LD_PRELOAD=libasan.so python -m tests.cuda_shim.planted_bugs [PATTERN] [--step N]
+    LD_PRELOAD=libasan.so python -m tests.support.cuda_shim.planted_bugs [PATTERN] [--step N]
 
 Both are found in the sources.  A mask is any comparison that is evaluated at run time: without it, the
 guarded code always runs, or a loop goes one step further.  All bugs go into one build with sanitizers, each
@@ -209,7 +209,7 @@ def is_seen(kernels, clean, orders=("forward",)) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.cuda_shim.planted_bugs")
+    parser = argparse.ArgumentParser(prog="python -m tests.support.cuda_shim.planted_bugs")
     parser.add_argument("pattern", nargs="?", default="", help="of the names of what is removed")
     parser.add_argument("--step", type=int, default=1, help="every so-many-th only")
     args = parser.parse_args()

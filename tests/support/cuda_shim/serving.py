@@ -1,6 +1,6 @@
 """A pytest plugin: the public functions on CPU tensors run the CUDA kernels, compiled for the CPU.
 
-    python -m pytest -p tests.cuda_shim.serving tests/test_gradients.py -k "not float64"
+    python -m pytest -p tests.support.cuda_shim.serving tests/public/test_gradients.py -k "not float64"
 
 The kernels do not take float64.
 """

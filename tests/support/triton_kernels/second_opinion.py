@@ -1,6 +1,7 @@
 """The kernels under ttsem, which executes the IR that Triton compiles instead of interpreting its source.
 
-    LORA_MOE_BACKEND=reference PYTHONPATH=. python -m ttsem.sanitize tests/triton_kernels/second_opinion.py
+    LORA_MOE_BACKEND=reference PYTHONPATH=. python -m ttsem.sanitize \
+        tests/support/triton_kernels/second_opinion.py
 
 (`make sanitize-ttsem`.)  ttsem stops at an access outside a tensor, at a race between programs and at
 undefined values; here the results are also compared with the reference.
@@ -14,9 +15,9 @@ import torch
 
 from lora_moe import triton_kernels
 from lora_moe.plan import PLANS, override
-from tests.cases import BY_NAME, in_double, sample
-from tests.compare import assert_accurate
-from tests.through import NAMES, results, through
+from tests.support.cases import BY_NAME, in_double, sample
+from tests.support.compare import assert_accurate
+from tests.support.through import NAMES, results, through
 
 CASES = ("odd", "one past a tile", "unequal ranks", "shared A", "most experts idle")
 # as in test_triton_kernels.py: 16-bit results carry one rounding of H or dS and one of the output
