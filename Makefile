@@ -29,13 +29,13 @@ SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-
 	ASAN_OPTIONS=detect_leaks=0
 PUBLIC = $(patsubst %,tests/public/test_%.py,$(1))
 # what must hold on every backend alike
-BLACK_BOX := $(call PUBLIC,functional errors ops banks)
+BLACK_BOX := $(call PUBLIC,functional routing router_topk exactness errors ops ops_arguments banks)
 # and this, of which a GPU's kernels leave out float64
-WIDE := $(call PUBLIC,gradients torch_features mlp)
+WIDE := $(call PUBLIC,gradients torch_features export mlp mlp_forms)
 # and this of the CUDA kernels, compiled for the CPU
-ON_SHIM := $(call PUBLIC,gradients mlp banks slots)
+ON_SHIM := $(call PUBLIC,gradients mlp mlp_forms banks slots)
 # of these, what depends on the plan; fp16 differs from bf16 in nothing that does
-FORCED := $(call PUBLIC,functional) -k 'not float16 and not router_topk and not shrink'
+FORCED := $(call PUBLIC,functional routing router_topk exactness) -k 'not float16 and not router_topk and not shrink'
 # every kernel, forward and backward, in few minutes
 EACH_PASS := -k 'test_routed_lora and (odd or unequal or shared) and not float16'
 # another Triton than the one of .venv, in a folder of its own; 3.6's interpreter fails with numpy 2.4
@@ -159,7 +159,8 @@ sanitize: $(VENV)/.test ## Run the tests of the C++ operators under ASan and UBS
 sanitize-cuda: $(VENV)/.test ## Run the tests of the CUDA kernels, compiled for the CPU, under the same
 	$(call step,tests of the CUDA kernels under sanitizers)
 	@$(SANITIZED) LORA_MOE_SHIM_SANITIZE=1 LORA_MOE_BACKEND=reference $(PYTEST) -q -p no:cacheprovider \
-		tests/kernels/test_cuda_kernels.py $(PYTEST_ARGS)
+		tests/kernels/test_cuda_kernels.py tests/kernels/test_cuda_numerics.py tests/kernels/test_cuda_arguments.py \
+		$(PYTEST_ARGS)
 
 check-gpu: ## Prove the kernels on this machine's GPU, or name what is wrong; call again to continue
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_day

@@ -22,14 +22,12 @@ from .gpu_day import ROOT, finding
 
 DRY = os.environ.get("LORA_MOE_DRY_RUN") == "1"
 DEVICE = "cpu" if DRY else "cuda"
-BLACK_BOX = [
-    "tests/public/test_functional.py",
-    "tests/public/test_errors.py",
-    "tests/public/test_ops.py",
-]
+BLACK_BOX = [f"tests/public/test_{name}.py" for name in (
+    "functional", "routing", "router_topk", "exactness", "errors", "ops", "ops_arguments")]  # fmt: skip
+TRITON = [f"tests/kernels/test_triton_{name}.py" for name in (
+    "kernels", "bits", "arguments", "sort", "launching")]  # fmt: skip
 TESTS = {  # of these files what -k selects in a dry run
-    "triton": (["tests/kernels/test_triton_kernels.py", "tests/kernels/test_triton_sort.py",
-                "tests/kernels/test_triton_launching.py", *BLACK_BOX],
+    "triton": ([*TRITON, *BLACK_BOX],
                ["tests/kernels/test_triton_sort.py", "-k", "tile and not past"]),
     "cuda": (BLACK_BOX, ["tests/tools/test_on_device.py", "-k", "wrong_ids or asked"]),
 }  # fmt: skip

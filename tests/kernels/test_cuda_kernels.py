@@ -6,10 +6,6 @@ first to last and last to first.
 
 from __future__ import annotations
 
-import functools
-import math
-import mmap
-import os
 import shutil
 import sys
 from dataclasses import replace
@@ -20,23 +16,28 @@ import torch
 from lora_moe import plan, reference
 
 from ..support import eager, slots
-from ..support.cases import BY_NAME, CASES, Case, in_double, sample
+from ..support.cases import BY_NAME, CASES, in_double, sample
 from ..support.compare import assert_accurate
+from ..support.cuda_calls import (
+    WIDE,
+    all_needed,
+    built,
+    cotangents,
+    grouped,
+    grouped_backward,
+    grouped_sample,
+    noise,
+    routed,
+    routed_backward,
+    router,
+    some,
+)
 from ..support.cuda_shim import build
 from ..support.through import NAMES, results, through
 
 pytestmark = pytest.mark.skipif(
     shutil.which(build.COMPILER) is None or sys.platform != "linux", reason="needs a C++ compiler"
 )
-
-WIDE = [  # more ranks or experts than a block's registers hold
-    Case("wide: 160 ranks", 40, 10, 2, 16, 72, 33),
-    Case("wide: 1024 ranks", 20, 64, 2, 16, 40, 33),
-    Case("wide: unequal", 18, 8, 2, (64, 1, 3, 7, 1, 2, 1, 190), 40, 33, gate="sigmoid"),
-    Case("wide: shared A", 17, 64, 3, 8, 33, 40, shared_a=True),
-    Case("wide: dense", 5, 257, 257, 1, 17, 16, renormalize=False),
-    Case("wide: 600 experts", 3, 600, 2, (2, *[1] * 599), 16, 17),
-]
 every_case = pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case.name)
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
@@ -44,17 +45,6 @@ every_dtype = pytest.mark.parametrize(
 # in units of the dtype: 16-bit results carry one rounding of H or dS and one of the output
 UNITS = {torch.float32: 12, torch.bfloat16: 0.85, torch.float16: 0.85}
 ROUTING = ["indices", "weights", "logits", "mean_prob", "lse", "counts"]
-DROPS = {"all": (math.inf, 0.0), "top_p": (0.6, 0.0), "threshold": (math.inf, 0.25)}
-
-
-def some(*names):
-    cases = [BY_NAME[n] if n in BY_NAME else {c.name: c for c in WIDE}[n] for n in names]
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
-
-
-@functools.cache
-def built():
-    return build.Kernels(build.build(sanitize="LORA_MOE_SHIM_SANITIZE" in os.environ))
 
 
 @pytest.fixture(params=["forward", "reverse"])
@@ -82,50 +72,8 @@ def compare(names, got, want, dtype, tokens=16):
             assert_accurate(name, g, w, dtype=kind, units=units)
 
 
-def noise(*shape, seed=5, dtype=torch.float32):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=g).to(dtype)
-
-
 def in_fp64(values):
     return [v.double() if v is not None and v.is_floating_point() else v for v in values]
-
-
-def router(case, drop="all"):
-    return case.K, case.gate, case.renormalize, *DROPS[drop]
-
-
-def routed(ops, v, case, *plan, drop="all"):
-    return ops.routed_lora(
-        v["x"], v["router_weight"], v["lora_A"], v["lora_B"], v["base"], v["bias"],
-        v["router_bias"], v["scaling"],
-        case.offsets, case.shared_a, *router(case, drop), *plan,
-    )  # fmt: skip
-
-
-def routed_backward(ops, v, case, dy, aux, saved, *needs):
-    """With the gradient of router_bias, where `needs` are those of a kernel and do not name it."""
-    ids, weights, logits, s = saved
-    if len(needs) == 6:
-        needs = (*needs[:5], True, needs[5])
-    return ops.routed_lora_backward(
-        dy, *aux, v["x"], v["router_weight"], v["lora_A"], v["lora_B"], s, ids, weights, logits,
-        v["scaling"], case.offsets, case.shared_a, case.gate, case.renormalize, *needs,
-    )  # fmt: skip
-
-
-def all_needed(frozen=(), chosen="rank_dense"):
-    return list(frozen), True, True, True, True, chosen
-
-
-def cotangents(case):
-    """Of weights, logits, mean_prob, lse."""
-    T, E = case.T, case.E
-    shapes = (T, case.K), (T, E), (E,), (T,)
-    return [noise(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-
-
-# --- operators ----------------------------------------------------------------------------------
 
 
 @every_dtype
@@ -171,38 +119,6 @@ def test_decode(kernels, case, dtype):
     want = routed(reference, in_double(inputs), case)
     compare(["y", *ROUTING, "S"], got, want, dtype)
     check_routed_backward(kernels, inputs, case, want, dtype, "decode")
-
-
-def nasty_routing(case):
-    """Empty slots, ids out of range, repeated ids, negative and zero weights."""
-    g = torch.Generator().manual_seed(3)
-    ids = torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
-    ids[: case.T // 2, -1] = ids[: case.T // 2, 0]
-    ids[case.T // 2 : case.T // 2 + 1] = torch.iinfo(torch.int32).min
-    ids[:1] = case.E
-    weights = noise(case.T, case.K, seed=4)
-    weights[-1:] = 0
-    return ids, weights
-
-
-def grouped(ops, v, case, *plan):
-    return ops.grouped_lora(
-        v["x"], v["lora_A"], v["lora_B"], v["base"], v["ids"], v["weights"], v["scaling"],
-        case.offsets, case.shared_a, *slots.none(ops), *plan,
-    )  # fmt: skip
-
-
-def grouped_backward(ops, v, case, s, *rest):
-    return ops.grouped_lora_backward(
-        v["dy"], v["x"], v["lora_A"], v["lora_B"], s, v["ids"], v["weights"], v["scaling"],
-        case.offsets, case.shared_a, *slots.none(ops), *rest,
-    )  # fmt: skip
-
-
-def grouped_sample(case, dtype, **more):
-    ids, weights = nasty_routing(case)
-    dy = noise(case.T, case.D_out, dtype=dtype)
-    return sample(case, dtype, **more) | {"ids": ids, "weights": weights, "dy": dy}
 
 
 @every_dtype
@@ -262,23 +178,6 @@ def test_contract_of_slots(kernels, check, form):
     check(kernels, form)
 
 
-@pytest.mark.parametrize("adapters", [torch.float32, torch.float16, torch.float64], ids=str)
-@some("tiles fit", "unequal ranks")
-def test_parameters_in_their_own_dtype(kernels, case, adapters):
-    """They are rounded to x's dtype for the products; their gradients come back in their own."""
-    inputs = grouped_sample(case, torch.bfloat16, adapter_dtype=adapters)
-    rounded = {k: inputs[k].bfloat16() for k in ("lora_A", "lora_B")}
-    want = grouped(kernels, inputs | rounded, case, "rank_dense")
-    got = grouped(kernels, inputs, case, "rank_dense")
-    assert all(map(torch.equal, got, want))
-    grads = grouped_backward(kernels, inputs, case, got[1], *all_needed())
-    wide = rounded | {k: v.float() for k, v in rounded.items()}
-    _, _, *sums = grouped_backward(kernels, inputs | wide, case, got[1], *all_needed())
-    for grad, total in zip(grads[2:], sums):
-        assert grad.dtype == adapters
-        assert torch.equal(grad, total.to(adapters))
-
-
 @every_case
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
 def test_router_topk(kernels, case, adapters):
@@ -328,69 +227,6 @@ def test_matmuls(kernels, case, dtype):
         compare(names, got, want, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_an_fp32_operand_keeps_its_bits(kernels, dtype):
-    """Beside an identity of 16 bits each sum is one number; a row's are up to 2^15 apart."""
-    one = torch.eye(70, dtype=dtype)
-    h = torch.ldexp(noise(70, 33).frexp().mantissa, torch.arange(70 * 33).view(70, 33) % 15)
-    assert torch.equal(kernels.gram(h, one), h.T)
-    _, logits = kernels.shrink(one, one, h.T.contiguous())
-    assert torch.equal(logits, h)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("power", [-90, -24, 16, 90])
-def test_fp32_operands_of_any_size(kernels, power, dtype):
-    """As a loss is scaled: 2^power times the operand is 2^power times the result, bit for bit."""
-    x, h, w, b = noise(70, 40, dtype=dtype), noise(70, 33), noise(33, 40), noise(33, 72)
-    some = torch.where(torch.arange(33) % 3 == 0, 1.0, 2.0**power)
-    assert torch.equal(kernels.gram(h * some, x), kernels.gram(h, x) * some[:, None])
-    scaled, plain = (kernels.shrink(x, x, v)[1] for v in (w * some[:, None], w))
-    assert torch.equal(scaled, plain * some)
-    scaled, plain = (
-        kernels.expand(h * s, b / s, None, None, None, dtype) for s in (2.0**power, 1.0)
-    )
-    assert torch.equal(scaled, plain)
-
-    case, v = BY_NAME["tiles fit"], sample(BY_NAME["tiles fit"], dtype)
-    out = routed(kernels, v, case, "rank_dense")
-    saved, no_dy = [out[i] for i in (1, 2, 3, 7)], torch.zeros(case.T, case.D_out, dtype=dtype)
-    plain, scaled = (
-        routed_backward(
-            kernels, v, case, no_dy, [a * s for a in cotangents(case)], saved, *all_needed()
-        )[1]
-        for s in (1.0, 2.0**power)
-    )
-    assert torch.equal(scaled, plain * 2.0**power)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_stays_so(kernels, value, dtype):
-    """In its row of the result, and nowhere else."""
-    x, h, b = noise(70, 40, dtype=dtype), noise(70, 33), noise(33, 72)
-    wrong = h.clone()
-    wrong[60, 5] = value
-    got, want = kernels.gram(wrong, x), kernels.gram(h, x)
-    assert not got[5].isfinite().any()
-    assert torch.equal(got[torch.arange(33) != 5], want[torch.arange(33) != 5])
-    got, want = (kernels.expand(v, b, None, None, None, dtype) for v in (wrong, h))
-    assert not got[60].isfinite().any()
-    assert torch.equal(got[torch.arange(70) != 60], want[torch.arange(70) != 60])
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_an_infinite_weight_reaches_the_logits_as_in_fp32(kernels, value, dtype):
-    """Not as inf - inf of the terms that it is split into."""
-    x, w = noise(16, 64, dtype=dtype), noise(8, 64)
-    w[5, 40] = value
-    got = kernels.shrink(x, noise(8, 64, dtype=dtype), w)[1]
-    torch.testing.assert_close(
-        got, (x.double() @ w.double().T).float(), rtol=1e-5, atol=1e-5, equal_nan=True
-    )
-
-
 @every_dtype
 @some("long", "wide", "unequal ranks")
 def test_no_worse_than_eager(kernels, case, dtype):
@@ -413,103 +249,6 @@ def test_public_functions(kernels, chosen, monkeypatch):
     compare(NAMES, got, want, torch.float32)
 
 
-# --- contract -----------------------------------------------------------------------------------
-
-
-def test_rows_may_lie_anywhere(kernels):
-    """x, base and dy sliced out of wider tensors or expanded: other loads, the same bits."""
-    case = BY_NAME["tiles fit"]
-    v = sample(case)
-    dy = noise(case.D_out).expand(case.T, -1)
-    plain = routed(kernels, v, case, "rank_dense")
-    saved, aux = [plain[i] for i in (1, 2, 3, 7)], cotangents(case)
-    grads = routed_backward(kernels, v, case, dy.contiguous(), aux, saved, *all_needed())
-
-    def inside(t):
-        frame = torch.full((t.shape[0] + 2, t.shape[1] + 5), torch.nan)
-        frame[1:-1, 3:-2] = t
-        return frame[1:-1, 3:-2]
-
-    v |= {k: inside(v[k]) for k in ("x", "base", "lora_A", "lora_B", "router_weight")}
-    aux[2] = aux[2].expand(3, -1)[1]
-    again = routed(kernels, v, case, "rank_dense")
-    got = routed_backward(kernels, v, case, dy, aux, saved, *all_needed())
-    for a, b in zip([*plain, *grads], [*again, *got]):
-        assert torch.equal(a, b)
-
-
-@some("odd", "unequal ranks", "shared A", "wide: unequal")
-def test_only_what_is_needed(kernels, case):
-    v = sample(case)
-    out = routed(kernels, v, case, "rank_dense")
-    saved = [out[i] for i in (1, 2, 3, 7)]
-    dy, none = noise(case.T, case.D_out), [None] * 4
-    everything = routed_backward(kernels, v, case, dy, none, saved, *all_needed())
-    for skipped in range(5):
-        needs = [i != skipped for i in range(5)]
-        got = routed_backward(kernels, v, case, dy, none, saved, [], *needs, "rank_dense")
-        for i, (g, full) in enumerate(zip(got, everything)):
-            assert g.shape == (0,) if i == skipped else torch.equal(g, full)
-    frozen = [0, case.E - 1]
-    _, _, da, db, _ = routed_backward(kernels, v, case, dy, none, saved, *all_needed(frozen))
-    for e in range(case.E):
-        rows = slice(*case.offsets[e : e + 2])
-        assert torch.equal(db[rows], 0 * db[rows] if e in frozen else everything[3][rows])
-        if not case.shared_a:
-            assert torch.equal(da[rows], 0 * da[rows] if e in frozen else everything[2][rows])
-
-
-@some("tiles fit", "unequal ranks", "shared A", "wide: 160 ranks")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tokens_bits_do_not_depend_on_its_batch(kernels, case, dtype):
-    case = replace(case, T=70)
-    v = sample(case, dtype)
-    full = routed(kernels, v, case, "rank_dense")
-    for rows in slice(0, 1), slice(40, 57):
-        part = {**v, "x": v["x"][rows], "base": v["base"][rows]}
-        got = routed(kernels, part, case, "rank_dense")
-        for i in (0, 1, 2, 3, 5, 7):  # all but the batch's statistics
-            assert torch.equal(got[i], full[i][rows])
-
-
-@pytest.mark.parametrize("case", [BY_NAME["one past a tile"], WIDE[1]], ids=lambda c: c.name)
-def test_same_bits_in_any_order_of_threads(case, monkeypatch):
-    v, dy = sample(case), noise(case.T, case.D_out)
-    results = []
-    for order in ("forward", "reverse"):
-        monkeypatch.setenv("CUDA_SHIM_ORDER", order)
-        out = routed(built(), v, case, "rank_dense")
-        saved, aux = [out[i] for i in (1, 2, 3, 7)], cotangents(case)
-        results.append([*out, *routed_backward(built(), v, case, dy, aux, saved, *all_needed())])
-    assert all(map(torch.equal, *results))
-
-
-@some("tiles fit", "many experts")
-def test_ties_go_to_the_lower_id(kernels, case):
-    v = sample(case, torch.bfloat16)
-    v["router_weight"] = torch.zeros_like(v["router_weight"])
-    ids = routed(kernels, {**v, "bias": None, "router_bias": None}, case, "rank_dense")[1]
-    assert torch.equal(ids, torch.arange(case.K, dtype=torch.int32).expand(case.T, -1))
-
-
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@some("tiles fit", "wide: unequal")
-def test_a_wrong_row_stays_alone(kernels, case, value, gate):
-    """Its ids are valid and distinct, and every other token keeps its bits."""
-    case = replace(case, gate=gate)
-    v = sample(case)
-    clean = routed(kernels, v, case, "rank_dense")
-    v["x"] = v["x"].clone()
-    v["x"][3, 1] = value
-    got = routed(kernels, v, case, "rank_dense")
-    assert all(0 <= i < case.E for i in got[1][3].tolist())
-    assert len(set(got[1][3].tolist())) == case.K
-    others = [t for t in range(case.T) if t != 3]
-    for i in (0, 1, 2, 3, 5, 7):
-        assert torch.equal(got[i][others], clean[i][others])
-
-
 @some("odd", "tiles fit", "many experts", "no rows", "wide: 1024 ranks")
 def test_route_logits(kernels, case):
     """The decisions alone, to the bit those of router_topk, and the given logits stay as they are."""
@@ -523,99 +262,6 @@ def test_route_logits(kernels, case):
     for a, b in zip(got, [*want, counts], strict=True):
         assert torch.equal(a, b)
     assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
-def test_special_logits_as_in_torch(kernels, gate):
-    """inf, -inf and NaN, alone and together, ties among them: an identity router passes them on."""
-    values = [0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan]
-    rows = torch.cartesian_prod(*[torch.tensor(values)] * 3)
-    options = None, None, 2, gate, True, *DROPS["all"]
-    got = [kernels.router_topk(torch.ones(1, 1), row[:, None], *options) for row in rows]
-    ids, weights, _, mean_prob, lse, _ = (torch.cat(parts) for parts in zip(*got))
-    p = reference.gate_values(rows, gate)
-    assert torch.equal(ids.long(), reference.select_topk(p, 2))
-    want = p.gather(1, ids.long())
-    want = want / torch.where((z := want.sum(1, keepdim=True)) == 0, 1, z)
-    assert torch.allclose(weights, want, equal_nan=True, rtol=1e-6, atol=0)
-    assert torch.allclose(mean_prob.view_as(p), p, equal_nan=True, rtol=1e-6, atol=1e-38)
-    assert torch.allclose(lse, torch.logsumexp(rows, 1), equal_nan=True, rtol=1e-6)
-
-
-@some("tiles fit", "wide: unequal")
-def test_nothing_leaks_from_experts_not_picked(kernels, case):
-    """NaN in the A of an expert that nobody picked reaches neither y nor a gradient of another."""
-    v = sample(case) | {"dy": noise(case.T, case.D_out), "base": None}
-    v |= {"ids": torch.ones(case.T, 1, dtype=torch.int32), "weights": torch.ones(case.T, 1)}
-    clean, _ = grouped(kernels, v, case, "rank_dense")
-    a = v["lora_A"].clone()
-    a[slice(*case.offsets[2:4])] = torch.nan
-    y, s = grouped(kernels, v | {"lora_A": a}, case, "rank_dense")
-    assert torch.equal(y, clean)
-    grads = grouped_backward(kernels, v, case, s, *all_needed())
-    assert all(g.isfinite().all() for g in grads)
-
-
-@some("tiles fit", "shared A")
-def test_a_wrong_lora_B_stays_out_of_gradients(kernels, case):
-    """NaN in the B of an expert that nobody picked: a rank-dense y holds 0 NaN, dx and dA nothing."""
-    v = sample(case) | {"dy": noise(case.T, case.D_out)}
-    v |= {"ids": torch.ones(case.T, 1, dtype=torch.int32), "weights": torch.ones(case.T, 1)}
-    _, s = grouped(kernels, v, case, "rank_dense")
-    clean = grouped_backward(kernels, v, case, s, *all_needed())
-    b = v["lora_B"].clone()
-    b[: case.offsets[1]] = torch.nan
-    got = grouped_backward(kernels, v | {"lora_B": b}, case, s, *all_needed())
-    assert all(map(torch.equal, got, clean))
-
-
-def test_nothing_added_leaves_base_bit_identical(kernels):
-    case = BY_NAME["long"]
-    v = sample(case, torch.bfloat16) | {"weights": torch.ones(case.T, 2)}
-    ids = torch.full((case.T, 2), -1, dtype=torch.int32)
-    for change in ({}, {"scaling": 0 * v["scaling"]}, {"lora_B": 0 * v["lora_B"]}):
-        y, _ = grouped(
-            kernels, v | {"ids": ids + 3 if change else ids} | change, case, "rank_dense"
-        )
-        assert torch.equal(y, v["base"])
-
-
-def test_offsets_beyond_int32(kernels):
-    """Rows 2^30 elements apart, in memory that is mapped but never touched in between."""
-    rows, D, stride = 3, 32, 2**30 + 8
-    memory = torch.frombuffer(mmap.mmap(-1, 2 * ((rows - 1) * stride + D)), dtype=torch.bfloat16)
-    x = memory.as_strided((rows, D), (stride, 1)).copy_(noise(rows, D))
-    a, w, h = noise(16, D).bfloat16(), noise(2, D), noise(rows, 16)
-    calls = [
-        lambda x: kernels.shrink(x, a, w),
-        lambda x: [kernels.gram(h, x)],
-        lambda x: [kernels.expand(h, a, None, None, x, torch.bfloat16)],
-    ]
-    for call in calls:
-        assert all(map(torch.equal, call(x), call(x.contiguous())))
-
-
-def test_what_is_refused(monkeypatch):
-    case = BY_NAME["tiles fit"]
-    kernels = built()
-    with pytest.raises(ValueError, match="float32, bfloat16 or float16"):
-        routed(kernels, sample(case, torch.float64), case, "rank_dense")
-    with pytest.raises(ValueError, match=r"plan.*'other'"):
-        routed(kernels, sample(case), case, "other")
-    for wrong in (["together", "segmented"], ["apart", "decode"]):
-        v = slots.inputs_of(case, "apart", torch.float32)
-        names = ("x", "lora_A", "lora_B", "base", "ids", "weights", "scaling")
-        with pytest.raises(ValueError, match=r"slots"):
-            kernels.grouped_lora(*(v[k] for k in names), case.offsets, False, *wrong)
-    with pytest.raises(ValueError, match=r"x: expected shape \(128, 128\), got \(64, 128\)"):
-        slots.forward(kernels, v, case, "sum")
-    wrong = sample(case)
-    with pytest.raises(ValueError, match=r"lora_A: expected shape \(64, 128\), got \(64, 127\)"):
-        routed(kernels, wrong | {"lora_A": wrong["lora_A"][:, 1:]}, case, "rank_dense")
-    monkeypatch.setenv("CUDA_SHIM_CAPABILITY", "7")
-    routed(kernels, sample(case, torch.float16), case, "rank_dense")
-    with pytest.raises(ValueError, match=r"bfloat16: expected .* 8.0 or newer, got 7"):
-        routed(kernels, sample(case, torch.bfloat16), case, "rank_dense")
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])

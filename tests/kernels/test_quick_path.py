@@ -12,8 +12,8 @@ import torch
 from lora_moe import backend_info
 from lora_moe import functional as F
 
-from ..public.test_functional import experts_of
 from ..support.cases import BY_NAME, sample, some_cases
+from ..support.functions import experts_of
 
 pytestmark = pytest.mark.skipif(
     backend_info()["serving"]["cpu"] != "cpp", reason="a short cut to the C++ operators"

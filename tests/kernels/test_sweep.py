@@ -15,10 +15,10 @@ import torch
 
 from lora_moe import plan as plans
 
-from ..public.test_functional import PARAMETERS, cotangents, gradients, leaves, routed
 from ..support import eager
-from ..support.cases import Case, in_double, sample
+from ..support.cases import Case, in_double, leaves, sample
 from ..support.compare import UNIT, assert_accurate, relative_error
+from ..support.functions import PARAMETERS, cotangents, gradients, routed
 from ..support.interpreter import interpreting
 from ..support.through import through
 

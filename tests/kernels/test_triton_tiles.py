@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ..support.cases import Case
-from .test_triton_kernels import check_routed_lora
+from ..support.triton_calls import check_routed_lora
 
 if torch.cuda.is_available():
     pytest.skip("every test runs on the GPU's own tiles", allow_module_level=True)

@@ -1,4 +1,4 @@
-"""C-LoRAE's layer against its formula, with PyTorch's features, and in a T5 that trains."""
+"""C-LoRAE's layer against its formula, and with PyTorch's features."""
 
 from __future__ import annotations
 
@@ -14,46 +14,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lora_moe
 from lora_moe import functional as F
 from lora_moe.methods import c_lorae
-from lora_moe.methods.c_lorae import CLoraeConfig, CollaborativeLinear, add_visual, set_images
+from lora_moe.methods.c_lorae import CLoraeConfig, CollaborativeLinear
 from lora_moe.methods.c_lorae.information import Pooling
 
+from ..support.c_lorae import CONFIGS, D_OUT, TASKS, fp64, make, samples
 from ..support.compare import relative_error
 from ..support.interpreter import interpreting
 from ..support.through import through
 
-D_IN, D_OUT = 20, 14
-TASKS = torch.tensor([2, 0, -1, 1, 0])  # of five samples; the third has none
-CONFIGS = {
-    "softmax": CLoraeConfig(num_tasks=3, r=7, alpha=5),
-    "sigmoid": CLoraeConfig(num_tasks=3, r=7, alpha=5, gate="sigmoid"),
-    "one-scale": CLoraeConfig(num_tasks=3, r=7, alpha=5, task_alpha=5 * 2 / 7),
-    "plain-sum": CLoraeConfig(num_tasks=3, r=7, alpha=5, gate="sum"),
-    "universal-only": CLoraeConfig(num_tasks=0, r=7, alpha=5),
-    "one-lora": CLoraeConfig(num_tasks=3, r=7, alpha=5).one_lora(),
-}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-fp64 = pytest.mark.skipif(
-    lora_moe.backend.serving("cpu") == "triton", reason="Triton serves no fp64"
-)
-
-
-def make(config=CONFIGS["softmax"], dtype=torch.float64, seed=0):
-    """A layer whose B is of order one and whose gate is undecided about nothing."""
-    torch.manual_seed(seed)
-    layer = CollaborativeLinear(nn.Linear(D_IN, D_OUT, dtype=dtype), config)
-    nn.init.normal_(layer.lora_B, std=0.5)
-    if layer.router_weight is not None:
-        nn.init.normal_(layer.router_weight, std=0.5)
-    c_lorae.set_tasks(layer, TASKS)
-    return layer
-
-
-def samples(dtype=torch.float64, length=4):
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(len(TASKS), length, D_IN, generator=g, dtype=torch.float64).to(dtype)
 
 
 def adapter(layer):
@@ -162,9 +133,6 @@ def test_baselines_have_as_many_parameters():
     assert one.scales[0] == ours.scales[0]
 
 
-# --- inside PyTorch ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint_recomputes_with_the_same_tasks(reentrant):
     layer = make(dtype=torch.float32)
@@ -221,79 +189,6 @@ def test_half_precision_base_with_fp32_experts():
     assert layer.lora_A.grad.dtype == torch.float32
 
 
-# --- mutual information --------------------------------------------------------------------------
-
-
-@fp64
-@pytest.mark.parametrize("negatives", ["batch", "task"])
-def test_mutual_information_loss_equals_the_formula(negatives):
-    layer = make(dataclasses.replace(CONFIGS["softmax"], mutual_information=True))
-    x = samples().requires_grad_()
-    layer(x)
-    loss = c_lorae.mutual_information_loss(layer, temperature=0.2, negatives=negatives)
-    a, b, ranks = layer.lora_A, layer.lora_B, layer.config.ranks
-    rows = torch.arange(sum(ranks)).split(list(ranks))
-
-    def mean_output(e, sample):
-        token_outputs = (5 / ranks[e]) * (sample @ a[rows[e]].T) @ b[rows[e]]  # (L, D_out)
-        mean = token_outputs.mean(0)
-        return mean / (mean.square().sum() + 1e-4).sqrt()
-
-    kept = [i for i, task in enumerate(TASKS.tolist()) if task >= 0]
-    u = [mean_output(0, x[i]) for i in kept]
-    d = [mean_output(1 + int(TASKS[i]), x[i]) for i in kept]
-    task, want, pairs = TASKS[kept].tolist(), 0, 0
-    for i in range(len(kept)):
-        others = [j for j in range(len(kept)) if negatives == "batch" or task[j] == task[i]]
-        scores = torch.stack([u[i] @ d[j] for j in others]) / 0.2
-        own = scores[others.index(i)]
-        want, pairs = (
-            want - torch.log(own.exp() / scores.exp().sum()) / len(kept),
-            pairs + len(others),
-        )
-    assert len(kept) < pairs and (pairs < len(kept) ** 2) == (negatives == "task")
-    assert relative_error(loss, want) < 1e-12
-    leaves = (x, a, b)
-    ours, truth = (torch.autograd.grad(value, leaves, retain_graph=True) for value in (loss, want))
-    for one, other in zip(ours, truth, strict=True):
-        assert relative_error(one, other) < 1e-11
-
-
-def test_mutual_information_rises_in_training_and_starts_with_a_finite_gradient():
-    config = dataclasses.replace(CONFIGS["softmax"], mutual_information=True)
-    torch.manual_seed(0)
-    layer, x = CollaborativeLinear(nn.Linear(D_IN, D_OUT), config), samples(torch.float32)
-    c_lorae.set_tasks(layer, TASKS)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
-    trace = []
-    for _ in range(40):
-        layer(x)
-        loss = c_lorae.mutual_information_loss(layer)
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in (layer.lora_A, layer.lora_B))
-        nn.init.normal_(layer.lora_B, std=0.1) if len(trace) == 0 else optimizer.step()
-        trace.append(loss.item())
-    assert trace[0] == pytest.approx(
-        torch.tensor(4.0).log().item(), abs=1e-5
-    )  # four samples, B = 0
-    assert trace[-1] < 0.5 * trace[1]
-
-
-def test_mutual_information_needs_its_option_and_a_forward():
-    with pytest.raises(ValueError, match="mutual_information=True"):
-        c_lorae.mutual_information_loss(make(dtype=torch.float32))
-    layer = make(dataclasses.replace(CONFIGS["softmax"], mutual_information=True))
-    with pytest.raises(RuntimeError, match="forward"):
-        c_lorae.mutual_information_loss(layer)
-    layer(samples())
-    with pytest.raises(ValueError, match="negatives: expected one of"):
-        c_lorae.mutual_information_loss(layer, negatives="tasks")
-
-
-# --- what is refused -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -329,198 +224,3 @@ def test_tasks_are_checked():
     c_lorae.set_tasks(layer, None)
     with pytest.raises(RuntimeError, match="task_ids: expected"):
         layer(x)
-
-
-# --- in models -----------------------------------------------------------------------------------
-
-transformers = pytest.importorskip("transformers")
-T5_LINEARS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
-WORDS = torch.randint(3, 38, (6, 7), generator=torch.Generator().manual_seed(0))
-IMAGES = torch.randn(6, 5, 12, generator=torch.Generator().manual_seed(1))
-IDS = torch.tensor([0, 1, 0, 1, 0, 1])
-OF_T5 = CLoraeConfig(num_tasks=2, r=8, alpha=8, mutual_information=True, target_modules=T5_LINEARS)
-
-
-def t5(config=None, seed=0):
-    torch.manual_seed(seed)
-    model = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            vocab_size=40, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
-            feed_forward_proj="gated-gelu", decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
-        )
-    )  # fmt: skip
-    add_visual(model, ("encoder.block.0", "encoder.block.1"), 12, heads=2, head_width=8)
-    return c_lorae.inject(model, config or OF_T5).eval()
-
-
-def answers():
-    """Four tokens and the end: of task 0 from the words, of task 1 from the picture."""
-    seen = 3 + (IMAGES.sum((1, 2)) > 0).long()
-    first = torch.where(IDS == 0, WORDS[:, 0], seen)
-    return torch.stack([first, first, WORDS[:, 1], torch.ones_like(first)], 1)
-
-
-def give(model, n=6):
-    c_lorae.set_tasks(model, IDS[:n])
-    set_images(model, IMAGES[:n])
-
-
-def test_t5_trains_and_generates():
-    model = t5()
-    untouched = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    assert len(c_lorae.layers_of(model)) == 2 * (4 + 8) + 2 * (3 + 3)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    give(model)
-    trace = []
-    for _ in range(150):
-        loss = model(input_ids=WORDS, labels=answers()).loss
-        trace.append(loss.item())
-        (loss + 0.01 * c_lorae.mutual_information_loss(model)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert trace[-1] < 0.1 * trace[0]
-    assert all(torch.equal(p, untouched[n]) for n, p in model.named_parameters() if n in untouched)
-    said = model.generate(input_ids=WORDS, max_new_tokens=4, do_sample=False)
-    assert torch.equal(said[:, 1:], answers())
-    beams = model.generate(input_ids=WORDS, max_new_tokens=4, do_sample=False, num_beams=3)
-    assert torch.equal(beams[:, 1:5], answers())
-
-
-def randomised(model):
-    for p in model.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p, std=0.2)
-    return model
-
-
-@torch.no_grad()
-def logits(model):
-    give(model)
-    return model(input_ids=WORDS, decoder_input_ids=answers()).logits
-
-
-def test_tasks_and_images_matter_sample_by_sample():
-    model = randomised(t5())
-    whole = logits(model)
-    c_lorae.set_tasks(model, IDS[[1, 0, 2, 3, 4, 5]])
-    moved = model(input_ids=WORDS, decoder_input_ids=answers()).logits
-    changed = (moved - whole).flatten(1).abs().amax(1) > 1e-3
-    assert changed.tolist() == [True, True, False, False, False, False]
-
-
-@fp64
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_in_t5(reentrant):
-    def gradients(checkpointed):
-        model = randomised(t5()).double().train()
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        give(model)
-        model(input_ids=WORDS, labels=answers(), use_cache=False).loss.backward()
-        return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-
-    torch.manual_seed(0)
-    plain = gradients(False)
-    torch.manual_seed(0)
-    for name, grad in gradients(True).items():
-        assert relative_error(grad, plain[name]) < 1e-10, name
-
-
-def test_decoder_generates_as_it_computes():
-    """With a cache, token by token, the same as in one forward."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=2,
-        intermediate_size=24, eos_token_id=None,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config).eval()
-    add_visual(model, ("model.layers.1",), 12, heads=2, head_width=8)
-    linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    c_lorae.inject(model, CLoraeConfig(num_tasks=2, r=4, alpha=4, target_modules=linears))
-    randomised(model)
-    give(model)
-    out = model.generate(input_ids=WORDS, max_new_tokens=5, do_sample=False)
-    with torch.no_grad():
-        whole = model(input_ids=out).logits.argmax(-1)
-    assert torch.equal(out[:, 7:], whole[:, 6:-1])
-
-
-# --- on disk -------------------------------------------------------------------------------------
-
-
-def test_save_and_load(tmp_path):
-    model = randomised(t5())
-    path = c_lorae.save(model, tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name] == ["c_lorae.safetensors"]
-    other = c_lorae.load(t5(), tmp_path)
-    assert torch.equal(logits(model), logits(other))
-
-
-def test_load_in_the_middle_of_training_continues_bit_for_bit(tmp_path):
-    def train(model, optimizer, steps):
-        give(model)
-        for _ in range(steps):
-            model(input_ids=WORDS, labels=answers()).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def fresh():
-        model = t5()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return model, torch.optim.Adam(trained, lr=1e-2)
-
-    whole, optimizer = fresh()
-    train(whole, optimizer, 6)
-    half, optimizer = fresh()
-    train(half, optimizer, 3)
-    c_lorae.save(half, tmp_path)
-    resumed, other = fresh()
-    c_lorae.load(resumed, tmp_path)
-    other.load_state_dict(optimizer.state_dict())
-    train(resumed, other, 3)
-    for name, p in whole.named_parameters():
-        assert torch.equal(p, resumed.get_parameter(name)), name
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"gate": "sigmoid"}, "the model has .*sigmoid.*, the file .*softmax"),
-        ({"gate": "sum"}, "sum"),
-        ({"r": 6}, "ranks"),
-        ({"alpha": 9.0}, "scales"),
-        ({"task_alpha": 2.0}, "scales"),
-        ({"target_modules": ("q", "v")}, "the model has None"),
-    ],
-)
-def test_another_models_file_is_refused_and_nothing_changes(tmp_path, change, message):
-    c_lorae.save(randomised(t5()), tmp_path)
-    other = t5(dataclasses.replace(OF_T5, **change))
-    before = {n: p.clone() for n, p in other.named_parameters()}
-    with pytest.raises(ValueError, match=message):
-        c_lorae.load(other, tmp_path)
-    assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())
-
-
-def test_damaged_files_are_refused(tmp_path):
-    model = randomised(t5())
-    path = c_lorae.save(model, tmp_path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-4])
-    with pytest.raises(ValueError, match="without gaps"):
-        c_lorae.load(t5(), tmp_path)
-    with torch.no_grad():
-        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
-    c_lorae.save(model, tmp_path)
-    with pytest.raises(ValueError, match="finite"):
-        c_lorae.load(t5(), tmp_path)
-    other = lora_moe.inject(
-        nn.Sequential(nn.Linear(4, 4)), lora_moe.LoraMoeConfig(target_modules=("0",))
-    )
-    lora_moe.save_adapter(other, tmp_path)
-    (tmp_path / "lora_moe.safetensors").rename(path)
-    with pytest.raises(ValueError, match="expected c_lorae in its metadata"):
-        c_lorae.load(t5(), tmp_path)
-    with pytest.raises(ValueError, match="experts or GatedVisual"):
-        c_lorae.save(nn.Linear(2, 2), tmp_path)

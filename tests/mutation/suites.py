@@ -1,6 +1,7 @@
 """Which sources are mutated, and which tests should detect it: the mirrored test file first.
 
-A table of exceptions; without an entry, the tests of lora_moe/x.py are test_x.py in one of GROUPS and COMMON.
+A table of exceptions; without an entry, the tests of lora_moe/x.py are test_x.py and test_x_*.py of
+GROUPS, and COMMON.
 Mutants that pass these go to more tests: for kernels those in MORE, for a module those that name what it
 defines.
 """
@@ -20,10 +21,11 @@ def _of(folder: str, names: str) -> tuple[str, ...]:
     return tuple(f"tests/{folder}/test_{name}.py" for name in names.split())
 
 
-COMMON = _of("public", "functional layers")
-BLACK_BOX = _of("public", "functional errors ops")
+COMMON = _of("public", "functional routing router_topk exactness layers layer_features")
+BLACK_BOX = _of("public", "functional routing router_topk exactness errors ops ops_arguments")
 FUZZ = ("tests/fuzz",)
-FILES = (*_of("public", "safefile io"), *FUZZ)
+FILES = (*_of("public", "safefile safefile_writing io io_refusals"), *FUZZ)
+NATIVE = _of("stack", "native_experts native_training native_refusals")
 TESTS = {
     "lora_moe/backend.py": (*_of("kernels", "backends"), *_of("tools", "missing")),
     "lora_moe/missing.py": _of("tools", "missing packaging"),
@@ -32,24 +34,34 @@ TESTS = {
     "lora_moe/opening.py": FILES,
     "lora_moe/replace.py": FILES,
     "lora_moe/safefile.py": FILES,
-    "lora_moe/io.py": FILES[1:],
-    "lora_moe/methods/branch_lora": (*_of("methods", "branch_lora"), *FUZZ),
-    "lora_moe/methods/c_lorae": _of("methods", "c_lorae visual"),
-    "lora_moe/methods/mmolre": _of("methods", "mmolre affect"),
+    "lora_moe/io.py": FILES[2:],
+    "lora_moe/methods/branch_lora": (
+        *_of("methods", "branch_lora branch_lora_tasks branch_lora_models branch_lora_files"),
+        *FUZZ,
+    ),
+    "lora_moe/methods/c_lorae": _of("methods", "c_lorae c_lorae_losses c_lorae_t5 visual"),
+    "lora_moe/methods/mmolre": _of("methods", "mmolre mmolre_model affect"),
     "lora_moe/routers": (
         *_of("public", "routers"),
         *_of("methods/presets", "parts formulas"),
         *_of("stack", "routers"),
     ),
-    "lora_moe/ffn_targets.py": (*_of("public", "mlp"), *_of("stack", "ffn")),
-    "lora_moe/grouped.py": _of("stack", "native_experts"),
+    "lora_moe/ffn_targets.py": (*_of("public", "mlp mlp_forms"), *_of("stack", "ffn")),
+    "lora_moe/grouped.py": NATIVE,
     "lora_moe/conditions.py": _of("public", "forwards"),
-    "lora_moe/interleave.py": _of("stack", "threads use_routing"),
-    "lora_moe/mergeable.py": _of("public", "merging"),
-    "lora_moe/placement.py": (*COMMON, *_of("public", "mlp"), *_of("stack", "native_experts")),
-    "lora_moe/watch.py": (*_of("public", "monitor inject"), *_of("stack", "padding")),
-    "csrc/cpu": (*BLACK_BOX, *_of("public", "layers")),
-    "triton_kernels": (*_of("kernels", "triton_kernels plan no_host_sync"), *BLACK_BOX),
+    "lora_moe/interleave.py": _of("stack", "threads use_routing use_routing_recompute"),
+    "lora_moe/losses.py": (*_of("public", "losses aux_loss"), *COMMON),
+    "lora_moe/mergeable.py": _of("public", "merging merging_loras"),
+    "lora_moe/placement.py": (*COMMON, *_of("public", "mlp mlp_forms"), *NATIVE),
+    "lora_moe/watch.py": (
+        *_of("public", "monitor inject"),
+        *_of("stack", "padding forwards_of_a_step"),
+    ),
+    "csrc/cpu": (*BLACK_BOX, *_of("public", "layers layer_features")),
+    "triton_kernels": (
+        *_of("kernels", "triton_kernels triton_bits triton_arguments plan no_host_sync"),
+        *BLACK_BOX,
+    ),
 }
 MORE = {
     "csrc/cpu": (
@@ -57,7 +69,7 @@ MORE = {
         *_of("kernels", "sweep"),
         *_of("public", "banks frozen"),
         *_of("kernels", "quick_path token_counts"),
-        *_of("public", "mlp"),
+        *_of("public", "mlp mlp_forms"),
         *_of("fuzz", "operators"),
     ),
     "triton_kernels": (
@@ -99,12 +111,19 @@ def sources(language: str) -> list[str]:
 def tests_of(file: str) -> list[str]:
     """Those that exist, the nearest first."""
     path = Path(file)
-    mirror = [test for group in GROUPS for test in _of(group, path.stem)]
+    mirror = [test for group in GROUPS for test in _mirror(group, path.stem)]
     listed = TESTS.get(file) or TESTS.get(str(path.parent)) or (*mirror, *COMMON)
     found = [test for test in dict.fromkeys(listed) if (ROOT / test).exists()]
     if not found:
         raise ValueError(f"{file}: expected tests that watch it, got {listed}")
     return found
+
+
+def _mirror(group, stem):
+    """test_x.py, then test_x_*.py."""
+    folder = ROOT / "tests" / group
+    found = [folder / f"test_{stem}.py", *sorted(folder.glob(f"test_{stem}_*.py"))]
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 def more_tests_of(file: str) -> list[str]:

@@ -11,7 +11,7 @@ from lora_moe import functional as F
 from lora_moe import plan
 
 from ..support.compare import assert_accurate
-from .test_functional import BACKEND
+from ..support.functions import BACKEND
 
 E, D_IN, WIDTHS = 4, 33, (20, 7, 9)
 DTYPES = [torch.float32, torch.bfloat16]

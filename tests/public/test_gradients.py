@@ -9,19 +9,27 @@ Letters: T tokens, E experts, K picked experts per token, R rank rows of all exp
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
-from lora_moe import Routing
-from lora_moe import functional as F
-
 from ..support import eager
+from ..support import grouped_slots as slots_of
 from ..support.cases import BY_NAME, in_double, leaves, sample, some_cases
 from ..support.compare import assert_accurate
-from . import test_slots as slots_of
-from .test_functional import PARAMETERS, every_dtype, experts_of, routed
+from ..support.functions import (
+    PARAMETERS,
+    USED,
+    every_dtype,
+    every_function,
+    expand,
+    from_logits,
+    grouped_lora,
+    inputs_of,
+    routed,
+    routed_lora,
+    router_topk,
+    shrink,
+)
 
 
 def expanded(g, shape):
@@ -64,92 +72,6 @@ def as_laid_out(layout, g, output):
     grad = storage.to(output.dtype).as_strided(wanted.shape, strides, wanted.storage_offset())
     assert grad.stride() == strides
     return grad, grad.double().contiguous()
-
-
-# --- what is called, and what it must give: inputs -> outputs that have gradients ----------------
-
-
-@functools.cache
-def ids_of(case):
-    g = torch.Generator().manual_seed(3)
-    return torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
-
-
-def routed_lora(v, case):
-    y, routing = routed(v, case)
-    outputs = y, routing.weights, routing.logits, routing.mean_prob, routing.lse
-    return outputs, lambda v: eager.routed_lora(v, case, routing.indices)
-
-
-def router_topk(v, case):
-    options = {"bias": v["bias"], "router_bias": v["router_bias"], **case.options}
-    r = F.router_topk(v["x"], v["router_weight"], case.K, **options)
-    rest = case, r.indices
-    return (r.weights, r.logits, r.mean_prob, r.lse), lambda v: eager.router_topk(
-        v["x"], v["router_weight"], *rest, v["router_bias"]
-    )
-
-
-def from_logits(v, case):
-    r = Routing.from_logits(v["logits"], case.K, bias=v["bias"], **case.options)
-
-    def truth(v):
-        eye = torch.eye(case.E, dtype=torch.float64)
-        return eager.router_topk(v["logits"], eye, case, r.indices)
-
-    return (r.weights, r.logits, r.mean_prob, r.lse), truth
-
-
-def grouped_lora(v, case):
-    routing = Routing.from_ids(ids_of(case), v["weights"], num_experts=case.E)
-    rest = {"scaling": v["scaling"], "base": v["base"], **experts_of(case)}
-    y = F.grouped_lora(v["x"], v["lora_A"], v["lora_B"], routing, **rest)
-    return (y,), lambda v: (
-        eager.grouped_lora(
-            v["x"],
-            v["lora_A"],
-            v["lora_B"],
-            ids_of(case),
-            v["weights"],
-            case,
-            v["base"],
-            v["scaling"],
-        ),
-    )
-
-
-def shrink(v, case):
-    return F.shrink(v["x"], v["lora_A"], v["router_weight"]), lambda v: (
-        v["x"] @ v["lora_A"].T,
-        v["x"] @ v["router_weight"].T,
-    )
-
-
-def expand(v, case):
-    return (F.expand(v["H"], v["lora_B"], v["base"]),), lambda v: (
-        v["H"] @ v["lora_B"] + (0 if v["base"] is None else v["base"]),
-    )
-
-
-FUNCTIONS = [routed_lora, router_topk, from_logits, grouped_lora, shrink, expand]
-every_function = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-USED = {
-    routed_lora: PARAMETERS,
-    router_topk: ("x", "router_weight", "router_bias"),
-    from_logits: ("logits",),
-    grouped_lora: ("x", "lora_A", "lora_B", "base", "weights"),
-    shrink: ("x", "lora_A", "router_weight"),
-    expand: ("H", "lora_B", "base"),
-}
-
-
-def inputs_of(case, dtype):
-    v = sample(case, dtype)
-    g = torch.Generator().manual_seed(9)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for name, columns in (("weights", case.K), ("logits", case.E), ("H", case.R)):
-        v[name] = torch.randn(case.T, columns, generator=g, dtype=torch.float64).to(wide)
-    return v
 
 
 def check(function, case, dtype, layout, which=None):

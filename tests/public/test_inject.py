@@ -11,40 +11,7 @@ from torch import nn
 import lora_moe
 from lora_moe import LoraMoeConfig, LoraMoeLinear, Routing, inject, injected, remove, set_routing
 
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.v_proj = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.norm = nn.LayerNorm(8)
-
-    def forward(self, x):
-        return self.norm(x + self.q_proj(x) * self.v_proj(x))
-
-
-class Model(nn.Module):
-    """Two blocks, a vision part with the same names, a tied head, one linear under two names."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(10, 8)
-        self.layers = nn.ModuleList([Attention(), Attention()])
-        self.vision = nn.Sequential(Attention())
-        self.shared = nn.Linear(8, 8)
-        self.alias = self.shared
-        self.head = nn.Linear(8, 10, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.alias(self.shared(self.vision(x))))
-
-
-def config(*targets, **fields):
-    targets = targets[0] if len(targets) == 1 and targets[0].startswith("^") else targets
-    return LoraMoeConfig(num_experts=4, r=2, target_modules=targets, **fields)
+from ..support.injected import Attention, Model, config
 
 
 @pytest.fixture
@@ -59,9 +26,6 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 def randomise(model):
     for layer in injected(model).values():
         nn.init.normal_(layer.lora_B)
-
-
-# --- what is replaced ---------------------------------------------------------------------------
 
 
 def test_the_model_still_computes_the_same_until_b_changes(model):
@@ -136,18 +100,12 @@ def test_what_was_replaced_is_logged(model, caplog):
     assert record.getMessage() == "2 modules replaced: layers.1.q_proj, shared"
 
 
-# --- what is refused ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pattern", ["q_proj", r"^.*q_proj", r"^.*base_layer"])
 def test_no_module_is_injected_twice(model, pattern):
     inject(model, config("q_proj"))
     with pytest.raises(ValueError, match="already has experts"):
         inject(model, config(pattern))
     assert all(type(layer.base_layer) is nn.Linear for layer in injected(model).values())
-
-
-# --- remove --------------------------------------------------------------------------------------
 
 
 def test_remove_restores_the_objects(model):
@@ -166,9 +124,6 @@ def test_a_single_layer_cannot_be_removed_from_itself():
     layer = LoraMoeLinear(nn.Linear(4, 4), config())
     with pytest.raises(ValueError, match="base_layer"):
         remove(layer)
-
-
-# --- set_routing ---------------------------------------------------------------------------------
 
 
 def test_task_ids_pick_one_expert_per_sample(model):

@@ -3,57 +3,17 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from lora_moe import LoraMoeConfig, Routing, backend_info, disable_adapters, use_routing
-from lora_moe.linear import ffn_width
+from lora_moe import LoraMoeConfig, Routing, use_routing
 from lora_moe.mlp import LoraMoeMLP
 
-GPU = backend_info()["serving"]["cpu"] in ("triton", "cuda")  # whose kernels have no fp64
-DTYPE = torch.float32 if GPU else torch.float64
+from ..support.ffns import DTYPE, FFNS, GPU, B, D, E, F, L, R, expert, input_of, layer_of
+
 NEAR = {"rtol": 1e-4, "atol": 2e-5} if GPU else {"rtol": 1e-12, "atol": 1e-12}
-D, F, E, R = 6, 10, 4, 3
-B, L = 2, 5
-
-
-class Gated(nn.Module):
-    """Llama's form."""
-
-    def __init__(self, bias=False):
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(D, F, bias) for _ in range(2))
-        self.down_proj = nn.Linear(F, D, bias)
-
-    def forward(self, x):
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Plain(nn.Module):
-    """BERT's and GPT's form, with biases, and dropout as T5 has it."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(D, F), nn.GELU(), nn.Linear(F, D)
-        self.dropout = nn.Dropout(0.5)
-
-    def forward(self, x):
-        return self.fc2(self.dropout(self.act(self.fc1(x))))
-
-
-class Fused(nn.Module):
-    """Phi-3's form: gate and up in one."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate_up_proj, self.down_proj = nn.Linear(D, 2 * F, False), nn.Linear(F, D, False)
-
-    def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(up * nn.functional.silu(gate))
 
 
 class Residual(nn.Module):
@@ -67,15 +27,6 @@ class Residual(nn.Module):
         return residual + self.dense_4h_to_h(torch.tanh(self.dense_h_to_4h(x)))
 
 
-FFNS = {
-    "gated": (Gated, ("gate_proj", "up_proj", "down_proj")),
-    "gated, biases": (lambda: Gated(True), ("gate_proj", "up_proj", "down_proj")),
-    "down alone": (lambda: Gated(True), ("down_proj",)),
-    "gate alone": (lambda: Gated(True), ("gate_proj",)),
-    "all but down": (Gated, ("up_proj", "gate_proj")),
-    "plain": (Plain, ("fc1", "fc2")),
-    "fused": (Fused, ("gate_up_proj", "down_proj")),
-}
 every_ffn = pytest.mark.parametrize("ffn", FFNS)
 ROUTERS = {
     "top-2": {},
@@ -84,40 +35,6 @@ ROUTERS = {
     "top-p": {"top_k": E, "top_p": 0.6, "renormalize": False},
     "threshold": {"top_k": 2, "threshold": 0.55, "renormalize": False, "router_bias": True},
 }
-
-
-def layer_of(ffn, seed=0, dtype=DTYPE, **fields):
-    torch.manual_seed(seed)
-    make, names = FFNS[ffn]
-    config = {"num_experts": E, "r": R, "alpha": 4.0, "placement": "ffn", "target_modules": names}
-    layer = LoraMoeMLP(make().to(dtype).requires_grad_(False), LoraMoeConfig(**config | fields))
-    for tensor in layer.adapter_state().values():
-        nn.init.normal_(tensor, std=0.7)
-    return layer.to(dtype).eval()
-
-
-def input_of(dtype=DTYPE, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(B, L, D, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
-
-
-def expert(layer, p, e):
-    """The FFN with expert e merged into its weights; differentiable in p."""
-    merged, rows = {}, slice(*layer.offsets[e : e + 2])
-    for name, child in layer.base_layer.named_children():
-        if isinstance(child, nn.Linear):
-            merged[f"{name}.weight"] = child.weight
-            if child.bias is not None:
-                merged[f"{name}.bias"] = child.bias
-        if f"lora_B_{name}" in p:
-            A = p[f"lora_A_{name}"] if layer.config.shared_a else p[f"lora_A_{name}"][rows]
-            delta = p[f"lora_B_{name}"][rows].T @ A
-            merged[f"{name}.weight"] = child.weight + layer.scales[e] * delta
-    bare = copy.deepcopy(layer.base_layer)
-    for child in bare.children():
-        child._forward_hooks.clear()
-        child._forward_pre_hooks.clear()
-    return lambda x: torch.func.functional_call(bare, merged, (x,))
 
 
 def formula(layer, p, x, routing):
@@ -252,89 +169,3 @@ def test_dropout_is_on_the_experts_input_alone():
     nn.init.normal_(layer.lora_B_up_proj)
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
-
-
-def test_copies_and_pickles_have_hooks_of_their_own():
-    layer, x = layer_of("gated"), input_of()
-    y = layer(x)
-    other = copy.deepcopy(layer)
-    nn.init.zeros_(other.lora_B_up_proj)
-    assert torch.equal(layer(x), y) and not torch.equal(other(x), y)
-    again = pickle.loads(pickle.dumps(layer))
-    assert torch.equal(again(x), y) and again.routing is not None
-    assert again.base_layer.up_proj._forward_hooks.popitem()[1].layer is again
-
-
-def test_without_adapters_and_released_it_is_the_base():
-    layer, x = layer_of("gated"), input_of()
-    want = expert(layer, {}, 0)(x)
-    with disable_adapters(layer):
-        assert torch.equal(layer(x), want)
-    assert torch.equal(layer.base_layer(x), want)  # by itself, outside of the layer
-    layer.release()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in layer.base_layer.modules())
-
-
-def test_some_models_look_at_its_linear_maps():
-    layer = layer_of("gated")
-    assert layer.down_proj is layer.base_layer.down_proj
-    with pytest.raises(AttributeError, match="w1"):
-        _ = layer.w1
-
-
-class Mixing(Gated):
-    def forward(self, x):
-        return super().forward(x) + self.up_proj(x).mean() * 0
-
-
-class Reshaping(Gated):
-    def forward(self, x):
-        return self.down_proj(self.up_proj(x).reshape(-1, F)) + 0 * self.gate_proj(x).sum()
-
-
-class Idle(Gated):
-    def forward(self, x):
-        return self.down_proj(self.up_proj(x))
-
-
-@pytest.mark.parametrize("kind", [Mixing, Reshaping, Idle])
-def test_an_ffn_of_another_form_is_told(kind):
-    names = ("gate_proj", "up_proj", "down_proj")
-    config = LoraMoeConfig(num_experts=E, r=R, placement="ffn", target_modules=names)
-    layer = LoraMoeMLP(kind(), config)
-    with pytest.raises(
-        RuntimeError, match="expected an FFN whose forward calls each linear map once"
-    ):
-        layer(torch.randn(B, L, D))
-    from lora_moe.context import thread
-
-    assert not thread.passes
-
-
-def test_what_is_an_ffn():
-    class Attention(nn.Module):
-        def __init__(self, D=8, d=8):
-            super().__init__()
-            self.q, self.k, self.v, self.o = (
-                nn.Linear(*s) for s in [(D, D), (D, d), (D, d), (D, D)]
-            )
-
-    assert ffn_width(Gated()) == ffn_width(Plain()) == ffn_width(Fused()) == D
-    assert ffn_width(Attention()) is ffn_width(Attention(d=4)) is ffn_width(nn.Linear(2, 2)) is None
-    same = type("SquareMLP", (nn.Module,), {})()
-    same.up, same.down = nn.Linear(4, 4), nn.Linear(4, 4)
-    assert ffn_width(same) == 4
-
-
-@pytest.mark.parametrize(
-    "base, fields, error, message",
-    [
-        (nn.Linear(2, 2), {}, TypeError, "base: expected an FFN"),
-        (Gated(), {"target_modules": ("w1",)}, ValueError, "target_modules: expected names of"),
-        (Gated(), {"target_modules": ()}, ValueError, "target_modules: expected names of"),
-    ],
-)
-def test_what_does_not_fit_raises(base, fields, error, message):
-    config = {"num_experts": E, "r": R, "placement": "ffn", "target_modules": ("up_proj",)} | fields
-    with pytest.raises(error, match=message):
-        LoraMoeMLP(base, LoraMoeConfig(**config))

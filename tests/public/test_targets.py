@@ -14,7 +14,7 @@ from torch import nn
 from lora_moe import LoraMoeConfig, LoraMoeLinear, inject, injected
 from lora_moe.targets import targets_of
 
-from .test_inject import Model, config
+from ..support.injected import Model, config
 
 LANGUAGE = ["layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "layers.1.v_proj"]
 VISION = ["vision.0.q_proj", "vision.0.v_proj"]

@@ -7,68 +7,22 @@ import dataclasses
 import pickle
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
-from torch import nn
-
-import lora_moe
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft
-import transformers as hf
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 
+import lora_moe
 from lora_moe.peft import MoeLoraConfig, MoeLoraLinear, MoeLoraModel, registration
 
+from ..support.peft_mixtures import IDS, Twice, adapted, config, drawn, llama, logits
+
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-IDS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
-SIZES = {
-    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": None,
-}  # fmt: skip
-TARGETS = ["q_proj", "up_proj"]
-
-
-def llama(kind=hf.LlamaForCausalLM, **fields):
-    """The same weights at each call, drawn wide."""
-    torch.manual_seed(1)
-    model = kind(hf.LlamaConfig(**SIZES | fields))
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.3)
-    return model.eval()
-
-
-def config(**fields):
-    defaults = {"num_experts": 4, "r": 3, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
-    return MoeLoraConfig(**defaults | fields)
-
-
-def drawn(model, seed=2):
-    """Values that matter in whatever trains: the experts of the active adapter."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            with torch.no_grad():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def adapted(seed=2, **fields):
-    return drawn(get_peft_model(llama(), config(**fields)), seed)
-
-
-@torch.no_grad()
-def logits(model, ids=IDS):
-    return model(input_ids=ids).logits
-
-
-# --- PEFT knows the method -------------------------------------------------------------------------
 
 
 def test_the_enum_has_a_member_like_its_own():
@@ -112,9 +66,6 @@ def test_a_process_without_us_gets_pefts_error_and_the_readme_says_what_to_impor
 
     PeftModel.from_pretrained(llama(), tmp_path).save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text().count("## Loading this adapter") == 1
-
-
-# --- configuration -----------------------------------------------------------------------------------
 
 
 def test_every_field_of_a_mixture_has_its_name_in_peft():
@@ -220,9 +171,6 @@ def test_an_unfit_target_is_refused_and_the_model_is_as_it_was(targets):
     assert {name: id(m) for name, m in model.named_modules()} == before
 
 
-# --- training and calls ------------------------------------------------------------------------------
-
-
 def test_starts_as_the_base_and_trains_the_experts_alone():
     model = get_peft_model(llama(), config())
     assert torch.equal(logits(model), logits(llama()))
@@ -290,19 +238,6 @@ def test_dtypes_are_as_peft_and_the_configuration_say():
     assert dtypes(False, adapter_dtype="float32") == (fp32, fp32, fp32)
 
 
-class Twice(nn.Module):
-    """One module under two names."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(8, 8)
-        self.second = self.first
-
-    def forward(self, x):
-        return self.second(self.first(x))
-
-
 def test_a_module_under_two_names_gets_experts_under_both():
     model = drawn(get_peft_model(Twice(), config(target_modules=["first"], task_type=None)))
     assert isinstance(model.base_model.model.second, MoeLoraLinear)
@@ -310,241 +245,6 @@ def test_a_module_under_two_names_gets_experts_under_both():
     layer = model.base_model.model.first
     assert torch.equal(model(x), layer(layer(x)))
     assert torch.equal(model.unload()(x), Twice()(x))
-
-
-def test_samples_of_several_adapters_in_one_batch_are_refused():
-    model = adapted()
-    with pytest.raises(ValueError, match="adapter_names: expected none"):
-        model(input_ids=IDS, adapter_names=["default", "default"])
-
-
-# --- named adapters ------------------------------------------------------------------------------------
-
-
-def test_switching_two_adapters():
-    model = adapted(seed=2)
-    model.add_adapter("other", config(num_experts=2, r=[1, 5], top_k=1, target_modules=["v_proj"]))
-    first = logits(model)
-    model.set_adapter("other")
-    drawn(model, seed=3)
-    second = logits(model)
-    assert not torch.equal(first, second)
-    for name, expected in (("default", first), ("other", second)):
-        model.set_adapter(name)
-        assert torch.equal(logits(model), expected)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert names and all("lora_moe_experts.other." in name for name in names)
-
-    model.delete_adapter("default")
-    assert torch.equal(logits(model), second)
-    assert not any("default" in name for name in model.state_dict())
-
-
-def test_functions_address_the_active_adapter():
-    model = adapted()
-    model.add_adapter("other", config(num_experts=2, top_k=1, target_modules=["v_proj"]))
-    logits(model)
-    assert {p.rsplit(".")[-1] for p in lora_moe.router_stats(model)} == {"q_proj", "up_proj"}
-    model.set_adapter("other")
-    drawn(model, seed=3)
-    model.train()
-    with lora_moe.use_routing(model, task_ids=torch.tensor([0, 1])):
-        by_task = model(input_ids=IDS).logits
-    model(input_ids=IDS)
-    stats = lora_moe.router_stats(model)
-    assert {p.rsplit(".")[-1] for p in stats} == {"v_proj"}
-    assert all(len(s["load"]) == 2 for s in stats.values())
-    assert lora_moe.aux_loss(model).requires_grad
-    with lora_moe.use_routing(model, task_ids=torch.tensor([0, 0])):
-        assert torch.equal(model(input_ids=IDS).logits[0], by_task[0])
-    lora_moe.freeze_experts(model, [1])
-    frozen = {m.adapter_name: m.frozen for m in model.modules() if hasattr(m, "adapter_name")}
-    assert frozen == {"default": (), "other": (1,)}
-
-
-def test_two_active_adapters_add_up():
-    model = adapted()
-    model.add_adapter("other", config(target_modules=["q_proj"]))
-    model.base_model.set_adapter(["default", "other"])
-    drawn(model)
-    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    x = torch.randn(3, 32)
-    one, two = (layer.lora_moe_experts[name] for name in ("default", "other"))
-    base = layer.base_layer(x)
-    assert torch.allclose(layer(x), one(x, base) + two(x, base) - base, atol=1e-5)
-    assert len(lora_moe.injected(model)) == 6
-
-
-def test_the_base_alone_is_one_block_away():
-    model, base = adapted(), logits(llama())
-    with_experts = logits(model)
-    assert not torch.equal(with_experts, base)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no word about idle experts
-        with model.disable_adapter():
-            assert torch.equal(logits(model), base)
-        with lora_moe.disable_adapters(model):
-            assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), with_experts)
-
-
-def test_a_mixture_is_not_merged_but_unloads():
-    model = adapted()
-    for merge in (model.merge_and_unload, model.merge_adapter):
-        with pytest.raises(ValueError, match=r"picks its experts for each token.*cannot be merged"):
-            merge()
-    with pytest.raises(ValueError, match="got PEFT's; call the PEFT model's unload"):
-        lora_moe.remove(model)
-    base = model.unload()
-    assert torch.equal(logits(base), logits(llama()))
-    assert base.state_dict().keys() == llama().state_dict().keys()
-    assert not base._forward_pre_hooks and "generate" not in vars(base)
-
-
-# --- files -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["whole", "by-meta"])
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"r": [1, 2, 3, 4], "lora_alpha": [1.0, 2.0, 3.0, 4.0], "use_rslora": True},
-        {"shared_a": True, "router_bias": True, "selection_bias": True, "temperature": 0.5},
-        {"gate": "sigmoid", "renormalize": False, "threshold": 0.4, "rank_pattern": {"q_proj": 2}},
-        {"top_k": 1, "target_modules": r".*layers\.0.*(k|v)_proj"},
-        {"target_modules": "all-linear", "exclude_modules": ["down_proj"], "top_p": 0.5},
-    ],
-    ids=["plain", "unequal", "biases", "sigmoid", "expression", "all-linear"],
-)  # fmt: skip
-def test_the_same_logits_after_saving_and_loading(tmp_path, fields, low_cpu_mem_usage):
-    model = adapted(**fields)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
-    assert torch.equal(logits(loaded), logits(model))
-    assert loaded.peft_config["default"].to_dict() | {"inference_mode": False} == (
-        model.peft_config["default"].to_dict()
-    )
-    assert not any(p.requires_grad for p in loaded.parameters())
-    trains = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
-    assert any(p.requires_grad for p in trains.parameters())
-
-
-def test_a_bf16_base_loads_fp32_experts_without_rounding(tmp_path):
-    model = drawn(get_peft_model(llama().to(torch.bfloat16), config()))
-    model.save_pretrained(tmp_path)
-    for low in (False, True):
-        base = llama().to(torch.bfloat16)
-        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low)
-        assert torch.equal(logits(loaded), logits(model))
-
-
-def test_named_adapters_are_saved_and_loaded_each(tmp_path):
-    model = adapted()
-    model.add_adapter("other", config(num_experts=2, target_modules=["v_proj"]))
-    model.set_adapter("other")
-    drawn(model, seed=3)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path / "other", adapter_name="renamed")
-    assert torch.equal(logits(loaded), logits(model))
-    loaded.load_adapter(tmp_path, "first")
-    loaded.set_adapter("first")
-    model.set_adapter("default")
-    assert torch.equal(logits(loaded), logits(model))
-    assert "import lora_moe.peft" in (tmp_path / "other/README.md").read_text()
-
-
-def test_auto_peft_model(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    model = drawn(get_peft_model(base, config()))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_transformers_own_adapter_methods(tmp_path):
-    model = llama()
-    model.add_adapter(config(), "one")
-    model.add_adapter(config(num_experts=2, target_modules=["v_proj"]), "two")
-    assert torch.equal(logits(model), logits(llama()))
-    drawn(model)
-    model.set_adapter("one")
-    drawn(model, seed=3)
-    expected = logits(model)
-    assert model.active_adapters() == ["one"]
-    model.save_pretrained(tmp_path)
-    assert not (tmp_path / "lora_moe.safetensors").exists()
-
-    loaded = llama()
-    loaded.load_adapter(tmp_path)
-    assert torch.equal(logits(loaded), expected)
-    loaded.disable_adapters()
-    assert torch.equal(logits(loaded), logits(llama()))
-    loaded.enable_adapters()
-    assert torch.equal(logits(loaded), expected)
-    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected)
-    loaded.delete_adapter("default")
-    assert torch.equal(logits(loaded), logits(llama()))
-
-
-def test_frozen_experts_are_saved(tmp_path):
-    model = adapted()
-    lora_moe.freeze_experts(model, [0, 2])
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
-    assert {layer.frozen for layer in lora_moe.injected(loaded).values()} == {(0, 2)}
-    next(iter(lora_moe.injected(model).values())).frozen = (1,)
-    with pytest.raises(ValueError, match="frozen: expected the same experts in every layer"):
-        model.save_pretrained(tmp_path)
-
-
-def classifier():
-    return llama(hf.LlamaForSequenceClassification, num_labels=3)
-
-
-@pytest.mark.parametrize("fields", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["score"]}])
-def test_modules_to_save(tmp_path, fields):
-    model = drawn(get_peft_model(classifier(), config(**{"task_type": None} | fields)))
-    trained = [n for n, p in model.named_parameters() if p.requires_grad and "score" in n]
-    assert trained == ["base_model.model.score.modules_to_save.default.weight"]
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(classifier(), tmp_path)
-    assert torch.equal(logits(loaded), expected)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(classifier()))
-    kept = pytest.raises(ValueError, match=r"score \(modules_to_save\) has its base kept by PEFT")
-    with kept, lora_moe.disable_adapters(model):
-        pass
-
-    lora_moe.save_adapter(model, tmp_path / "ours")
-    assert torch.equal(logits(lora_moe.load_adapter(classifier(), tmp_path / "ours")), expected)
-    again = get_peft_model(classifier(), config(**{"task_type": None} | fields))
-    assert torch.equal(logits(lora_moe.load_adapter(again, tmp_path / "ours")), expected)
-
-
-def test_save_adapter_writes_the_active_adapter_for_a_bare_model(tmp_path):
-    model = adapted()
-    model.add_adapter("other", config(num_experts=2, target_modules=["v_proj"]))
-    model.set_adapter("other")
-    drawn(model, seed=3)
-    lora_moe.save_adapter(model, tmp_path)
-    (group,) = lora_moe.adapter_info(tmp_path)["adapters"]
-    assert group["modules"] == [f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)]
-    loaded = lora_moe.load_adapter(llama(), tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-    expected = logits(model)
-    lora_moe.load_adapter(drawn(model, seed=4), tmp_path)
-    assert torch.equal(logits(model), expected)
-
-
-def test_copies_and_pickles_keep_their_base():
-    model = adapted()
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(copied), logits(model))
-        layer = next(m for m in copied.modules() if isinstance(m, MoeLoraLinear))
-        assert layer.lora_moe_experts["default"].base_layer is layer.base_layer
 
 
 def test_peft_and_inject_keep_off_each_other():
@@ -569,34 +269,6 @@ def test_what_is_no_expert_is_not_frozen(ids):
     with pytest.raises(ValueError, match=r"expected expert ids in \[0, 4\)"):
         lora_moe.freeze_experts(model, ids)
     assert {layer.frozen for layer in lora_moe.injected(model).values()} == {(2,)}
-
-
-def test_transformers_trainer_saves_and_resumes(tmp_path):
-    pytest.importorskip("accelerate")
-
-    class Balanced(hf.Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            outputs = model(**inputs)
-            return outputs.loss + lora_moe.aux_loss(model)
-
-    def trainer(steps):
-        arguments = hf.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=2,
-            learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True, seed=0,
-        )  # fmt: skip
-        data = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
-        return Balanced(adapted(), arguments, train_dataset=data)
-
-    whole = trainer(4)
-    whole.train()
-    trained = logits(whole.model)
-    assert not torch.equal(trained, logits(adapted()))
-    saved = tmp_path / "checkpoint-4"
-    assert torch.equal(logits(PeftModel.from_pretrained(llama(), saved)), trained)
-    assert not (saved / "model.safetensors").exists()
-    resumed = trainer(4)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert torch.equal(logits(resumed.model), trained)
 
 
 def test_a_layer_compiles_to_one_graph():

@@ -11,17 +11,17 @@ import time
 import pytest
 import torch
 
-import lora_moe
-from lora_moe import adapter_info, injected, load_adapter, locate, peft_format, save_adapter
-
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import transformers as hf
 from peft import PeftModel, get_peft_model
 
-from .test_from_peft import FILES, lora, rewritten
-from .test_peft import adapted, config, drawn, llama, logits
+import lora_moe
+from lora_moe import adapter_info, injected, load_adapter, locate, peft_format, save_adapter
+
+from ..support.peft_loras import FILES, lora, rewritten
+from ..support.peft_mixtures import adapted, config, drawn, llama, logits
 
 FIELDS = {
     "plain": {},

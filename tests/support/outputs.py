@@ -8,8 +8,8 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from ..public.test_functional import PARAMETERS, cotangents, gradients, routed, routing_outputs
 from .cases import BY_NAME, leaves, sample
+from .functions import PARAMETERS, cotangents, gradients, routed, routing_outputs
 
 NAMES = ("odd", "tiles fit", "one past a tile", "unequal ranks", "shared A", "wide", "dense")
 

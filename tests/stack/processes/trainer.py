@@ -11,7 +11,7 @@ import torch
 from lora_moe.hf import LoraMoeTrainer
 
 from ...support.models import tiny
-from ..test_trainer import GradientsBeforeTheStep, arguments
+from ...support.trainers import GradientsBeforeTheStep, arguments
 
 
 def main(folder: Path) -> None:
