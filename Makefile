@@ -29,13 +29,13 @@ SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-
 	ASAN_OPTIONS=detect_leaks=0
 PUBLIC = $(patsubst %,tests/public/test_%.py,$(1))
 # what must hold on every backend alike
-BLACK_BOX := $(call PUBLIC,functional routing router_topk exactness errors ops ops_arguments banks)
+BLACK_BOX := $(call PUBLIC,functional routing top_k exactness errors ops ops_arguments banks)
 # and this, of which a GPU's kernels leave out float64
 WIDE := $(call PUBLIC,gradients torch_features export mlp mlp_forms)
 # and this of the CUDA kernels, compiled for the CPU
 ON_SHIM := $(call PUBLIC,gradients mlp mlp_forms banks slots)
 # of these, what depends on the plan; fp16 differs from bf16 in nothing that does
-FORCED := $(call PUBLIC,functional routing router_topk exactness) -k 'not float16 and not router_topk and not shrink'
+FORCED := $(call PUBLIC,functional routing top_k exactness) -k 'not float16 and not router_topk and not shrink'
 # every kernel, forward and backward, in few minutes
 EACH_PASS := -k 'test_routed_lora and (odd or unequal or shared) and not float16'
 # another Triton than the one of .venv, in a folder of its own; 3.6's interpreter fails with numpy 2.4

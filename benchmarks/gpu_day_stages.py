@@ -23,7 +23,7 @@ from .gpu_day import ROOT, finding
 DRY = os.environ.get("LORA_MOE_DRY_RUN") == "1"
 DEVICE = "cpu" if DRY else "cuda"
 BLACK_BOX = [f"tests/public/test_{name}.py" for name in (
-    "functional", "routing", "router_topk", "exactness", "errors", "ops", "ops_arguments")]  # fmt: skip
+    "functional", "routing", "top_k", "exactness", "errors", "ops", "ops_arguments")]  # fmt: skip
 TRITON = [f"tests/kernels/test_triton_{name}.py" for name in (
     "kernels", "bits", "arguments", "sort", "launching")]  # fmt: skip
 TESTS = {  # of these files what -k selects in a dry run

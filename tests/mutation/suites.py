@@ -21,8 +21,8 @@ def _of(folder: str, names: str) -> tuple[str, ...]:
     return tuple(f"tests/{folder}/test_{name}.py" for name in names.split())
 
 
-COMMON = _of("public", "functional routing router_topk exactness layers layer_features")
-BLACK_BOX = _of("public", "functional routing router_topk exactness errors ops ops_arguments")
+COMMON = _of("public", "functional routing top_k exactness layers layer_features")
+BLACK_BOX = _of("public", "functional routing top_k exactness errors ops ops_arguments")
 FUZZ = ("tests/fuzz",)
 FILES = (*_of("public", "safefile safefile_writing io io_refusals"), *FUZZ)
 NATIVE = _of("stack", "native_experts native_training native_refusals")
