@@ -22,7 +22,7 @@ from typing import NamedTuple
 from . import schemes
 
 
-class Part(NamedTuple):
+class Gpu(NamedTuple):
     """90% of the data sheet's memory rate, 37% of 64 bytes per clock and multiprocessor, 80% of bf16."""
 
     bytes_per_s: float
@@ -31,12 +31,12 @@ class Part(NamedTuple):
     multiprocessors: int
 
 
-PARTS = {
-    "H100": Part(3.0e12, 5.5e12, 800e12, 132),
-    "A100": Part(1.8e12, 3.6e12, 250e12, 108),
-    "B200": Part(7.2e12, 6.5e12, 1800e12, 148),
-    "RTX 4090": Part(0.9e12, 7.6e12, 132e12, 128),
-    "MI300X": Part(4.8e12, 15.1e12, 1050e12, 304),
+GPUS = {
+    "H100": Gpu(3.0e12, 5.5e12, 800e12, 132),
+    "A100": Gpu(1.8e12, 3.6e12, 250e12, 108),
+    "B200": Gpu(7.2e12, 6.5e12, 1800e12, 148),
+    "RTX 4090": Gpu(0.9e12, 7.6e12, 132e12, 128),
+    "MI300X": Gpu(4.8e12, 15.1e12, 1050e12, 304),
 }
 TARGETS = {
     "H100": "sm_90",
@@ -48,17 +48,17 @@ TARGETS = {
 TOKENS = range(1024, 16384 + 1, 256)
 
 
-def seconds(part, moved, l2, flops, programs=None):
+def seconds(gpu, moved, l2, flops, programs=None):
     """Of one launch; if the number of programs is not given, they fill the device evenly."""
-    time = max(moved / part.bytes_per_s, l2 / part.l2_bytes_per_s, flops / part.flops)
+    time = max(moved / gpu.bytes_per_s, l2 / gpu.l2_bytes_per_s, flops / gpu.flops)
     if not programs:
         return time
-    waves = -(-programs // part.multiprocessors)
-    return time * waves * part.multiprocessors / programs
+    waves = -(-programs // gpu.multiprocessors)
+    return time * waves * gpu.multiprocessors / programs
 
 
-def of(part, launches):
-    return sum(seconds(part, m.read + m.written, m.l2, m.flops, m.programs) for m in launches)
+def of(gpu, launches):
+    return sum(seconds(gpu, m.read + m.written, m.l2, m.flops, m.programs) for m in launches)
 
 
 # --- the baseline ------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ TILES = [(m, n) for m in (64, 128, 256) for n in (16, 32, 64, 128, 256) if m * n
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)
 
 
-def product(part, M, N, K, *, out=2, added=0):
+def product(gpu, M, N, K, *, out=2, added=0):
     """An (M, N) product over K of bf16 operands with its best tile; `added`: bytes it is added to."""
     operands, result = 2 * K * (M + N), out * M * N
     best = float("inf")
@@ -80,65 +80,65 @@ def product(part, M, N, K, *, out=2, added=0):
             partial = 0 if split == 1 else 4 * split * M * N
             flops = 2 * rows * m * columns * n * K
             time = seconds(
-                part, operands + added + (partial or result), l2, flops, rows * columns * split
+                gpu, operands + added + (partial or result), l2, flops, rows * columns * split
             )
             if partial:
-                time += seconds(part, partial + result, partial, 0)
+                time += seconds(gpu, partial + result, partial, 0)
             best = min(best, time)
     return best
 
 
-def elementwise(part, read, written):
-    return seconds(part, read + written, read, 0)
+def elementwise(gpu, read, written):
+    return seconds(gpu, read + written, read, 0)
 
 
-def stacked(part, s):
+def stacked(gpu, s):
     """(forward, backward): router, mask and two dense products, added to the base."""
     R, x = s.E * s.r, s.activation
     wide, gate = 2 * s.T * R, 4 * s.T * s.E
     forward = (
-        product(part, s.T, s.E, s.D)
-        + elementwise(part, gate, 2 * gate)  # softmax, top-k, mask
-        + product(part, s.T, R, s.D)
-        + elementwise(part, wide + gate, wide)
-        + product(part, s.T, s.D, R, added=x)
+        product(gpu, s.T, s.E, s.D)
+        + elementwise(gpu, gate, 2 * gate)  # softmax, top-k, mask
+        + product(gpu, s.T, R, s.D)
+        + elementwise(gpu, wide + gate, wide)
+        + product(gpu, s.T, s.D, R, added=x)
     )
-    return forward, products_back(part, s) + (
-        product(part, s.E, s.D, s.T)  # dW
-        + product(part, s.T, s.D, s.E)  # dx of the router
-        + elementwise(part, 3 * x, x)  # of the base, of A, of the router
+    return forward, products_back(gpu, s) + (
+        product(gpu, s.E, s.D, s.T)  # dW
+        + product(gpu, s.T, s.D, s.E)  # dx of the router
+        + elementwise(gpu, 3 * x, x)  # of the base, of A, of the router
     )
 
 
-def products_back(part, s):
+def products_back(gpu, s):
     R = s.E * s.r
     wide, gate = 2 * s.T * R, 4 * s.T * s.E
     return (
-        product(part, s.T, R, s.D)  # dH
-        + product(part, R, s.D, s.T)  # dB
-        + elementwise(part, 2 * wide + gate, wide + gate)  # dS, dgate
-        + elementwise(part, 2 * gate, gate)  # dlogits
-        + product(part, R, s.D, s.T)  # dA
-        + product(part, s.T, s.D, R)  # dx of A
+        product(gpu, s.T, R, s.D)  # dH
+        + product(gpu, R, s.D, s.T)  # dB
+        + elementwise(gpu, 2 * wide + gate, wide + gate)  # dS, dgate
+        + elementwise(gpu, 2 * gate, gate)  # dlogits
+        + product(gpu, R, s.D, s.T)  # dA
+        + product(gpu, s.T, s.D, R)  # dx of A
     )
 
 
-def in_one(part, s):
+def in_one(gpu, s):
     """The same with the router's rows stacked below A's, in one bf16 product: a router rounded to bf16."""
     R, x = s.E * s.r, s.activation
     wide, gate = 2 * s.T * R, 4 * s.T * s.E
     forward = (
-        product(part, s.T, R + s.E, s.D)
-        + elementwise(part, wide + 2 * gate, wide + gate)
-        + product(part, s.T, s.D, R, added=x)
+        product(gpu, s.T, R + s.E, s.D)
+        + elementwise(gpu, wide + 2 * gate, wide + gate)
+        + product(gpu, s.T, s.D, R, added=x)
     )
     back = (
-        product(part, s.T, R, s.D)
-        + product(part, R, s.D, s.T)
-        + elementwise(part, 2 * wide + 3 * gate, wide + gate)
-        + product(part, R + s.E, s.D, s.T)
-        + product(part, s.T, s.D, R + s.E)
-        + elementwise(part, 2 * x, x)
+        product(gpu, s.T, R, s.D)
+        + product(gpu, R, s.D, s.T)
+        + elementwise(gpu, 2 * wide + 3 * gate, wide + gate)
+        + product(gpu, R + s.E, s.D, s.T)
+        + product(gpu, s.T, s.D, R + s.E)
+        + elementwise(gpu, 2 * x, x)
     )
     return forward, back
 
@@ -146,51 +146,51 @@ def in_one(part, s):
 # --- tables ------------------------------------------------------------------------------------------
 
 
-def sides(part, s):
+def sides(gpu, s):
     """Microseconds by scheme: (forward, backward) of ours, stacked, stacked with A and W in one product."""
     from .accounting import layer
 
-    ours = tuple(of(PARTS[part], side) for side in layer(s, target=TARGETS[part]))
-    both = ours, stacked(PARTS[part], s), in_one(PARTS[part], s)
+    ours = tuple(of(GPUS[gpu], side) for side in layer(s, target=TARGETS[gpu]))
+    both = ours, stacked(GPUS[gpu], s), in_one(GPUS[gpu], s)
     return [tuple(1e6 * t for t in side) for side in both]
 
 
-def table(part, E, r=16, K=2, D=4096, tokens=TOKENS):
-    yield f"\n## {part}: {D} x {D}, E={E}, r={r}, K={K}, bf16\n"
+def table(gpu, E, r=16, K=2, D=4096, tokens=TOKENS):
+    yield f"\n## {gpu}: {D} x {D}, E={E}, r={r}, K={K}, bf16\n"
     columns = "us | stacked | ratio | A and W in one"
     yield f"| T | forward {columns} | backward {columns} |"
     yield "|" + "---|" * 9
     for T in tokens:
-        schemes_of = sides(part, schemes.Shape(T, D, E, r, K))
+        schemes_of = sides(gpu, schemes.Shape(T, D, E, r, K))
         cells = []
         for ours, rival, one in zip(*schemes_of):
             cells += [f"{ours:.0f}", f"{rival:.0f}", f"{ours / rival:.2f}", f"{one:.0f}"]
         yield f"| {T} | {' | '.join(cells)} |"
 
 
-def document(parts, E):
-    rule = " ".join(Part.__doc__.split())
+def document(gpus, E):
+    rule = " ".join(Gpu.__doc__.split())
     yield "# Modelled time that the experts add to a layer, beside dense products\n"
     yield "A model (`python -m benchmarks.gpu_model`), not a measurement: whole waves, no launch cost, the"
     yield f"rival at its best tile. Rates: {rule} A ratio above 1 is a loss."
-    for part in parts:
-        yield from table(part, E, tokens=TOKENS if part == "H100" else TOKENS[::12])
+    for gpu in gpus:
+        yield from table(gpu, E, tokens=TOKENS if gpu == "H100" else TOKENS[::12])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--E", type=int, default=8)
-    parser.add_argument("--parts", default=",".join(PARTS), help="of the data sheets here")
+    parser.add_argument("--gpus", default=",".join(GPUS), help="of the data sheets here")
     parser.add_argument("--markdown", type=Path, help="write the tables there")
-    parser.add_argument("--json", action="store_true", help="only of --T tokens, by part")
+    parser.add_argument("--json", action="store_true", help="only of --T tokens, by gpu")
     parser.add_argument("--T", type=int, default=8192)
     args = parser.parse_args()
-    parts = args.parts.split(",")
+    gpus = args.gpus.split(",")
     if args.json:
         s = schemes.Shape(args.T, 4096, args.E, 16, 2)
-        print(json.dumps({part: sides(part, s) for part in parts}))
+        print(json.dumps({gpu: sides(gpu, s) for gpu in gpus}))
         return
-    lines = document(parts, args.E)
+    lines = document(gpus, args.E)
     if args.markdown is None:
         for line in lines:
             print(line, flush=True)

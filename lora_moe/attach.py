@@ -44,8 +44,8 @@ def _callers(model) -> dict[nn.Module, None]:
     callers = dict.fromkeys((model, *_models_inside(model)))
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         for name in ("get_encoder", "get_decoder"):
-            if (part := _part(model, name)) is not None:
-                callers[part] = None
+            if (child := _submodule(model, name)) is not None:
+                callers[child] = None
     return callers
 
 
@@ -53,7 +53,7 @@ def _decoders(model) -> list[nn.Module]:
     """Of encoder-decoders: all that they read stands in the answer."""
     owners = [m for m in model.modules() if hasattr(type(m), "main_input_name")]
     owners = [m for m in owners if getattr(m.config, "is_encoder_decoder", False)]
-    return [part for m in owners if (part := _part(m, "get_decoder")) not in (None, m)]
+    return [child for m in owners if (child := _submodule(m, "get_decoder")) not in (None, m)]
 
 
 def _models_inside(model) -> list[nn.Module]:
@@ -79,7 +79,7 @@ def detach(model: nn.Module) -> None:
                 delattr(module, name)
 
 
-def _part(model, name):
+def _submodule(model, name):
     try:
         return getattr(model, name)()
     except (AttributeError, TypeError, NotImplementedError):

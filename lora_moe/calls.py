@@ -28,7 +28,7 @@ class BeforeCall:
         generates = getattr(caller, "can_generate", bool)()
         self.causal = generates and not getattr(caller.config, "is_encoder_decoder", False)
         self.layers = [m for m in caller.modules() if isinstance(m, LoraMoeLayer)]
-        self.parts = any(m.parts is not None for m in self.layers)
+        self.components = any(m.components is not None for m in self.layers)
 
     def __call__(self, model, args, kwargs):
         given = dict(zip(self.names, args)) | kwargs
@@ -39,7 +39,9 @@ class BeforeCall:
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
         past = given.get("past_key_values")  # asked now: layers of this call will fill it
-        cached = self.parts and hasattr(past, "get_seq_length") and int(past.get_seq_length()) > 0
+        cached = (
+            self.components and hasattr(past, "get_seq_length") and int(past.get_seq_length()) > 0
+        )
         mask, labels = self.mask_of(given), self.labels_of(given)
         thread.calls.append(Call(self, mask, *encoder, tokens, labels, past, cached))
         if outermost and not torch.compiler.is_compiling():
@@ -123,7 +125,7 @@ def _no_labels(embeds):
 
 def _decided(layer, told):
     """What the caller said of the layer's samples: experts, or tasks."""
-    said = (told.routing, layer.given, told.tasks, layer.tasks)
+    said = (told.routing, layer.routing_override, told.tasks, layer.tasks)
     return next((s for s in said if s is not None), None)
 
 

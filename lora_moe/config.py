@@ -15,9 +15,9 @@ from reprlib import repr as brief
 
 import torch
 
+from .components import plain
 from .functional import GATES
 from .middle import Middle
-from .parts import plain
 from .routers import Router, TokenRouter
 from .routers.base import TOKEN_FIELDS
 
@@ -160,8 +160,8 @@ class LoraMoeConfig:
         for name in ("target_modules", "exclude_modules"):
             self._set(name, _pattern(name, getattr(self, name)))
         self._set("modules_to_save", _names("modules_to_save", self.modules_to_save or ()))
-        self._set("router", _part("router", self.router, Router))
-        self._set("middle", _part("middle", self.middle, Middle))
+        self._set("router", _component("router", self.router, Router))
+        self._set("middle", _component("middle", self.middle, Middle))
         if self.router == TokenRouter():
             self._set("router", None)
         self._expect_parts_that_fit()
@@ -204,9 +204,9 @@ class LoraMoeConfig:
     @property
     def num_tasks(self) -> int | None:
         """How many tasks the router or the middle tells apart, None if they read none."""
-        for part in (self.router, self.middle):
-            if part is not None and part.task_count is not None:
-                return part.task_count
+        for component in (self.router, self.middle):
+            if component is not None and component.task_count is not None:
+                return component.task_count
         return None
 
     def _set(self, name, value):
@@ -277,7 +277,7 @@ class LoraMoeConfig:
         return cls(**fields)
 
 
-def _part(name, value, family):
+def _component(name, value, family):
     """A router or middle; a dict of one is read."""
     if isinstance(value, dict):
         value = family.from_dict(value)

@@ -109,11 +109,11 @@ def told(layer: nn.Module, x: torch.Tensor | None = None) -> Decision:
     decision = thread.decisions.get(layer)
     if decision is None:
         decision = NOTHING
-    if decision.routing is None and layer.given is not None:
-        decision = decision._replace(routing=layer.given)
+    if decision.routing is None and layer.routing_override is not None:
+        decision = decision._replace(routing=layer.routing_override)
     if decision.mask is None and layer.mask is not None:
         decision = decision._replace(mask=layer.mask)
-    if layer.parts is not None:
+    if layer.components is not None:
         decision = _with_batch(layer, x, decision)
     if torch.compiler.is_compiling():
         return decision

@@ -79,7 +79,7 @@ def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> list[torch.Tensor]
     """
     if layer.config.shared_a and any(parameter is A for A, _ in layer.pairs()):
         return []
-    first, part = _part(parameter.detach(), layer.offsets[-1])
+    first, part = _local_rows(parameter.detach(), layer.offsets[-1])
     ranges = []
     for e in layer.frozen:
         begin, end = (layer.offsets[i] - first for i in (e, e + 1))
@@ -91,7 +91,7 @@ def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> list[torch.Tensor]
     return [part[begin:end] for begin, end in ranges]
 
 
-def _part(parameter, rows):
+def _local_rows(parameter, rows):
     """The first of `rows` rows that this process holds, and these."""
     first, part = 0, parameter
     if hasattr(parameter, "device_mesh"):

@@ -20,7 +20,7 @@ from .routers import PerTaskRouter, Router, SequenceRouter, TaskRouter, TokenRou
 from .safefile import raise_all
 from .sharded import is_sharded, is_stepped_by_zero, unwrapped
 from .steering import layers_of
-from .tensors import adapter_tensors, part_specs
+from .tensors import adapter_tensors, component_specs
 
 # the logit of an expert that no router picks: its softmax is 0 exactly, and fp16 holds it
 NEVER = -6e4
@@ -136,7 +136,7 @@ class _Growth:
         try:
             self.config = self._grown(layer.config)
             like = adapter_tensors(layer.base_layer, self.config)
-            self.specs = part_specs(self.config, layer.in_features, layer.out_features)
+            self.specs = component_specs(self.config, layer.in_features, layer.out_features)
         except ValueError as error:
             raise ValueError(f"{path}: n={n}: {error}") from None
         lost = set(layer.names) - set(like)
@@ -155,7 +155,7 @@ class _Growth:
     def apply(self):
         layer = self.layer
         layer.become(self.config, self.tensors)
-        layer.given = _padded(layer.given, self.n)
+        layer.routing_override = _padded(layer.routing_override, self.n)
         if layer.origins:
             layer.origins = (*layer.origins, *(None,) * self.n)
 

@@ -13,16 +13,16 @@ from torch import nn
 
 from . import functional as F
 from . import records
+from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
 from .context import fit_rows, recomputing, told
 from .linear import linear_features
 from .own_dx import base_weight
-from .parts import Batch, TensorSpec
 from .placement import LoraMoeLayer
 from .routers import TokenRouter
 from .routers.token import tempered
 from .routing import Routing
-from .tensors import part_specs
+from .tensors import component_specs
 from .tokens import tokens_of
 
 TENSORS = ("lora_A", "lora_B", "router_weight", "router_bias", "selection_bias")
@@ -68,25 +68,25 @@ class LoraMoeLinear(LoraMoeLayer):
             raise TypeError(f"config: expected a LoraMoeConfig, got {type(config).__name__}")
         super().__init__(base, config)
         self.in_features, self.out_features = features
-        self._note_parts()
+        self._note_components()
         for name in TENSORS[:-1]:  # in this order
             self.register_parameter(name, None)
         self.register_buffer("selection_bias", None)
         self._begin()
 
-    def _note_parts(self):
+    def _note_components(self):
         """What of the configuration is neither the token router nor the gate, and its tensors' names."""
         config, sizes = self.config, (self.in_features, self.out_features)
         router, middle = config.router or TokenRouter(), config.middle
         own = tuple(router.tensors(config, *sizes))
         between = () if middle is None else tuple(middle.tensors(config, *sizes))
         plain = config.router is None and middle is None
-        self.parts = None if plain else (router, own, middle, between)
+        self.components = None if plain else (router, own, middle, between)
         self.names = ("lora_A", "lora_B", *own, *between)
 
     def specs(self) -> dict[str, TensorSpec]:
         """What router and middle ask for, by name."""
-        return part_specs(self.config, self.in_features, self.out_features)
+        return component_specs(self.config, self.in_features, self.out_features)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -113,7 +113,7 @@ class LoraMoeLinear(LoraMoeLayer):
         self.config = config
         self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
         self._scaling = None
-        self._note_parts()
+        self._note_components()
         for name, tensor in tensors.items():
             known: dict = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
             known[name] = tensor
@@ -122,7 +122,7 @@ class LoraMoeLinear(LoraMoeLayer):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
-        plain = self.parts is None and not (self.training and self.config.dropout)
+        plain = self.components is None and not (self.training and self.config.dropout)
         weight = None if args or kwargs or not plain else base_weight(self.base_layer, x)
         if weight is None:
             return self.adapt(x, self.base_layer(x, *args, **kwargs))
@@ -154,12 +154,12 @@ class LoraMoeLinear(LoraMoeLayer):
         return y
 
     def _add(self, x, y, decision, weight=None):
-        if self.parts is None:
+        if self.components is None:
             return self.add_experts(x, y, decision.routing, weight)
-        return self._add_by_parts(x, y, decision)
+        return self._add_with_components(x, y, decision)
 
-    def _add_by_parts(self, x, base, decision):
-        router, own, middle, between = self.parts
+    def _add_with_components(self, x, base, decision):
+        router, own, middle, between = self.components
         config, batch = self.config, Batch(self, decision)
         if decision.routing is not None:
             routing = fit_rows(decision.routing, x)
@@ -174,24 +174,26 @@ class LoraMoeLinear(LoraMoeLayer):
                 shared_a=config.shared_a, base=base, frozen=self._frozen,
             )  # fmt: skip
         # each parameter gets a gradient, also of a task that the batch has not
-        return take_part(y, *(getattr(self, name) for name in (*own, *between))), routing
+        return with_zero_gradients(y, *(getattr(self, name) for name in (*own, *between))), routing
 
     def add_experts(
         self,
         x: torch.Tensor,
         base: torch.Tensor,
-        given: Routing | None = None,
+        routing_override: Routing | None = None,
         base_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing]:
-        """base + the experts' sum by the token router, and the routing taken; `given` stands in for it.
+        """base + the experts' sum by the token router, and the routing taken.
+
+        `routing_override` stands in for the router's decision.
 
         x (..., D_in) and base (..., D_out) have the same dtype; base_weight as in functional.grouped_lora.
         """
         config = self.config
         A, B, router_weight, router_bias, selection_bias = self._tensors()
         scaling = self._scaling_beside(B)
-        if given is not None:
-            routing = fit_rows(given, x)
+        if routing_override is not None:
+            routing = fit_rows(routing_override, x)
         else:
             weight, bias = tempered(config, router_weight, router_bias)
             if not (self.training and config.dropout):
@@ -210,8 +212,8 @@ class LoraMoeLinear(LoraMoeLayer):
             x, A, B, routing, rank_offsets=self.offsets, scaling=scaling, shared_a=config.shared_a,
             base=base, frozen=self._frozen, base_weight=base_weight,
         )  # fmt: skip
-        if given is not None:
-            y = take_part(y, router_weight, router_bias)
+        if routing_override is not None:
+            y = with_zero_gradients(y, router_weight, router_bias)
         return y, routing
 
     def _tensors(self):
@@ -225,17 +227,17 @@ class LoraMoeLinear(LoraMoeLayer):
 
     def router_parameters(self) -> list[nn.Parameter]:
         """What trains of the router, by whatever names."""
-        own = self.parts[1] if self.parts else ("router_weight", "router_bias")
+        own = self.components[1] if self.components else ("router_weight", "router_bias")
         return [p for name in own if isinstance(p := getattr(self, name), nn.Parameter)]
 
     def extra_repr(self) -> str:
         c = self.config
         adapter = sum(t.numel() for t in self.adapter_state().values())
-        if self.parts is not None:
-            parts = "".join(f", {p}" for p in (c.router, c.middle) if p is not None)
+        if self.components is not None:
+            chosen = "".join(f", {p}" for p in (c.router, c.middle) if p is not None)
             return (
                 f"in_features={self.in_features}, out_features={self.out_features},"
-                f" num_experts={c.num_experts}, r={c.r}{parts}, parameters={adapter:,}"
+                f" num_experts={c.num_experts}, r={c.r}{chosen}, parameters={adapter:,}"
             )
         idle = sum(sorted(c.ranks)[: c.num_experts - c.top_k])  # rows that no token can be using
         widths = self.out_features + (0 if c.shared_a else self.in_features)
@@ -248,7 +250,7 @@ class LoraMoeLinear(LoraMoeLayer):
         )
 
 
-class _TakePart(torch.autograd.Function):
+class _ZeroGradients(torch.autograd.Function):
     """y, with a zero gradient for parameters that had no part in it."""
 
     @staticmethod
@@ -261,7 +263,7 @@ class _TakePart(torch.autograd.Function):
         return dy, *(torch.zeros_like(p) for p in ctx.saved_tensors)
 
 
-def take_part(y: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+def with_zero_gradients(y: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
     """y; in its backward each of the parameters that trains gets a zero gradient."""
     trained = [p for p in parameters if p is not None and p.requires_grad]
-    return _TakePart.apply(y, *trained) if trained and torch.is_grad_enabled() else y
+    return _ZeroGradients.apply(y, *trained) if trained and torch.is_grad_enabled() else y

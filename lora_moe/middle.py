@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import torch
 
-from .parts import Batch, Part
+from .components import Batch, Component
 from .routing import Routing
 
 
-class Middle(Part):
+class Middle(Component):
     """(x, routing) -> the experts' sum: a frozen dataclass in the place of LoraMoeConfig(middle=)."""
 
     known: ClassVar[dict] = {}

@@ -19,15 +19,15 @@ from torch import nn
 from . import functional as F
 from . import records
 from .autograd import once
+from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
 from .context import fit_rows, recomputing, thread, told
-from .layers import take_part
+from .layers import with_zero_gradients
 from .linear import ffn_width, linears_of
-from .parts import Batch, TensorSpec
 from .placement import LoraMoeLayer
 from .routers import TokenRouter
 from .routing import Routing
-from .tensors import part_specs
+from .tensors import component_specs
 from .tokens import tokens_of
 
 
@@ -71,7 +71,7 @@ class LoraMoeMLP(LoraMoeLayer):
         self.width = width
         self.router = config.router or TokenRouter()
         self.own = tuple(self.router.tensors(config, width, width))
-        self.parts = None if config.router is None else (self.router, self.own, None, ())
+        self.components = None if config.router is None else (self.router, self.own, None, ())
         adapted = (f"lora_{x}_{name}" for name in config.target_modules for x in "AB")
         self.names = (*adapted, *self.own)
         self._begin()
@@ -90,7 +90,7 @@ class LoraMoeMLP(LoraMoeLayer):
 
     def specs(self) -> dict[str, TensorSpec]:
         """What the router asks for, by name."""
-        return part_specs(self.config, self.width, self.width)
+        return component_specs(self.config, self.width, self.width)
 
     def router_parameters(self):
         return [p for name in self.own if isinstance(p := getattr(self, name), nn.Parameter)]
@@ -111,9 +111,11 @@ class LoraMoeMLP(LoraMoeLayer):
         now.expect_done(self.config.target_modules, y)
         if not recomputing():
             records.remember(self, routing, tokens)
-        if decision.routing is None and self.parts is None:
+        if decision.routing is None and self.components is None:
             return y
-        return take_part(y, *self.router_parameters())  # whoever decided, each gets a gradient
+        return with_zero_gradients(
+            y, *self.router_parameters()
+        )  # whoever decided, each gets a gradient
 
     def _route(self, x, decision):
         if decision.routing is not None:

@@ -13,10 +13,10 @@ from torch import nn
 
 from . import records
 from .checks import rank_offsets_of
+from .components import TensorSpec
 from .config import LoraMoeConfig
 from .context import thread
 from .frozen import keep_rows
-from .parts import TensorSpec
 from .reference import accumulator
 from .routing import Routing
 from .tensors import adapter_tensors, device_of
@@ -31,7 +31,7 @@ class LoraMoeLayer(nn.Module):
         routing: the Routing of the last forward in this thread, None before.  It carries that
             forward's graph, and keeps it alive until the next forward or set_routing replaces it.
             An activation checkpoint's recompute leaves it alone; copies and pickles are without it.
-        given: what lora_moe.set_routing put in place of the router's decision, or None.
+        routing_override: what lora_moe.set_routing put in place of the router's decision, or None.
         tasks, mask: what lora_moe.set_routing said of them, or None.
         frozen: ids of experts whose rows get an exactly zero gradient and that no optimizer moves; see
             lora_moe.freeze_experts.
@@ -45,7 +45,9 @@ class LoraMoeLayer(nn.Module):
     origins = None  # where each expert came from; see from_peft
     tasks: Routing | int | None = None
     mask: torch.Tensor | None = None
-    parts = None  # (router, names of its tensors, middle, names of its tensors), if the configuration has any
+    components = (
+        None  # (router, names of its tensors, middle, names of its tensors), where configured
+    )
     compiled_kept = None  # see context.keep
     active = True
     enabled = True
@@ -55,7 +57,7 @@ class LoraMoeLayer(nn.Module):
         self.config = config
         self.offsets = rank_offsets_of(config.rank_offsets, config.num_experts)
         self.base_layer = base
-        self.given: Routing | None = None
+        self.routing_override: Routing | None = None
         self.compiled_run = self.compiled_graph = None  # see records.py
         self._frozen: tuple[int, ...] = ()
         self._scaling: torch.Tensor | None = None
@@ -171,9 +173,10 @@ class LoraMoeLayer(nn.Module):
 
     def __getstate__(self):
         """For copies and pickles: the last forward's graph stays behind."""
-        given = self.given and Routing(*(t if t is None else t.detach() for t in self.given))
+        held = self.routing_override
+        held = held and Routing(*(t if t is None else t.detach() for t in held))
         own = ("compiled_run", "compiled_graph", "compiled_kept", "_scaling")
-        return self.__dict__ | dict.fromkeys(own) | {"given": given}
+        return self.__dict__ | dict.fromkeys(own) | {"routing_override": held}
 
     def __setstate__(self, state):
         super().__setstate__(state)

@@ -29,7 +29,7 @@ FEW, SOME = 16, 4096  # tokens: the plan depends on T through these classes only
 _forced = os.environ.get("LORA_MOE_PLAN") or None  # a plain variable: torch.compile can guard on it
 
 
-class Part(NamedTuple):
+class Gpu(NamedTuple):
     """A device, by its data sheet; rates are what a dense kernel reaches, about 70 %."""
 
     bytes_per_s: float
@@ -38,15 +38,15 @@ class Part(NamedTuple):
     launch_s: float
 
 
-PARTS = {
-    "sm_80": Part(1.4e12, 2.2e14, 1.4e13, 3e-6),
-    "sm_86": Part(0.6e12, 1.0e14, 2.0e13, 3e-6),
-    "sm_89": Part(0.7e12, 2.0e14, 4.0e13, 3e-6),
-    "sm_90": Part(2.4e12, 6.5e14, 4.5e13, 3e-6),
-    "sm_100": Part(5.5e12, 1.5e15, 5.0e13, 3e-6),
-    "sm_120": Part(1.2e12, 2.5e14, 6.0e13, 3e-6),
-    "gfx90a": Part(1.1e12, 2.0e14, 2.5e13, 5e-6),
-    "gfx942": Part(3.5e12, 6.0e14, 8.0e13, 5e-6),
+GPUS = {
+    "sm_80": Gpu(1.4e12, 2.2e14, 1.4e13, 3e-6),
+    "sm_86": Gpu(0.6e12, 1.0e14, 2.0e13, 3e-6),
+    "sm_89": Gpu(0.7e12, 2.0e14, 4.0e13, 3e-6),
+    "sm_90": Gpu(2.4e12, 6.5e14, 4.5e13, 3e-6),
+    "sm_100": Gpu(5.5e12, 1.5e15, 5.0e13, 3e-6),
+    "sm_120": Gpu(1.2e12, 2.5e14, 6.0e13, 3e-6),
+    "gfx90a": Gpu(1.1e12, 2.0e14, 2.5e13, 5e-6),
+    "gfx942": Gpu(3.5e12, 6.0e14, 8.0e13, 5e-6),
 }
 BACKENDS = {"triton": PLANS, "cuda": PLANS, "cpp": (SEGMENTED,), "reference": PLANS}
 
@@ -61,12 +61,12 @@ class Candidate(NamedTuple):
     seconds: float
 
 
-def candidates(T, D_in, D_out, ranks, top_k, dtype, part, shared_a=False) -> list[Candidate]:
-    """What each plan costs on a part, cheapest first; decode only where tokens are few.
+def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list[Candidate]:
+    """What each plan costs on a gpu, cheapest first; decode only where tokens are few.
 
     Bytes are those that must pass: x, base, y, the rows of A and B that are read, and the router's W.
     """
-    device, E, R = PARTS[part], len(ranks), sum(ranks)
+    device, E, R = GPUS[gpu], len(ranks), sum(ranks)
     size = 2 if dtype in (torch.bfloat16, torch.float16) else 4
     rate = device.flops_16 if size == 2 else device.flops_32
     rows_a = ranks[0] if shared_a else R
@@ -161,20 +161,20 @@ def _cheapest(*call):  # dynamo looks through lru_cache, and would trace the mod
 
 @functools.lru_cache(maxsize=1024)
 def _ranked(backend, T, D_in, D_out, ranks, top_k, dtype, shared_a):
-    ranked = candidates(T, D_in, D_out, ranks, top_k, dtype, this_part(), shared_a)
+    ranked = candidates(T, D_in, D_out, ranks, top_k, dtype, this_gpu(), shared_a)
     return next(c.plan for c in ranked if c.plan in BACKENDS[backend])
 
 
 @functools.lru_cache
-def this_part() -> str:
-    """The entry of PARTS for the current GPU, or for what is nearest; sm_90 without one."""
+def this_gpu() -> str:
+    """The entry of GPUS for the current GPU, or for what is nearest; sm_90 without one."""
     if not torch.cuda.is_available():
         return "sm_90"
     if torch.version.hip:
         name = torch.cuda.get_device_properties().gcnArchName.split(":")[0]
-        return name if name in PARTS else "gfx942"
+        return name if name in GPUS else "gfx942"
     major, minor = torch.cuda.get_device_capability()
-    known = sorted(int(name[3:]) for name in PARTS if name.startswith("sm_"))
+    known = sorted(int(name[3:]) for name in GPUS if name.startswith("sm_"))
     return f"sm_{max([n for n in known if n <= 10 * major + minor], default=known[0])}"
 
 
@@ -195,7 +195,7 @@ def explain(
         ranks: of every expert.
         k: picked experts per token.
         dtype: of x.
-        device: "cpu", "cuda" (this machine's GPU, an sm_90 without one) or an entry of PARTS.
+        device: "cpu", "cuda" (this machine's GPU, an sm_90 without one) or an entry of GPUS.
     Returns:
         The candidates, cheapest first; none on a CPU, whose kernels have one plan.
     Raises:
@@ -207,13 +207,13 @@ def explain(
     if name == "cpu":
         print(f"cpp: {SEGMENTED}, whatever the shapes: a block of tokens is sorted while in cache")
         return []
-    part = this_part() if name.startswith("cuda") else name
-    if part not in PARTS:
-        raise ValueError(f"device: expected cpu, cuda or one of {tuple(PARTS)}, got {name!r}")
-    ranked = candidates(T, D_in, D_out, tuple(ranks), k, dtype, part)
+    gpu = this_gpu() if name.startswith("cuda") else name
+    if gpu not in GPUS:
+        raise ValueError(f"device: expected cpu, cuda or one of {tuple(GPUS)}, got {name!r}")
+    ranked = candidates(T, D_in, D_out, tuple(ranks), k, dtype, gpu)
     R = sum(ranks)
     print(
-        f"T={T}  {D_in} x {D_out}  E={len(ranks)}  R={R}  k={k}  {dtype}  {part}, forward, modelled"
+        f"T={T}  {D_in} x {D_out}  E={len(ranks)}  R={R}  k={k}  {dtype}  {gpu}, forward, modelled"
     )
     print(f"{'plan':<12}{'launches':>9}{'MB':>10}{'GFLOP':>10}{'us':>10}")
     for c in ranked:

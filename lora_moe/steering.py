@@ -142,7 +142,11 @@ def set_routing(
         Nothing changes where it raises.
     """
     for layer, fields in _said(model, task_ids, routing, mask).items():
-        layer.given, layer.tasks, layer.mask = fields["routing"], fields["tasks"], fields["mask"]
+        layer.routing_override, layer.tasks, layer.mask = (
+            fields["routing"],
+            fields["tasks"],
+            fields["mask"],
+        )
         records.forget(layer)
 
 

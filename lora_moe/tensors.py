@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from . import fused
+from .components import TensorSpec
 from .config import FFN, LoraMoeConfig
 from .linear import ffn_width, linear_features
-from .parts import TensorSpec
 from .reference import accumulator
 from .routers import TokenRouter
 
@@ -68,7 +68,9 @@ def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.T
         tensors[f"lora_A{of}"] = (config.ranks[0] if config.shared_a else R, D_in), dtype
         tensors[f"lora_B{of}"] = (R, D_out), dtype
     router = accumulator(dtype)  # moves in steps that bf16 cannot hold
-    tensors |= {name: (spec.shape, router) for name, spec in part_specs(config, *sizes).items()}
+    tensors |= {
+        name: (spec.shape, router) for name, spec in component_specs(config, *sizes).items()
+    }
     return {
         name: torch.empty(shape, dtype=kind, device="meta")
         for name, (shape, kind) in tensors.items()
@@ -85,7 +87,7 @@ def _beside_fused(base, config):
     return tensors
 
 
-def part_specs(config: LoraMoeConfig, D_in: int, D_out: int) -> dict[str, TensorSpec]:
+def component_specs(config: LoraMoeConfig, D_in: int, D_out: int) -> dict[str, TensorSpec]:
     """What the configuration's router and middle ask a layer of these sizes for, by name."""
     specs = dict((config.router or TokenRouter()).tensors(config, D_in, D_out))
     if config.middle is not None:

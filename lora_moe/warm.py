@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .components import Batch
 from .context import NOTHING
 from .fused import fused_names, sizes
 from .layers import LoraMoeLinear
 from .linear import last_of_ffn, linear_features
 from .mlp import LoraMoeMLP
 from .native import LoraMoeExperts
-from .parts import Batch
 from .routing import Routing
 
 TOKENS = (1, 1024, 8192)  # one of every size class that plans and tiles know
@@ -55,9 +55,9 @@ def _run(layer, T, backward):
     x = torch.zeros(T, layer.in_features, **empty, requires_grad=backward)
     base = torch.zeros(T, layer.out_features, **empty)
     # whoever decides, the experts' kernels are the same
-    given = None if layer.parts is None else _first_experts(layer, x)
+    override = None if layer.components is None else _first_experts(layer, x)
     with torch.set_grad_enabled(backward):
-        y, _ = layer.add_experts(x, base, given)
+        y, _ = layer.add_experts(x, base, override)
     if backward:
         parameters = [p for p in (layer.lora_A, layer.lora_B) if p.requires_grad]
         torch.autograd.grad(y, [x, *parameters], torch.zeros_like(y))
@@ -69,7 +69,7 @@ def _run_ffn(layer, T, backward):
     last, K = last_of_ffn(layer.base_layer), layer.config.top_k
     with torch.set_grad_enabled(backward):
         routing = _first_experts(layer, x)
-        if layer.parts is None:
+        if layer.components is None:
             tensors = {name: getattr(layer, name) for name in layer.own}
             routing = layer.router.route(x, tensors, Batch(layer, NOTHING))
         for name in layer.config.target_modules:

@@ -94,7 +94,7 @@ class PerTask(Learner):
 class Rung:
     """What an arm takes of BranchLoRA."""
 
-    reads: str = "first"
+    route_by: str = "first"
     top_k: int = TOP_K
     routers: bool = True  # one per task, and the selector to pick it
     freeze: int = TOP_K
@@ -108,7 +108,7 @@ class Branched(Learner):
     def __init__(self, model, targets, rung):
         self.model, self.targets, self.rung, self.routes = model, targets, rung, rung.routers
         config = bl.branch_lora(BRANCHES, RANK, rung.top_k, ALPHA, target_modules=LINEARS)
-        bl.inject(model, config, reads=rung.reads)
+        bl.inject(model, config, route_by=rung.route_by)
 
     def begin(self, batches):
         super().begin(batches)

@@ -30,7 +30,7 @@ ARMS = {  # None: the mean over items; "equal": of the tasks' means; else Achiev
     "geometric mean": {"form": "geometric"},
     "achievement, geometric": {"form": "geometric"},
     "achievement, sum": {"form": "sum"},
-    "achievement, weights / sum": {"form": "sum", "normalisation": "sum"},
+    "achievement, weights / sum": {"form": "sum", "normalization": "sum"},
 }
 EXPERTS = "C-LoRAE"
 

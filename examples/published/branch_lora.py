@@ -37,7 +37,9 @@ def arguments(argv):
         PUBLISHED,
         "of the total rank: branches are scaled by alpha / (E r)",
     )
-    option(parser, "--reads", "mean", INFERRED, "what picks branches; the paper: the first token")
+    option(
+        parser, "--route-by", "mean", INFERRED, "what picks branches; the paper: the first token"
+    )
     option(parser, "--projector-rate", 2e-5, INFERRED, "of the projector, as in CoIN")
     option(parser, "--selector-items", 2000, INFERRED, "training items that a task's keys see")
     option(parser, "--max-length", 2048, INFERRED, "tokens, as in CoIN")

@@ -85,7 +85,7 @@ def main(argv=None):
     trained = [p for p in system.model.parameters() if p.requires_grad]
     losses = training.train(
         [{"params": trained, "rate": args.rate}], examples, system.batches, loss_of, args,
-        steps=training.steps_of(args, len(examples)), out=args.out, watch=watch, also=weigh,
+        steps=training.steps_of(args, len(examples)), out=args.out, watch=watch, extra_state=weigh,
         save=lambda folder: c_lorae.save(system.model, folder),
     )  # fmt: skip
     c_lorae.save(system.model, args.out)

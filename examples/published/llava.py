@@ -72,7 +72,7 @@ class System:
             config = bl.branch_lora(
                 args.branches, args.rank, args.top_k, args.alpha, target_modules=LINEARS
             )
-            bl.inject(self.model, config, reads=args.reads, also=(PROJECTOR,))
+            bl.inject(self.model, config, route_by=args.route_by, modules_to_save=(PROJECTOR,))
             sizes = self.model.config.text_config, self.model.config.vision_config
             self.selector = bl.TaskSelector(*(size.hidden_size for size in sizes))
         else:
@@ -84,7 +84,7 @@ class System:
     @property
     def learning(self):
         """A task has begun and not ended."""
-        return bl.parts(self.model)[1].learning
+        return bl.layers_and_course(self.model)[1].learning
 
     def loss(self, batch):
         return self.model(**{name: t.to(self.device) for name, t in batch.items()}).loss

@@ -42,7 +42,7 @@ class Order(Sampler):
             yield order[place * self.size : (place + 1) * self.size]
 
 
-def train(groups, items, collate, loss_of, args, *, steps, out, save, watch=None, also=None):
+def train(groups, items, collate, loss_of, args, *, steps, out, save, watch=None, extra_state=None):
     """AdamW without weight decay; returns the loss of each step.
 
     Args:
@@ -51,10 +51,10 @@ def train(groups, items, collate, loss_of, args, *, steps, out, save, watch=None
         loss_of: a batch's loss.
         save: save(folder) writes what is trained.
         watch: watch(step) after each step.
-        also: a module whose state goes with the checkpoints.
+        extra_state: a module whose state goes with the checkpoints.
     """
     optimizer = torch.optim.AdamW(groups, lr=args.rate, weight_decay=0.0)
-    done, losses = resume(out, args, steps, optimizer, also)
+    done, losses = resume(out, args, steps, optimizer, extra_state)
     order = Order(
         len(items), args.batch_size, done * args.accumulate, steps * args.accumulate, args.seed
     )
@@ -76,7 +76,7 @@ def train(groups, items, collate, loss_of, args, *, steps, out, save, watch=None
         if watch is not None:
             watch(step)
         if step % args.save_every == 0 or step == steps:
-            checkpoint(out, step, steps, losses, args, save, optimizer, also)
+            checkpoint(out, step, steps, losses, args, save, optimizer, extra_state)
     return losses
 
 
@@ -103,7 +103,7 @@ def newest(out):
     return max(found, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
 
 
-def checkpoint(out, step, steps, losses, args, save, optimizer, also):
+def checkpoint(out, step, steps, losses, args, save, optimizer, extra_state):
     folder = out / f"checkpoint-{step}"
     folder.mkdir(parents=True, exist_ok=True)
     save(folder)
@@ -111,7 +111,7 @@ def checkpoint(out, step, steps, losses, args, save, optimizer, also):
         "losses": losses,
         "same": same_of(args, steps),
         "optimizer": optimizer.state_dict(),
-        "also": also.state_dict() if also is not None else {},
+        "extra_state": extra_state.state_dict() if extra_state is not None else {},
         "random": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
     }
     torch.save(state, folder / "new.pt")
@@ -127,7 +127,7 @@ def same_of(args, steps):
     return {name: getattr(args, name) for name in names} | {"steps": steps}
 
 
-def resume(out, args, steps, optimizer, also):
+def resume(out, args, steps, optimizer, extra_state):
     """(steps done, their losses); the adapter itself is the script's to load."""
     folder = newest(out)
     if folder is None:
@@ -137,8 +137,8 @@ def resume(out, args, steps, optimizer, also):
     if state["same"] != same:
         raise SystemExit(f"{folder}: expected a checkpoint of {same}, got {state['same']}")
     optimizer.load_state_dict(state["optimizer"])
-    if also is not None:
-        also.load_state_dict(state["also"])
+    if extra_state is not None:
+        extra_state.load_state_dict(state["extra_state"])
     cpu, *cuda = state["random"]
     torch.set_rng_state(cpu)
     torch.cuda.set_rng_state_all(cuda)

@@ -17,9 +17,9 @@ from reprlib import repr as brief
 import torch
 
 from .. import peft_format, peft_lora
+from ..components import ROUTER_STD
 from ..from_peft import config_at
 from ..io import adapter_info, load_adapter
-from ..parts import ROUTER_STD
 from ..safefile import raise_all
 from ..to_peft import to_peft
 from .bank import Experts, expect_floats, expect_pairs, places

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from .. import functional as F
+from ..components import MAX_TASKS, count, register
 from ..middle import Middle
-from ..parts import MAX_TASKS, count, register
 from ..routing import Routing
 
 MAX_SEGMENTS = 65_536

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 
 from .. import functional as F
+from ..components import register
 from ..middle import Middle
-from ..parts import register
 from ..rows import adapter_rows
 
 

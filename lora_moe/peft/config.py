@@ -11,8 +11,8 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from .. import model_card
+from ..components import Component, plain
 from ..config import FFN, LoraMoeConfig
-from ..parts import Part, plain
 from ..peft_moe import RENAMED
 from .registration import member
 
@@ -103,7 +103,7 @@ class MoeLoraConfig(PeftConfig):
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in (*self._layer_fields(), *_MODULES):
             value = getattr(mixture, RENAMED.get(name, name))
-            value = value.to_dict() if isinstance(value, Part) else value
+            value = value.to_dict() if isinstance(value, Component) else value
             own = getattr(self, name)
             if name in _MODULES and not value:
                 continue

@@ -29,12 +29,12 @@ def conditional_mixlora(
     factors by g and h is an option.
     """
     sizes = {"num_experts": num_experts, "r": 1, "top_k": top_k, "alpha": alpha / top_k}
-    parts = {
+    chosen = {
         "router": SequenceRouter("mean", then=FactorRouter(scored)),
         "middle": UnpairedMiddle(),
     }
     named = {"target_modules": target_modules}
-    return LoraMoeConfig(**sizes, **NO_LOSS | parts | named | fields)
+    return LoraMoeConfig(**sizes, **NO_LOSS | chosen | named | fields)
 
 
 def smola(

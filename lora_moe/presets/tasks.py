@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..components import first_of
 from ..config import LoraMoeConfig
 from ..context import recomputing
 from ..middles import CoreMiddle
-from ..parts import first_of
 from ..routers import GenericRouter, PerTaskRouter, PrefixRouter, SequenceRouter, TaskRouter
 from ..routers import UniversalRouter as Universal
 from ..steering import layers_of
@@ -30,9 +30,9 @@ def mtl_lora(
     has this temperature.
     """
     sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts, "shared_a": True}
-    parts = {"router": TaskRouter(num_tasks), "middle": CoreMiddle(num_tasks)}
+    chosen = {"router": TaskRouter(num_tasks), "middle": CoreMiddle(num_tasks)}
     named = {"alpha": alpha, "temperature": temperature, "target_modules": target_modules}
-    return LoraMoeConfig(**sizes, **NO_LOSS | parts | named | fields)
+    return LoraMoeConfig(**sizes, **NO_LOSS | chosen | named | fields)
 
 
 def more(

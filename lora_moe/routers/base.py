@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..parts import Batch, Part
+from ..components import Batch, Component
 from ..routing import Routing
 
 if TYPE_CHECKING:
@@ -24,19 +24,19 @@ TOKEN_FIELDS = {
 }
 
 
-class Router(Part):
+class Router(Component):
     """x -> Routing: a frozen dataclass for LoraMoeConfig(router=).
 
     Attributes:
-        reads: the fields of TOKEN_FIELDS that it takes from the configuration; a configuration that
+        config_fields: the fields of TOKEN_FIELDS that it takes from the configuration; a configuration that
             sets any other is refused.
     """
 
     known: ClassVar[dict] = {}
-    reads: ClassVar[tuple[str, ...]] = ()
+    config_fields: ClassVar[tuple[str, ...]] = ()
 
     def fields_read(self) -> tuple[str, ...]:
-        return self.reads
+        return self.config_fields
 
     def route(self, x: torch.Tensor, tensors: dict[str, torch.Tensor], batch: Batch) -> Routing:
         """The decision for each token of x.

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from ..parts import TensorSpec, register
+from ..components import TensorSpec, register
 from ..reference import accumulator
 from ..routing import Routing
 from ..rows import adapter_rows

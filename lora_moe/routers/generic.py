@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..parts import MAX_TASKS, TensorSpec, count, register
+from ..components import MAX_TASKS, TensorSpec, count, register
 from ..reference import accumulator
 from ..routing import Routing
 from .base import Router

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..components import TensorSpec, count, register
 from ..context import recomputing
-from ..parts import TensorSpec, count, register
 from ..reference import accumulator
 from .base import Router, decide
 
@@ -47,7 +47,7 @@ class HiddenRouter(Router):
     """
 
     kind: ClassVar[str] = "hidden"
-    reads: ClassVar[tuple[str, ...]] = ("gate", "renormalize", "temperature")
+    config_fields: ClassVar[tuple[str, ...]] = ("gate", "renormalize", "temperature")
     hidden_size: int
 
     def __post_init__(self):

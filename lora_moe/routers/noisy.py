@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..parts import TensorSpec, register
+from ..components import TensorSpec, register
 from ..reference import accumulator
 from .base import Router, decide
 
@@ -32,7 +32,7 @@ class NoisyRouter(Router):
     """
 
     kind: ClassVar[str] = "noisy"
-    reads: ClassVar[tuple[str, ...]] = ("gate", "renormalize", "temperature")
+    config_fields: ClassVar[tuple[str, ...]] = ("gate", "renormalize", "temperature")
     std: float = 0.0
     learned: bool = False
     expert_dropout: float = 0.0

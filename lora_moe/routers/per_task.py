@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import functional as F
-from ..parts import MAX_TASKS, TensorSpec, count, register
+from ..components import MAX_TASKS, TensorSpec, count, register
 from .base import Router, decide
 from .task import without
 from .token import tempered
@@ -30,7 +30,13 @@ class PerTaskRouter(Router):
     """
 
     kind: ClassVar[str] = "per_task"
-    reads: ClassVar[tuple[str, ...]] = ("gate", "renormalize", "temperature", "top_p", "threshold")
+    config_fields: ClassVar[tuple[str, ...]] = (
+        "gate",
+        "renormalize",
+        "temperature",
+        "top_p",
+        "threshold",
+    )
     num_tasks: int
     known_experts: tuple[int, ...] | None = None
 

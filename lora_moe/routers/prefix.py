@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..parts import MAX_TASKS, TensorSpec, count, register
+from ..components import MAX_TASKS, TensorSpec, count, register
 from ..routing import Routing
 from .base import Router
 from .task import without

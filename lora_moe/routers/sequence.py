@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
+from ..components import first_of, one_of, register
 from ..kept import keep, kept_decision
-from ..parts import first_of, one_of, register
 from .base import Router
 from .token import TokenRouter
 
-READS = ("first", "mean")
+ROUTE_BY = ("first", "mean")
 
 
 @register
@@ -36,7 +36,7 @@ class SequenceRouter(Router):
     then: Router | None = None
 
     def __post_init__(self):
-        one_of("by", self.by, READS)
+        one_of("by", self.by, ROUTE_BY)
         if self.then is not None and not isinstance(self.then, Router):
             raise ValueError(f"then: expected a router or None, got {type(self.then).__name__}")
 

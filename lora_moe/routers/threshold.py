@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..parts import TensorSpec, register
+from ..components import TensorSpec, register
 from ..reference import accumulator
 from ..routing import Routing
 from .base import Router

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from .. import functional as F
-from ..parts import TensorSpec, register
+from ..components import TensorSpec, register
 from .base import TOKEN_FIELDS, Router
 
 
@@ -21,7 +21,7 @@ class TokenRouter(Router):
     """
 
     kind: ClassVar[str] = "token"
-    reads: ClassVar[tuple[str, ...]] = tuple(TOKEN_FIELDS)
+    config_fields: ClassVar[tuple[str, ...]] = tuple(TOKEN_FIELDS)
 
     def tensors(self, config, D_in, D_out):
         E = config.num_experts

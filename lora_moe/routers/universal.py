@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from .. import functional as F
-from ..parts import MAX_TASKS, TensorSpec, count, one_of, register
+from ..components import MAX_TASKS, TensorSpec, count, one_of, register
 from ..routing import Routing
 from .base import Router
 

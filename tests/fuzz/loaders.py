@@ -60,7 +60,7 @@ def with_tasks(width):
 def with_branches(width):
     model = Host(width)
     config = branch_lora.branch_lora(3, 2, 2, 4.0, target_modules=("q", "v"))
-    branch_lora.inject(model, config, also=("projector",))
+    branch_lora.inject(model, config, modules_to_save=("projector",))
     branch_lora.begin_task(model)
     return model
 

@@ -129,7 +129,7 @@ def test_the_rival_is_no_faster_than_its_operands_pass():
 
 def test_every_side_of_the_table_is_there():
     out = json.loads(
-        run_compiled("benchmarks.gpu_model", "--json", "--T", "8192", "--parts", "H100")
+        run_compiled("benchmarks.gpu_model", "--json", "--T", "8192", "--gpus", "H100")
     )
     ((forward, backward), *rivals), floor = out["H100"], 2 * 3 * 8192 * 4096 / 3.0e6
     assert floor < forward < 2 * floor and 2 * floor < backward

@@ -79,7 +79,7 @@ def test_gradients_are_those_of_fp64(given, bias):
         return lambda v: of.add_experts(v, of.base_layer(v), decision)[0]
 
     assert taken(layer, x)
-    layer.given = decision if given else None
+    layer.routing_override = decision if given else None
     got = gradients(layer, x, dy)
     double = x.detach().double().requires_grad_()
     y = run(truth)(double)
@@ -110,7 +110,7 @@ def test_dx_errs_at_most_as_much_as_the_sum_of_two(dtype):
     (exact,) = torch.autograd.grad(y, [double], dy.double())
     errors = []
     for way in (layer, pytorchs_way(layer)):
-        way.given = decision
+        way.routing_override = decision
         _, dx, *_ = gradients(way, x, dy)
         errors.append((dx.double() - exact).square().mean().sqrt())
     assert errors[0] <= 1.05 * errors[1] + 1e-9

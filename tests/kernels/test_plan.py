@@ -18,7 +18,7 @@ def taken(T, E, r, k=2, dtype=BF16, part="sm_90", D=4096):
     return plan.candidates(T, D, D, (r,) * E, k, dtype, part)[0].plan
 
 
-@pytest.mark.parametrize("part", plan.PARTS)
+@pytest.mark.parametrize("part", plan.GPUS)
 def test_what_each_plan_is_for(part):
     """Few tokens: decode.  Few ranks: rank-dense.  Many: segmented, the sooner the dearer a product is."""
     assert taken(1, 8, 16, part=part) == plan.DECODE

@@ -28,8 +28,8 @@ def test_moving_average_starts_with_the_first_metric_as_it_is():
 
 
 def test_weights_by_hand():
-    """1 - 0.42 / 0.84 = 1/2 and 1 - 0.105 / 0.525 = 4/5: w = (0.25, 0.64) before normalisation."""
-    loss = AchievementLoss(POTENTIALS, normalisation="sum")
+    """1 - 0.42 / 0.84 = 1/2 and 1 - 0.105 / 0.525 = 4/5: w = (0.25, 0.64) before normalization."""
+    loss = AchievementLoss(POTENTIALS, normalization="sum")
     loss.update({"a": 0.42, "b": 0.105})
     assert values(loss.raw_weights()) == [0.25, 0.64]
     assert values(loss.weights()) == [0.25 / 0.89, 0.64 / 0.89]
@@ -53,7 +53,7 @@ def test_gamma_and_margin():
     ],
 )
 def test_both_forms_and_their_gradients(form, want):
-    loss = AchievementLoss(POTENTIALS, form=form, normalisation="sum")
+    loss = AchievementLoss(POTENTIALS, form=form, normalization="sum")
     loss.update({"a": 0.42, "b": 0.105})
     leaves = {task: value.clone().requires_grad_() for task, value in LOSSES.items()}
     total = loss(leaves)
@@ -66,7 +66,7 @@ def test_both_forms_and_their_gradients(form, want):
 
 def test_a_solved_task_goes_to_zero_and_a_lagging_one_rises():
     """Of the raw weights and their shares; the softmax, which divides e^0, has a floor."""
-    share, softmax = (AchievementLoss(POTENTIALS, normalisation=n) for n in ("sum", "softmax"))
+    share, softmax = (AchievementLoss(POTENTIALS, normalization=n) for n in ("sum", "softmax"))
     trace = []
     for _ in range(60):
         for loss in (share, softmax):
@@ -82,9 +82,9 @@ def test_a_solved_task_goes_to_zero_and_a_lagging_one_rises():
     assert soft[:, 0].min() > 1 / (1 + math.e)
 
 
-@pytest.mark.parametrize("normalisation", ["softmax", "sum"])
-def test_equal_weights_without_metrics_and_when_all_is_solved(normalisation):
-    loss = AchievementLoss(POTENTIALS, normalisation=normalisation)
+@pytest.mark.parametrize("normalization", ["softmax", "sum"])
+def test_equal_weights_without_metrics_and_when_all_is_solved(normalization):
+    loss = AchievementLoss(POTENTIALS, normalization=normalization)
     assert values(loss.weights()) == [0.5, 0.5]
     assert loss(LOSSES).item() == pytest.approx(1.0)  # sqrt(2 * 0.5)
     loss.update({"a": 0.9, "b": 0.6})
@@ -93,8 +93,8 @@ def test_equal_weights_without_metrics_and_when_all_is_solved(normalisation):
 
 def test_neighbours_by_hand():
     a = 0.6, 0.1
-    dtp = AchievementLoss(POTENTIALS, weighting="dtp", normalisation="sum")
-    focal = AchievementLoss(POTENTIALS, weighting="focal", normalisation="sum")
+    dtp = AchievementLoss(POTENTIALS, weighting="dtp", normalization="sum")
+    focal = AchievementLoss(POTENTIALS, weighting="focal", normalization="sum")
     for loss in (dtp, focal):
         loss.update(dict(zip("ab", a, strict=True)))
     assert values(focal.raw_weights()) == [0.16, 0.81]
@@ -138,7 +138,7 @@ def test_bad_metrics_raise_and_change_nothing(metrics, message):
         ({"potentials": {"a": 0.0}}, "positive.*'a': 0.0"),
         ({"potentials": {"a": math.nan}}, "finite"),
         ({"form": "mean"}, "form: expected one of .*got 'mean'"),
-        ({"normalisation": "max"}, "normalisation"),
+        ({"normalization": "max"}, "normalization"),
         ({"weighting": "equal"}, "weighting"),
         ({"gamma": -1}, "gamma"),
         ({"margin": math.nan}, "margin"),
@@ -157,11 +157,11 @@ def test_metrics_are_shares_for_the_neighbours():
 
 
 @pytest.mark.parametrize("form", ["geometric", "sum"])
-@pytest.mark.parametrize("normalisation", ["softmax", "sum"])
-def test_a_batch_may_lack_tasks(form, normalisation):
+@pytest.mark.parametrize("normalization", ["softmax", "sum"])
+def test_a_batch_may_lack_tasks(form, normalization):
     """The others' weights are divided by their sum; what is not there takes no part."""
     loss_of = AchievementLoss(
-        {"a": 0.8, "b": 0.5, "c": 0.6}, form=form, normalisation=normalisation
+        {"a": 0.8, "b": 0.5, "c": 0.6}, form=form, normalization=normalization
     )
     loss_of.update({"a": 0.2, "b": 0.3, "c": 0.1})
     a, c = (torch.tensor(v, requires_grad=True) for v in (2.0, 5.0))
@@ -177,7 +177,7 @@ def test_a_batch_may_lack_tasks(form, normalisation):
 
 
 def test_tasks_without_weight_share_a_batch_equally():
-    loss_of = AchievementLoss({"a": 0.5, "b": 0.5, "c": 0.5}, form="sum", normalisation="sum")
+    loss_of = AchievementLoss({"a": 0.5, "b": 0.5, "c": 0.5}, form="sum", normalization="sum")
     loss_of.update({"a": 0.9, "b": 0.9, "c": 0.1})
     assert float(loss_of({"a": torch.tensor(2.0), "b": torch.tensor(4.0)})) == 3.0
 

@@ -34,7 +34,7 @@ from ..support.interpreter import interpreting
 from ..support.through import through
 
 
-def formula(layer, x, mask, reads, tasks):
+def formula(layer, x, mask, route_by, tasks):
     """y_i = W0 x_i + b + s * sum over j in topk(W_t x_*) of  g_j B_j A x_i, token by token, and usage."""
     base, rows = layer.base_layer, []
     usage = torch.zeros(len(bl.branches_of(layer)), dtype=x.dtype)
@@ -43,7 +43,7 @@ def formula(layer, x, mask, reads, tasks):
         for i in range(x.shape[1]):
             by = {"first": x[b, real[0]], "mean": sum(x[b, j] for j in real) / len(real)}
             router = bl.routers_of(layer)[tasks[b]]
-            p = torch.softmax(router @ by.get(reads, x[b, i]), 0)
+            p = torch.softmax(router @ by.get(route_by, x[b, i]), 0)
             picked = sorted(range(len(p)), key=lambda e: (-p[e].item(), e))[:K]
             y = base.weight @ x[b, i] + base.bias
             for e in picked:
@@ -51,7 +51,7 @@ def formula(layer, x, mask, reads, tasks):
                 y = y + layer.scales[0] * gate * bl.branches_of(layer)[e].T @ (
                     layer.lora_A @ x[b, i]
                 )
-                if mask[b, i] if reads == "token" else i == 0:
+                if mask[b, i] if route_by == "token" else i == 0:
                     usage[e] += gate.item()
             rows.append(y)
     return torch.stack(rows).view(x.shape[0], x.shape[1], -1), usage
@@ -70,11 +70,11 @@ def gradients(y, dy, model, x):
 
 @every_reading
 @pytest.mark.parametrize("masked", [True, False], ids=["padded", "full"])
-def test_the_layer_is_its_formula(reads, masked):
-    model, x = host(reads), tokens().requires_grad_()
+def test_the_layer_is_its_formula(route_by, masked):
+    model, x = host(route_by), tokens().requires_grad_()
     mask = MASK if masked else torch.ones_like(MASK)
     y = model(x, attention_mask=mask if masked else None)
-    want, usage = formula(model.linear, x, mask, reads, [0] * B)
+    want, usage = formula(model.linear, x, mask, route_by, [0] * B)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
     got, expected = gradients(y, dy, model, x), gradients(want, dy, model, x)
     assert relative_error(y, want) < 1e-12
@@ -90,13 +90,13 @@ def test_the_layer_is_its_formula(reads, masked):
 
 
 @every_reading
-def test_on_tritons_kernels(reads):
+def test_on_tritons_kernels(route_by):
     pytest.importorskip("triton")
     with interpreting() if not torch.cuda.is_available() else contextlib.nullcontext():
         kernels = importlib.import_module("lora_moe.triton_kernels")
-    model, x = host(reads, dtype=torch.float32), tokens(torch.float32).requires_grad_()
+    model, x = host(route_by, dtype=torch.float32), tokens(torch.float32).requires_grad_()
     truth, x_truth = copy.deepcopy(model).double(), x.detach().double().requires_grad_()
-    want, _ = formula(truth.linear, x_truth, MASK, reads, [0] * B)
+    want, _ = formula(truth.linear, x_truth, MASK, route_by, [0] * B)
     dy = torch.randn(want.shape, generator=torch.Generator().manual_seed(2))
     with through(kernels):
         y = model(x, attention_mask=MASK)
@@ -110,11 +110,11 @@ def test_on_tritons_kernels(reads):
 
 
 @every_reading
-def test_each_sequence_may_have_its_own_task(reads):
-    model, x, tasks = host(reads, tasks=3).eval(), tokens(), [2, 0, 1, 2]
+def test_each_sequence_may_have_its_own_task(route_by):
+    model, x, tasks = host(route_by, tasks=3).eval(), tokens(), [2, 0, 1, 2]
     bl.set_task(model, tasks)
     mixed = model(x, attention_mask=MASK)
-    assert relative_error(mixed, formula(model.linear, x, MASK, reads, tasks)[0]) < 1e-12
+    assert relative_error(mixed, formula(model.linear, x, MASK, route_by, tasks)[0]) < 1e-12
     for b, task in enumerate(tasks):
         bl.set_task(model, task)
         assert torch.equal(model(x, attention_mask=MASK)[b], mixed[b])
@@ -131,8 +131,8 @@ def test_starts_as_the_base_bit_for_bit_and_without_a_task_it_says_so():
 
 
 @every_reading
-def test_gradient_checkpointing_counts_once_and_changes_nothing(reads):
-    plain, again = host(reads, dropout=0.3), host(reads, dropout=0.3)
+def test_gradient_checkpointing_counts_once_and_changes_nothing(route_by):
+    plain, again = host(route_by, dropout=0.3), host(route_by, dropout=0.3)
     dy = torch.ones(B, L, D_OUT, dtype=torch.float64)
     for use_reentrant in (True, False):
         for layer in (plain.linear, again.linear):
@@ -148,8 +148,8 @@ def test_gradient_checkpointing_counts_once_and_changes_nothing(reads):
 
 
 @every_reading
-def test_compiles(reads):
-    model, x = host(reads).eval(), tokens()
+def test_compiles(route_by):
+    model, x = host(route_by).eval(), tokens()
     bl.set_mask(model, MASK)
     layer = model.linear
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -160,10 +160,12 @@ def test_copies_are_apart():
     model = host(tasks=2)
     model(tokens(), attention_mask=MASK)
     copied = copy.deepcopy(model)
-    assert bl.parts(copied)[1] is not bl.parts(model)[1]
+    assert bl.layers_and_course(copied)[1] is not bl.layers_and_course(model)[1]
     bl.set_task(copied, 0)
     other = copied(tokens(), attention_mask=MASK)
-    assert bl.parts(model)[1].task == 1 and not torch.equal(other, model(tokens(), MASK))
+    assert bl.layers_and_course(model)[1].task == 1 and not torch.equal(
+        other, model(tokens(), MASK)
+    )
 
 
 def test_masks_that_do_not_fit_are_refused():
@@ -190,7 +192,10 @@ def test_masks_that_do_not_fit_are_refused():
         (lambda m: bl.set_mask(m, MASK[0]), r"mask: expected \(B, L\), got \(6,\)"),
         (lambda m: bl.inject(m, bl.branch_lora(target_modules=("linear",))), "without branches"),
         (lambda m: bl.begin_task(nn.Linear(2, 2)), "expected one with branches"),
-        (lambda m: bl.inject(Host(None), bl.branch_lora(), reads="last"), "reads: expected one of"),
+        (
+            lambda m: bl.inject(Host(None), bl.branch_lora(), route_by="last"),
+            "route_by: expected one of",
+        ),
         (
             lambda m: bl.inject(Host(None), LoraMoeConfig(target_modules=("linear",))),
             "config: expected shared_a=True",

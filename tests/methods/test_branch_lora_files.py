@@ -47,7 +47,7 @@ def projected():
 def begun():
     model = projected()
     config = bl.branch_lora(E, R, K, 30.0, target_modules=("linear",))
-    bl.inject(model, config, also=("projector",))
+    bl.inject(model, config, modules_to_save=("projector",))
     bl.begin_task(model)
     randomise(model)
     return model

@@ -48,22 +48,22 @@ def test_first_token_of_a_causal_model_warns_and_reads_the_mean():
     with pytest.warns(UserWarning, match="sequences decide by their mean"):
         model = llama()
         bl.inject(model, bl.branch_lora(E, R, target_modules=("q_proj",)))
-    assert bl.parts(model)[1].reads == "mean"
+    assert bl.layers_and_course(model)[1].route_by == "mean"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kept = bl.inject(llama(), bl.branch_lora(target_modules=("q_proj",)), fixed_opening=False)
-        assert bl.parts(kept)[1].reads == "first"
+        assert bl.layers_and_course(kept)[1].route_by == "first"
         config = transformers.BertConfig(
             vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=1,
             intermediate_size=24,
         )  # fmt: skip
         bert = bl.inject(transformers.BertModel(config), bl.branch_lora(target_modules=("query",)))
-    assert bl.parts(bert)[1].reads == "first"
+    assert bl.layers_and_course(bert)[1].route_by == "first"
 
 
-@pytest.mark.parametrize("reads", ["first", "mean"])
-def test_generation_keeps_the_prompts_decision(reads):
-    model = branched(llama(), reads=reads, fixed_opening=False)
+@pytest.mark.parametrize("route_by", ["first", "mean"])
+def test_generation_keeps_the_prompts_decision(route_by):
+    model = branched(llama(), route_by=route_by, fixed_opening=False)
     prompt = torch.cat([torch.zeros(3, 2, dtype=torch.long), PROMPTS], 1)
     mask = (prompt > 0).long()
     decided = []
@@ -89,7 +89,7 @@ def test_generation_keeps_the_prompts_decision(reads):
 
 
 def test_beams_keep_their_prompts_decision():
-    model = branched(llama(), reads="mean")
+    model = branched(llama(), route_by="mean")
     out = model.generate(PROMPTS, max_new_tokens=5, num_beams=3, do_sample=False)
     layer = next(iter(bl.branch_layers(model).values()))
     assert layer.routing.indices.shape == (9, K)
@@ -99,17 +99,17 @@ def test_beams_keep_their_prompts_decision():
 
 
 def test_a_cache_of_other_prompts_is_refused():
-    model = branched(llama(), reads="mean")
+    model = branched(llama(), route_by="mean")
     cache = model(PROMPTS, use_cache=True).past_key_values
     model(PROMPTS[:2])
     with pytest.raises(ValueError, match="past_key_values: expected those of the last prompts, 2"):
         model(PROMPTS[:, :1], past_key_values=cache)
 
 
-@pytest.mark.parametrize("reads", ["first", "mean"])
-def test_answers_do_not_decide(reads):
+@pytest.mark.parametrize("route_by", ["first", "mean"])
+def test_answers_do_not_decide(route_by):
     """In training the answer stands behind the prompt; at test time it does not."""
-    model = branched(llama(), reads=reads, fixed_opening=False)
+    model = branched(llama(), route_by=route_by, fixed_opening=False)
     layer = next(iter(bl.branch_layers(model).values()))
 
     def decision(ids, **more):
@@ -120,7 +120,7 @@ def test_answers_do_not_decide(reads):
     both = torch.cat([PROMPTS, PROMPTS.flip(0)], 1)
     labels = torch.cat([torch.full_like(PROMPTS, -100), PROMPTS.flip(0)], 1)
     assert torch.allclose(decision(both, labels=labels), alone, atol=1e-6)
-    if reads == "mean":
+    if route_by == "mean":
         assert not torch.allclose(decision(both), alone, atol=1e-3)
     # nothing but answers: the first token, which every one of them sees
     first = decision(both[:, :1])
@@ -128,7 +128,7 @@ def test_answers_do_not_decide(reads):
 
 
 def test_padding_changes_no_decision():
-    model = branched(llama(), reads="mean")
+    model = branched(llama(), route_by="mean")
     layer = next(iter(bl.branch_layers(model).values()))
     model(PROMPTS)
     want = layer.routing.weights[::5]
@@ -142,9 +142,9 @@ def test_padding_changes_no_decision():
         assert torch.allclose(layer.routing.weights[::9], want, atol=1e-5)
 
 
-@pytest.mark.parametrize("reads", ["first", "token"])
+@pytest.mark.parametrize("route_by", ["first", "token"])
 @pytest.mark.parametrize("name", MODELS)
-def test_in_models_of_every_kind(name, reads):
+def test_in_models_of_every_kind(name, route_by):
     """Starts as the base; a step trains the trunk, a router and the branches that were picked."""
     model, batch, config = build(name)
     batch |= {"attention_mask": torch.ones_like(batch["input_ids"])}
@@ -153,7 +153,7 @@ def test_in_models_of_every_kind(name, reads):
     targets = config.target_modules
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        bl.inject(model, bl.branch_lora(E, R, K, target_modules=targets), reads=reads)
+        bl.inject(model, bl.branch_lora(E, R, K, target_modules=targets), route_by=route_by)
     bl.begin_task(model)
     assert torch.equal(model(**batch).logits, want)
     for layer in bl.branch_layers(model).values():
@@ -199,7 +199,7 @@ def test_parameters_of_the_paper_on_llava_7b():
         bl.inject(
             model,
             bl.branch_lora(target_modules=LLAVA_LINEARS),
-            also=("model.multi_modal_projector",),
+            modules_to_save=("model.multi_modal_projector",),
         )
     bl.begin_task(model)
     assert len(bl.branch_layers(model)) == 224

@@ -82,8 +82,8 @@ class Backward(TorchDispatchMode):
 
 
 @every_reading
-def test_frozen_branches_cost_no_work_in_dB(reads):
-    model, x = host(reads), tokens()
+def test_frozen_branches_cost_no_work_in_dB(route_by):
+    model, x = host(route_by), tokens()
     dy = torch.ones(B, L, D_OUT, dtype=torch.float64)
 
     def backward():
@@ -119,8 +119,8 @@ def test_the_kernel_does_not_touch_what_a_frozen_branch_would_read():
 
 
 @every_reading
-def test_new_branches_keep_old_outputs_bit_for_bit_and_serve_new_tasks(reads):
-    model, x = host(reads, tasks=2), tokens()
+def test_new_branches_keep_old_outputs_bit_for_bit_and_serve_new_tasks(route_by):
+    model, x = host(route_by, tasks=2), tokens()
     bl.end_task(model)
     model.eval()
 

@@ -16,7 +16,7 @@ from lora_moe import (
     set_routing,
     use_routing,
 )
-from lora_moe.parts import TensorSpec, register
+from lora_moe.components import TensorSpec, register
 from lora_moe.routers import PerTaskRouter, Router, SequenceRouter, TaskRouter, UniversalRouter
 
 from ..support.growing import D, E, Model, X, by_expert, close, run, state, with_experts

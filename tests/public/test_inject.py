@@ -180,7 +180,7 @@ def test_replay_by_name(model):
     assert all(layer.routing.logits is None for layer in injected(model).values())
     one = dict(list(replay.items())[:1])
     set_routing(model, routing=one)
-    assert [name for name, layer in injected(model).items() if layer.given] == list(one)
+    assert [name for name, layer in injected(model).items() if layer.routing_override] == list(one)
 
 
 def test_layers_may_have_different_numbers_of_experts(model):
@@ -210,7 +210,9 @@ def test_refused_routings_change_nothing(model):
             set_routing(model, **arguments)
     with pytest.raises(TypeError, match="integers"):
         set_routing(model, task_ids=torch.tensor([0.5]))
-    assert all(layer.given.indices.tolist() == [[1], [1]] for layer in injected(model).values())
+    assert all(
+        layer.routing_override.indices.tolist() == [[1], [1]] for layer in injected(model).values()
+    )
 
 
 def test_ids_out_of_range_are_named(model):

@@ -51,7 +51,7 @@ def test_dropout_only_while_training():
 def test_dropout_uses_one_mask_in_forward_and_backward():
     """With the routing and the mask fixed, y is linear in x and in B: differences are exact."""
     layer, x, direction = dropout_layer(), tokens(6), tokens(6, seed=5)
-    layer.given = Routing.from_ids(torch.tensor([0, 1, 2, 3, -1, 0]), num_experts=4)
+    layer.routing_override = Routing.from_ids(torch.tensor([0, 1, 2, 3, -1, 0]), num_experts=4)
     dy = torch.randn(6, D_OUT, generator=torch.Generator().manual_seed(6))
 
     def run(x):
@@ -109,11 +109,11 @@ def test_from_the_meta_device():
 def test_copies_after_a_forward(copier):
     layer, x = make(), tokens(5)
     gates = torch.rand(5, 4, requires_grad=True) * 1.0
-    layer.given = Routing.from_gates(gates)
+    layer.routing_override = Routing.from_gates(gates)
     y = layer(x)
     twin = copier(layer)
-    assert twin.routing is None and not twin.given.weights.requires_grad
-    assert layer.routing is not None and layer.given.weights.requires_grad
+    assert twin.routing is None and not twin.routing_override.weights.requires_grad
+    assert layer.routing is not None and layer.routing_override.weights.requires_grad
     assert torch.equal(twin(x), y)
     twin.lora_B.data.zero_()
     assert layer.lora_B.any()
@@ -140,7 +140,7 @@ def test_compiles_whole_with_a_dynamic_number_of_tokens(name):
     compiled = torch.compile(layer, backend=count, fullgraph=True, dynamic=True)
     for samples in (6, 7, 9):
         if name == "given":
-            layer.given = Routing.from_ids(torch.arange(samples) % 4, num_experts=4)
+            layer.routing_override = Routing.from_ids(torch.arange(samples) % 4, num_experts=4)
         results = []
         for run in (layer, compiled):
             x = tokens(samples, 3).requires_grad_()
@@ -159,7 +159,7 @@ def test_compiles_whole_with_a_dynamic_number_of_tokens(name):
 def test_checkpoint_gives_the_same_gradients(reentrant, name):
     layer = dropout_layer() if name == "dropout" else make()
     if name == "given":
-        layer.given = Routing.from_ids(torch.tensor([3, 0]), num_experts=4)
+        layer.routing_override = Routing.from_ids(torch.tensor([3, 0]), num_experts=4)
 
     def gradients(run):
         x = tokens(2, 3).requires_grad_()

@@ -67,7 +67,7 @@ def test_initial_values_come_from_torchs_generator():
 
 def test_idle_experts_get_exact_zeros_not_none():
     layer = make()
-    layer.given = Routing.from_ids(torch.full((5,), 2), num_experts=4)
+    layer.routing_override = Routing.from_ids(torch.full((5,), 2), num_experts=4)
     layer(tokens(5)).sum().backward()
     busy = torch.zeros(12, dtype=torch.bool)
     busy[6:9] = True
@@ -243,7 +243,7 @@ def test_routing_lives_for_one_step():
 def test_given_routing(rows):
     layer, x = make(), tokens(3, 2)
     ids = torch.tensor([2, -1, 0, 1, 3, 3])[:rows]
-    layer.given = Routing.from_ids(ids, num_experts=4)
+    layer.routing_override = Routing.from_ids(ids, num_experts=4)
     a, b, _, _ = in_double(layer)
     per_token = ids.repeat_interleave(6 // rows).tolist()
     picked = [[(e, 1.0)] if e >= 0 else [] for e in per_token]
@@ -258,7 +258,7 @@ def test_given_routing(rows):
 
 def test_a_given_routing_of_another_size_is_refused():
     layer = make()
-    layer.given = Routing.from_ids(torch.zeros(2, dtype=torch.long), num_experts=4)
+    layer.routing_override = Routing.from_ids(torch.zeros(2, dtype=torch.long), num_experts=4)
     with pytest.raises(ValueError, match=r"6 rows, one per token, or 3, one per sample.*got 2"):
         layer(tokens(3, 2))
 
@@ -266,7 +266,7 @@ def test_a_given_routing_of_another_size_is_refused():
 def test_given_gates_receive_their_gradient():
     layer, x = make(), tokens(5)
     gates = torch.rand(5, 4, generator=torch.Generator().manual_seed(4)).requires_grad_()
-    layer.given = Routing.from_gates(gates)
+    layer.routing_override = Routing.from_gates(gates)
     layer(x).sum().backward()
     a, b, _, _ = in_double(layer)
     twin = gates.detach().double().requires_grad_()

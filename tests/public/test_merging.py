@@ -220,8 +220,8 @@ def test_sharded_weights():
 
 
 def test_a_middle_is_no_matrix():
+    from lora_moe.components import register
     from lora_moe.middle import Middle
-    from lora_moe.parts import register
 
     @register
     @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lora_moe import LoraMoeConfig, LoraMoeLinear, Routing, inject, set_routing, use_routing
+from lora_moe.components import TensorSpec, register
 from lora_moe.middle import Middle
-from lora_moe.parts import TensorSpec, register
 from lora_moe.routers import (
     PerTaskRouter,
     Router,

@@ -185,5 +185,5 @@ def test_a_compiled_model_sees_new_ids_without_compiling_anew():
     assert counter.frame_count == 1
     with torch.no_grad(), disable_adapters(model):
         torch.testing.assert_close(compiled(TOKENS).logits, llama().eval()(TOKENS).logits)
-    assert [layer.given for layer in injected(model).values()] == [None] * 14
+    assert [layer.routing_override for layer in injected(model).values()] == [None] * 14
     torch._dynamo.reset()

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from lora_moe.methods import branch_lora as bl
-from lora_moe.methods.branch_lora.adapters import READS
+from lora_moe.methods.branch_lora.adapters import ROUTE_BY
 
 D_IN, D_OUT, E, R, K = 24, 20, 5, 3, 2
 B, L = 4, 6
 # a left-padded row, a right-padded one, a full one, one with a gap
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1] * 6, [0, 1, 0, 1, 1, 0]])
-ids = {"argnames": "reads", "argvalues": READS}
+ids = {"argnames": "route_by", "argvalues": ROUTE_BY}
 every_reading = pytest.mark.parametrize(**ids)
 
 
@@ -28,12 +28,12 @@ class Host(nn.Module):
         return self.linear(x)
 
 
-def host(reads="first", *, tasks=1, seed=0, dtype=torch.float64, **fields):
+def host(route_by="first", *, tasks=1, seed=0, dtype=torch.float64, **fields):
     """A Host whose task has begun, with branches of order one and routers that disagree."""
     torch.manual_seed(seed)
     model = Host(dtype)
     sizes = {"num_branches": E, "r": R, "top_k": K, "alpha": 7.5, "target_modules": ("linear",)}
-    bl.inject(model, bl.branch_lora(**sizes | fields), reads=reads)
+    bl.inject(model, bl.branch_lora(**sizes | fields), route_by=route_by)
     for task in range(tasks):
         bl.begin_task(model)
         randomise(model)

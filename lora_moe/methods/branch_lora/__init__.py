@@ -27,7 +27,15 @@ decide.  Everything in lora_moe works with them.
 """
 
 from ...presets.experts import moelora
-from .adapters import branch_layers, branches_of, inject, parts, routers_of, set_mask, set_task
+from .adapters import (
+    branch_layers,
+    branches_of,
+    inject,
+    layers_and_course,
+    routers_of,
+    set_mask,
+    set_task,
+)
 from .config import branch_lora
 from .continual import ContinualMetrics, TaskSelector, continual_metrics
 from .files import FILE_NAME, load, save
@@ -45,9 +53,9 @@ __all__ = [
     "continual_metrics",
     "end_task",
     "inject",
+    "layers_and_course",
     "load",
     "moelora",
-    "parts",
     "routers_of",
     "save",
     "set_mask",

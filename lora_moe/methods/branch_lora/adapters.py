@@ -16,20 +16,20 @@ from ...routers import PerTaskRouter, Router, SequenceRouter
 from ...steering import injected, set_routing
 from .counting import Count, Course
 
-READS = ("first", "mean", "token")
+ROUTE_BY = ("first", "mean", "token")
 
 
 def inject(
     model: nn.Module,
     config: LoraMoeConfig,
     *,
-    reads: str = "first",
+    route_by: str = "first",
     fixed_opening: bool = True,
-    also: tuple[str, ...] = (),
+    modules_to_save: tuple[str, ...] = (),
 ) -> nn.Module:
     """lora_moe.inject with branches, initially without a router.
 
-    Everything else is frozen, except `also`.  The model's attention_mask says which tokens are
+    Everything else is frozen, except `modules_to_save`.  The model's attention_mask says which tokens are
     padding.  In a causal model, tokens from the first labeled one on do not decide, because they are not
     available when it generates.  During generation the prompt's decision is kept (see SequenceRouter).
 
@@ -39,16 +39,16 @@ def inject(
     Args:
         model: a Hugging Face model, or any module whose forward takes attention_mask.
         config: see branch_lora().
-        reads: "first", "mean" or "token": what a sequence decides by.
+        route_by: "first", "mean" or "token": what a sequence decides by.
         fixed_opening: False if the sequences of a causal model differ in their first token.
-        also: names of modules whose own parameters are also trained and saved (a projector).
+        modules_to_save: names of modules whose own parameters are also trained and saved (a projector).
     Returns:
         The same model; call begin_task next.
     Raises:
         ValueError: an argument is invalid, nothing matches, or the model already has branches.
     """
-    if reads not in READS:
-        raise ValueError(f"reads: expected one of {READS}, got {reads!r}")
+    if route_by not in ROUTE_BY:
+        raise ValueError(f"route_by: expected one of {ROUTE_BY}, got {route_by!r}")
     if branch_layers(model):
         raise ValueError("model: expected one without branches")
     if not config.shared_a or config.selection_bias or config.router or config.middle:
@@ -57,9 +57,9 @@ def inject(
         )
     if len(set(config.scales)) > 1:
         raise ValueError(f"alpha: expected one for all branches, got {config.alpha}")
-    trained = [model.get_submodule(name) for name in also]
-    if reads == "first" and fixed_opening and getattr(model, "can_generate", bool)():
-        reads = "mean"
+    trained = [model.get_submodule(name) for name in modules_to_save]
+    if route_by == "first" and fixed_opening and getattr(model, "can_generate", bool)():
+        route_by = "mean"
         warnings.warn(
             "the first token of a causal model sees no other, and a fixed opening is always the"
             " same token: sequences decide by their mean (fixed_opening=False reads the first)",
@@ -67,9 +67,9 @@ def inject(
         )
     known = set(injected(model).values())
     alpha = config.alpha[0] if isinstance(config.alpha, tuple) else config.alpha
-    fields = {"alpha": alpha, "r": config.ranks[0], "router": router_of(reads, 0)}
+    fields = {"alpha": alpha, "r": config.ranks[0], "router": router_of(route_by, 0)}
     inject_experts(model, dataclasses.replace(config, **fields))
-    course = Course(reads, tuple(also))
+    course = Course(route_by, tuple(modules_to_save))
     for layer in set(injected(model).values()) - known:
         Count.attach(layer, course)
     for module in trained:
@@ -77,10 +77,10 @@ def inject(
     return model
 
 
-def router_of(reads: str, num_tasks: int, known: tuple[int, ...] = ()) -> Router:
+def router_of(route_by: str, num_tasks: int, known: tuple[int, ...] = ()) -> Router:
     """One router per task, which reads tokens or sequences; each knows `known` experts."""
     bank = PerTaskRouter(num_tasks, known)
-    return bank if reads == "token" else SequenceRouter(reads, bank)
+    return bank if route_by == "token" else SequenceRouter(route_by, bank)
 
 
 def set_task(model: nn.Module, task: int | Sequence[int] | torch.Tensor) -> None:
@@ -91,7 +91,7 @@ def set_task(model: nn.Module, task: int | Sequence[int] | torch.Tensor) -> None
     Raises:
         ValueError: there is no such task.
     """
-    _, course = parts(model)
+    _, course = layers_and_course(model)
     known = len(course.bank)
     tasks = torch.as_tensor(task)
     if tasks.is_floating_point() or tasks.dtype == torch.bool or tasks.dim() > 1:
@@ -114,7 +114,7 @@ def set_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
     For a model without a two-dimensional attention_mask, or a loss outside the model: the answer's tokens
     must not decide.
     """
-    layers, _ = parts(model)
+    layers, _ = layers_and_course(model)
     if mask is not None and mask.dim() != 2:
         raise ValueError(f"mask: expected (B, L), got {tuple(mask.shape)}")
     for layer in layers.values():
@@ -136,7 +136,7 @@ def routers_of(layer: LoraMoeLinear) -> list[nn.Parameter]:
     return layer.router_parameters()
 
 
-def parts(model: nn.Module) -> tuple[dict[str, LoraMoeLinear], Course]:
+def layers_and_course(model: nn.Module) -> tuple[dict[str, LoraMoeLinear], Course]:
     layers = branch_layers(model)
     if not layers:
         raise ValueError("model: expected one with branches (see inject), got none")

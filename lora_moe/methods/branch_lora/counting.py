@@ -16,15 +16,15 @@ class Course:
     """A model's position in its sequence of tasks, shared by all of its layers.
 
     Attributes:
-        reads: "first", "mean" or "token": what a sequence decides by.
-        also: names of the modules that train besides the layers.
+        route_by: "first", "mean" or "token": what a sequence decides by.
+        modules_to_save: names of the modules that train besides the layers.
         bank: bank[t] is the number of task t's router.
         learning: whether a task has begun and not ended.
         task: the task whose router decides: a number, or (B,) one per sequence; see set_task.
     """
 
-    def __init__(self, reads: str, also: tuple[str, ...] = ()):
-        self.reads, self.also = reads, also
+    def __init__(self, route_by: str, modules_to_save: tuple[str, ...] = ()):
+        self.route_by, self.modules_to_save = route_by, modules_to_save
         self.bank: list[int] = []
         self.learning = False
         self.task: int | torch.Tensor | None = None
@@ -65,7 +65,7 @@ class Count:
             return
         run, L = record_of(layer).last, 1
         ids, weights = run.routing.indices, run.routing.weights.detach()
-        if self.course.reads != "token":  # one decision for all tokens of a sequence
+        if self.course.route_by != "token":  # one decision for all tokens of a sequence
             L = args[0].shape[1]
         elif (counted := run.tokens.counted()) is not None:
             weights = weights * counted[:, None].to(weights.device)

@@ -28,7 +28,7 @@ from ...reference import accumulator
 from ...routers import PerTaskRouter
 from ...targets import why_not
 from ...tensors import adapter_tensors
-from .adapters import READS, branches_of, parts, router_of, routers_of, tell
+from .adapters import ROUTE_BY, branches_of, layers_and_course, router_of, routers_of, tell
 from .continual import TaskSelector
 from .counting import Count, Course
 
@@ -50,21 +50,21 @@ def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector 
         ValueError: the model has no branches.
         OSError: the file cannot be written; an older one is intact.
     """
-    layers, course = parts(model)
+    layers, course = layers_and_course(model)
     layer = next(iter(layers.values()))
     description = {
         "version": FORMAT_VERSION,
         "config": _fields_of(layer.config),
-        "reads": course.reads,
+        "reads": course.route_by,
         "causal": bool(getattr(model, "can_generate", bool)()),
-        "also": list(course.also),
+        "also": list(course.modules_to_save),
         "bank": course.bank,
         "learning": course.learning,
         "branches": layer.config.num_experts,
         "routers": [router.shape[0] for router in routers_of(layer)],
         "frozen": {path: list(layer.frozen) for path, layer in layers.items()},
     }
-    tensors = _keyed(model, layers, course.also) | _keys(selector)
+    tensors = _keyed(model, layers, course.modules_to_save) | _keys(selector)
     path = safefile.path_in(directory, FILE_NAME)
     tensors = {key: t.detach().contiguous() for key, t in tensors.items()}
     safefile.write(path, tensors, {"format": "pt", "branch_lora": json.dumps(description)})
@@ -95,7 +95,7 @@ def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
     layers = {path: _layer(path, base, found, course, values) for path, base in bases.items()}
     selector = _selector(values)
     settle(model, layers.values())
-    for name in course.also:
+    for name in course.modules_to_save:
         model.get_submodule(name).requires_grad_(True)
     with torch.no_grad():
         for key, parameter in also.items():
@@ -143,7 +143,7 @@ def _read_description(file, metadata, tensors):
     branches, routers, bank = found["branches"], found["routers"], found["bank"]
     fewest = found["config"].num_experts
     problems = [
-        ("reads", found["reads"] in READS),
+        ("reads", found["reads"] in ROUTE_BY),
         ("also", all(type(module) is str for module in found["also"])),
         ("branches", fewest <= branches <= tensors),
         ("routers", len(routers) <= tensors and _numbers(routers, fewest, branches + 1)),

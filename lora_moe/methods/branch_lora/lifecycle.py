@@ -11,12 +11,12 @@ import warnings
 import torch
 from torch import nn
 
+from ...components import normal
 from ...growing import grow
 from ...layers import LoraMoeLinear
-from ...parts import normal
 from ...reference import accumulator
 from ...tensors import adapter_tensors
-from .adapters import parts, router_of, routers_of, tell
+from .adapters import layers_and_course, router_of, routers_of, tell
 
 
 def begin_task(model: nn.Module, *, router: bool = True) -> int:
@@ -30,12 +30,12 @@ def begin_task(model: nn.Module, *, router: bool = True) -> int:
     Raises:
         ValueError: a task is already being learned.
     """
-    layers, course = parts(model)
+    layers, course = layers_and_course(model)
     if course.learning:
         raise ValueError(f"begin_task: expected end_task for task {len(course.bank) - 1} first")
     for name, layer in layers.items():
         if router or not course.bank:
-            add_router(layer, course.reads)
+            add_router(layer, course.route_by)
         routers_of(layer)[-1].requires_grad_(True)
         if len(layer.frozen) == layer.config.num_experts:
             warnings.warn(f"{name}: every branch is frozen; see add_branches", stacklevel=2)
@@ -57,7 +57,7 @@ def end_task(model: nn.Module, freeze: int | None = None) -> None:
     Raises:
         ValueError: no task is being learned, or freeze is negative.
     """
-    layers, course = parts(model)
+    layers, course = layers_and_course(model)
     if not course.learning:
         raise ValueError("end_task: expected begin_task first")
     if freeze is not None and (type(freeze) is not int or freeze < 0):
@@ -77,7 +77,7 @@ def add_branches(model: nn.Module, n: int) -> None:
     Raises:
         ValueError: n is not positive, or the layers would exceed LoraMoeConfig's bounds.
     """
-    layers, _ = parts(model)
+    layers, _ = layers_and_course(model)
     if type(n) is not int or n < 1:
         raise ValueError(f"n: expected a positive number of branches, got {n!r}")
     grow(model, n)
@@ -85,11 +85,11 @@ def add_branches(model: nn.Module, n: int) -> None:
         layer.usage = torch.cat([layer.usage, layer.usage.new_zeros(n)])
 
 
-def add_router(layer: LoraMoeLinear, reads: str) -> None:
+def add_router(layer: LoraMoeLinear, route_by: str) -> None:
     """Add a router for one more task, which knows all current branches; the others do not change."""
     known = tuple(router.shape[0] for router in routers_of(layer))
     known = (*known, layer.config.num_experts)
-    config = dataclasses.replace(layer.config, router=router_of(reads, len(known), known))
+    config = dataclasses.replace(layer.config, router=router_of(route_by, len(known), known))
     name = f"router_weight_{len(known) - 1}"
     like = adapter_tensors(layer.base_layer, config)[name]
     weight = torch.empty_like(

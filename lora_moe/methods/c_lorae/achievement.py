@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 FORMS = ("geometric", "sum")
-NORMALISATIONS = ("softmax", "sum")
+NORMALIZATIONS = ("softmax", "sum")
 WEIGHTINGS = ("achievement", "dtp", "focal")
 TINY = 1e-8
 
@@ -44,7 +44,7 @@ class AchievementLoss(nn.Module):
         gamma: at least 0.
         momentum: weight of the newest metric in the moving average, in (0, 1].
         form: "geometric" or "sum".
-        normalisation: "softmax" or "sum".
+        normalization: "softmax" or "sum".
         weighting: "achievement", "dtp" or "focal".
     Raises:
         ValueError: an argument is invalid.
@@ -58,13 +58,13 @@ class AchievementLoss(nn.Module):
         gamma: float = 2.0,
         momentum: float = 0.1,
         form: str = "geometric",
-        normalisation: str = "softmax",
+        normalization: str = "softmax",
         weighting: str = "achievement",
     ):
         super().__init__()
         for name, value, allowed in (
             ("form", form, FORMS),
-            ("normalisation", normalisation, NORMALISATIONS),
+            ("normalization", normalization, NORMALIZATIONS),
             ("weighting", weighting, WEIGHTINGS),
         ):
             if value not in allowed:
@@ -80,7 +80,7 @@ class AchievementLoss(nn.Module):
             raise ValueError(f"momentum: expected a number in (0, 1], got {momentum!r}")
         self.tasks = tuple(potentials)
         self.gamma, self.momentum = gamma, momentum
-        self.form, self.normalisation, self.weighting = form, normalisation, weighting
+        self.form, self.normalization, self.weighting = form, normalization, weighting
         single = torch.tensor([float(p) for p in potentials.values()])
         self.register_buffer("potential", single * (1 + margin))  # (N,)
         self.register_buffer("achieved", torch.full_like(single, torch.nan))  # (N,), NaN at first
@@ -116,7 +116,7 @@ class AchievementLoss(nn.Module):
         """(N,), summing to one."""
         raw = self.raw_weights()
         raw = torch.where(raw.isnan(), 0.0, raw)
-        if self.normalisation == "softmax":
+        if self.normalization == "softmax":
             return torch.softmax(raw, 0)
         return _shares(raw)
 
@@ -147,7 +147,7 @@ class AchievementLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"tasks={self.tasks}, gamma={self.gamma:g}, momentum={self.momentum:g}, form={self.form},"
-            f" normalisation={self.normalisation}, weighting={self.weighting}"
+            f" normalization={self.normalization}, weighting={self.weighting}"
         )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ...components import one_of
 from ...config import LoraMoeConfig, expect
-from ...parts import one_of
 from ...routers import UniversalRouter
 from ...routers.universal import GATES
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ... import functional as F
+from ...components import one_of
 from ...context import recomputing
 from ...layers import LoraMoeLinear
-from ...parts import one_of
 from ...routing import Routing
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ... import functional as F
+from ...components import ROUTER_STD
 from ...config import expect
-from ...parts import ROUTER_STD
 from .checks import expect_mask
 from .config import ACTIVATIONS, expect_options
 

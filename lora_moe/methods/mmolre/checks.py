@@ -10,7 +10,7 @@ from torch import nn
 
 from ...config import expect
 
-MAX_PARTS = 64  # modalities, tasks, experts, blocks
+MAX_NAMES = 64  # modalities, tasks, experts, blocks
 
 
 def expect_mask(name, mask, shape):
@@ -25,13 +25,13 @@ def number(name, value, high):
     expect(number and 0 <= value <= high, name, f"a number in [0, {high:g}]", value)
 
 
-def named(name, parts):
-    expect(isinstance(parts, Mapping), name, "a dict by name", parts)
-    expect(1 <= len(parts) <= MAX_PARTS, name, f"1 to {MAX_PARTS} of them", len(parts))
-    for key in parts:  # they name submodules
+def named(name, entries):
+    expect(isinstance(entries, Mapping), name, "a dict by name", entries)
+    expect(1 <= len(entries) <= MAX_NAMES, name, f"1 to {MAX_NAMES} of them", len(entries))
+    for key in entries:  # they name submodules
         fits = isinstance(key, str) and key.isidentifier() and not hasattr(nn.ModuleDict, key)
         expect(fits, name, "names that a ModuleDict can hold", key)
-    return dict(parts)
+    return dict(entries)
 
 
 def fields_of(cls, name, fields):

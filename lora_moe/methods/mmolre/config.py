@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from ...components import count
 from ...config import MAX_COEFFICIENT, MAX_RANK, expect
-from ...parts import count
-from .checks import MAX_PARTS, fields_of, named, number
+from .checks import MAX_NAMES, fields_of, named, number
 
 ACTIVATIONS = {
     "relu": nn.functional.relu,
@@ -93,13 +93,13 @@ class MMoLREConfig:
             expect(isinstance(task, Task), f"tasks[{name!r}]", "a Task", task)
         count("width", self.width, MAX_WIDTH)
         ranks = self.shared_ranks
-        many = isinstance(ranks, (list, tuple)) and 1 <= len(ranks) <= MAX_PARTS
-        expect(many, "shared_ranks", f"1 to {MAX_PARTS} ranks", ranks)
+        many = isinstance(ranks, (list, tuple)) and 1 <= len(ranks) <= MAX_NAMES
+        expect(many, "shared_ranks", f"1 to {MAX_NAMES} ranks", ranks)
         for n, rank in enumerate(ranks):
             count(f"shared_ranks[{n}]", rank, MAX_RANK)
         object.__setattr__(self, "shared_ranks", tuple(ranks))
         count("task_rank", self.task_rank, MAX_RANK, 0)
-        count("blocks", self.blocks, MAX_PARTS)
+        count("blocks", self.blocks, MAX_NAMES)
         expect_options(self.activation, self.route)
         for name in ("residual", "hard_sharing"):
             expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))

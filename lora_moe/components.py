@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from .layers import LoraMoeLinear
 
 ROUTER_STD = 0.02
-MAX_DEPTH = 4  # of parts inside parts
+MAX_DEPTH = 4  # of components inside components
 MAX_TASKS = 65_536
 IGNORED = -100  # the label of a token that no loss asks for
 normal = functools.partial(nn.init.normal_, std=ROUTER_STD)
 
 
 class TensorSpec(NamedTuple):
-    """One tensor that a part asks the layer for.
+    """One tensor that a component asks the layer for.
 
     shape   of any number of dimensions
     init    fills it in place
@@ -115,7 +115,7 @@ class Batch(NamedTuple):
         return prompt.scatter(1, first_of(real)[:, None], True)  # one token in any case
 
 
-class Part:
+class Component:
     """The base of routers and middles.
 
     Attributes:
@@ -124,7 +124,7 @@ class Part:
     """
 
     kind: ClassVar[str]
-    known: ClassVar[dict[str, type[Part]]]
+    known: ClassVar[dict[str, type[Component]]]
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]  # each subclass is a dataclass
 
     @property
@@ -142,7 +142,7 @@ class Part:
         return {"kind": self.kind} | fields
 
     @classmethod
-    def from_dict(cls, fields: dict, depth: int = 0) -> Part:
+    def from_dict(cls, fields: dict, depth: int = 0) -> Component:
         """The inverse of to_dict.
 
         Raises:
@@ -152,13 +152,13 @@ class Part:
         if not isinstance(fields, dict) or depth > MAX_DEPTH:
             raise ValueError(f"{name}: expected a dict with a kind, got {brief(fields)}")
         kind = fields.get("kind")
-        part = cls.known.get(kind) if isinstance(kind, str) else None
-        if part is None:
+        component = cls.known.get(kind) if isinstance(kind, str) else None
+        if component is None:
             raise ValueError(
                 f"{name}: expected a kind of {sorted(cls.known)}, got {brief(kind)}; a class of your"
                 " own must be imported first"
             )
-        own = {field.name for field in dataclasses.fields(part)}
+        own = {field.name for field in dataclasses.fields(component)}
         unknown = [field for field in fields if field != "kind" and field not in own]
         if unknown:
             raise ValueError(
@@ -166,14 +166,14 @@ class Part:
             )
         values = {f: _read(cls, v, depth) for f, v in fields.items() if f != "kind"}
         try:
-            return part(**values)
+            return component(**values)
         except TypeError as error:  # a field without a default is missing
             raise ValueError(f"{name} {kind!r}: {error}") from None
 
 
 def plain(value):
-    """A part as a dict, a tuple as a list, as JSON has them."""
-    if isinstance(value, Part):
+    """A component as a dict, a tuple as a list, as JSON has them."""
+    if isinstance(value, Component):
         return value.to_dict()
     return [plain(v) for v in value] if isinstance(value, tuple) else value
 
@@ -201,7 +201,7 @@ def register(cls):
         ValueError: another class has its kind.
     """
     parameters = getattr(cls, "__dataclass_params__", None)
-    if not issubclass(cls, Part) or parameters is None or not parameters.frozen:
+    if not issubclass(cls, Component) or parameters is None or not parameters.frozen:
         raise TypeError(f"{cls.__name__}: expected a frozen dataclass of Router or Middle")
     other = cls.known.get(cls.kind, cls)
     if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
