@@ -69,8 +69,8 @@ def refuse_hopeless(name, shape, itemsize):
         raise LeftOut(f"would copy more than {GATHER_BYTES >> 30} GiB of weights")
     if name == "every expert, compiled" and shape.E > UNROLLED:
         raise LeftOut(f"compiling takes minutes with more than {UNROLLED} experts")
-    if name == f"ours, {plan.DECODE}" and shape.T > plan.FEW:
-        raise LeftOut(f"the plan is for up to {plan.FEW} tokens")
+    if name == f"ours, {plan.DECODE}" and shape.T > plan.DECODE_T:
+        raise LeftOut(f"the plan is for up to {plan.DECODE_T} tokens")
 
 
 def states(layout, shape, inputs, backward, copies, adapters=None):

@@ -35,7 +35,7 @@ SM = {
 }
 WARPS = 8  # in every kernel's blocks
 DTYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}
-PRODUCTS = ("shrink_kernel", "expand_kernel", "gram_kernel")
+PRODUCTS = ("shrink_kernel", "expand_kernel", "wgrad_kernel")
 MATMULS = (*PRODUCTS, *(f"segmented_{name}" for name in PRODUCTS))
 
 
@@ -91,7 +91,7 @@ def describe(function):
     dtypes = [DTYPES[d] for d in re.findall(r"__nv_bfloat16|__half|float", arguments)]
     tile = " x ".join(re.findall(r"\b\d+\b", arguments))
     middle = re.search(r"Middle\w*", arguments)
-    mixed = "fp32 H" if name == "gram_kernel" and dtypes[0] != dtypes[1] else ""
+    mixed = "fp32 H" if name == "wgrad_kernel" and dtypes[0] != dtypes[1] else ""
     config = " ".join(filter(None, (tile, middle and middle.group(0), mixed)))
     return name, dtypes[-1] if dtypes else "float32", config
 

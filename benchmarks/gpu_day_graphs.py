@@ -33,7 +33,7 @@ def main(tell, device, dry):
     cases = dict(list(CASES.items())[1:2]) if dry else CASES
     for name, (ranks, options) in cases.items():
         for T in tokens:
-            for chosen in plan.PLANS if T <= plan.FEW and not dry else plan.PLANS[:2]:
+            for chosen in plan.PLANS if T <= plan.DECODE_T and not dry else plan.PLANS[:2]:
                 what, call = f"{name}, T={T}, {chosen}", call_of(ranks, options)
                 with plan.override(chosen):
                     check_graph(tell, what, call, inputs_of(T, D, ranks, device))

@@ -16,14 +16,14 @@ from lora_moe.plan import experts_in_a_tile
 # axes of the grid along which programs read the same tile of an operand
 AGAIN = {
     "_routed_lora_kernel": {
-        "x_ptr": (1,), "a_ptr": (0, 1), "w_ptr": (0, 1), "b_ptr": (0,), "s_parts_ptr": (1,),
-        "logits_parts_ptr": (1,),
+        "x_ptr": (1,), "a_ptr": (0, 1), "w_ptr": (0, 1), "b_ptr": (0,), "s_partial_ptr": (1,),
+        "logits_partial_ptr": (1,),
     },
     "_rank_gradient_kernel": {"b_ptr": (0,)},
     "_router_topk_kernel": {"w_ptr": (0,)},
     "_shrink_kernel": {"x_ptr": (1,), "a_ptr": (0,), "w_ptr": (0,)},
     "_expand_kernel": {"h_ptr": (1,), "h2_ptr": (1,), "b_ptr": (0,), "b2_ptr": (0,)},
-    "_gram_kernel": {"x_ptr": (1,), "h_ptr": (0,), "h2_ptr": (0,)},
+    "_wgrad_kernel": {"x_ptr": (1,), "h_ptr": (0,), "h2_ptr": (0,)},
 }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def products(c):
     """(rows, inner, columns) of every product, as the tensor cores compute it: padded and term by term."""
     T, E = c.get("T"), c.get("E")
     D = c.get("D") or c.get("D_in") or c.get("D_out")
-    wide = (c.get("EP") or 1) * (c.get("RP") or 1)
+    wide = (c.get("TILE_E") or 1) * (c.get("TILE_R") or 1)
     if c.name == "_routed_lora_kernel":
         if c.tensor("x_ptr"):
             yield T, D, wide
@@ -80,13 +80,13 @@ def products(c):
         yield T, D, wide
     elif c.name == "_shrink_kernel":
         yield T, D, padded(c.get("R"), c.get("BLOCK_R")) + 3 * padded(E, c.get("BLOCK_E"))
-    elif c.name in ("_expand_kernel", "_gram_kernel"):
+    elif c.name in ("_expand_kernel", "_wgrad_kernel"):
         R, R2 = c.get("R"), c.get("R2")
         yield T, D, padded(R, c.get("BLOCK_R")) + 3 * padded(R2, c.get("BLOCK_R2"))
-    elif c.name == "_segmented_gram_kernel":
+    elif c.name == "_segmented_wgrad_kernel":
         yield c.slots, D, c.get("BLOCK_R")
     elif c.name in ("_segmented_shrink_kernel", "_segmented_expand_kernel"):
-        yield T, D, c.held * c.get("RP")
+        yield T, D, c.held * c.get("TILE_R")
         if c.tensor("h2_ptr"):
             yield T, D, 3 * padded(c.get("R2"), c.get("BLOCK_R2"))
 
@@ -134,24 +134,24 @@ class Call:
 
 
 def segmented_shrink(c, read):
-    blocks = max(1.0, c.held / c.get("EP"))
+    blocks = max(1.0, c.held / c.get("TILE_E"))
     return read | {"x_ptr": read["x_ptr"] * blocks, "a_ptr": c.tiles * c.rows}
 
 
 def segmented_expand(c, read):
     blocks = c.get("BLOCKS")
     h = c.values["h_ptr"]
-    own = c.get("T") * c.held * c.get("RP") * h.element_size()
+    own = c.get("T") * c.held * c.get("TILE_R") * h.element_size()
     again = {"h_ptr": own * blocks, "b_ptr": c.tiles * c.rows}
     if c.tensor("h2_ptr"):
         again |= {"h2_ptr": read["h2_ptr"] * blocks, "b2_ptr": read["b2_ptr"] * c.tiles}
     return read | again
 
 
-def segmented_gram(c, read):
+def segmented_wgrad(c, read):
     """Every slot gathers its row of x, and every tile of columns reads all of H."""
     x = c.values["x_ptr"]
-    row_blocks = c.get("RP") // c.get("BLOCK_R")
+    row_blocks = c.get("TILE_R") // c.get("BLOCK_R")
     gathered = c.slots * x.shape[1] * x.element_size() * row_blocks
     return read | {"x_ptr": gathered, "h_ptr": read["h_ptr"] * c.grid[0]}
 
@@ -159,5 +159,5 @@ def segmented_gram(c, read):
 SEGMENTED = {
     "_segmented_shrink_kernel": segmented_shrink,
     "_segmented_expand_kernel": segmented_expand,
-    "_segmented_gram_kernel": segmented_gram,
+    "_segmented_wgrad_kernel": segmented_wgrad,
 }

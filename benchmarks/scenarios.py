@@ -143,49 +143,51 @@ def matmuls(v, scenario):
     backward([v["x"], v["A"], v["B"], v["W"], v["base"]], [y, logits], v["dy"])
 
 
-MANY, SOME, FEW = 8192, 1024, 16
+MANY_TOKENS, SOME_TOKENS, FEW_TOKENS = 8192, 1024, 16
 SCENARIOS = {
-    "many tokens": Scenario(routed, MANY, (16,) * 8),
-    "some tokens": Scenario(routed, SOME, (16,) * 8),
-    "few tokens": Scenario(routed, FEW, (16,) * 8),
-    "256 ranks": Scenario(routed, MANY, (16,) * 16),
-    "256 ranks, some tokens": Scenario(routed, SOME, (16,) * 16),
-    "1024 ranks": Scenario(routed, MANY, (16,) * 64),
-    "1024 ranks, few tokens": Scenario(routed, FEW, (16,) * 64),
-    "1024 ranks, dense": Scenario(routed, MANY, (16,) * 64, plan="rank_dense"),
-    "decode": Scenario(routed, FEW, (16,) * 8, plan="decode"),
-    "decode, unequal ranks": Scenario(grouped, FEW, (4, 8, 16, 24), plan="decode"),
-    "decode, four banks": Scenario(banks, FEW, (16,) * 8, plan="decode"),
-    "segmented": Scenario(routed, MANY, (16,) * 64, plan="segmented"),
-    "segmented, few tokens": Scenario(routed, FEW, (16,) * 64, plan="segmented"),
-    "segmented, unequal ranks": Scenario(grouped, MANY, (4, 8, 16, 24), plan="segmented"),
+    "many tokens": Scenario(routed, MANY_TOKENS, (16,) * 8),
+    "some tokens": Scenario(routed, SOME_TOKENS, (16,) * 8),
+    "few tokens": Scenario(routed, FEW_TOKENS, (16,) * 8),
+    "256 ranks": Scenario(routed, MANY_TOKENS, (16,) * 16),
+    "256 ranks, some tokens": Scenario(routed, SOME_TOKENS, (16,) * 16),
+    "1024 ranks": Scenario(routed, MANY_TOKENS, (16,) * 64),
+    "1024 ranks, few tokens": Scenario(routed, FEW_TOKENS, (16,) * 64),
+    "1024 ranks, dense": Scenario(routed, MANY_TOKENS, (16,) * 64, plan="rank_dense"),
+    "decode": Scenario(routed, FEW_TOKENS, (16,) * 8, plan="decode"),
+    "decode, unequal ranks": Scenario(grouped, FEW_TOKENS, (4, 8, 16, 24), plan="decode"),
+    "decode, four banks": Scenario(banks, FEW_TOKENS, (16,) * 8, plan="decode"),
+    "segmented": Scenario(routed, MANY_TOKENS, (16,) * 64, plan="segmented"),
+    "segmented, few tokens": Scenario(routed, FEW_TOKENS, (16,) * 64, plan="segmented"),
+    "segmented, unequal ranks": Scenario(grouped, MANY_TOKENS, (4, 8, 16, 24), plan="segmented"),
     "segmented, shared A": Scenario(
-        partial(grouped, shared_a=True), MANY, (16,) * 64, plan="segmented"
+        partial(grouped, shared_a=True), MANY_TOKENS, (16,) * 64, plan="segmented"
     ),
-    "segmented, rank 128": Scenario(routed, MANY, (128,) * 16, plan="segmented"),
+    "segmented, rank 128": Scenario(routed, MANY_TOKENS, (128,) * 16, plan="segmented"),
     "segmented, frozen expert": Scenario(
-        partial(routed, frozen=(1,)), MANY, (16,) * 64, plan="segmented"
+        partial(routed, frozen=(1,)), MANY_TOKENS, (16,) * 64, plan="segmented"
     ),
-    "slots apart": Scenario(partial(of_slots, slots="apart"), MANY, (16,) * 64),
+    "slots apart": Scenario(partial(of_slots, slots="apart"), MANY_TOKENS, (16,) * 64),
     "slots apart, unequal ranks": Scenario(
-        partial(of_slots, slots="apart"), MANY, (4, 8, 16, 24), K=3
+        partial(of_slots, slots="apart"), MANY_TOKENS, (4, 8, 16, 24), K=3
     ),
-    "slots summed": Scenario(partial(of_slots, slots="sum"), MANY, (16,) * 64),
-    "slots summed, few tokens": Scenario(partial(of_slots, slots="sum"), FEW, (16,) * 8, K=3),
-    "rank 64": Scenario(routed, MANY, (64,) * 8),
-    "unequal ranks": Scenario(grouped, MANY, (4, 8, 16, 24)),
-    "unequal ranks, few tokens": Scenario(grouped, FEW, (4, 8, 16, 24)),
-    "shared A": Scenario(partial(grouped, shared_a=True), MANY, (16,) * 8),
-    "auxiliary losses": Scenario(partial(routed, aux=True), MANY, (16,) * 8),
-    "router bias": Scenario(router_bias, MANY, (16,) * 8),
-    "sigmoid": Scenario(partial(routed, gate="sigmoid", aux=True), MANY, (8,) * 32, K=4),
-    "dense": Scenario(routed, MANY, (16,) * 8, K=8),
-    "fp32 parameters": Scenario(routed, MANY, (16,) * 8, parameters=torch.float32),
-    "frozen expert": Scenario(partial(routed, frozen=(1,)), MANY, (16,) * 8),
-    "a scaling for each": Scenario(partial(routed, scaling=[1.0, 2.0] * 4), MANY, (16,) * 8),
-    "inference": Scenario(inference, MANY, (16,) * 8),
-    "router": Scenario(router, MANY, (1,) * 64, K=8),
-    "router of 1024": Scenario(router, MANY, (1,) * 1024, K=8),
-    "logits given": Scenario(logits_given, MANY, (16,) * 8),
-    "matmuls": Scenario(matmuls, MANY, (16,) * 8),
+    "slots summed": Scenario(partial(of_slots, slots="sum"), MANY_TOKENS, (16,) * 64),
+    "slots summed, few tokens": Scenario(
+        partial(of_slots, slots="sum"), FEW_TOKENS, (16,) * 8, K=3
+    ),
+    "rank 64": Scenario(routed, MANY_TOKENS, (64,) * 8),
+    "unequal ranks": Scenario(grouped, MANY_TOKENS, (4, 8, 16, 24)),
+    "unequal ranks, few tokens": Scenario(grouped, FEW_TOKENS, (4, 8, 16, 24)),
+    "shared A": Scenario(partial(grouped, shared_a=True), MANY_TOKENS, (16,) * 8),
+    "auxiliary losses": Scenario(partial(routed, aux=True), MANY_TOKENS, (16,) * 8),
+    "router bias": Scenario(router_bias, MANY_TOKENS, (16,) * 8),
+    "sigmoid": Scenario(partial(routed, gate="sigmoid", aux=True), MANY_TOKENS, (8,) * 32, K=4),
+    "dense": Scenario(routed, MANY_TOKENS, (16,) * 8, K=8),
+    "fp32 parameters": Scenario(routed, MANY_TOKENS, (16,) * 8, parameters=torch.float32),
+    "frozen expert": Scenario(partial(routed, frozen=(1,)), MANY_TOKENS, (16,) * 8),
+    "a scaling for each": Scenario(partial(routed, scaling=[1.0, 2.0] * 4), MANY_TOKENS, (16,) * 8),
+    "inference": Scenario(inference, MANY_TOKENS, (16,) * 8),
+    "router": Scenario(router, MANY_TOKENS, (1,) * 64, K=8),
+    "router of 1024": Scenario(router, MANY_TOKENS, (1,) * 1024, K=8),
+    "logits given": Scenario(logits_given, MANY_TOKENS, (16,) * 8),
+    "matmuls": Scenario(matmuls, MANY_TOKENS, (16,) * 8),
 }

@@ -24,16 +24,16 @@ constexpr int kOperators = 4;
 // Raised if an operator refuses its arguments: ValueError in Python, as from the public functions,
 // and distinct from allocation failures and bugs.  Not TORCH_CHECK, because the stable ABI's macro
 // buries the message under file and function names.
-template <class... Parts>
-[[noreturn]] inline void refuse(const Parts&... parts) {
+template <class... Words>
+[[noreturn]] inline void refuse(const Words&... words) {
   std::ostringstream message;
-  (message << ... << parts);
+  (message << ... << words);
   throw std::invalid_argument(message.str());
 }
 
-template <class... Parts>
-inline void check(bool ok, const Parts&... parts) {
-  if (!__builtin_expect(ok, 1)) refuse(parts...);
+template <class... Words>
+inline void check(bool ok, const Words&... words) {
+  if (!__builtin_expect(ok, 1)) refuse(words...);
 }
 
 inline std::string text(const Ints& sizes) {

@@ -130,12 +130,12 @@ class RouterTopK(Function):
 def _router_backward(ctx, aux, x, w, indices, weights, logits, need_router_bias):
     """dx = dlogits W,  dW = dlogits^T x,  drouter_bias = dlogits^T 1, each only when needed."""
     dlogits = _ops.router_topk_backward(*dense(*aux), indices, weights, logits, *ctx.options)
-    need_x, need_w = ctx.needs_input_grad[:2]
+    need_x, need_router = ctx.needs_input_grad[:2]
     dx = dw = drouter_bias = None
     if need_x:
         dx = _ops.expand(dlogits, router_operand(w, x), None, None, None, x.dtype)
-    if need_w:
-        dw = _ops.gram(dlogits, rows_contiguous(x)).to(w.dtype)
+    if need_router:
+        dw = _ops.wgrad(dlogits, rows_contiguous(x)).to(w.dtype)
     if need_router_bias:
         drouter_bias = _sum_of_rows(dlogits).to(ctx.bias_dtype)
     return dx, dw, drouter_bias
@@ -144,7 +144,7 @@ def _router_backward(ctx, aux, x, w, indices, weights, logits, need_router_bias)
 def _sum_of_rows(v):
     """v^T 1, in the fixed order of every other sum over tokens; fp16 holds 1, and never runs as TF32."""
     exact = torch.float64 if v.dtype == torch.float64 else torch.float16
-    return _ops.gram(v, v.new_ones((1, 1), dtype=exact).expand(len(v), 1)).view(-1)
+    return _ops.wgrad(v, v.new_ones((1, 1), dtype=exact).expand(len(v), 1)).view(-1)
 
 
 class RouteLogits(Function):
@@ -276,7 +276,7 @@ class Shrink(Function):
     @once
     def backward(ctx, saved, ds, dlogits):
         x, a, w = saved
-        need_x, need_a, need_w = ctx.needs_input_grad
+        need_x, need_a, need_router = ctx.needs_input_grad
         ds, dlogits = dense(ds, dlogits)
         pairs = [] if ds is None else [(ds, *rounded(x, a))]
         if w is not None and dlogits is not None:
@@ -286,9 +286,9 @@ class Shrink(Function):
             second = pairs[1] if len(pairs) == 2 else (None, None)
             dx = _ops.expand(*pairs[0], *second, None, x.dtype)
         if need_a and ds is not None:
-            da = _ops.gram(ds, rows_contiguous(x)).to(a.dtype)
-        if need_w and dlogits is not None:
-            dw = _ops.gram(dlogits, rows_contiguous(x)).to(w.dtype)
+            da = _ops.wgrad(ds, rows_contiguous(x)).to(a.dtype)
+        if need_router and dlogits is not None:
+            dw = _ops.wgrad(dlogits, rows_contiguous(x)).to(w.dtype)
         return dx, da, dw
 
 
@@ -311,5 +311,5 @@ class Expand(Function):
         if need_h:
             dh, _ = _ops.shrink(rows, rows_contiguous(b.to(dy.dtype)), None)
         if need_b:
-            db = _ops.gram(h.contiguous(), rows).to(b.dtype)
+            db = _ops.wgrad(h.contiguous(), rows).to(b.dtype)
         return dh, db, dy if need_base else None, None

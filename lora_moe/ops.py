@@ -10,7 +10,7 @@ w (E, D_in) has x's dtype or fp32; bias, router_bias and scaling (E,), weights (
 and S are fp32 (all fp64 when x is); indices (T, K) int32, -1 where a slot is empty.  The operators with
 experts take a (R or r, D_in) and b (R, D_out) as the parameters are, round them to x's dtype for the
 products, and return each parameter's gradient in its own dtype, rounded once; `shrink` and `expand` take
-them in x's dtype, and what `gram` returns is fp32.  Gradients that are not needed come back empty, shape
+them in x's dtype, and what `wgrad` returns is fp32.  Gradients that are not needed come back empty, shape
 (0,).
 """
 
@@ -26,7 +26,7 @@ _ROUTER = "int top_k, str gate, bool renormalize, float top_p, float threshold"
 _EXPERTS = "Tensor scaling, int[] offsets, bool shared_a"
 _ROUTING = "Tensor indices, Tensor weights"
 _SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
-_NEEDS = "int[] frozen, bool need_x, bool need_w, bool need_a, bool need_b"
+_NEEDS = "int[] frozen, bool need_x, bool need_router, bool need_a, bool need_b"
 _AUX = "Tensor? dweights, Tensor? dlogits, Tensor? dmean_prob, Tensor? dlse"
 
 VERSION = 4  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
@@ -43,7 +43,7 @@ SCHEMAS = {
     # S (T, R), logits (T, E or 0)
     "shrink": "(Tensor x, Tensor a, Tensor? w) -> (Tensor, Tensor)",
     "expand": "(Tensor h, Tensor b, Tensor? h2, Tensor? b2, Tensor? base, ScalarType dtype) -> Tensor",
-    "gram": "(Tensor h, Tensor x) -> Tensor",
+    "wgrad": "(Tensor h, Tensor x) -> Tensor",
     # y, S
     "grouped_lora": f"(Tensor x, Tensor a, Tensor b, Tensor? base, {_ROUTING}, {_EXPERTS},"
     " str slots, str plan) -> (Tensor, Tensor)",
@@ -130,8 +130,8 @@ def _rows(s, indices, offsets, shared_a, plan):
     return reference.rows_of_slots(s, indices, offsets) if by_slot else s
 
 
-def _backward(grads, offsets, shared_a, frozen, need_x, need_w, need_a, need_b):
-    dx, dw, da, db = map(_keep, grads, (need_x, need_w, need_a, need_b))
+def _backward(grads, offsets, shared_a, frozen, need_x, need_router, need_a, need_b):
+    dx, dw, da, db = map(_keep, grads, (need_x, need_router, need_a, need_b))
     zero_frozen_rows(da, db, frozen, offsets, shared_a)
     return dx, dw, da, db
 

@@ -24,7 +24,10 @@ import torch
 
 RANK_DENSE, SEGMENTED, DECODE = "rank_dense", "segmented", "decode"
 PLANS = (RANK_DENSE, SEGMENTED, DECODE)
-FEW, SOME = 16, 4096  # tokens: the plan depends on T through these classes only, so that T may vary
+DECODE_T, PREFILL_T = (
+    16,
+    4096,
+)  # tokens: the plan depends on T through these classes only, so that T may vary
 
 _forced = os.environ.get("LORA_MOE_PLAN") or None  # a plain variable: torch.compile can guard on it
 
@@ -81,7 +84,7 @@ def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list
     products = 2.0 * T * (D_in * rows_a + D_out * R)
     weights = size * (D_in * rows_a + D_out * R)
     middle = 0 if R <= 256 else (8 + 2 * size) * T * R  # S and H pass through memory
-    if T <= FEW:
+    if T <= DECODE_T:
         used_b = size * D_out * R * min(1.0, T * top_k / E)
         add(DECODE, 2, outside + size * D_in * rows_a + used_b, router + products)
     add(RANK_DENSE, 2 if R <= 256 else 4, outside + weights + middle, router + products)
@@ -147,7 +150,7 @@ def choose(backend: str, T, D_in, D_out, offsets, top_k, dtype, shared_a=False) 
         return _forced
     if backend not in ("triton", "cuda"):
         return BACKENDS[backend][0]
-    tokens = FEW if T <= FEW else 1024 if T <= SOME else 2 * SOME
+    tokens = DECODE_T if T <= DECODE_T else 1024 if T <= PREFILL_T else 2 * PREFILL_T
     # while tracing, sizes of a layer may be symbols: they become numbers
     ranks = tuple(index(stop) - index(start) for start, stop in pairwise(offsets))
     sizes = index(D_in), index(D_out)

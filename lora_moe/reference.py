@@ -118,7 +118,7 @@ def expand(h, b, h2=None, b2=None, base=None, dtype=None):
     return y.to(dtype or b.dtype)
 
 
-def gram(h, x):
+def wgrad(h, x):
     """H^T x, summed over the tokens.  (T, R), (T, D) -> (R, D) in H's dtype"""
     return h.T @ x.to(h.dtype)
 
@@ -183,7 +183,7 @@ def grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, sh
     """
     a, b = a.to(x.dtype), b.to(x.dtype)
     ds, dweights, h = rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a)
-    return expand(ds, a, dtype=x.dtype), dweights, gram(ds, x), gram(h, dy)
+    return expand(ds, a, dtype=x.dtype), dweights, wgrad(ds, x), wgrad(h, dy)
 
 
 def slot_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots):
@@ -265,7 +265,7 @@ def routed_lora_backward(
         dweights, dlogits, dmean_prob, dlse, indices, weights, logits, gate, renormalize
     )
     dx = expand(ds, a, dlogits, w, dtype=x.dtype)
-    return dx, gram(dlogits, x), gram(ds, x), gram(h, dy), dlogits.sum(0)
+    return dx, wgrad(dlogits, x), wgrad(ds, x), wgrad(h, dy), dlogits.sum(0)
 
 
 def _nonzero(z):

@@ -105,7 +105,7 @@ def expand(h, b, h2, b2, base, dtype):
     return h.new_empty((h.shape[0], b.shape[1]), dtype=dtype)
 
 
-def gram(h, x):
+def wgrad(h, x):
     return h.new_empty((h.shape[1], x.shape[1]))
 
 
@@ -126,14 +126,14 @@ def routed_lora_banks(x, w, a, b, base, *rest):
     return x.new_empty(base.shape)
 
 
-def _backward(x, dw, a, b, need_x, need_w, need_a, need_b):
+def _backward(x, dw, a, b, need_x, need_router, need_a, need_b):
     grads = (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         dw,
         a.new_empty(a.shape),
         b.new_empty(b.shape),
     )
-    return tuple(map(_keep, grads, (need_x, need_w, need_a, need_b)))
+    return tuple(map(_keep, grads, (need_x, need_router, need_a, need_b)))
 
 
 def grouped_lora_backward(

@@ -1,5 +1,7 @@
-"""The Triton kernels, forward and backward; each file holds one kernel and its launcher.
+"""The Triton kernels, forward and backward.
 
+`lora_forward` and `lora_backward` pick kernels by plan.  A file named after a kernel holds it and its
+launcher.  Shared: `gating` and `numerics` inside kernels; `experts`, `tiles` and `launching` around them.
 The functions have the signatures of the operators in lora_moe/ops.py.  They take CUDA tensors, and CPU
 tensors if TRITON_INTERPRET=1 is set before Triton is imported, in fp32, fp16 and bf16.
 """
@@ -11,16 +13,15 @@ if __name__ == "triton_kernels":
 
 from .banks import routed_lora_banks
 from .expand import expand
-from .gram import gram
 from .lora_backward import grouped_lora_backward, routed_lora_backward
-from .routed_lora import grouped_lora, routed_lora
+from .lora_forward import grouped_lora, routed_lora
 from .router_topk import route_logits, router_topk
 from .router_topk_backward import router_topk_backward
 from .shrink import shrink
+from .wgrad import wgrad
 
 __all__ = [
     "expand",
-    "gram",
     "grouped_lora",
     "grouped_lora_backward",
     "route_logits",
@@ -30,4 +31,5 @@ __all__ = [
     "router_topk",
     "router_topk_backward",
     "shrink",
+    "wgrad",
 ]

@@ -23,30 +23,30 @@ def _arrange_slots_kernel(
     indices_ptr,  # (T, K)
     weights_ptr,  # (T, K), or None: S includes its gate
     scaling_ptr,  # (E,)
-    tile_ptr,  # (tiles, BLOCK_T, L*RP)
+    tile_ptr,  # (tiles, BLOCK_T, L*TILE_R)
     T,
     L,
     r,
     BLOCKS,  # per tile
     K: tl.constexpr,
-    EP: tl.constexpr,
-    RP: tl.constexpr,
+    TILE_E: tl.constexpr,
+    TILE_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     number = tl.load(number_ptr + tile)
-    if block * EP >= number:
+    if block * TILE_E >= number:
         return
     i = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     t_ok = i < T
     t = tl.load(order_ptr + i, mask=t_ok, other=0).to(tl.int64)
-    place = block * EP + tl.arange(0, EP)
+    place = block * TILE_E + tl.arange(0, TILE_E)
     e_ok = place < number
     e = tl.load(experts_ptr + tile * L + place, mask=e_ok, other=0)
-    c = tl.arange(0, RP)[None, :]
+    c = tl.arange(0, TILE_R)[None, :]
 
-    h = tl.zeros((BLOCK_T, EP, RP), tl.float32)
+    h = tl.zeros((BLOCK_T, TILE_E, TILE_R), tl.float32)
     for j in range(K):
         slot = t * K + j
         index = tl.load(indices_ptr + slot, mask=t_ok, other=-1)
@@ -60,26 +60,26 @@ def _arrange_slots_kernel(
             s = tl.where((factor != 0)[:, None], s * factor[:, None], 0.0)
         h += tl.where(hit[:, :, None], s[:, None, :], 0.0)
 
-    column = block * EP * RP + tl.arange(0, EP * RP)
-    h = round_to(tl.reshape(h, (BLOCK_T, EP * RP)), tile_ptr.dtype.element_ty)
-    tile_ptr += tile * BLOCK_T * (L * RP)
-    at = tl.arange(0, BLOCK_T)[:, None] * (L * RP) + column[None, :]
-    tl.store(tile_ptr + at, h, mask=t_ok[:, None] & (column < number * RP)[None, :])
+    column = block * TILE_E * TILE_R + tl.arange(0, TILE_E * TILE_R)
+    h = round_to(tl.reshape(h, (BLOCK_T, TILE_E * TILE_R)), tile_ptr.dtype.element_ty)
+    tile_ptr += tile * BLOCK_T * (L * TILE_R)
+    at = tl.arange(0, BLOCK_T)[:, None] * (L * TILE_R) + column[None, :]
+    tl.store(tile_ptr + at, h, mask=t_ok[:, None] & (column < number * TILE_R)[None, :])
 
 
 def arrange_slots(s, weights, indices, experts, segments, like):
-    """(tiles, BLOCK_T, L*RP) in like's dtype, from s (T, K, r); weights None: s includes its gate."""
-    (T, K), (tiles, L), RP = indices.shape, segments.experts.shape, experts.own_columns
-    out, EP = segments.new_columns(like, RP), segments.experts_at_once(RP)
+    """(tiles, BLOCK_T, L*TILE_R) in like's dtype, from s (T, K, r); weights None: s includes its gate."""
+    (T, K), (tiles, L), TILE_R = indices.shape, segments.experts.shape, experts.own_columns
+    out, TILE_E = segments.new_columns(like, TILE_R), segments.experts_at_once(TILE_R)
     launch(
         s,
         _arrange_slots_kernel,
-        (triton.cdiv(L, EP) * tiles,),
+        (triton.cdiv(L, TILE_E) * tiles,),
         *(s, *segments[:3], indices, weights, experts.scaling, out),
-        *(T, L, experts.largest, triton.cdiv(L, EP)),
+        *(T, L, experts.largest, triton.cdiv(L, TILE_E)),
         K=K,
-        EP=EP,
-        RP=RP,
+        TILE_E=TILE_E,
+        TILE_R=TILE_R,
         BLOCK_T=segments.tile["BLOCK_T"],
         num_warps=segments.tile["num_warps"],
     )

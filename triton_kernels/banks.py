@@ -14,8 +14,8 @@ import torch
 
 from .decode import decode_banks
 from .experts import bundle_experts
-from .launching import column_rows, require_supported
-from .routed_lora import routed_lora
+from .launching import require_supported, rows_contiguous
+from .lora_forward import routed_lora
 from .router_topk import MAX_EXPERTS, biases_of, gate_options
 
 
@@ -41,7 +41,7 @@ def routed_lora_banks(
         w, a, b, scaling = operands
         experts = bundle_experts(a, b, scaling, offsets, shared_a)
         options = gate_options(*router)
-        x, w, base = column_rows(x), column_rows(w), column_rows(base)
+        x, w, base = rows_contiguous(x), rows_contiguous(w), rows_contiguous(base)
         decode_banks(x, w, biases_of(*biases), base, experts, columns, options, y)
         return y
     for i, (begin, end) in enumerate(columns):

@@ -1,14 +1,14 @@
 """The decode plan, for a handful of tokens: two launches, both split until they fill a device.
 
-    parts of [S | logits] = x @ [A | W]^T over splits of D_in           (shrink)
+    splits of [S | logits] = x @ [A | W]^T over splits of D_in           (shrink)
     y = base + gate(S, logits) @ B, one tile of columns per program     (here)
 
 Several layers that read the same x are banks: their A, W and B are contiguous in memory, bank after bank, and
 the same two launches run all of them.
 
-Every program adds the parts in order and repeats the routing decision, which costs far less than waiting for
+Every program adds the splits in order and repeats the routing decision, which costs far less than waiting for
 another launch; the first program stores it.  Blocks of experts that no token picked are skipped, including B.
-Reads 4*PARTS*T*(R+E) bytes per program and the picked rows of B, writes T*D_out.
+Reads 4*SPLITS*T*(R+E) bytes per program and the picked rows of B, writes T*D_out.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.
 """
@@ -19,17 +19,17 @@ import triton.language as tl
 
 from .gating import route, scatter_slots
 from .launching import launch, precision
-from .numerics import add_parts, convert, dot, in_first, round_to, rows_of, widen
-from .router_topk import MAX_EXPERTS, Routing, decide, new_routing
-from .shrink import shrink_parts, sum_of_parts
+from .numerics import convert, dot, in_first, round_to, rows_of, sum_splits, widen
+from .router_topk import MAX_EXPERTS, RoutingBuffers, decide, new_routing
+from .shrink import shrink_splits, sum_of_splits
 from .tiles import choose
 
 
 @triton.jit(do_not_specialize=["T"])
 def _decode_kernel(
-    s_parts_ptr,  # (PARTS, T, BANKS, R or r)
-    logits_parts_ptr,  # (PARTS, T, BANKS, E), or None: the routing is given
-    PARTS,
+    s_partial_ptr,  # (SPLITS, T, BANKS, R or r)
+    logits_partial_ptr,  # (SPLITS, T, BANKS, E), or None: the routing is given
+    SPLITS,
     columns,  # (first column of y, one past the last, first column of b) of each bank
     TILES,  # programs per bank
     biases,  # (BANKS, E)
@@ -54,7 +54,7 @@ def _decode_kernel(
     RENORMALIZE: tl.constexpr,
     SHARED: tl.constexpr,
     BANKS: tl.constexpr,
-    RP: tl.constexpr,
+    TILE_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -64,61 +64,61 @@ def _decode_kernel(
     t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
     t_ok = t < T
-    part = tl.program_id(1)
+    split = tl.program_id(1)
     bank, begin, end, shift = 0, 0, D_out, 0
     if BANKS > 1:
-        bank, part = part // TILES, part % TILES
+        bank, split = split // TILES, split % TILES
         for j in tl.static_range(BANKS):
             begin = tl.where(bank == j, columns[j][0], begin)
             end = tl.where(bank == j, columns[j][1], end)
             shift = tl.where(bank == j, columns[j][2] - columns[j][0], shift)
-    n = (begin + part * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    n = (begin + split * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     n_ok = n < end
     width = R
     if SHARED:
         width = rank
 
     gates = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    if logits_parts_ptr is not None:
+    if logits_partial_ptr is not None:
         every = tl.arange(0, BLOCK_E)
         in_logits = t_ok[:, None] & (every < E)[None, :]
-        logits = add_parts(
-            logits_parts_ptr, PARTS, T, t0, BANKS * E, bank * E + every, in_logits, BLOCK_T
+        logits = sum_splits(
+            logits_partial_ptr, SPLITS, T, t0, BANKS * E, bank * E + every, in_logits, BLOCK_T
         )
         gates = route(
-            logits, biases, top_p, threshold, routing, part, t0, t, t_ok, every, every < E, T, E,
+            logits, biases, top_p, threshold, routing, split, t0, t, t_ok, every, every < E, T, E,
             bank * E, K, GATE, RENORMALIZE,
         )  # fmt: skip
 
     y = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    for first in range(0, E * RP, BLOCK_R):
+    for first in range(0, E * TILE_R, BLOCK_R):
         column = first + tl.arange(0, BLOCK_R)
-        e = column // RP
+        e = column // TILE_R
         if offsets_ptr is None:
-            row = e * rank + column % RP
-            row_ok = (e < E) & (column % RP < rank)
+            row = e * rank + column % TILE_R
+            row_ok = (e < E) & (column % TILE_R < rank)
         else:
-            row = tl.load(offsets_ptr + e, mask=e < E, other=0) + column % RP
+            row = tl.load(offsets_ptr + e, mask=e < E, other=0) + column % TILE_R
             row_ok = (e < E) & (row < tl.load(offsets_ptr + e + 1, mask=e < E, other=0))
-        if logits_parts_ptr is not None:
+        if logits_partial_ptr is not None:
             e_of_t = tl.broadcast_to(tl.minimum(e, BLOCK_E - 1)[None, :], (BLOCK_T, BLOCK_R))
             gate = tl.gather(gates, e_of_t, 1)
         else:
             gate = scatter_slots(routing.indices, routing.weights, t, t_ok, e, row_ok, K)
         gate *= tl.load(scaling_ptr + bank * E + e, mask=e < E, other=0.0)[None, :]
-        saves = (part == 0) & (s_ptr is not None)
+        saves = (split == 0) & (s_ptr is not None)
         if saves | (tl.max(tl.max((gate != 0).to(tl.int32), 1), 0) > 0):
             s_row = row
             if SHARED:
-                s_row = column % RP
+                s_row = column % TILE_R
             in_s = t_ok[:, None] & row_ok[None, :]
-            s = add_parts(
-                s_parts_ptr, PARTS, T, t0, BANKS * width, bank * width + s_row, in_s, BLOCK_T
+            s = sum_splits(
+                s_partial_ptr, SPLITS, T, t0, BANKS * width, bank * width + s_row, in_s, BLOCK_T
             )
             if s_ptr is not None:
                 if SHARED:  # stored once, with the first expert
                     in_s &= (e == 0)[None, :]
-                tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(in_s, part))
+                tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(in_s, split))
             h = round_to(tl.where(gate != 0, s * gate, 0.0), y_ptr.dtype.element_ty)
             b = b_ptr + row[:, None].to(tl.int64) * stride_br + n + shift
             b = tl.load(b, mask=row_ok[:, None] & n_ok, other=0.0)
@@ -136,38 +136,38 @@ def decode(x, w, biases, base, experts, routing, gate):
     """y (T, D_out), the router's decision (None if `routing` is given), S (T, R or r)."""
     a, b = experts.a, experts.b
     T, E, (_, D_out) = len(x), len(experts.scaling), b.shape
-    s_parts, logits_parts = shrink_parts(x, a, w)
+    s_partial, logits_partial = shrink_splits(x, a, w)
     results = None
     if w is None:
-        logits_parts = None
+        logits_partial = None
     elif E > MAX_EXPERTS or T == 0:  # this many need a separate launch
-        results = decide(*sum_of_parts(logits_parts), biases, gate)
-        routing, logits_parts = Routing(*results[:2]), None
-    tile = choose("decode", x, experts.RP)
+        results = decide(*sum_of_splits(logits_partial), biases, gate)
+        routing, logits_partial = RoutingBuffers(*results[:2]), None
+    tile = choose("decode", x, experts.TILE_R)
     if routing is None:
         routing = new_routing(x, E, gate["K"], tile["BLOCK_T"])
     s, y = x.new_empty(T, len(a), dtype=torch.float32), x.new_empty(T, D_out)
     if T:
-        parts = s_parts, logits_parts
-        _launch(x, parts, [(0, D_out, 0)], biases, base, experts, E, routing, s, y, gate, tile)
+        splits = s_partial, logits_partial
+        _launch(x, splits, [(0, D_out, 0)], biases, base, experts, E, routing, s, y, gate, tile)
     return y, results or (None if w is None else routing.results()), s
 
 
-def _launch(x, parts, columns, biases, base, experts, E, routing, s, y, gate, tile):
-    (s_parts, logits_parts), b = parts, experts.b
+def _launch(x, splits, columns, biases, base, experts, E, routing, s, y, gate, tile):
+    (s_partial, logits_partial), b = splits, experts.b
     tiles = max(triton.cdiv(end - begin, tile["BLOCK_N"]) for begin, end, _ in columns)
     launch(
         x,
         _decode_kernel,
         (triton.cdiv(len(x), tile["BLOCK_T"]), tiles * len(columns)),
-        *(s_parts, logits_parts, len(s_parts), tuple(columns), tiles, biases),
+        *(s_partial, logits_partial, len(s_partial), tuple(columns), tiles, biases),
         *(b, b.stride(0), base, 0 if base is None else base.stride(0)),
         *(experts.scaling, experts.offsets, experts.rank, routing, s, y),
         *(len(x), E, len(b), y.shape[1]),
         SHARED=experts.shared_a,
         BANKS=len(columns),
-        RP=experts.RP,
-        BLOCK_E=16 if logits_parts is None else max(16, triton.next_power_of_2(E)),
+        TILE_R=experts.TILE_R,
+        BLOCK_E=16 if logits_partial is None else max(16, triton.next_power_of_2(E)),
         PRECISION=precision(x),
         **gate,
         **tile,
@@ -181,5 +181,5 @@ def decode_banks(x, w, biases, base, experts, columns, gate, y):
     (BANKS E,); `columns` as in the kernel.
     """
     E = len(w) // len(columns)
-    parts, tile = shrink_parts(x, experts.a, w), choose("decode", x, experts.RP)
-    _launch(x, parts, columns, biases, base, experts, E, None, None, y, gate, tile)
+    splits, tile = shrink_splits(x, experts.a, w), choose("decode", x, experts.TILE_R)
+    _launch(x, splits, columns, biases, base, experts, E, None, None, y, gate, tile)

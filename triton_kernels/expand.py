@@ -11,7 +11,7 @@ Letters: T tokens, R rank rows, D columns of y.
 import triton
 import triton.language as tl
 
-from .launching import column_rows, launch, padded, precision, require_supported
+from .launching import launch, padded, precision, require_supported, rows_contiguous
 from .numerics import INTERPRETED, dot, dot_for_16_bits, matched, round_to, widen
 from .tiles import choose
 
@@ -94,16 +94,16 @@ def add_product(
 def expand(h, b, h2, b2, base, dtype):
     """y (T, D) in dtype."""
     require_supported(h, b, *(v for v in (b2, base) if v is not None), dtype=dtype)
-    h, b = column_rows(h), column_rows(b)
+    h, b = rows_contiguous(h), rows_contiguous(b)
     T, D = len(h), b.shape[1]
     y = h.new_empty(T, D, dtype=dtype)
     if y.numel() == 0:
         return y
     second = (None, 0, None, 0)
     if h2 is not None:
-        h2, b2 = column_rows(h2), column_rows(b2)
+        h2, b2 = rows_contiguous(h2), rows_contiguous(b2)
         second = (h2, h2.stride(0), b2, b2.stride(0))
-    base = None if base is None else column_rows(base)
+    base = None if base is None else rows_contiguous(base)
     tile = choose("expand", b, len(b))
     launch(
         h,

@@ -30,22 +30,22 @@ def _gate_ranks_kernel(
     K: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    EP: tl.constexpr,
-    RP: tl.constexpr,
+    TILE_E: tl.constexpr,
+    TILE_R: tl.constexpr,
 ):
     t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
     t_ok = t < T
 
-    for first in range(0, E, EP):
-        e = first + tl.arange(0, EP)
-        row, row_ok = expert_rows(offsets_ptr, rank, first, E, EP, RP)
-        s_row, s_ok, width = saved_rows(offsets_ptr, rank, first, E, R, EP, RP, SHARED)
+    for first in range(0, E, TILE_E):
+        e = first + tl.arange(0, TILE_E)
+        row, row_ok = expert_rows(offsets_ptr, rank, first, E, TILE_E, TILE_R)
+        s_row, s_ok, width = saved_rows(offsets_ptr, rank, first, E, R, TILE_E, TILE_R, SHARED)
         s = rows_of(s_ptr, t0, width, s_row, BLOCK_T)
         s = tl.load(s, mask=t_ok[:, None] & s_ok[None, :], other=0.0)
         gate = scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e < E, K)
         gate *= tl.load(scaling_ptr + e, mask=e < E, other=0.0)[None, :]
-        h = round_to(apply_gate(s, gate, EP, RP), h_ptr.dtype.element_ty)
+        h = round_to(apply_gate(s, gate, TILE_E, TILE_R), h_ptr.dtype.element_ty)
         inside = t_ok[:, None] & row_ok[None, :]
         tl.store(rows_of(h_ptr, t0, R, row, BLOCK_T), h, mask=inside)
 
@@ -57,7 +57,7 @@ def gate_ranks(s, routing, experts, dtype):
     if T == 0:
         return h
     options = experts.options
-    tile = choose("gate_ranks", s, options["EP"] * options["RP"])
+    tile = choose("gate_ranks", s, options["TILE_E"] * options["TILE_R"])
     launch(
         s,
         _gate_ranks_kernel,

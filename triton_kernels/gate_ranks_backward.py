@@ -36,18 +36,18 @@ def _gate_ranks_backward_kernel(
     K: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    EP: tl.constexpr,
-    RP: tl.constexpr,
+    TILE_E: tl.constexpr,
+    TILE_R: tl.constexpr,
 ):
     t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
     t_ok = t < T
-    shared_ds = tl.zeros((BLOCK_T, RP), tl.float32)
+    shared_ds = tl.zeros((BLOCK_T, TILE_R), tl.float32)
 
-    for first in range(0, E, EP):
-        e = first + tl.arange(0, EP)
-        row, row_ok = expert_rows(offsets_ptr, rank, first, E, EP, RP)
-        s_row, s_ok, width = saved_rows(offsets_ptr, rank, first, E, R, EP, RP, SHARED)
+    for first in range(0, E, TILE_E):
+        e = first + tl.arange(0, TILE_E)
+        row, row_ok = expert_rows(offsets_ptr, rank, first, E, TILE_E, TILE_R)
+        s_row, s_ok, width = saved_rows(offsets_ptr, rank, first, E, R, TILE_E, TILE_R, SHARED)
         inside, s_inside = t_ok[:, None] & row_ok[None, :], t_ok[:, None] & s_ok[None, :]
         g = tl.load(rows_of(g_ptr, t0, R, row, BLOCK_T), mask=inside, other=0.0)
         s = tl.load(rows_of(s_ptr, t0, width, s_row, BLOCK_T), mask=s_inside, other=0.0)
@@ -55,7 +55,7 @@ def _gate_ranks_backward_kernel(
         scaling = tl.load(scaling_ptr + e, mask=e < E, other=0.0)[None, :]
         gate = scaling * scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e < E, K)
         picked = scatter_slots(indices_ptr, None, t, t_ok, e, e < E, K)
-        ds, h, dgate = apply_gate_backward(g, s, gate, picked, EP, RP, SHARED)
+        ds, h, dgate = apply_gate_backward(g, s, gate, picked, TILE_E, TILE_R, SHARED)
 
         h = round_to(h, h_ptr.dtype.element_ty)
         tl.store(rows_of(h_ptr, t0, R, row, BLOCK_T), h, mask=inside)
@@ -67,7 +67,7 @@ def _gate_ranks_backward_kernel(
             tl.store(rows_of(ds_ptr, t0, width, s_row, BLOCK_T), ds, mask=s_inside)
 
     if SHARED:
-        j = tl.arange(0, RP)
+        j = tl.arange(0, TILE_R)
         ds = round_to(shared_ds, ds_ptr.dtype.element_ty)
         inside = t_ok[:, None] & (j < rank)[None, :]
         tl.store(rows_of(ds_ptr, t0, rank, j, BLOCK_T), ds, mask=inside)
@@ -81,7 +81,7 @@ def gate_ranks_backward(g, s, routing, experts, dtype):
     if T == 0:
         return ds, h, dweights
     options = experts.options
-    tile = choose("gate_ranks", g, options["EP"] * options["RP"])
+    tile = choose("gate_ranks", g, options["TILE_E"] * options["TILE_R"])
     launch(
         g,
         _gate_ranks_backward_kernel,

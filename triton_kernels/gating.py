@@ -1,8 +1,8 @@
 """What happens in registers between the two matmuls: top-k, gates, and their gradients.
 
-A tile of ranks has EP * RP columns: EP experts of RP ranks each, both powers of two, with RP at least the
-largest rank.  Viewed as (BLOCK_T, EP, RP), the gate of an expert is a broadcast and its gradient a sum along
-the last axis; unequal ranks only change which rows of A the columns stand for.
+A tile of ranks has TILE_E * TILE_R columns: TILE_E experts of TILE_R ranks each, both powers of two, with
+TILE_R at least the largest rank.  Viewed as (BLOCK_T, TILE_E, TILE_R), the gate of an expert is a broadcast
+and its gradient a sum along the last axis; unequal ranks only change which rows of A the columns stand for.
 
 Letters: T tokens, E experts, K picked experts per token.
 """
@@ -14,30 +14,30 @@ from .numerics import in_first, rows_of
 
 
 @triton.jit
-def expert_rows(offsets_ptr, rank, first, E, EP: tl.constexpr, RP: tl.constexpr):
-    """Rows of A and B for the EP * RP columns of experts first.., and whether they exist."""
-    column = tl.arange(0, EP * RP)
-    e = first + column // RP
+def expert_rows(offsets_ptr, rank, first, E, TILE_E: tl.constexpr, TILE_R: tl.constexpr):
+    """Rows of A and B for the TILE_E * TILE_R columns of experts first.., and whether they exist."""
+    column = tl.arange(0, TILE_E * TILE_R)
+    e = first + column // TILE_R
     if offsets_ptr is None:
         start = e * rank
         stop = start + rank
     else:
         start = tl.load(offsets_ptr + e, mask=e < E, other=0)
         stop = tl.load(offsets_ptr + e + 1, mask=e < E, other=0)
-    row = start + column % RP
+    row = start + column % TILE_R
     return row, (e < E) & (row < stop)
 
 
 @triton.jit
 def saved_rows(
-    offsets_ptr, rank, first, E, R, EP: tl.constexpr, RP: tl.constexpr, SHARED: tl.constexpr
+    offsets_ptr, rank, first, E, R, TILE_E: tl.constexpr, TILE_R: tl.constexpr, SHARED: tl.constexpr
 ):
     """The same for the columns of S, and how many a token has: with a shared A, only one expert's."""
     if SHARED:
-        row, row_ok = expert_rows(None, rank, 0, 1, 1, RP)
+        row, row_ok = expert_rows(None, rank, 0, 1, 1, TILE_R)
         width = rank
     else:
-        row, row_ok = expert_rows(offsets_ptr, rank, first, E, EP, RP)
+        row, row_ok = expert_rows(offsets_ptr, rank, first, E, TILE_E, TILE_R)
         width = R
     return row, row_ok, width
 
@@ -102,7 +102,7 @@ def route(
     top_p,
     threshold,
     out,
-    part,
+    split,
     t0,
     t,
     t_ok,
@@ -119,7 +119,7 @@ def route(
 
     biases.router is added to the logits, which are stored with it unless out.logits is None; the
     experts' biases start at first_bias.  If `out` is None, nothing is stored. If several programs decide
-    on the same tokens, only the first (part 0) stores. (BLOCK_T, E) -> (BLOCK_T, E), zero where not
+    on the same tokens, only the first (split 0) stores. (BLOCK_T, E) -> (BLOCK_T, E), zero where not
     picked
     """
     if biases.router is not None:
@@ -134,7 +134,7 @@ def route(
 
     if out is not None:
         slot = tl.arange(0, ids.shape[1])
-        stored, e_stored = in_first(t_ok, part), in_first(e_ok, part)
+        stored, e_stored = in_first(t_ok, split), in_first(e_ok, split)
         filled = stored[:, None] & (slot < K)[None, :]
         tl.store(rows_of(out.indices, t0, K, slot, p.shape[0]), ids, mask=filled)
         tl.store(rows_of(out.weights, t0, K, slot, p.shape[0]), weights, mask=filled)
@@ -205,33 +205,33 @@ def share_of_slots(weights_ptr, dweights_ptr, t, t_ok, K: tl.constexpr):
 
 
 @triton.jit
-def apply_gate(s, gate, EP: tl.constexpr, RP: tl.constexpr):
+def apply_gate(s, gate, TILE_E: tl.constexpr, TILE_R: tl.constexpr):
     """H: S times the gate of its expert; zero if the gate is zero, whatever S contains.
 
-    S (BLOCK_T, EP * RP), or (BLOCK_T, RP) shared by the experts; gate (BLOCK_T, EP).
+    S (BLOCK_T, TILE_E * TILE_R), or (BLOCK_T, TILE_R) shared by the experts; gate (BLOCK_T, TILE_E).
     """
-    h = multiply_gated(by_expert(s, RP), gate)
-    return tl.reshape(h, (gate.shape[0], EP * RP))
+    h = multiply_gated(by_expert(s, TILE_R), gate)
+    return tl.reshape(h, (gate.shape[0], TILE_E * TILE_R))
 
 
 @triton.jit
 def apply_gate_backward(
-    g, s, gate, picked, EP: tl.constexpr, RP: tl.constexpr, SHARED: tl.constexpr
+    g, s, gate, picked, TILE_E: tl.constexpr, TILE_R: tl.constexpr, SHARED: tl.constexpr
 ):
-    """From G = dy B^T: dS, H, and the sum of G S over the rows of each picked expert (BLOCK_T, EP)."""
-    dgate = tl.sum(by_expert(g, RP) * by_expert(s, RP), 2)
-    ds = multiply_gated(by_expert(g, RP), gate)
+    """From G = dy B^T: dS, H, and the sum of G S over the rows of each picked expert (BLOCK_T, TILE_E)."""
+    dgate = tl.sum(by_expert(g, TILE_R) * by_expert(s, TILE_R), 2)
+    ds = multiply_gated(by_expert(g, TILE_R), gate)
     if SHARED:
         ds = tl.sum(ds, 1)
     else:
-        ds = tl.reshape(ds, (gate.shape[0], EP * RP))
-    return ds, apply_gate(s, gate, EP, RP), tl.where(picked > 0, dgate, 0.0)
+        ds = tl.reshape(ds, (gate.shape[0], TILE_E * TILE_R))
+    return ds, apply_gate(s, gate, TILE_E, TILE_R), tl.where(picked > 0, dgate, 0.0)
 
 
 @triton.jit
-def by_expert(v, RP: tl.constexpr):
-    """(BLOCK_T, EP * RP) -> (BLOCK_T, EP, RP);  (BLOCK_T, RP) -> (BLOCK_T, 1, RP)"""
-    return tl.reshape(v, (v.shape[0], v.shape[1] // RP, RP))
+def by_expert(v, TILE_R: tl.constexpr):
+    """(BLOCK_T, TILE_E * TILE_R) -> (BLOCK_T, TILE_E, TILE_R);  (BLOCK_T, TILE_R) -> (BLOCK_T, 1, TILE_R)"""
+    return tl.reshape(v, (v.shape[0], v.shape[1] // TILE_R, TILE_R))
 
 
 @triton.jit

@@ -20,7 +20,7 @@ def require_supported(*operands, dtype=None):
             raise TypeError(f"triton kernels: expected float32, float16 or bfloat16, got {got}")
 
 
-def column_rows(v):
+def rows_contiguous(v):
     """v with unit stride along its columns, copied only if it is not."""
     return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
 
@@ -56,7 +56,11 @@ def tuned(kernel, warps):
     changes no bit of a result.
     """
     sizes = [name for name in ("D", "D_in", "D_out", "R", "E") if name in kernel.arg_names]
-    tiles = [name for name in kernel.arg_names if name.startswith("BLOCK") or name in ("EP", "RP")]
+    tiles = [
+        name
+        for name in kernel.arg_names
+        if name.startswith("BLOCK") or name in ("TILE_E", "TILE_R")
+    ]
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for stages in (1, 2, 3, 4)]
     return triton.autotune(configs, key=sizes + tiles)(kernel)
 

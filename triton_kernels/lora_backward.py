@@ -12,59 +12,59 @@ import functools
 
 import torch
 
-from .add_parts import add_parts
+from .add_splits import add_splits
 from .arrange_slots import arrange_slots
 from .expand import expand
 from .experts import bundle_experts
-from .gram import gram, gram_pair_parts, gram_parts
-from .launching import column_rows, require_supported
+from .launching import require_supported, rows_contiguous
 from .rank_gradient import rank_gradient
-from .router_topk import Routing
+from .router_topk import RoutingBuffers
 from .router_topk_backward import aux_gradients, logits_gradient
 from .segmented_expand import segmented_expand
-from .segmented_gram import segmented_gram, sorted_slots
 from .segmented_shrink import segmented_rank_gradient, segments_of
+from .segmented_wgrad import segmented_wgrad, sorted_slots
 from .slots import of_each_slot, segments_of_slots
+from .wgrad import wgrad, wgrad_pair_splits, wgrad_splits
 from .write_table import write_table
 
 
 def grouped_lora_backward(
     dy, x, a, b, s, indices, weights, scaling, offsets, shared_a,
-    slots, frozen, need_x, need_w, need_a, need_b, plan,
+    slots, frozen, need_x, need_router, need_a, need_b, plan,
 ):  # fmt: skip
     """dx, dweights, da, db; empty if not needed."""
     require_supported(dy, x, a, b)
-    routing = Routing(indices.contiguous(), weights.contiguous())
+    routing = RoutingBuffers(indices.contiguous(), weights.contiguous())
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
-    call = column_rows(dy), column_rows(x), None, s, routing, experts, frozen
+    call = rows_contiguous(dy), rows_contiguous(x), None, s, routing, experts, frozen
     if slots != "none":
         grad = OfSlots(*call, slots)
     else:
         grad = (Segmented if plan == "segmented" else RankDense)(*call, None)
     dx, da, _, db = grad.results(need_x, need_a, False, need_b)
-    return dx, grad.dweights if need_w else s.new_empty(0), da, db
+    return dx, grad.dweights if need_router else s.new_empty(0), da, db
 
 
 def routed_lora_backward(
     dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, s, indices, weights, logits,
-    scaling, offsets, shared_a, gate, renormalize, frozen, need_x, need_w, need_a, need_b,
+    scaling, offsets, shared_a, gate, renormalize, frozen, need_x, need_router, need_a, need_b,
     need_router_bias, plan,
 ):  # fmt: skip
     """dx, dw, da, db, drouter_bias; empty if not needed."""
     require_supported(dy, x, w, a, b)
-    routing = Routing(indices.contiguous(), weights.contiguous(), logits.contiguous())
+    routing = RoutingBuffers(indices.contiguous(), weights.contiguous(), logits.contiguous())
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
     router = gate, renormalize, aux_gradients(dweights, dlogits, dmean_prob, dlse)
     backward = Segmented if plan == "segmented" else RankDense
-    grad = backward(column_rows(dy), column_rows(x), w, s, routing, experts, frozen, router)
-    dx, da, dw, db = grad.results(need_x, need_a, need_w, need_b)
+    grad = backward(rows_contiguous(dy), rows_contiguous(x), w, s, routing, experts, frozen, router)
+    dx, da, dw, db = grad.results(need_x, need_a, need_router, need_b)
     return dx, dw, da, db, sum_of_rows(grad.dlogits) if need_router_bias else s.new_empty(0)
 
 
 def sum_of_rows(v):
     """The sum over all rows, in a fixed order.  (T, E) -> (E,), fp32"""
     ones = v.new_ones((1, 1), dtype=torch.float16)  # exact, and never multiplied as TF32
-    return gram(v, ones.expand(len(v), 1)).view(-1)
+    return wgrad(v, ones.expand(len(v), 1)).view(-1)
 
 
 class RankDense:
@@ -75,19 +75,19 @@ class RankDense:
         out = rank_gradient(dy, s.contiguous(), routing, experts, router)
         self.ds, self.h, self.dweights, self.dlogits = out
 
-    def results(self, need_x, need_a, need_w, need_b):
+    def results(self, need_x, need_a, need_router, need_b):
         """dx, da, dw, db; empty if not needed."""
         sums = {}
-        if need_a and need_w:
+        if need_a and need_router:
             sums["a"], sums["w"] = self.a_and_w()
         elif need_a:
             sums["a"] = self.a()
-        elif need_w:
-            sums["w"] = gram_parts(self.dlogits, self.x, self.w.dtype)
+        elif need_router:
+            sums["w"] = wgrad_splits(self.dlogits, self.x, self.w.dtype)
         if need_b:
             sums["b"] = self.b()
         dx = self.input() if need_x else self.dy.new_empty(0)
-        add_parts(*((parts, out) for parts, out in sums.values() if parts is not None))
+        add_splits(*((splits, out) for splits, out in sums.values() if splits is not None))
         return dx, *(sums[name][1] if name in sums else self.dy.new_empty(0) for name in "awb")
 
     def input(self):
@@ -95,15 +95,15 @@ class RankDense:
 
     def a_and_w(self):
         kinds = self.experts.a.dtype, self.w.dtype
-        return gram_pair_parts(
+        return wgrad_pair_splits(
             self.ds, self.dlogits, self.x, *kinds, self.rows(self.experts.shared_a)
         )
 
     def a(self):
-        return gram_parts(self.ds, self.x, self.experts.a.dtype, self.rows(self.experts.shared_a))
+        return wgrad_splits(self.ds, self.x, self.experts.a.dtype, self.rows(self.experts.shared_a))
 
     def b(self):
-        return gram_parts(self.h, self.dy, self.experts.b.dtype, self.rows(False))
+        return wgrad_splits(self.h, self.dy, self.experts.b.dtype, self.rows(False))
 
     def rows(self, shared):
         """The rows that are not frozen, or None for all.  A frozen expert still passes gradients to x."""
@@ -148,18 +148,18 @@ class Segmented(RankDense):
         return self.ds.sum(1).to(self.x.dtype)
 
     def a_and_w(self):
-        return self.a(), gram_parts(self.dlogits, self.x, self.w.dtype)
+        return self.a(), wgrad_splits(self.dlogits, self.x, self.w.dtype)
 
     def a(self):
         if self.experts.shared_a:
-            return gram_parts(self.shared_ds, self.x, self.experts.a.dtype)
+            return wgrad_splits(self.shared_ds, self.x, self.experts.a.dtype)
         return self.by_expert(self.ds, self.x, self.experts.a.dtype)
 
     def b(self):
         return self.by_expert(self.h, self.dy, self.experts.b.dtype)
 
     def by_expert(self, h, x, dtype):
-        return segmented_gram(h, x, self.slots, self.experts, self.frozen_flags, dtype)
+        return segmented_wgrad(h, x, self.slots, self.experts, self.frozen_flags, dtype)
 
     @functools.cached_property
     def frozen_flags(self):

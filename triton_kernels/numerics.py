@@ -203,9 +203,9 @@ def project(
 
 
 @triton.jit
-def in_first(mask, part):
-    """The mask itself in the first part, all false in the others; part counts from 0."""
-    return mask.to(tl.int32) > part
+def in_first(mask, split):
+    """The mask itself in the first split, all false in the others; split counts from 0."""
+    return mask.to(tl.int32) > split
 
 
 @triton.jit
@@ -215,10 +215,10 @@ def rows_of(ptr, t0, width, column, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def add_parts(parts_ptr, PARTS, T, t0, width, column, inside, BLOCK_T: tl.constexpr):
-    """The sum that `project` would compute, from the parts that `shrink` wrote.  (PARTS, T, width)"""
+def sum_splits(partial_ptr, SPLITS, T, t0, width, column, inside, BLOCK_T: tl.constexpr):
+    """The sum that `project` would compute, from the splits that `shrink` wrote.  (SPLITS, T, width)"""
     total = tl.zeros((BLOCK_T, column.shape[0]), tl.float32)
-    for _part in range(PARTS):
-        total += tl.load(rows_of(parts_ptr, t0, width, column, BLOCK_T), mask=inside, other=0.0)
+    for _split in range(SPLITS):
+        total += tl.load(rows_of(partial_ptr, t0, width, column, BLOCK_T), mask=inside, other=0.0)
         t0 += T
     return total

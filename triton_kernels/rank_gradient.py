@@ -25,18 +25,18 @@ from .gating import (
     share_of_slots,
 )
 from .launching import launch, precision
-from .numerics import add_parts, project, round_to, rows_of
+from .numerics import project, round_to, rows_of, sum_splits
 from .router_topk_backward import aux_gradients, logits_gradient
-from .shrink import shrink, shrink_parts
+from .shrink import shrink, shrink_splits
 from .tiles import choose
 
 
 @triton.jit(do_not_specialize=["T"])
 def _rank_gradient_kernel(
-    dy_ptr,  # (T, D_out), or None: `shrink` wrote G in parts
+    dy_ptr,  # (T, D_out), or None: `shrink` wrote G in splits
     stride_dyt,
-    g_parts_ptr,  # (PARTS, T, R)
-    PARTS,
+    g_partial_ptr,  # (SPLITS, T, R)
+    SPLITS,
     b_ptr,  # (R, D_out)
     stride_br,
     s_ptr,  # (T, R), or (T, r) shared by the experts
@@ -59,22 +59,22 @@ def _rank_gradient_kernel(
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
     SHARED: tl.constexpr,
-    EP: tl.constexpr,
-    RP: tl.constexpr,
+    TILE_E: tl.constexpr,
+    TILE_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
-    e = tl.arange(0, EP)
+    e = tl.arange(0, TILE_E)
     t_ok, e_ok = t < T, e < E
-    row, row_ok = expert_rows(offsets_ptr, rank, 0, E, EP, RP)
-    s_row, s_ok, width = saved_rows(offsets_ptr, rank, 0, E, R, EP, RP, SHARED)
+    row, row_ok = expert_rows(offsets_ptr, rank, 0, E, TILE_E, TILE_R)
+    s_row, s_ok, width = saved_rows(offsets_ptr, rank, 0, E, R, TILE_E, TILE_R, SHARED)
     inside, s_inside = t_ok[:, None] & row_ok[None, :], t_ok[:, None] & s_ok[None, :]
 
     if dy_ptr is None:
-        g = add_parts(g_parts_ptr, PARTS, T, t0, R, row, inside, BLOCK_T)
+        g = sum_splits(g_partial_ptr, SPLITS, T, t0, R, row, inside, BLOCK_T)
     else:
         g, _ = project(
             dy_ptr, stride_dyt, t, t_ok, b_ptr, stride_br, row, row_ok, None, 0, e, e_ok,
@@ -86,7 +86,7 @@ def _rank_gradient_kernel(
     scaling = tl.load(scaling_ptr + e, mask=e_ok, other=0.0)[None, :]
     gate = scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e_ok, K)
     picked = scatter_slots(indices_ptr, None, t, t_ok, e, e_ok, K)
-    ds, h, dgate = apply_gate_backward(g, s, gate * scaling, picked, EP, RP, SHARED)
+    ds, h, dgate = apply_gate_backward(g, s, gate * scaling, picked, TILE_E, TILE_R, SHARED)
     dgate *= scaling
 
     ds, h = round_to(ds, ds_ptr.dtype.element_ty), round_to(h, h_ptr.dtype.element_ty)
@@ -123,10 +123,10 @@ def rank_gradient(dy, s, routing, experts, router):
     dweights = torch.zeros_like(weights) if router is None else None
     dlogits = None if router is None else torch.empty_like(logits)
     kernel = "rank_gradient" if experts.offsets is None else "rank_gradient_unequal"
-    tile = choose(kernel, dy, experts.EP * experts.RP)
+    tile = choose(kernel, dy, experts.TILE_E * experts.TILE_R)
     source = (dy, dy.stride(0), None, 0)
-    if tile.pop("IN_PARTS"):
-        g, _ = shrink_parts(dy, b, None)
+    if tile.pop("SPLIT_D"):
+        g, _ = shrink_splits(dy, b, None)
         source = (None, 0, g, len(g))
     launch(
         dy,

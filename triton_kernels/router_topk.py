@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .add_parts import add_parts
+from .add_splits import add_splits
 from .gating import route
-from .launching import column_rows, launch, require_supported
+from .launching import launch, require_supported, rows_contiguous
 from .numerics import project, rows_of
 from .shrink import shrink
 from .tiles import choose
@@ -28,7 +28,7 @@ from .tiles import choose
 MAX_EXPERTS = 256  # the most whose logits fit into a tile that is also a dot's accumulator
 
 
-class Routing(NamedTuple):
+class RoutingBuffers(NamedTuple):
     """Where the kernels write a decision; the statistics have one row per tile of tokens."""
 
     indices: torch.Tensor  # (T, K) int32
@@ -45,7 +45,7 @@ class Routing(NamedTuple):
         else:
             E = self.mean_prob.shape[1]
             mean_prob, counts = self.lse.new_empty(E), self.indices.new_empty(E, dtype=torch.int64)
-            add_parts((self.mean_prob, mean_prob), (self.counts, counts))
+            add_splits((self.mean_prob, mean_prob), (self.counts, counts))
         return self.indices, self.weights, self.logits, mean_prob, self.lse, counts
 
 
@@ -65,7 +65,7 @@ def biases_of(bias, router_bias):
 
 def new_routing(x, E, K, block_t, keep_logits=True):
     T, tiles = len(x), triton.cdiv(len(x), block_t)
-    return Routing(
+    return RoutingBuffers(
         x.new_empty(T, K, dtype=torch.int32),
         x.new_empty(T, K, dtype=torch.float32),
         x.new_empty(T, E, dtype=torch.float32) if keep_logits else None,
@@ -148,7 +148,7 @@ def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p, thresh
     if len(w) > MAX_EXPERTS:
         _, logits = shrink(x, None, w)
         return decide(logits, biases, options)
-    x, w = column_rows(x), column_rows(w)
+    x, w = rows_contiguous(x), rows_contiguous(w)
     source = x, x.stride(0), w, w.stride(0), None
     return _launch(x, source, biases, len(w), "router_topk", options)
 

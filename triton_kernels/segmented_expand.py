@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 
 from .expand import add_product, rank_step
-from .launching import column_rows, launch, precision
+from .launching import launch, precision, rows_contiguous
 from .numerics import dot, matched, round_to, widen
 from .segmented_shrink import listed_rows, sharing
 
 
 @triton.jit(do_not_specialize=["T"])
 def _segmented_expand_kernel(
-    h_ptr,  # (tiles, BLOCK_T, L*RP)
+    h_ptr,  # (tiles, BLOCK_T, L*TILE_R)
     b_ptr,  # (R, D)
     stride_br,
     h2_ptr,  # (T, R2) or None
@@ -40,7 +40,7 @@ def _segmented_expand_kernel(
     D,
     BLOCKS,  # of columns; one axis of the grid takes any number of tiles, the others at most 65,535
     SHARE: tl.constexpr,  # consecutive tokens that read the same row of base
-    RP: tl.constexpr,
+    TILE_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -54,14 +54,14 @@ def _segmented_expand_kernel(
     d = tl.program_id(0) % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     number = tl.load(number_ptr + tile)
     experts_ptr += tile * L
-    h_ptr += tile * BLOCK_T * (L * RP)
+    h_ptr += tile * BLOCK_T * (L * TILE_R)
 
     y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for first in range(0, number * RP, BLOCK_R):
+    for first in range(0, number * TILE_R, BLOCK_R):
         column = first + tl.arange(0, BLOCK_R)
-        row, row_ok = listed_rows(offsets_ptr, rank, experts_ptr, number, first, E, BLOCK_R, RP)
-        h = h_ptr + tl.arange(0, BLOCK_T)[:, None] * (L * RP) + column[None, :]
-        h = tl.load(h, mask=t_ok[:, None] & (column < number * RP)[None, :], other=0.0)
+        row, row_ok = listed_rows(offsets_ptr, rank, experts_ptr, number, first, E, BLOCK_R, TILE_R)
+        h = h_ptr + tl.arange(0, BLOCK_T)[:, None] * (L * TILE_R) + column[None, :]
+        h = tl.load(h, mask=t_ok[:, None] & (column < number * TILE_R)[None, :], other=0.0)
         b = b_ptr + row[:, None].to(tl.int64) * stride_br + d[None, :]
         b = tl.load(b, mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
         h, b = matched(h, b, y_ptr.dtype.element_ty)
@@ -87,12 +87,12 @@ def segmented_expand(h, b, h2, b2, base, segments, experts, dtype):
     y = h.new_empty(T, D, dtype=dtype)
     if y.numel() == 0:
         return y
-    b = column_rows(b)
+    b = rows_contiguous(b)
     second = (None, 0, None, 0)
     if h2 is not None:
-        h2, b2 = column_rows(h2), column_rows(b2)
+        h2, b2 = rows_contiguous(h2), rows_contiguous(b2)
         second = (h2, h2.stride(0), b2, b2.stride(0))
-    base = None if base is None else column_rows(base)
+    base = None if base is None else rows_contiguous(base)
     blocks = triton.cdiv(D, tile["BLOCK_N"])
     launch(
         h,
@@ -102,7 +102,7 @@ def segmented_expand(h, b, h2, b2, base, segments, experts, dtype):
         *(order, listed, number, experts.offsets, experts.rank),
         *(T, len(experts.scaling), listed.shape[1], 0 if b2 is None else len(b2), D, blocks),
         SHARE=1 if base is None else sharing(T, base),
-        RP=experts.own_columns,
+        TILE_R=experts.own_columns,
         BLOCK_T=tile["BLOCK_T"],
         BLOCK_D=tile["BLOCK_N"],
         BLOCK_R=min(rank_step(h, b), experts.own_columns),

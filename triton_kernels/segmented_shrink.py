@@ -28,19 +28,19 @@ from .tiles import choose
 
 @triton.jit
 def listed_rows(
-    offsets_ptr, rank, experts_ptr, number, first, E, COLUMNS: tl.constexpr, RP: tl.constexpr
+    offsets_ptr, rank, experts_ptr, number, first, E, COLUMNS: tl.constexpr, TILE_R: tl.constexpr
 ):
     """Rows of A for the rank columns first.. of a tile's experts, and whether they exist."""
     column = first + tl.arange(0, COLUMNS)
-    listed = column // RP < number
-    e = tl.load(experts_ptr + column // RP, mask=listed, other=0)
+    listed = column // TILE_R < number
+    e = tl.load(experts_ptr + column // TILE_R, mask=listed, other=0)
     if offsets_ptr is None:
         start = e * rank
         stop = start + rank
     else:
         start = tl.load(offsets_ptr + e, mask=listed, other=0)
         stop = tl.load(offsets_ptr + e + 1, mask=listed, other=0)
-    row = start + column % RP
+    row = start + column % TILE_R
     return row, listed & (row < stop)
 
 
@@ -59,7 +59,7 @@ def _segmented_shrink_kernel(
     offsets_ptr,  # (E+1,), or None: every expert has `rank` rows
     rank,
     s_ptr,  # (T, K, r), or (T, r) shared; written forward, read backward
-    tile_ptr,  # (tiles, BLOCK_T, L*RP): H forward, dS backward; or None
+    tile_ptr,  # (tiles, BLOCK_T, L*TILE_R): H forward, dS backward; or None
     ds_ptr,  # (T, K, r), backward only
     h_ptr,  # (T, K, r), backward only
     dweights_ptr,  # (T, K), backward only
@@ -73,8 +73,8 @@ def _segmented_shrink_kernel(
     SHARE: tl.constexpr,  # consecutive tokens that read the same row of x
     BACKWARD: tl.constexpr,
     SHARED: tl.constexpr,
-    EP: tl.constexpr,
-    RP: tl.constexpr,
+    TILE_E: tl.constexpr,
+    TILE_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -82,21 +82,21 @@ def _segmented_shrink_kernel(
     tile = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     number = tl.load(number_ptr + tile)
-    if (block > 0) & (block * EP >= number):
+    if (block > 0) & (block * TILE_E >= number):
         return
     i = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     t_ok = i < T
     t = tl.load(order_ptr + i, mask=t_ok, other=0).to(tl.int64)
     experts_ptr += tile * L
-    slot = block * EP + tl.arange(0, EP)
+    slot = block * TILE_E + tl.arange(0, TILE_E)
     e_ok = slot < number
     e = tl.load(experts_ptr + slot, mask=e_ok, other=0)
     row, row_ok = listed_rows(
-        offsets_ptr, rank, experts_ptr, number, block * EP * RP, E, EP * RP, RP
+        offsets_ptr, rank, experts_ptr, number, block * TILE_E * TILE_R, E, TILE_E * TILE_R, TILE_R
     )
 
     if a_ptr is None:
-        c = tl.arange(0, RP)
+        c = tl.arange(0, TILE_R)
         s = tl.load(s_ptr + t[:, None] * r + c, mask=t_ok[:, None] & (c < r)[None, :], other=0.0)
     else:
         s, _ = project(
@@ -108,13 +108,15 @@ def _segmented_shrink_kernel(
     if tile_ptr is not None:
         gate = scatter_slots(indices_ptr, weights_ptr, t, t_ok, e, e_ok, K)
         gate *= tl.load(scaling_ptr + e, mask=e_ok, other=0.0)[None, :]
-        gated = round_to(apply_gate(s, gate, EP, RP), tile_ptr.dtype.element_ty)
-        column = block * EP * RP + tl.arange(0, EP * RP)
-        tile_ptr += tile * BLOCK_T * (L * RP)
-        in_tile = tl.arange(0, BLOCK_T)[:, None] * (L * RP) + column[None, :]
-        tl.store(tile_ptr + in_tile, gated, mask=t_ok[:, None] & (column < number * RP)[None, :])
+        gated = round_to(apply_gate(s, gate, TILE_E, TILE_R), tile_ptr.dtype.element_ty)
+        column = block * TILE_E * TILE_R + tl.arange(0, TILE_E * TILE_R)
+        tile_ptr += tile * BLOCK_T * (L * TILE_R)
+        in_tile = tl.arange(0, BLOCK_T)[:, None] * (L * TILE_R) + column[None, :]
+        tl.store(
+            tile_ptr + in_tile, gated, mask=t_ok[:, None] & (column < number * TILE_R)[None, :]
+        )
 
-    c = tl.arange(0, RP)[None, :]
+    c = tl.arange(0, TILE_R)[None, :]
     for j in range(K):
         index = tl.load(indices_ptr + t * K + j, mask=t_ok, other=-1)
         hit = (index[:, None] == e[None, :]) & e_ok[None, :]
@@ -122,7 +124,7 @@ def _segmented_shrink_kernel(
         mine = t_ok & (empty | (tl.max(hit.to(tl.int32), 1) == 1))
         at = (t * K + j)[:, None] * r + c
         inside = mine[:, None] & (c < r)
-        value = tl.sum(tl.where(hit[:, :, None], by_expert(s, RP), 0.0), 1)
+        value = tl.sum(tl.where(hit[:, :, None], by_expert(s, TILE_R), 0.0), 1)
         if BACKWARD:
             if SHARED:
                 saved = tl.load(s_ptr + t[:, None] * r + c, mask=inside, other=0.0)
@@ -149,15 +151,15 @@ class Segments(NamedTuple):
     number: torch.Tensor  # (tiles,)
     tile: dict  # BLOCK_T and the other launch options
 
-    def new_columns(self, like, RP):
-        """Space for the rank columns of every tile's experts, (tiles, BLOCK_T, L*RP), not all of it used."""
+    def new_columns(self, like, TILE_R):
+        """Space for the rank columns of every tile's experts, (tiles, BLOCK_T, L*TILE_R); some unused."""
         tiles, L = self.experts.shape
-        return like.new_empty(tiles, self.tile["BLOCK_T"], L * RP)
+        return like.new_empty(tiles, self.tile["BLOCK_T"], L * TILE_R)
 
-    def experts_at_once(self, RP):
+    def experts_at_once(self, TILE_R):
         """How many of a tile's experts one program handles, a power of two."""
         L = self.experts.shape[1]
-        return max(1, min(triton.next_power_of_2(L), self.tile["COLUMNS"] // RP))
+        return max(1, min(triton.next_power_of_2(L), self.tile["COLUMNS"] // TILE_R))
 
 
 def sharing(n, v):
@@ -200,20 +202,20 @@ def segmented_rank_gradient(dy, s, routing, experts, segments, in_tiles=True):
 
 def _launch(source, routing, s, out, experts, segments, D, backward):
     (T, K), (tiles, L) = routing.indices.shape, segments.experts.shape
-    EP = segments.experts_at_once(experts.own_columns)
+    TILE_E = segments.experts_at_once(experts.own_columns)
     launch(
         source[0],
         _segmented_shrink_kernel,
-        (triton.cdiv(L, EP) * tiles,),
+        (triton.cdiv(L, TILE_E) * tiles,),
         *(*source, *segments[:3], routing.indices, routing.weights),
         *(experts.scaling, experts.offsets, experts.rank, s, *out),
-        *(T, len(experts.scaling), L, D, experts.largest, triton.cdiv(L, EP)),
+        *(T, len(experts.scaling), L, D, experts.largest, triton.cdiv(L, TILE_E)),
         K=K,
         SHARE=sharing(T, source[0]),
         BACKWARD=backward,
         SHARED=experts.shared_a,
-        EP=EP,
-        RP=experts.own_columns,
+        TILE_E=TILE_E,
+        TILE_R=experts.own_columns,
         PRECISION=precision(source[0]),
         **{k: v for k, v in segments.tile.items() if k not in ("COLUMNS", "BLOCK_N")},
     )

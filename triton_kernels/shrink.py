@@ -3,7 +3,7 @@
 A skinny product: x is the only large operand, so one pass over it computes both products.  The ranks are
 tiled over the second axis of the grid; if they fit into one tile, x is read once.  Few tokens cannot
 fill a device, so the third axis splits D, and the consumer adds the partial sums in order.  B has the
-layout of A, so G = dy B^T is a shrink too.  Reads T*D + (R+E)*D, writes 4*PARTS*T*(R+E) bytes.
+layout of A, so G = dy B^T is a shrink too.  Reads T*D + (R+E)*D, writes 4*SPLITS*T*(R+E) bytes.
 
 Letters: T tokens, E experts, R rank rows of all experts, D columns of x.
 """
@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .add_parts import add_parts
-from .launching import column_rows, launch, padded, precision, require_supported
+from .add_splits import add_splits
+from .launching import launch, padded, precision, require_supported, rows_contiguous
 from .numerics import project, rows_of
-from .tiles import FEW, choose
+from .tiles import SMALL_T, choose
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -26,13 +26,13 @@ def _shrink_kernel(
     stride_ar,
     w_ptr,  # (E, D) or None
     stride_we,
-    s_ptr,  # (PARTS, T, R)
-    logits_ptr,  # (PARTS, T, E)
+    s_ptr,  # (SPLITS, T, R)
+    logits_ptr,  # (SPLITS, T, E)
     T,
     R,
     E,
     D,
-    STRETCH,
+    SPLIT_SIZE,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -44,14 +44,14 @@ def _shrink_kernel(
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     t_ok = t < T
-    part = tl.program_id(2)
+    split = tl.program_id(2)
 
     s, logits = project(
         x_ptr, stride_xt, t, t_ok, a_ptr, stride_ar, row, row < R, w_ptr, stride_we, e, e < E,
-        part * STRETCH, tl.minimum((part + 1) * STRETCH, D), BLOCK_D, PRECISION,
+        split * SPLIT_SIZE, tl.minimum((split + 1) * SPLIT_SIZE, D), BLOCK_D, PRECISION,
     )  # fmt: skip
 
-    t0 += part.to(tl.int64) * T
+    t0 += split.to(tl.int64) * T
     if a_ptr is not None:
         inside = t_ok[:, None] & (row < R)[None, :]
         tl.store(rows_of(s_ptr, t0, R, row, BLOCK_T), s, mask=inside)
@@ -62,32 +62,32 @@ def _shrink_kernel(
 
 def shrink(x, a, w):
     """S (T, R) and logits (T, E); either matrix may be None, and its result then has no columns."""
-    return sum_of_parts(*shrink_parts(x, a, w))
+    return sum_of_splits(*shrink_splits(x, a, w))
 
 
-def sum_of_parts(*parts):
-    if len(parts[0]) == 1:
-        return tuple(v[0] for v in parts)
-    out = tuple(v.new_empty(v.shape[1:]) for v in parts)
-    add_parts(*zip(parts, out), by_token=True)
+def sum_of_splits(*splits):
+    if len(splits[0]) == 1:
+        return tuple(v[0] for v in splits)
+    out = tuple(v.new_empty(v.shape[1:]) for v in splits)
+    add_splits(*zip(splits, out), by_token=True)
     return out
 
 
-def shrink_parts(x, a, w):
-    """The same with one partial sum per split of D: (PARTS, T, R), (PARTS, T, E)."""
+def shrink_splits(x, a, w):
+    """The same with one partial sum per split of D: (SPLITS, T, R), (SPLITS, T, E)."""
     require_supported(x, *(v for v in (a, w) if v is not None))
-    x = column_rows(x)
-    a, w = (None if v is None else column_rows(v) for v in (a, w))
+    x = rows_contiguous(x)
+    a, w = (None if v is None else rows_contiguous(v) for v in (a, w))
     (T, D), R, E = x.shape, 0 if a is None else len(a), 0 if w is None else len(w)
     tile = choose("shrink", x, max(R, E))
-    stretch = tile.pop("STRETCH", D) or 1
-    parts = max(1, triton.cdiv(D, stretch))
-    s = x.new_empty(parts, T, R, dtype=torch.float32)
-    logits = x.new_empty(parts, T, E, dtype=torch.float32)
+    split_size = tile.pop("SPLIT_SIZE", D) or 1
+    splits = max(1, triton.cdiv(D, split_size))
+    s = x.new_empty(splits, T, R, dtype=torch.float32)
+    logits = x.new_empty(splits, T, E, dtype=torch.float32)
     if T == 0:
         return s, logits
     # with ranks and many tokens, 64 experts spill in some versions of Triton; with few tokens, 32 in others
-    wide = x.dtype == torch.bfloat16 and (R == 0 or T <= FEW)
+    wide = x.dtype == torch.bfloat16 and (R == 0 or T <= SMALL_T)
     block_r = padded(R, 128)
     # the programs that the ranks need anyway share the experts
     share = triton.cdiv(E, max(1, triton.cdiv(R, block_r)))
@@ -96,11 +96,11 @@ def shrink_parts(x, a, w):
     launch(
         x,
         _shrink_kernel,
-        (triton.cdiv(T, tile["BLOCK_T"]), columns, parts),
+        (triton.cdiv(T, tile["BLOCK_T"]), columns, splits),
         *(x, x.stride(0)),
         *((None, 0) if a is None else (a, a.stride(0))),
         *((None, 0) if w is None else (w, w.stride(0))),
-        *(s, logits, T, R, E, D, stretch),
+        *(s, logits, T, R, E, D, split_size),
         BLOCK_R=block_r,
         BLOCK_E=block_e,
         PRECISION=precision(x),

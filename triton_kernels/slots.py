@@ -15,20 +15,20 @@ import torch
 
 from .arrange_slots import arrange_slots
 from .list_experts import list_experts
-from .router_topk import Routing
+from .router_topk import RoutingBuffers
 from .segmented_expand import segmented_expand
-from .segmented_gram import sorted_slots
 from .segmented_shrink import Segments, segmented_shrink, segments_of
+from .segmented_wgrad import sorted_slots
 from .tiles import choose
 
 
 def of_each_slot(routing):
     """The same routing, as T*K tokens with one slot each."""
-    return Routing(routing.indices.view(-1, 1), routing.weights.view(-1, 1))
+    return RoutingBuffers(routing.indices.view(-1, 1), routing.weights.view(-1, 1))
 
 
 def segments_of_slots(x, routing, experts):
-    """Segments of T*K tokens with one slot each, and the input of `segmented_gram` in the same order."""
+    """Segments of T*K tokens with one slot each, and the input of `segmented_wgrad` in the same order."""
     tile, E = choose("segmented", x, experts.own_columns), len(experts.scaling)
     slots = sorted_slots(routing.indices, E)
     return Segments(

@@ -1,4 +1,4 @@
-"""Tile sizes by architecture: no spills, within the part's shared memory, and no autotuning.
+"""Tile sizes by architecture: no spills, within the gpu's shared memory, and no autotuning.
 
 Chosen by inspecting the compiled code (test_triton_compile.py), not by timing.  A tile depends on
 shapes, dtype, architecture and the size class of T.  So a new T in the same class never recompiles, and
@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 from .numerics import INTERPRETED
 
 ALL = 2**30
-FEW, SOME = 64, 4096  # up to these sizes T alone does not fill a device: `shrink` splits D
+SMALL_T, MEDIUM_T = 64, 4096  # up to these sizes T alone does not fill a device: `shrink` splits D
 
 
 class UnsupportedGPU(OutOfResources):
@@ -44,66 +44,78 @@ def family(device):
     return "hopper" if target.arch // 10 in (9, 10) else "ampere"
 
 
-def shrink(part, T, half, width):
-    stretch = {"STRETCH": 512} if T <= FEW else {"STRETCH": 1024} if T <= SOME else {}
-    if T <= FEW and half:
-        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **stretch}
+def shrink(gpu, T, half, width):
+    split_size = (
+        {"SPLIT_SIZE": 512} if T <= SMALL_T else {"SPLIT_SIZE": 1024} if T <= MEDIUM_T else {}
+    )
+    if T <= SMALL_T and half:
+        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **split_size}
     if not half:
-        return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **stretch}
-    if part == "ampere":
-        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **stretch}
-    return {"BLOCK_T": 64, "BLOCK_D": 64, **stretch}
+        return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **split_size}
+    if gpu == "ampere":
+        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **split_size}
+    return {"BLOCK_T": 64, "BLOCK_D": 64, **split_size}
 
 
-def routed_lora(part, T, half, width):
-    """STRETCH: columns of y that a program writes, at most all of them; None: `expand` writes y."""
-    if T <= SOME or (part == "ampere" and width > 128):
-        stretch = 512 if half and T <= SOME else None
-        tile = {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "IN_PARTS": True, "STRETCH": stretch}
+def routed_lora(gpu, T, half, width):
+    """SPLIT_SIZE: columns of y that a program writes, at most all of them; None: `expand` writes y."""
+    if T <= MEDIUM_T or (gpu == "ampere" and width > 128):
+        split_size = 512 if half and T <= MEDIUM_T else None
+        tile = {
+            "BLOCK_T": 16,
+            "BLOCK_D": 32,
+            "BLOCK_N": 32,
+            "SPLIT_D": True,
+            "SPLIT_SIZE": split_size,
+        }
         return tile | {"num_warps": 4 if width <= 128 else 8}
-    tile = {"BLOCK_N": 64, "IN_PARTS": False, "num_warps": 8}
+    tile = {"BLOCK_N": 64, "SPLIT_D": False, "num_warps": 8}
     if half:
-        stretch = ALL if width <= 128 and part != "ampere" else None
-        return tile | {"BLOCK_T": 64, "BLOCK_D": 32 if part == "ampere" else 64, "STRETCH": stretch}
-    return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "STRETCH": None}
+        split_size = ALL if width <= 128 and gpu != "ampere" else None
+        return tile | {
+            "BLOCK_T": 64,
+            "BLOCK_D": 32 if gpu == "ampere" else 64,
+            "SPLIT_SIZE": split_size,
+        }
+    return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "SPLIT_SIZE": None}
 
 
-def routed_lora_many_experts(part, T, half, width):
+def routed_lora_many_experts(gpu, T, half, width):
     """Their logits and gates leave no room for an S of more than 128 ranks."""
-    return routed_lora(part, SOME if width > 128 else T, half, width)
+    return routed_lora(gpu, MEDIUM_T if width > 128 else T, half, width)
 
 
-def routed_lora_shared(part, T, half, width):
+def routed_lora_shared(gpu, T, half, width):
     """A has so few rows that loading whole rows takes a longer step."""
-    tile = routed_lora(part, T, half, width)
+    tile = routed_lora(gpu, T, half, width)
     return tile | {"BLOCK_D": 128 if half else 64}
 
 
-def decode(part, T, half, width):
+def decode(gpu, T, half, width):
     return {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": max(16, min(width, 64) if half else 16)}
 
 
-def rank_gradient(part, T, half, width):
-    if T <= SOME:
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "IN_PARTS": True}
-    rows = 16 if not half else 32 if part == "ampere" or width > 128 else 64
-    tile = {"BLOCK_T": rows, "BLOCK_D": 64, "IN_PARTS": False, "num_warps": 8}
+def rank_gradient(gpu, T, half, width):
+    if T <= MEDIUM_T:
+        return {"BLOCK_T": 16, "BLOCK_D": 32, "SPLIT_D": True}
+    rows = 16 if not half else 32 if gpu == "ampere" or width > 128 else 64
+    tile = {"BLOCK_T": rows, "BLOCK_D": 64, "SPLIT_D": False, "num_warps": 8}
     return tile | {"num_stages": 3 if half else 2}
 
 
-def rank_gradient_unequal(part, T, half, width):
+def rank_gradient_unequal(gpu, T, half, width):
     """With a table of rows, every element of S needs its own address: half as many tokens fit."""
-    tile = rank_gradient(part, T, half, width)
+    tile = rank_gradient(gpu, T, half, width)
     return tile | {"BLOCK_T": min(tile["BLOCK_T"], 32), "BLOCK_D": 64}
 
 
-def expand(part, T, half, width):
-    if part == "hopper" and half and T > FEW:  # H and B: from L2 once per tile of the other axis
+def expand(gpu, T, half, width):
+    if gpu == "hopper" and half and T > SMALL_T:  # H and B: from L2 once per tile of the other axis
         return {"BLOCK_T": 128, "BLOCK_D": 128, "num_warps": 8}
-    return {"BLOCK_T": 16 if T <= FEW else 64, "BLOCK_D": 64}
+    return {"BLOCK_T": 16 if T <= SMALL_T else 64, "BLOCK_D": 64}
 
 
-def gram(part, T, half, width):
+def wgrad(gpu, T, half, width):
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8, "num_stages": 2}
     narrow = {"num_warps": 4, "num_stages": 2}  # with three stages it spills on sm_100
@@ -112,11 +124,11 @@ def gram(part, T, half, width):
     )
 
 
-def gram_many_experts(part, T, half, width):
-    return gram(part, T, half, width)
+def wgrad_many_experts(gpu, T, half, width):
+    return wgrad(gpu, T, half, width)
 
 
-def segmented(part, T, half, width):
+def segmented(gpu, T, half, width):
     """A tile of tokens and the rank columns of its experts that a program of `segmented_shrink` handles.
 
     Few tokens hold few experts, so little is multiplied by zero; one size fits every T.
@@ -125,15 +137,15 @@ def segmented(part, T, half, width):
     return tile | {"num_warps": 4 if width <= 128 else 8, "num_stages": 3 if half else 2}
 
 
-def segmented_gram(part, T, half, width):
+def segmented_wgrad(gpu, T, half, width):
     return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64}
 
 
-def router_topk(part, T, half, width):
+def router_topk(gpu, T, half, width):
     return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64, "num_warps": 8}
 
 
-def route_logits(part, T, half, width):
+def route_logits(gpu, T, half, width):
     return {
         "BLOCK_T": max(1, min(16, 4096 // width)),
         "BLOCK_D": 16,
@@ -141,11 +153,11 @@ def route_logits(part, T, half, width):
     }
 
 
-def router_topk_backward(part, T, half, width):
+def router_topk_backward(gpu, T, half, width):
     return {"BLOCK_T": max(1, min(16, 4096 // width)), "num_warps": 4 if width <= 256 else 8}
 
 
-def gate_ranks(part, T, half, width):
+def gate_ranks(gpu, T, half, width):
     return {"BLOCK_T": max(1, min(16, 4096 // width))}
 
 
@@ -160,10 +172,10 @@ TILES = {
         rank_gradient,
         rank_gradient_unequal,
         expand,
-        gram,
-        gram_many_experts,
+        wgrad,
+        wgrad_many_experts,
         segmented,
-        segmented_gram,
+        segmented_wgrad,
         router_topk,
         route_logits,
         router_topk_backward,
@@ -177,19 +189,19 @@ def interpreted(kernel, T, half):
     few, some = T <= 16, T <= 64
     tile = {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32}
     if kernel == "shrink" and few:
-        tile["STRETCH"] = tile["BLOCK_D"]
+        tile["SPLIT_SIZE"] = tile["BLOCK_D"]
     elif kernel == "decode":
         tile = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": 128}
-    elif kernel.startswith("gram"):
+    elif kernel.startswith("wgrad"):
         tile["MAX_R"] = 128
     elif kernel == "segmented":
         tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
     elif kernel.startswith("rank_gradient"):
-        tile["IN_PARTS"] = few
+        tile["SPLIT_D"] = few
     elif kernel.startswith("routed_lora"):
-        tile |= {"BLOCK_N": 64, "IN_PARTS": few, "STRETCH": None}
+        tile |= {"BLOCK_N": 64, "SPLIT_D": few, "SPLIT_SIZE": None}
         if half and some:  # as on a GPU; fp32 sums in `expand` use a different order
-            tile["STRETCH"] = 64 if few else ALL
+            tile["SPLIT_SIZE"] = 64 if few else ALL
     elif kernel in ("router_topk_backward", "gate_ranks"):
         del tile["BLOCK_D"]
     return tile
@@ -204,20 +216,20 @@ def sort_window(by):
 
 def choose(kernel, x, width):
     """Launch options of `kernel` for operands like x and `width` columns of ranks or experts."""
-    part, T, half = family(x.device), len(x), x.itemsize == 2
-    if part == "interpreter":
+    gpu, T, half = family(x.device), len(x), x.itemsize == 2
+    if gpu == "interpreter":
         return interpreted(kernel, T, half)
-    if x.dtype == torch.float16 and part == "ampere" and kernel == "routed_lora":
-        T = min(T, SOME)  # the two terms of x leave no room for S: `shrink` runs first
-    tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](part, T, half, width)
+    if x.dtype == torch.float16 and gpu == "ampere" and kernel == "routed_lora":
+        T = min(T, MEDIUM_T)  # the two terms of x leave no room for S: `shrink` runs first
+    tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](gpu, T, half, width)
     splits_x = kernel == "router_topk" or (kernel in ("shrink", "routed_lora") and width > 16)
-    tight = kernel == "gram_many_experts" or (kernel == "gram" and part == "ampere")
+    tight = kernel == "wgrad_many_experts" or (kernel == "wgrad" and gpu == "ampere")
     if x.dtype == torch.float16 and tight:
         tile |= {"BLOCK_D": 32, "MAX_R": 64, "num_warps": 4}  # the same holds with dlogits
     elif x.dtype == torch.float16 and splits_x and tile["BLOCK_D"] > 32:
         tile["BLOCK_D"] //= 2  # with the router's fp32 W, an fp16 x is two bf16 terms
         if tile["BLOCK_T"] * tile["BLOCK_D"] < 256 * tile["num_warps"]:
             tile["num_warps"] //= 2  # every thread still loads 128 bits of x
-    if part == "cdna":  # its warps have 64 threads
+    if gpu == "cdna":  # its warps have 64 threads
         tile |= {"num_warps": tile["num_warps"] // 2, "num_stages": 2}
     return tile

@@ -1,6 +1,6 @@
 // The rows of each expert, and the slots of a range of tokens sorted by expert.
 //
-// Letters: T tokens, E experts, K slots per token, R rank rows, W columns of the saved S.
+// Letters: T tokens, E experts, K slots per token, R rank rows.
 #pragma once
 
 #include <algorithm>

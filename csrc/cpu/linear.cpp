@@ -1,5 +1,5 @@
 // The bare products:  shrink  S = x A^T, logits = x W^T;  expand  y = base + H B + H2 B2;
-// gram  H^T x.
+// wgrad  H^T x.
 #include "register.h"
 #include "rows.h"
 
@@ -7,12 +7,12 @@ namespace lora_moe {
 namespace {
 
 std::tuple<Tensor, Tensor> shrink(Tensor x, Tensor a, MaybeTensor w) {
-  return dispatch(x, w ? *w : a, [&]<class T, class W>() -> std::tuple<Tensor, Tensor> {
+  return dispatch(x, w ? *w : a, [&]<class T, class RouterT>() -> std::tuple<Tensor, Tensor> {
     using C = acc_t<T>;
     const int64_t n = x.size(0), D = x.size(1), R = a.size(0), E = w ? w->size(0) : 0;
     const auto x_rows = rows<T>("x", x, n, D);
     const auto a_rows = rows<T>("lora_A", a, R, D);
-    const auto w_rows = rows<W>("router_weight", w, E, D);
+    const auto w_rows = rows<RouterT>("router_weight", w, E, D);
     Tensor s = empty<C>({n, R}), logits = empty<C>({n, E});
     C *s_data = mutable_data<C>(s), *logits_data = mutable_data<C>(logits);
     Blocks(n).run([&](int64_t begin, int64_t end) {
@@ -91,7 +91,7 @@ Tensor expand(Tensor h, Tensor b, MaybeTensor h2, MaybeTensor b2, MaybeTensor ba
   }
 }
 
-Tensor gram(Tensor h, Tensor x) {
+Tensor wgrad(Tensor h, Tensor x) {
   return dispatch(x, [&]<class T>() {
     using C = acc_t<T>;
     const int64_t n = x.size(0), D = x.size(1), R = h.size(1);
@@ -116,7 +116,7 @@ Tensor gram(Tensor h, Tensor x) {
 void register_linear(Library& library) {
   library.impl("shrink", TORCH_BOX(&shrink));
   library.impl("expand", TORCH_BOX(&expand));
-  library.impl("gram", TORCH_BOX(&gram));
+  library.impl("wgrad", TORCH_BOX(&wgrad));
 }
 
 }  // namespace lora_moe

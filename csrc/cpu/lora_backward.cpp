@@ -33,14 +33,14 @@ struct Backward {
   Experts experts;
   RowsPerToken per;
   Needs needs;
-  int64_t tokens, D_in, D_out, K, W;
+  int64_t tokens, D_in, D_out, K, S_columns;
   Rows<const T> dy, x;
   ExpertMatrix<T> a, b;
   Rows<const RouterWeight> w;
   const C *s, *weights, *scaling;
   const int32_t* ids;
   C *dweights = nullptr, *dlogits = nullptr;  // results of the first pass
-  std::unique_ptr<C[]> ds;                    // (T, W)
+  std::unique_ptr<C[]> ds;                    // (T, S_columns)
   // Factors of the sums over tokens: the numbers of one rank row are contiguous for all tokens.
   using H = factor_t<T>;
   std::unique_ptr<H[]> ds_columns, h_columns;
@@ -57,18 +57,18 @@ struct Backward {
         D_in(x_.size(1)),
         D_out(b_.size(1)),
         K(indices.size(1)),
-        W(experts.saved(K)),
+        S_columns(experts.saved(K)),
         a("lora_A", a_, experts.rows_a(), D_in, experts, Blocks(tokens).few()),
         b("lora_B", b_, experts.R, D_out, experts, Blocks(tokens).few()) {
     dy = rows<T>("dy", dy_, tokens * per.y, D_out);
     x = rows<T>("x", x_, tokens * per.x, D_in);
-    s = contiguous<C>("S", s_, {tokens, W});
+    s = contiguous<C>("S", s_, {tokens, S_columns});
     ids = contiguous<int32_t>("indices", indices, {tokens, K});
     weights = contiguous<C>("weights", weights_, {tokens, K});
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
     check_ids(ids, tokens * K, experts.E);
-    ds = uninitialized<C>(tokens * W);
-    ds_columns = uninitialized<H>(tokens * W);
+    ds = uninitialized<C>(tokens * S_columns);
+    ds_columns = uninitialized<H>(tokens * S_columns);
     h_columns = uninitialized<H>(tokens * K * experts.max_rank);
   }
 
@@ -107,7 +107,7 @@ struct Backward {
     add(dw, 0, experts.E, dlogits_columns.get(), tokens, all_x.data());
     for (int64_t e = 0; drouter_bias && e < experts.E; ++e)
       tasks.push_back([=, this] { drouter_bias[e] = sum(dlogits_columns.get() + e * tokens); });
-    if (experts.shared_a) add(da, 0, W, ds_columns.get(), tokens, all_x.data());
+    if (experts.shared_a) add(da, 0, S_columns, ds_columns.get(), tokens, all_x.data());
     for (int64_t e = 0; e < experts.E; ++e) {
       // An expert that is frozen or has no tokens sums over no rows: its gradient is zero.
       const int64_t i = all.start[e], count = needs.is_frozen(e) ? 0 : all.count(e);
@@ -120,7 +120,9 @@ struct Backward {
   }
 
  private:
-  const C* row_ds(int64_t slot) const { return ds.get() + slot / K * W + experts.column(slot % K); }
+  const C* row_ds(int64_t slot) const {
+    return ds.get() + slot / K * S_columns + experts.column(slot % K);
+  }
 
   // Over all tokens, in fp64: adding sequentially would lose bits that blocks keep.
   C sum(const C* column) const {
@@ -134,7 +136,7 @@ struct Backward {
                      bool few) {
     const int64_t r = experts.max_rank, n = group.size();
     const auto g = uninitialized<C>(n * r);
-    std::fill_n(ds.get() + begin * W, (end - begin) * W, C(0));
+    std::fill_n(ds.get() + begin * S_columns, (end - begin) * S_columns, C(0));
     std::fill_n(dweights + begin * K, (end - begin) * K, C(0));
     const int64_t bytes = std::min(n, experts.E) * r * b.row_bytes();
     for_rows(experts, group, few, bytes, [&](int64_t e, int64_t first, int64_t last) {
@@ -151,13 +153,13 @@ struct Backward {
         slot_gradient(all, group.slots[i], e, g.get() + i * r);
     if (experts.shared_a)
       for (int64_t t = begin; t < end; ++t)
-        to_column(ds.get() + t * W, W, ds_columns.get() + t, tokens);
+        to_column(ds.get() + t * S_columns, S_columns, ds_columns.get() + t, tokens);
   }
 
   void slot_gradient(const Grouping& all, int64_t slot, int64_t e, const C* g) {
     const int64_t rank = experts.rank(e), count = all.count(e);
     const int64_t column = all.start[e] * experts.max_rank + place[slot] - all.start[e];
-    const int64_t row = slot / K * W + experts.column(slot % K);
+    const int64_t row = slot / K * S_columns + experts.column(slot % K);
     const C gate = weights[slot] * scaling[e];
     Room<C> memory(rank);
     C* h = memory.get();
@@ -181,7 +183,7 @@ struct Backward {
   void input_gradient(const Grouping& group, int64_t begin, int64_t end, bool few, T* dx) {
     std::vector<const C*> rows;
     if (experts.shared_a)
-      rows = pointers<const C>(ds.get(), W, begin, end);
+      rows = pointers<const C>(ds.get(), S_columns, begin, end);
     else
       for (int64_t slot : group.slots) rows.push_back(row_ds(slot));
     const Factors<T> from(std::move(rows), experts.max_rank);
@@ -191,7 +193,7 @@ struct Backward {
     Sums<T> sums(begin * per.x, end * per.x, D_in, {}, {dx, D_in});
     if (experts.shared_a)
       a.with_row(0, 0, [&](auto* row, int64_t stride) {
-        sums.add(end - begin, nullptr, from.data(), W, row, stride);
+        sums.add(end - begin, nullptr, from.data(), S_columns, row, stride);
       });
     for (int64_t e = 0; !experts.shared_a && e < experts.E; ++e) {
       const int64_t i = group.start[e];
@@ -231,12 +233,12 @@ struct ParameterGradient {
 
 Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor indices,
                             Tensor weights, Tensor scaling, Ints offsets, bool shared_a,
-                            std::string slots, Ints frozen, bool need_x, bool need_w, bool need_a,
-                            bool need_b, std::string plan) {
+                            std::string slots, Ints frozen, bool need_x, bool need_router,
+                            bool need_a, bool need_b, std::string plan) {
   return dispatch(x, [&]<class T>() -> Grads {
     using C = acc_t<T>;
     Backward<T, T> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets), shared_a,
-                            {std::move(frozen), need_x, need_w, need_a, need_b},
+                            {std::move(frozen), need_x, need_router, need_a, need_b},
                             RowsPerToken(slots, indices.size(1), shared_a));
     const int64_t n = backward.tokens;
     Tensor dx = empty<T>(need_x ? Ints{n * backward.per.x, backward.D_in} : Ints{0});
@@ -245,7 +247,7 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
     backward.dweights = mutable_data<C>(dweights);
     const Grouping all = backward.tokens_pass(pointer<T>(dx, need_x), [](int64_t, int64_t) {});
     if (need_a || need_b) backward.parameters_pass(all, da.rows, {}, db.rows, nullptr);
-    if (!need_w) dweights = empty<C>({0});
+    if (!need_router) dweights = empty<C>({0});
     return {dx, dweights, da.done(), db.done()};
   });
 }
@@ -257,30 +259,31 @@ RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dl
                                  Tensor a, Tensor b, Tensor s, Tensor indices, Tensor weights,
                                  Tensor logits, Tensor scaling, Ints offsets, bool shared_a,
                                  std::string gate_name, bool renormalize, Ints frozen, bool need_x,
-                                 bool need_w, bool need_a, bool need_b, bool need_router_bias,
+                                 bool need_router, bool need_a, bool need_b, bool need_router_bias,
                                  std::string plan) {
-  return dispatch(x, w, [&]<class T, class W>() -> RoutedGrads {
+  return dispatch(x, w, [&]<class T, class RouterT>() -> RoutedGrads {
     using C = acc_t<T>;
     const Gate gate(gate_name, renormalize);
-    Backward<T, W> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets), shared_a,
-                            {std::move(frozen), need_x, need_w, need_a, need_b});
+    Backward<T, RouterT> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets),
+                                  shared_a,
+                                  {std::move(frozen), need_x, need_router, need_a, need_b});
     const int64_t n = backward.tokens, E = backward.experts.E, K = backward.K;
     const RoutingGrad<C> grad(dweights, dlogits, dmean_prob, dlse, n, E, K);
     const C* logit = contiguous<C>("logits", logits, {n, E});
-    backward.w = rows<W>("router_weight", w, E, backward.D_in);
+    backward.w = rows<RouterT>("router_weight", w, E, backward.D_in);
     const auto slot_grad = uninitialized<C>(n * K), logit_grad = uninitialized<C>(n * E);
     backward.dweights = slot_grad.get();
     backward.dlogits = logit_grad.get();
     backward.dlogits_columns = uninitialized<C>(E * n);
     Tensor dx = empty<T>(need_x ? Ints{n, backward.D_in} : Ints{0});
-    const ParameterGradient<T> dw(w, need_w), da(a, need_a), db(b, need_b);
+    const ParameterGradient<T> dw(w, need_router), da(a, need_a), db(b, need_b);
     Tensor drouter_bias = empty<C>({need_router_bias ? E : 0});
     const auto routing_gradient = [&](int64_t begin, int64_t end) {
       grad.back(gate, begin, end, logit, backward.ids, backward.weights, slot_grad.get(),
                 logit_grad.get(), backward.dlogits_columns.get());
     };
     const Grouping all = backward.tokens_pass(pointer<T>(dx, need_x), routing_gradient);
-    if (need_w || need_a || need_b || need_router_bias)
+    if (need_router || need_a || need_b || need_router_bias)
       backward.parameters_pass(all, da.rows, dw.rows, db.rows,
                                pointer<C>(drouter_bias, need_router_bias));
     return {dx, dw.done(), da.done(), db.done(), drouter_bias};

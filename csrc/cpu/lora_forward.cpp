@@ -20,7 +20,7 @@ struct Forward {
   Rows<const T> x, base;
   Rows<T> out;
   const C* scaling;
-  int64_t tokens, D_in, D_out, K, W, sharing;
+  int64_t tokens, D_in, D_out, K, S_columns, sharing;
   ExpertMatrix<T> a, b;
   Tensor y, s;
   C* s_data;
@@ -34,7 +34,7 @@ struct Forward {
         D_in(x_.size(1)),
         D_out(b_.size(1)),
         K(top_k),
-        W(experts.saved(top_k)),
+        S_columns(experts.saved(top_k)),
         a("lora_A", a_, experts.rows_a(), D_in, experts, Blocks(tokens).few()),
         b("lora_B", b_, experts.R, D_out, experts, Blocks(tokens).few()) {
     x = rows<T>("x", x_, tokens * per.x, D_in);
@@ -42,7 +42,7 @@ struct Forward {
     sharing = shares ? std::max<int64_t>(per.y, 1) : 1;
     base = rows<T>("base", base_, shares ? tokens : tokens * per.y, D_out);
     scaling = contiguous<C>("scaling", scaling_, {experts.E});
-    s_data = mutable_data<C>(s = empty<C>({tokens, W}));
+    s_data = mutable_data<C>(s = empty<C>({tokens, S_columns}));
   }
 
   // y is a new tensor, or `into` if the caller has one.
@@ -77,13 +77,13 @@ struct Forward {
     const int64_t bytes = weight_bytes(group, a);
     if (experts.shared_a) {
       const auto from = pointers(x.data, x.stride, begin, end);
-      const auto to = pointers(s_data, W, begin, end);
+      const auto to = pointers(s_data, S_columns, begin, end);
       a.with_row(0, 0, [&](auto* row, int64_t stride) {
-        dot_rows(from.data(), to.data(), end - begin, row, stride, W, D_in);
+        dot_rows(from.data(), to.data(), end - begin, row, stride, S_columns, D_in);
       });
       return;
     }
-    std::fill_n(s_data + begin * W, (end - begin) * W, C(0));
+    std::fill_n(s_data + begin * S_columns, (end - begin) * S_columns, C(0));
     for_rows(experts, group, few, bytes, [&](int64_t e, int64_t first, int64_t last) {
       std::vector<const T*> from;
       std::vector<C*> to;
@@ -114,7 +114,7 @@ struct Forward {
     return h;
   }
 
-  C* row_s(int64_t slot) { return s_data + slot / K * W + experts.column(slot % K); }
+  C* row_s(int64_t slot) { return s_data + slot / K * S_columns + experts.column(slot % K); }
 };
 
 template <class T>
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
   });
 }
 
-template <class T, class W>
-void run(Router<T, W>& router, Forward<T>& forward) {
+template <class T, class RouterT>
+void run(Router<T, RouterT>& router, Forward<T>& forward) {
   check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
         " rows, one per expert, got ", router.E);
   if (router.blocks.few()) {
@@ -170,8 +170,9 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
                    int64_t top_k, std::string gate, bool renormalize, double top_p,
                    double threshold, std::string plan) {
   check_plan(plan);
-  return dispatch(x, w, [&]<class T, class W>() -> Routed {
-    Router<T, W> router(x, w, bias, router_bias, top_k, Gate(gate, renormalize, top_p, threshold));
+  return dispatch(x, w, [&]<class T, class RouterT>() -> Routed {
+    Router<T, RouterT> router(x, w, bias, router_bias, top_k,
+                              Gate(gate, renormalize, top_p, threshold));
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, router.tokens, top_k);
     forward.make_y();
     run(router, forward);
@@ -192,7 +193,7 @@ Tensor routed_lora_banks(Tensor x, std::vector<Tensor> w, std::vector<Tensor> a,
   check(n > 0 && a.size() == n && b.size() == n && bias.size() == n && router_bias.size() == n &&
             scaling.size() == n && starts.size() == n,
         "banks: expected ", n, " of each operand");
-  return dispatch(x, w[0], [&]<class T, class W>() -> Tensor {
+  return dispatch(x, w[0], [&]<class T, class RouterT>() -> Tensor {
     const int64_t tokens = x.size(0), D = base.size(1);
     const auto base_rows = rows<T>("base", base, tokens, D);
     Tensor y = empty<T>({tokens, D});
@@ -204,7 +205,7 @@ Tensor routed_lora_banks(Tensor x, std::vector<Tensor> w, std::vector<Tensor> a,
       copy_columns(base_rows, out, tokens, done, starts[i]);
       done = starts[i] + b[i].size(1);
       const Gate kind(gate, renormalize, top_p, threshold);
-      Router<T, W> router(x, w[i], bias[i], router_bias[i], top_k, kind);
+      Router<T, RouterT> router(x, w[i], bias[i], router_bias[i], top_k, kind);
       Forward<T> forward(x, a[i], b[i], {}, scaling[i], offsets, shared_a, tokens, top_k);
       forward.into({base_rows.data + starts[i], base_rows.stride}, {out.data + starts[i], D});
       run(router, forward);

@@ -20,7 +20,7 @@ struct Decisions {
   int32_t* ids;  // (T, K), and so on: the memory of the tensors above
   C *weight, *log_sum, *mean;
   int64_t* count;
-  std::unique_ptr<C[]> partial_prob;  // (parts, E)
+  std::unique_ptr<C[]> partial_prob;  // (groups, E)
   std::unique_ptr<int64_t[]> partial_count;
 
   Decisions(int64_t T, int64_t E_, const MaybeTensor& bias_, int64_t top_k, Gate gate_)
@@ -32,20 +32,20 @@ struct Decisions {
     log_sum = mutable_data<C>(lse = empty<C>({tokens}));
     mean = mutable_data<C>(mean_prob = empty<C>({E}));
     count = mutable_data<int64_t>(counts = empty<int64_t>({E}));
-    partial_prob = uninitialized<C>(parts(tokens) * E);
-    partial_count = uninitialized<int64_t>(parts(tokens) * E);
+    partial_prob = uninitialized<C>(groups(tokens) * E);
+    partial_count = uninitialized<int64_t>(groups(tokens) * E);
   }
 
-  // ids, weights, lse of tokens [begin, end) from `logit` (T, E), and their parts of the sums; a
-  // part starts at `begin`.
+  // ids, weights, lse of tokens [begin, end) from `logit` (T, E), and their terms of the sums; a
+  // group starts at `begin`.
   void decide(const C* logit, int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; t += kPart) decide_part(logit, t, std::min(end, t + kPart));
+    for (int64_t t = begin; t < end; t += kGroup) decide_group(logit, t, std::min(end, t + kGroup));
   }
 
   void finish() {
     std::fill_n(mean, E, C(0));
     std::fill_n(count, E, int64_t(0));
-    for (int64_t n = 0; n < parts(tokens); ++n)
+    for (int64_t n = 0; n < groups(tokens); ++n)
       for (int64_t e = 0; e < E; ++e) {
         mean[e] += partial_prob[n * E + e];
         count[e] += partial_count[n * E + e];
@@ -54,13 +54,13 @@ struct Decisions {
   }
 
  private:
-  void decide_part(const C* logit, int64_t begin, int64_t end) {
+  void decide_group(const C* logit, int64_t begin, int64_t end) {
     constexpr int64_t L = kLanes<C>;
     Room<Vec<C>> memory(4 * E + 2 * K);
     Vec<C>*logits = memory.get(), *p = logits + E, *score = p + E, *sums = score + E;
     Vec<C>*id = sums + E, *picked = id + K;
-    C* prob = partial_prob.get() + begin / kPart * E;
-    int64_t* chosen = partial_count.get() + begin / kPart * E;
+    C* prob = partial_prob.get() + begin / kGroup * E;
+    int64_t* chosen = partial_count.get() + begin / kGroup * E;
     std::fill_n(sums, E, Vec<C>{});
     std::fill_n(chosen, E, int64_t(0));
     for (int64_t t = begin; t < end; t += L) {
@@ -86,13 +86,13 @@ struct Decisions {
 };
 
 // The same, computing the logits here:  x W^T + router_bias.
-template <class T, class W>
+template <class T, class RouterT>
 struct Router : Decisions<acc_t<T>> {
   using C = acc_t<T>;
   using Base = Decisions<C>;
   using Base::E, Base::tokens;
   Rows<const T> x;
-  Rows<const W> w;
+  Rows<const RouterT> w;
   const C* router_bias;
   int64_t D;
   Tensor logits;
@@ -102,12 +102,12 @@ struct Router : Decisions<acc_t<T>> {
          const MaybeTensor& router_bias_, int64_t top_k, Gate gate)
       : Base(x_.size(0), w_.size(0), bias, top_k, gate), D(x_.size(1)) {
     x = rows<T>("x", x_, tokens, D);
-    w = rows<W>("router_weight", w_, E, D);
+    w = rows<RouterT>("router_weight", w_, E, D);
     router_bias = contiguous<C>("router_bias", router_bias_, {E});
     logit = mutable_data<C>(logits = empty<C>({tokens, E}));
   }
 
-  // Routes tokens [begin, end), a block at the start of a part.
+  // Routes tokens [begin, end), a block at the start of a group.
   void block(int64_t begin, int64_t end) {
     multiply(begin, end, 0, E);
     this->decide(logit, begin, end);
@@ -115,8 +115,8 @@ struct Router : Decisions<acc_t<T>> {
 
   // Routes a few tokens at once: every thread reads its own rows of w.
   void few() {
-    static_assert(kFewTokens <= kPart && kPart % kLanes<C> == 0);
-    for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(W), [&](int64_t i) {
+    static_assert(kFewTokens <= kGroup && kGroup % kLanes<C> == 0);
+    for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(RouterT), [&](int64_t i) {
       multiply(0, tokens, i * kTileColumns, std::min(E, (i + 1) * kTileColumns));
     });
     this->decide(logit, 0, tokens);

@@ -129,7 +129,7 @@ inline auto dispatch(const Tensor& x, F f) {
   }
 }
 
-// The router's weight has x's dtype T or the accumulator's: f.template operator()<T, W>().
+// The router's weight has x's dtype T or the accumulator's: f.template operator()<T, RouterT>().
 template <class F>
 inline auto dispatch(const Tensor& x, const Tensor& w, F f) {
   return dispatch(x, [&]<class T>() {
@@ -159,10 +159,10 @@ inline void for_tasks(int64_t n, int64_t bytes, F f) {
 // weights.  More tokens are processed in blocks, each completely while its rows are in cache.
 constexpr int64_t kFewTokens = 64;
 
-// Sums over tokens across blocks (mean_prob and counts) are taken in parts of this many tokens.
-// Blocks consist of whole parts, so the bits do not depend on the block size.
-constexpr int64_t kPart = 64;
-inline int64_t parts(int64_t T) { return (T + kPart - 1) / kPart; }
+// Sums over tokens across blocks (mean_prob and counts) are taken in groups of this many tokens.
+// Blocks consist of whole groups, so the bits do not depend on the block size.
+constexpr int64_t kGroup = 64;
+inline int64_t groups(int64_t T) { return (T + kGroup - 1) / kGroup; }
 
 // Blocks of T tokens for E experts and K slots per token.  About 32 tokens per expert fill whole
 // tiles and seldom reread its weights; two blocks per thread balance skewed routing.
@@ -172,9 +172,9 @@ struct Blocks {
   explicit Blocks(int64_t T, int64_t E = 1, int64_t K = 1) : tokens(T), size(T) {
     if (few()) return;
     const int64_t most =
-        std::clamp<int64_t>(32 * E / std::max<int64_t>(K, 1), 2 * kPart, 16 * kPart);
+        std::clamp<int64_t>(32 * E / std::max<int64_t>(K, 1), 2 * kGroup, 16 * kGroup);
     const int64_t share = T / (2 * int64_t(torch::stable::get_num_threads()));
-    size = parts(std::clamp<int64_t>(share, 1, most)) * kPart;
+    size = groups(std::clamp<int64_t>(share, 1, most)) * kGroup;
   }
   bool few() const { return tokens <= kFewTokens; }
   int64_t count() const { return tokens == 0 ? 0 : (tokens + size - 1) / size; }

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand_kernel(Expand<T> p) {
   dot.run(p.h, first, p.tokens, p.b, column, p.columns, 0, p.R, shared, nothing);
 
   const bool aligned = p.columns * sizeof(T) % 16 == 0;
-  Dot::each_part([&](int i, int j, int r, int c) {
+  Dot::each_fragment([&](int i, int j, int r, int c) {
     Pack<float, 8> sums = dot.take(i, j, shared);
     Pack<float, 8> more = {};
     if (p.R2 > 0) more = wide.take(i, j, shared);

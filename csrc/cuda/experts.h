@@ -1,6 +1,6 @@
 // The experts and the router of an operator call, checked and in the form that kernels take.
 //
-// Letters: T tokens, E experts, K slots per token, R rank rows of all experts, W columns of S.
+// Letters: T tokens, E experts, K slots per token, R rank rows of all experts, S_columns columns of S.
 #pragma once
 
 #include <algorithm>
@@ -29,7 +29,7 @@ inline void add_biases(Router& router, const MaybeTensor& bias, const MaybeTenso
 // A router's outputs: indices, weights and lse per token; `finish` adds mean_prob and counts.
 // Whoever computes the logits allocates them.
 struct RouterResults {
-  Tensor indices, weights, logits, mean_prob, lse, counts, prob_parts, count_parts;
+  Tensor indices, weights, logits, mean_prob, lse, counts, prob_partial, count_partial;
   Routing routing;
 
   RouterResults(const Tensor& x, int64_t E, int64_t K) {
@@ -39,11 +39,11 @@ struct RouterResults {
     mean_prob = empty<float>(x, {E});
     lse = empty<float>(x, {T});
     counts = empty<int64_t>(x, {E});
-    prob_parts = empty<float>(x, {groups, E});
-    count_parts = empty<int32_t>(x, {groups, E});
+    prob_partial = empty<float>(x, {groups, E});
+    count_partial = empty<int32_t>(x, {groups, E});
     routing = {mutable_data<int32_t>(indices), mutable_data<float>(weights),
-               mutable_data<float>(lse), mutable_data<float>(prob_parts),
-               mutable_data<int32_t>(count_parts)};
+               mutable_data<float>(lse), mutable_data<float>(prob_partial),
+               mutable_data<int32_t>(count_partial)};
   }
   void finish(cudaStream_t stream) {
     router_totals(routing, lse.size(0), counts.size(0), mutable_data<float>(mean_prob),
@@ -115,7 +115,7 @@ struct ExpertRows {
     experts.scaling = contiguous<float>("scaling", scaling, x, {E});
     experts.E = E, experts.R = offsets[E], experts.rank = max_rank;
     experts.shared_a = shared_a;
-    experts.W = shared_a ? max_rank : experts.R;
+    experts.S_columns = shared_a ? max_rank : experts.R;
     if (equal) return;
     table = empty<int32_t>(x, {E + 1});
     write_table(offsets.data(), E + 1, mutable_data<int32_t>(*table), stream);

@@ -40,7 +40,7 @@ __device__ void fill_zero(T* row, int n, int lane) {
 template <class T>
 __device__ void gate_token(const Middle<T>& m, int64_t t, int lane) {
   const int K = m.router.K;
-  const float* s = m.s + t * m.experts.W;
+  const float* s = m.s + t * m.experts.S_columns;
   T* h = m.h + t * m.experts.R;
   fill_zero(h, m.experts.R, lane);
   __syncwarp();  // zeros are written first, and so are the ids and weights
@@ -60,11 +60,11 @@ __device__ void gate_gradient_token(const MiddleGrad<T>& m, int64_t t, int lane)
   const int K = m.router.K;
   const int32_t* ids = m.routing.indices + t * K;
   const float* weights = m.routing.weights + t * K;
-  const float *g = m.g + t * experts.R, *s = m.s + t * experts.W;
-  T *ds = m.ds + t * experts.W, *h = m.h + t * experts.R;
+  const float *g = m.g + t * experts.R, *s = m.s + t * experts.S_columns;
+  T *ds = m.ds + t * experts.S_columns, *h = m.h + t * experts.R;
   float* dweights = m.dweights + t * K;
   fill_zero(h, experts.R, lane);
-  fill_zero(ds, experts.W, lane);
+  fill_zero(ds, experts.S_columns, lane);
   __syncwarp();  // zeros are written first
 #pragma unroll 1
   for (int j = 0; j < K; ++j) {
@@ -84,7 +84,7 @@ __device__ void gate_gradient_token(const MiddleGrad<T>& m, int64_t t, int lane)
         dweights[i] = along;
   }
 #pragma unroll 1
-  for (int i = lane; experts.shared_a && i < experts.W; i += 32) {
+  for (int i = lane; experts.shared_a && i < experts.S_columns; i += 32) {
     float sum = 0.f;
 #pragma unroll 1
     for (int j = 0; j < K; ++j) {
@@ -100,8 +100,8 @@ template <class T>
 __device__ void middle(const Middle<T>& m, int64_t group, int lane) {
   const int E = m.router.E;
   for (int e = lane; m.logits && e < E; e += 32) {
-    m.routing.prob_parts[group * E + e] = 0.f;
-    m.routing.count_parts[group * E + e] = 0;
+    m.routing.prob_partial[group * E + e] = 0.f;
+    m.routing.count_partial[group * E + e] = 0;
   }
 #pragma unroll 1
   for (int64_t t = group * kGroup; t < (group + 1) * kGroup && t < m.tokens; ++t) {

@@ -1,6 +1,6 @@
 // Arguments and launchers of the kernels: plain structs of pointers and sizes, without PyTorch.
 //
-// Letters: T tokens, E experts, K slots per token, R rank rows of all experts, W columns of S:
+// Letters: T tokens, E experts, K slots per token, R rank rows of all experts, S_columns columns of S:
 // R, or one expert's rank with a shared A.  Launchers are defined for float, f16 and bf16.
 #pragma once
 
@@ -19,18 +19,18 @@ struct Router {
 };
 
 struct Routing {
-  int32_t* indices = nullptr;      // (T, K), -1 for an empty slot
-  float* weights = nullptr;        // (T, K)
-  float* lse = nullptr;            // (T,)
-  float* prob_parts = nullptr;     // (T / kGroup, E): sums of the gates over a group of tokens
-  int32_t* count_parts = nullptr;  // and of the slots
+  int32_t* indices = nullptr;        // (T, K), -1 for an empty slot
+  float* weights = nullptr;          // (T, K)
+  float* lse = nullptr;              // (T,)
+  float* prob_partial = nullptr;     // (T / kGroup, E): sums of the gates over a group of tokens
+  int32_t* count_partial = nullptr;  // and of the slots
 };
 
 struct Experts {
   const float* scaling = nullptr;    // (E,)
   const int32_t* offsets = nullptr;  // (E + 1,), or null: every expert has `rank` rows
   int rank = 0;
-  int E = 0, R = 0, W = 0;
+  int E = 0, R = 0, S_columns = 0;
   bool shared_a = false;
 
   __host__ __device__ int first(int e) const { return offsets ? offsets[e] : e * rank; }
@@ -49,9 +49,9 @@ struct Shrink {
   Rows<T> x, a;
   Rows<float> w;
   float *s = nullptr, *logits = nullptr;  // (splits, T, R), (splits, T, E)
-  int64_t tokens = 0, columns = 0, stretch = 0;
+  int64_t tokens = 0, columns = 0, split_size = 0;
   int R = 0, E = 0;
-  int64_t stretches() const { return stretch ? ceil_div(columns, stretch) : 1; }
+  int64_t splits() const { return split_size ? ceil_div(columns, split_size) : 1; }
 };
 
 // The middle of the forward: top-k of the logits unless the routing is given, and H = gate(S).
@@ -62,7 +62,7 @@ struct Middle {
   Routing routing;
   Experts experts;
   float* logits = nullptr;   // (T, E), router_bias is added; null: the routing is given
-  const float* s = nullptr;  // (T, W), null: no experts
+  const float* s = nullptr;  // (T, S_columns), null: no experts
   T* h = nullptr;            // (T, R)
   int64_t tokens = 0;
 };
@@ -75,9 +75,9 @@ struct MiddleGrad {
   Routing routing;
   Experts experts;
   RoutingGrad aux;
-  const float *g = nullptr, *s = nullptr;         // (T, R), (T, W)
+  const float *g = nullptr, *s = nullptr;         // (T, R), (T, S_columns)
   const float* logits = nullptr;                  // (T, E), null: the routing was given
-  T *ds = nullptr, *h = nullptr;                  // (T, W), (T, R)
+  T *ds = nullptr, *h = nullptr;                  // (T, S_columns), (T, R)
   float *dweights = nullptr, *dlogits = nullptr;  // (T, K), (T, E)
   int64_t tokens = 0;
 };
@@ -94,11 +94,11 @@ struct Expand {
 
 // H^T x: sums over splits of the tokens.
 template <class H, class T>
-struct Gram {
+struct Wgrad {
   Rows<H> h;
   Rows<T> x;
-  float* parts = nullptr;  // (splits, R, D)
-  int64_t tokens = 0, columns = 0, stretch = 0;
+  float* partial = nullptr;  // (splits, R, D)
+  int64_t tokens = 0, columns = 0, split_size = 0;
   int R = 0;
 };
 
@@ -116,11 +116,11 @@ void gate_ranks(const MiddleGrad<T>&, cudaStream_t);
 template <class T>
 void expand(const Expand<T>&, cudaStream_t);
 template <class H, class T>
-void gram(const Gram<H, T>&, cudaStream_t);
-int64_t gram_stretch(int64_t tokens, int64_t columns, int R);
-// out = the sum of the parts, in order.  (parts, n) -> (n,)
+void wgrad(const Wgrad<H, T>&, cudaStream_t);
+int64_t wgrad_split_size(int64_t tokens, int64_t columns, int R);
+// out = the sum over the splits, in order.  (splits, n) -> (n,)
 template <class T>
-void add_parts(const float* parts, int64_t count, int64_t n, T* out, cudaStream_t);
+void add_splits(const float* partial, int64_t count, int64_t n, T* out, cudaStream_t);
 
 // The segmented plan: each slot's tokens are sorted by expert, and a tile uses one expert's rows.
 // S, G, H and dS (T, K, max_rank) hold one slot after another.
@@ -155,8 +155,8 @@ void segmented_expand_apart(const Segments&, const T* h, const Rows<T>& rows, co
                             int64_t columns, T* y, cudaStream_t);
 // out (R, D) = H^T x, each expert over its own tokens; x may have one row per slot.
 template <class T>
-void segmented_gram(const Segments&, const T* h, const Rows<T>& x, int64_t columns, float* out,
-                    cudaStream_t);
+void segmented_wgrad(const Segments&, const T* h, const Rows<T>& x, int64_t columns, float* out,
+                     cudaStream_t);
 
 // mean_prob (E,) and counts (E,) from the sums over groups of tokens.
 void router_totals(const Routing&, int64_t tokens, int E, float* mean_prob, int64_t* counts,

@@ -1,5 +1,5 @@
 // The bare products:  shrink  S = x A^T, logits = x W^T;  expand  y = base + H B + H2 B2;
-// gram  H^T x.
+// wgrad  H^T x.
 #include "linear.h"
 
 #include "register.h"
@@ -11,9 +11,9 @@ std::tuple<Tensor, Tensor> shrink_op(Tensor x, Tensor a, MaybeTensor w) {
   return shrink_rows(x, a, w);
 }
 
-Tensor gram_op(Tensor h, Tensor x) {
+Tensor wgrad_op(Tensor h, Tensor x) {
   const OnDevice device(x);
-  return gram_rows(h, x, ScalarType::Float, device.stream);
+  return wgrad_rows(h, x, ScalarType::Float, device.stream);
 }
 
 Tensor expand_op(Tensor h, Tensor b, MaybeTensor h2, MaybeTensor b2, MaybeTensor base,
@@ -41,26 +41,27 @@ Tensor expand_to(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const 
 
 template <class H, class T>
 Tensor gram_of(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream) {
-  Gram<H, T> p;
+  Wgrad<H, T> p;
   p.tokens = x.size(0), p.columns = x.size(1), p.R = h.size(1);
   if (p.tokens == 0 || p.columns == 0 || p.R == 0)
     return torch::stable::new_zeros(x, {p.R, p.columns}, dtype);
   p.h = rows<H>("H", h, x, p.tokens, p.R);
   p.x = rows<T>("x", x, x, p.tokens, p.columns);
-  p.stretch = gram_stretch(p.tokens, p.columns, p.R);
-  const int64_t count = ceil_div(p.tokens, p.stretch), n = p.R * p.columns;
+  p.split_size = wgrad_split_size(p.tokens, p.columns, p.R);
+  const int64_t count = ceil_div(p.tokens, p.split_size), n = p.R * p.columns;
   if (count == 1 && dtype == ScalarType::Float) {  // its sums are the result
     Tensor out = empty<float>(x, {p.R, p.columns});
-    p.parts = mutable_data<float>(out);
-    gram(p, stream);
+    p.partial = mutable_data<float>(out);
+    wgrad(p, stream);
     return out;
   }
-  Tensor parts = empty<float>(x, {count, p.R, p.columns});
+  Tensor partial = empty<float>(x, {count, p.R, p.columns});
   Tensor out = torch::stable::new_empty(x, {p.R, p.columns}, dtype);
-  p.parts = mutable_data<float>(parts);
-  gram(p, stream);
-  dispatch(out,
-           [&]<class Out>() { add_parts<Out>(p.parts, count, n, mutable_data<Out>(out), stream); });
+  p.partial = mutable_data<float>(partial);
+  wgrad(p, stream);
+  dispatch(out, [&]<class Out>() {
+    add_splits<Out>(p.partial, count, n, mutable_data<Out>(out), stream);
+  });
   return out;
 }
 
@@ -71,7 +72,7 @@ std::tuple<Tensor, Tensor> shrink_rows(const Tensor& x, const Tensor& a, const M
     const OnDevice device(x);
     const MaybeTensor wide_w = w ? MaybeTensor(wide(*w)) : w;
     Shrink<T> p;
-    p.tokens = x.size(0), p.columns = p.stretch = x.size(1);
+    p.tokens = x.size(0), p.columns = p.split_size = x.size(1);
     p.R = a.size(0), p.E = w ? w->size(0) : 0;
     Tensor s = empty<float>(x, {p.tokens, p.R}), logits = empty<float>(x, {p.tokens, p.E});
     p.x = rows<T>("x", x, x, p.tokens, p.columns);
@@ -98,9 +99,9 @@ Tensor expand_rows(const Tensor& h, const Tensor& b, const MaybeTensor& h2, cons
                   [&]<class T>() { return expand_to<T>(first_h, first_b, wide_h, wide_b, base); });
 }
 
-Tensor gram_rows(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream) {
+Tensor wgrad_rows(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream) {
   if (dtype == ScalarType::Double)
-    return as_dtype(gram_rows(h, x, ScalarType::Float, stream), dtype);
+    return as_dtype(wgrad_rows(h, x, ScalarType::Float, stream), dtype);
   return dispatch(x, [&]<class T>() {
     if constexpr (kHalf<T>)
       if (h.scalar_type() == scalar_type_of<T>()) return gram_of<T, T>(h, x, dtype, stream);
@@ -111,7 +112,7 @@ Tensor gram_rows(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_
 void register_linear(Library& library) {
   library.impl("shrink", TORCH_BOX(&shrink_op));
   library.impl("expand", TORCH_BOX(&expand_op));
-  library.impl("gram", TORCH_BOX(&gram_op));
+  library.impl("wgrad", TORCH_BOX(&wgrad_op));
 }
 
 }  // namespace lora_moe::cuda

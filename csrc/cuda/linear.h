@@ -12,6 +12,6 @@ Tensor expand_rows(const Tensor& h, const Tensor& b, const MaybeTensor& h2, cons
                    const MaybeTensor& base, ScalarType dtype);
 
 // H^T x (R, D) in another dtype; H in fp32 or in x's dtype.
-Tensor gram_rows(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream);
+Tensor wgrad_rows(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream);
 
 }  // namespace lora_moe::cuda

@@ -50,7 +50,7 @@ struct Backward {
     const int64_t n = x.size(0), K = indices.size(1);
     shrink.tokens = middle.tokens = n, shrink.columns = dy.size(1), shrink.R = e.R;
     g = empty<float>(x, {n, e.R});
-    ds = empty<T>(x, {n, e.W});
+    ds = empty<T>(x, {n, e.S_columns});
     h = empty<T>(x, {n, e.R});
     dweights = empty<float>(x, {n, K});
     shrink.x = rows<T>("dy", dy, x, n, shrink.columns);
@@ -59,7 +59,7 @@ struct Backward {
     middle.router = router_of("softmax", false, e.E, K);
     middle.routing = routing_of(indices, weights, x);
     middle.experts = e;
-    middle.s = contiguous<float>("S", s, x, {n, e.W});
+    middle.s = contiguous<float>("S", s, x, {n, e.S_columns});
     middle.ds = mutable_data<T>(ds), middle.h = mutable_data<T>(h);
     middle.dweights = mutable_data<float>(dweights);
   }
@@ -70,8 +70,8 @@ struct Backward {
                                         const Ints& offsets) {
     Tensor da = torch::stable::new_empty(x, {0}, a_dtype);
     Tensor db = torch::stable::new_empty(x, {0}, b_dtype);
-    if (needs.a) da = gram_rows(ds, x, a_dtype, device.stream);
-    if (needs.b) db = gram_rows(h, dy, b_dtype, device.stream);
+    if (needs.a) da = wgrad_rows(ds, x, a_dtype, device.stream);
+    if (needs.b) db = wgrad_rows(h, dy, b_dtype, device.stream);
     if (needs.a && !experts.experts.shared_a) zero_frozen(da, needs.frozen, offsets, device.stream);
     if (needs.b) zero_frozen(db, needs.frozen, offsets, device.stream);
     return {da, db};
@@ -86,12 +86,12 @@ Tensor router_bias_grad(const Tensor& dlogits, bool needed, cudaStream_t stream)
   if (!needed) return empty<float>(dlogits, {0});
   Tensor ones = torch::stable::new_empty(dlogits, {dlogits.size(0), 1}, ScalarType::Half);
   torch::stable::fill_(ones, 1.0);
-  return torch::stable::view(gram_rows(dlogits, ones, ScalarType::Float, stream),
+  return torch::stable::view(wgrad_rows(dlogits, ones, ScalarType::Float, stream),
                              {dlogits.size(1)});
 }
 
-// The router's part of a segmented backward: its weight, its inputs and its incoming gradients.
-struct RoutedPart {
+// What the router adds to a segmented backward: its weight, its inputs and its incoming gradients.
+struct RouterGradient {
   Router router;
   const Tensor& w;
   const Tensor& logits;
@@ -103,7 +103,7 @@ template <class T>
 RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& a, const Tensor& b,
                                const Tensor& s, const Tensor& indices, const Tensor& weights,
                                const Tensor& scaling, const Ints& offsets, bool shared_a,
-                               RowsPerToken per, const Needs& needs, const RoutedPart* routed) {
+                               RowsPerToken per, const Needs& needs, const RouterGradient* routed) {
   const OnDevice device(x);
   Segmented<T> plan(x, indices, weights, scaling, offsets, shared_a, per, device.stream);
   const Tensor a_rounded = as_dtype(a, x.scalar_type()), b_rounded = as_dtype(b, x.scalar_type());
@@ -139,19 +139,19 @@ RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& 
     dx = plan.expand(ds, a_rounded, {}, through_router);
   }
   if (routed)
-    dw = needs.w ? gram_rows(dlogits, x, routed->w.scalar_type(), device.stream)
+    dw = needs.w ? wgrad_rows(dlogits, x, routed->w.scalar_type(), device.stream)
                  : torch::stable::new_empty(x, {0}, routed->w.scalar_type());
   else if (!needs.w)
     dw = empty<float>(x, {0});
   Tensor da = torch::stable::new_empty(x, {0}, a.scalar_type());
   Tensor db = torch::stable::new_empty(x, {0}, b.scalar_type());
-  if (needs.a && shared_a) da = gram_rows(ds, x, a.scalar_type(), device.stream);
+  if (needs.a && shared_a) da = wgrad_rows(ds, x, a.scalar_type(), device.stream);
   if (needs.a && !shared_a) {
-    da = plan.gram(ds, x, per.x, a.scalar_type());
+    da = plan.wgrad(ds, x, per.x, a.scalar_type());
     zero_frozen(da, needs.frozen, offsets, device.stream);
   }
   if (needs.b) {
-    db = plan.gram(h, dy, per.y, b.scalar_type());
+    db = plan.wgrad(h, dy, per.y, b.scalar_type());
     zero_frozen(db, needs.frozen, offsets, device.stream);
   }
   return {dx, dw, da, db, dlogits};
@@ -159,12 +159,12 @@ RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& 
 
 Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, Tensor indices,
                             Tensor weights, Tensor scaling, Ints offsets, bool shared_a,
-                            std::string slots, Ints frozen, bool need_x, bool need_w, bool need_a,
-                            bool need_b, std::string plan) {
+                            std::string slots, Ints frozen, bool need_x, bool need_router,
+                            bool need_a, bool need_b, std::string plan) {
   check_plan(plan);
   check_plan_of_slots(slots, plan);
   const RowsPerToken per(slots, indices.size(1), shared_a);
-  const Needs needs = {frozen, need_x, need_w, need_a, need_b};
+  const Needs needs = {frozen, need_x, need_router, need_a, need_b};
   return dispatch(x, [&]<class T>() -> Grads {
     if (plan == "segmented") {
       const auto [dx, dweights, da, db, dlogits] = segmented_backward<T>(
@@ -176,7 +176,7 @@ Grads grouped_lora_backward(Tensor dy, Tensor x, Tensor a, Tensor b, Tensor s, T
     Tensor dx = empty<T>(x, {0});
     if (need_x) dx = expand_rows(grad.ds, grad.a, {}, {}, {}, x.scalar_type());
     const auto [da, db] = grad.parameters(dy, x, a.scalar_type(), b.scalar_type(), needs, offsets);
-    return {dx, need_w ? grad.dweights : empty<float>(x, {0}), da, db};
+    return {dx, need_router ? grad.dweights : empty<float>(x, {0}), da, db};
   });
 }
 
@@ -185,17 +185,17 @@ RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dl
                                  Tensor a, Tensor b, Tensor s, Tensor indices, Tensor weights,
                                  Tensor logits, Tensor scaling, Ints offsets, bool shared_a,
                                  std::string gate, bool renormalize, Ints frozen, bool need_x,
-                                 bool need_w, bool need_a, bool need_b, bool need_router_bias,
+                                 bool need_router, bool need_a, bool need_b, bool need_router_bias,
                                  std::string plan) {
   check_plan(plan);
-  const Needs needs = {frozen, need_x, need_w, need_a, need_b};
+  const Needs needs = {frozen, need_x, need_router, need_a, need_b};
   const int64_t n = x.size(0), E = scaling.size(0), K = indices.size(1);
   const RoutingGradTensors aux(dweights, dlogits, dmean_prob, dlse, logits, K);
   const Router router = router_of(gate, renormalize, E, K);
   return dispatch(x, [&]<class T>() -> RoutedGrads {
     if (plan == "segmented") {
       const OnDevice device(x);
-      const RoutedPart routed = {router, w, logits, aux.grad};
+      const RouterGradient routed = {router, w, logits, aux.grad};
       auto grads = segmented_backward<T>(dy, x, a, b, s, indices, weights, scaling, offsets,
                                          shared_a, {}, needs, &routed);
       std::get<4>(grads) = router_bias_grad(std::get<4>(grads), need_router_bias, device.stream);
@@ -211,7 +211,7 @@ RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dl
     Tensor dx = empty<T>(x, {0});
     if (need_x) dx = expand_rows(grad.ds, grad.a, total, w, {}, x.scalar_type());
     Tensor dw = torch::stable::new_empty(x, {0}, w.scalar_type());
-    if (need_w) dw = gram_rows(total, x, w.scalar_type(), grad.device.stream);
+    if (need_router) dw = wgrad_rows(total, x, w.scalar_type(), grad.device.stream);
     const auto [da, db] = grad.parameters(dy, x, a.scalar_type(), b.scalar_type(), needs, offsets);
     return {dx, dw, da, db, router_bias_grad(total, need_router_bias, grad.device.stream)};
   });

@@ -24,11 +24,11 @@ struct Forward {
         h(x),
         experts(offsets, shared_a, scaling, x, device.stream) {
     const Experts& e = experts.experts;
-    shrink.tokens = middle.tokens = x.size(0), shrink.columns = x.size(1), shrink.R = e.W;
-    s = empty<float>(x, {shrink.tokens, e.W});
+    shrink.tokens = middle.tokens = x.size(0), shrink.columns = x.size(1), shrink.R = e.S_columns;
+    s = empty<float>(x, {shrink.tokens, e.S_columns});
     h = empty<T>(x, {shrink.tokens, e.R});
     shrink.x = rows<T>("x", x, x, shrink.tokens, shrink.columns);
-    shrink.a = rows<T>("lora_A", a, x, e.W, shrink.columns);
+    shrink.a = rows<T>("lora_A", a, x, e.S_columns, shrink.columns);
     middle.experts = e;
     middle.s = shrink.s = mutable_data<float>(s);
     middle.h = mutable_data<T>(h);

@@ -63,18 +63,19 @@ struct Sums {
   using Turned = nvcuda::wmma::col_major;
   using LeftLayout = std::conditional_t<kLeftAlongK, Layout, Turned>;
   using RightLayout = std::conditional_t<kRightAlongK, Turned, Layout>;
-  using LeftPart = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, Left, LeftLayout>;
-  using RightPart = nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, Right, RightLayout>;
+  using LeftFragment = nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, Left, LeftLayout>;
+  using RightFragment =
+      nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, Right, RightLayout>;
   nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> sums;
 
   __device__ void zero() { nvcuda::wmma::fill_fragment(sums, 0.f); }
-  static __device__ void load(LeftPart& part, const Left* tile, int stride) {
-    nvcuda::wmma::load_matrix_sync(part, tile, stride);
+  static __device__ void load(LeftFragment& fragment, const Left* tile, int stride) {
+    nvcuda::wmma::load_matrix_sync(fragment, tile, stride);
   }
-  static __device__ void load(RightPart& part, const Right* tile, int stride) {
-    nvcuda::wmma::load_matrix_sync(part, tile, stride);
+  static __device__ void load(RightFragment& fragment, const Right* tile, int stride) {
+    nvcuda::wmma::load_matrix_sync(fragment, tile, stride);
   }
-  __device__ void add(const LeftPart& left, const RightPart& right) {
+  __device__ void add(const LeftFragment& left, const RightFragment& right) {
     nvcuda::wmma::mma_sync(sums, left, right, sums);
   }
   __device__ void put(float* patch) const {
@@ -103,7 +104,7 @@ struct SplitSums {
   static constexpr bool kBothWide = std::is_same_v<Left, Right>;
   using LeftTerms = Terms<Left, Term, kBothWide>;
   using RightTerms = Terms<Right, Term, kBothWide>;
-  struct LeftPart {
+  struct LeftFragment {
     LeftTerms row[2];
   };
   struct Column {
@@ -117,7 +118,7 @@ struct SplitSums {
         units[i] = __shfl_sync(kAllLanes, terms.unit, lane_id() % 4 * 8 + 4 * i);
     }
   };
-  struct RightPart {
+  struct RightFragment {
     Column column[2];
   };
   float sums[2][4];
@@ -126,25 +127,25 @@ struct SplitSums {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] = 0.f;
   }
-  static __device__ void load(LeftPart& part, const Left* tile, int stride) {
+  static __device__ void load(LeftFragment& fragment, const Left* tile, int stride) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      part.row[i].split(
+      fragment.row[i].split(
           along_k<kLeftAlongK>(tile, lane_id() / 4 + 8 * i, lane_id() % 4 * 4, stride));
   }
-  static __device__ void load(RightPart& part, const Right* tile, int stride) {
+  static __device__ void load(RightFragment& fragment, const Right* tile, int stride) {
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      part.column[j].split(
+      fragment.column[j].split(
           along_k<kRightAlongK>(tile, lane_id() / 4 + 8 * j, lane_id() % 4 * 4, stride));
   }
-  __device__ void add(const LeftPart& left, const RightPart& right) {
+  __device__ void add(const LeftFragment& left, const RightFragment& right) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) add(left, right.column[j], j);
   }
   // The smallest products first; that of two low halves is omitted, as it is within their error.
   // They are summed separately, because the tensor cores truncate where fp32 rounds.
-  __device__ void add(const LeftPart& left, const Column& right, int j) {
+  __device__ void add(const LeftFragment& left, const Column& right, int j) {
     float step[4] = {};
 #pragma unroll
     for (int l = LeftTerms::kCount - 1; l >= 0; --l)
@@ -172,10 +173,10 @@ struct SplitSums {
 template <class Left, class Right, bool kLeftAlongK, bool kRightAlongK>
 struct ExactSums {
   static constexpr int kStep = 4;
-  struct LeftPart {
+  struct LeftFragment {
     Pack<Left, kStep> row[2];
   };
-  struct RightPart {
+  struct RightFragment {
     Pack<Right, kStep> column[4];
   };
   float sums[2][4];
@@ -188,17 +189,17 @@ struct ExactSums {
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i / 4][i % 4] += step.sums[i / 4][i % 4];
   }
-  static __device__ void load(LeftPart& part, const Left* tile, int stride) {
+  static __device__ void load(LeftFragment& fragment, const Left* tile, int stride) {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      part.row[i] = along_k<kLeftAlongK>(tile, lane_id() / 4 + 8 * i, 0, stride);
+      fragment.row[i] = along_k<kLeftAlongK>(tile, lane_id() / 4 + 8 * i, 0, stride);
   }
-  static __device__ void load(RightPart& part, const Right* tile, int stride) {
+  static __device__ void load(RightFragment& fragment, const Right* tile, int stride) {
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      part.column[j] = along_k<kRightAlongK>(tile, lane_id() % 4 + 4 * j, 0, stride);
+      fragment.column[j] = along_k<kRightAlongK>(tile, lane_id() % 4 + 4 * j, 0, stride);
   }
-  __device__ void add(const LeftPart& left, const RightPart& right) {
+  __device__ void add(const LeftFragment& left, const RightFragment& right) {
 #pragma unroll
     for (int k = 0; k < kStep; ++k)
 #pragma unroll
@@ -226,22 +227,22 @@ struct Product {
   using LeftTile = Tile<Left, kLeftAlongK ? BM : BK, kLeftAlongK ? BK : BM>;
   using RightTile = Tile<Right, kRightAlongK ? BN : BK, kRightAlongK ? BK : BN>;
   static constexpr bool kSplit = kHalf<Term> && !(kHalf<Left> && kHalf<Right>);
-  using Part = std::conditional_t<
+  using Fragment = std::conditional_t<
       kTensorCores, Sums<Left, Right, kLeftAlongK, kRightAlongK>,
       std::conditional_t<kSplit, SplitSums<Left, Right, Term, kLeftAlongK, kRightAlongK>,
                          ExactSums<Left, Right, kLeftAlongK, kRightAlongK>>>;
   static constexpr int kStepBytes = LeftTile::kBytes + RightTile::kBytes;
   static constexpr int kPatchBytes = kWarps * 16 * kPatchStride * 4;
   static constexpr int kBytes = 2 * kStepBytes > kPatchBytes ? 2 * kStepBytes : kPatchBytes;
-  static constexpr int MI = BM / 32, NI = BN / 64;  // 16 x 16 parts of a warp
-  Part parts[MI][NI];
+  static constexpr int MI = BM / 32, NI = BN / 64;  // 16 x 16 fragments of a warp
+  Fragment fragments[MI][NI];
 
   static __device__ int warp_m() { return warp_id() / 4 * (BM / 2); }
   static __device__ int warp_n() { return warp_id() % 4 * (BN / 4); }
 
   __device__ Product() {
 #pragma unroll
-    for (int i = 0; i < MI * NI; ++i) parts[i / NI][i % NI].zero();
+    for (int i = 0; i < MI * NI; ++i) fragments[i / NI][i % NI].zero();
   }
 
   // Adds the products of k in [begin, end); `also(left tile, right tile, k)` sees each step's
@@ -274,46 +275,47 @@ struct Product {
 
   __device__ void multiply(const Left* left, const Right* right) {
     if constexpr (kTensorCores || kSplit) {
-      multiply(left, right, parts);
+      multiply(left, right, fragments);
     } else {
-      Part step[MI][NI];
+      Fragment step[MI][NI];
 #pragma unroll
       for (int i = 0; i < MI * NI; ++i) step[i / NI][i % NI].zero();
       multiply(left, right, step);
 #pragma unroll
-      for (int i = 0; i < MI * NI; ++i) parts[i / NI][i % NI].join(step[i / NI][i % NI]);
+      for (int i = 0; i < MI * NI; ++i) fragments[i / NI][i % NI].join(step[i / NI][i % NI]);
     }
   }
 
-  static __device__ void multiply(const Left* left, const Right* right, Part (&sums)[MI][NI]) {
+  static __device__ void multiply(const Left* left, const Right* right, Fragment (&sums)[MI][NI]) {
 #pragma unroll
-    for (int k = 0; k < BK; k += Part::kStep) {
-      typename Part::LeftPart left_parts[MI];
+    for (int k = 0; k < BK; k += Fragment::kStep) {
+      typename Fragment::LeftFragment left_parts[MI];
 #pragma unroll
       for (int i = 0; i < MI; ++i) {
         const int m = warp_m() + 16 * i;
-        Part::load(left_parts[i],
-                   left + (kLeftAlongK ? m * LeftTile::kStride + k : k * LeftTile::kStride + m),
-                   LeftTile::kStride);
+        Fragment::load(left_parts[i],
+                       left + (kLeftAlongK ? m * LeftTile::kStride + k : k * LeftTile::kStride + m),
+                       LeftTile::kStride);
       }
 #pragma unroll
       for (int j = 0; j < NI; ++j) {
-        typename Part::RightPart right_part;
+        typename Fragment::RightFragment right_part;
         const int n = warp_n() + 16 * j;
-        Part::load(right_part,
-                   right + (kRightAlongK ? n * RightTile::kStride + k : k * RightTile::kStride + n),
-                   RightTile::kStride);
+        Fragment::load(
+            right_part,
+            right + (kRightAlongK ? n * RightTile::kStride + k : k * RightTile::kStride + n),
+            RightTile::kStride);
 #pragma unroll
         for (int i = 0; i < MI; ++i) sums[i][j].add(left_parts[i], right_part);
       }
     }
   }
 
-  // Eight neighboring sums of part (i, j) for each lane, through the warp's patch.
+  // Eight neighboring sums of fragment (i, j) for each lane, through the warp's patch.
   __device__ Pack<float, 8> take(int i, int j, char* shared) const {
     float* patch = reinterpret_cast<float*>(shared) + warp_id() * 16 * kPatchStride;
-    __syncwarp();  // the part before this one has been read
-    parts[i][j].put(patch);
+    __syncwarp();  // the fragment before this one has been read
+    fragments[i][j].put(patch);
     __syncwarp();
     Pack<float, 8> out;
 #pragma unroll
@@ -322,9 +324,9 @@ struct Product {
     return out;
   }
 
-  // f(i, j, row, first of eight columns) for the lane's share of each part.
+  // f(i, j, row, first of eight columns) for the lane's share of each fragment.
   template <class F>
-  static __device__ void each_part(F f) {
+  static __device__ void each_fragment(F f) {
 #pragma unroll
     for (int i = 0; i < MI; ++i)
 #pragma unroll
@@ -335,7 +337,7 @@ struct Product {
   // Columns n .. of the sums, to the rows that row(m) points to.
   template <class Row>
   __device__ void write(Row row, int64_t m, int64_t M, int64_t n, int64_t N, char* shared) const {
-    each_part([&](int i, int j, int r, int c) {
+    each_fragment([&](int i, int j, int r, int c) {
       const Pack<float, 8> sums = take(i, j, shared);
       if (m + r >= M) return;
       float* out = row(m + r);

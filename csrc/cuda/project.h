@@ -6,7 +6,7 @@
 
 namespace lora_moe::cuda {
 
-constexpr int64_t kStretch = 256;  // columns: sixteen blocks for D_in = 4096
+constexpr int64_t kSplitSize = 256;  // columns: sixteen blocks for D_in = 4096
 
 inline void check_plan(const std::string& plan) {
   check(plan == "rank_dense" || plan == "segmented" || plan == "decode",
@@ -22,15 +22,15 @@ inline void check_plan_of_slots(const std::string& slots, const std::string& pla
 template <class T, class M>
 void project(Shrink<T> p, const M& middle, const std::string& plan, const Tensor& x,
              cudaStream_t stream) {
-  p.stretch = plan == "decode" ? kStretch : p.columns;
-  if (p.stretches() == 1) return shrink(p, &middle, stream);
-  const int64_t count = p.stretches(), T_R = p.tokens * p.R, T_E = p.tokens * p.E;
+  p.split_size = plan == "decode" ? kSplitSize : p.columns;
+  if (p.splits() == 1) return shrink(p, &middle, stream);
+  const int64_t count = p.splits(), T_R = p.tokens * p.R, T_E = p.tokens * p.E;
   float *s = p.s, *logits = p.logits;
   Tensor s_parts = empty<float>(x, {count, T_R}), logits_parts = empty<float>(x, {count, T_E});
   p.s = mutable_data<float>(s_parts), p.logits = mutable_data<float>(logits_parts);
   shrink(p, static_cast<const M*>(nullptr), stream);
-  add_parts(p.s, count, T_R, s, stream);
-  add_parts(p.logits, count, T_E, logits, stream);
+  add_splits(p.s, count, T_R, s, stream);
+  add_splits(p.logits, count, T_E, logits, stream);
   gate_ranks(middle, stream);
 }
 

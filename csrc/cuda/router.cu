@@ -20,9 +20,9 @@ __global__ void __launch_bounds__(kSumThreads)
   const int e = blockIdx.x, i = threadIdx.x;
   float prob = 0.f;
   int64_t number = 0;
-  for (int64_t part = i; part < ceil_div(tokens, kGroup); part += kSumThreads) {
-    prob += routing.prob_parts[part * E + e];
-    number += routing.count_parts[part * E + e];
+  for (int64_t group = i; group < ceil_div(tokens, kGroup); group += kSumThreads) {
+    prob += routing.prob_partial[group * E + e];
+    number += routing.count_partial[group * E + e];
   }
   probs[i] = prob;
   numbers[i] = number;
@@ -74,9 +74,9 @@ void router_gradient(const Router& router, const Routing& routing, const Routing
 void write_table(const int64_t* values, int64_t n, int32_t* table, cudaStream_t stream) {
   for (int64_t i = 0; i < n; i += kTable) {
     const int some = n - i < kTable ? n - i : kTable;
-    Values part = {};
-    for (int j = 0; j < some; ++j) part.v[j] = values[i + j];
-    launch("write_table", write_table_kernel, 1, kSumThreads, stream, part, some, table + i);
+    Values group = {};
+    for (int j = 0; j < some; ++j) group.v[j] = values[i + j];
+    launch("write_table", write_table_kernel, 1, kSumThreads, stream, group, some, table + i);
   }
 }
 

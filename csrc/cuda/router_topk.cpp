@@ -57,7 +57,7 @@ RouterResults route(const Tensor& x, const Tensor& w, const MaybeTensor& bias,
   out.logits = empty<float>(x, {x.size(0), router.E});
   dispatch(x, [&]<class T>() {
     Shrink<T> p;
-    p.tokens = x.size(0), p.columns = p.stretch = x.size(1), p.E = router.E;
+    p.tokens = x.size(0), p.columns = p.split_size = x.size(1), p.E = router.E;
     p.x = rows<T>("x", x, x, p.tokens, p.columns);
     p.w = rows<float>("router_weight", wide_w, x, p.E, p.columns);
     p.logits = mutable_data<float>(out.logits);

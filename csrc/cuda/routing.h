@@ -82,9 +82,9 @@ __device__ inline Candidate next_best(const Gates& gates, const Router& router, 
 
 __device__ inline float nonzero(float z) { return z == 0.f ? 1.f : z; }
 
-// Decides for one token and adds to the `part` of the sums that this warp owns.
+// Decides for one token and adds to the `group` of the sums that this warp owns.
 __device__ inline void route_token(float* logits, const Router& router, const Routing& routing,
-                                   int64_t t, int64_t part, int lane) {
+                                   int64_t t, int64_t group, int lane) {
   for (int e = lane; router.router_bias && e < router.E; e += 32)
     logits[e] += router.router_bias[e];
   __syncwarp();  // other lanes read them
@@ -110,11 +110,11 @@ __device__ inline void route_token(float* logits, const Router& router, const Ro
   if (lane == 0) routing.lse[t] = gates.lse;
 #pragma unroll 1
   for (int e = lane; e < router.E; e += 32) {
-    routing.prob_parts[part * router.E + e] += gates(e);
+    routing.prob_partial[group * router.E + e] += gates(e);
     int count = 0;
 #pragma unroll 1
     for (int j = 0; j < router.K; ++j) count += ids[j] == e;
-    routing.count_parts[part * router.E + e] += count;
+    routing.count_partial[group * router.E + e] += count;
   }
 }
 

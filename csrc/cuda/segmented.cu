@@ -1,6 +1,6 @@
 // The products of the segmented plan: a tile of tokens that share an expert uses its rows only.
 //
-//   shrink  S_j = x A_e^T    expand  y = base + sum over slots j of H_j B_e    gram  dB_e = H^T x
+//   shrink  S_j = x A_e^T    expand  y = base + sum over slots j of H_j B_e    wgrad  dB_e = H^T x
 //
 // A tile's rows of x are gathered through `order`.  Tiles are located, not counted: list e starts
 // at tile starts[e] / 64 + e, which leaves room for a partial tile after every list.  The slots of
@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!none)
     dot.run(h, 0, tile.count, rows_of(rows, p, tile.e), column, columns, 0, ranks, shared,
             [](const T*, const T*, int64_t) {});
-  Dot::each_part([&](int i, int part, int r, int c) {
-    const Pack<float, 8> sums = dot.take(i, part, shared);
+  Dot::each_fragment([&](int i, int fragment, int r, int c) {
+    const Pack<float, 8> sums = dot.take(i, fragment, shared);
     if (r >= tile.count) return;
     const int64_t t = tile.tokens[r];
 #pragma unroll
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Block (columns, ranks, expert): the expert's tokens, one slot after another.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    segmented_gram_kernel(Segments p, Rows<T> h, Rows<T> x, int64_t columns, float* out) {
+    segmented_wgrad_kernel(Segments p, Rows<T> h, Rows<T> x, int64_t columns, float* out) {
   if constexpr (!kServed<T>) return;
   constexpr int BM = 64, BN = 128;
   using Dot = Product<T, T, false, false, BM, BN>;
@@ -139,7 +139,7 @@ __device__ void gate_slots(const Middle<T>& m, const Segments& p, int64_t t, int
     const int e = m.routing.indices[t * p.K + j];
     if (!is_expert(e, p.experts.E)) continue;
     const float gate = m.routing.weights[t * p.K + j] * p.experts.scaling[e];
-    const float* s = m.s + t * p.experts.W + (p.experts.shared_a ? 0 : j * p.max_rank);
+    const float* s = m.s + t * p.experts.S_columns + (p.experts.shared_a ? 0 : j * p.max_rank);
     T* h = m.h + (t * p.K + j) * p.max_rank;
     const int ranks = p.experts.last(e) - p.experts.first(e);
     for (int i = lane; i < ranks; i += 32) h[i] = narrow<T>(s[i] * gate);
@@ -150,14 +150,14 @@ __device__ void gate_slots(const Middle<T>& m, const Segments& p, int64_t t, int
 template <class T>
 __device__ void gate_slots(const MiddleGrad<T>& m, const Segments& p, int64_t t, int lane) {
   const bool shared_a = p.experts.shared_a;
-  T* ds = m.ds + t * p.experts.W;
+  T* ds = m.ds + t * p.experts.S_columns;
   for (int j = 0; j < p.K; ++j) {
     const int64_t slot = t * p.K + j;
     const int e = m.routing.indices[slot];
     const bool none = !is_expert(e, p.experts.E);
     const float scale = none ? 0.f : p.experts.scaling[e], gate = m.routing.weights[slot] * scale;
     const int ranks = none ? 0 : p.experts.last(e) - p.experts.first(e);
-    const float* s = m.s + t * p.experts.W + (shared_a ? 0 : j * p.max_rank);
+    const float* s = m.s + t * p.experts.S_columns + (shared_a ? 0 : j * p.max_rank);
     float along = 0.f;
     for (int i = lane; i < ranks; i += 32) {
       const float g = m.g[slot * p.max_rank + i];
@@ -168,7 +168,7 @@ __device__ void gate_slots(const MiddleGrad<T>& m, const Segments& p, int64_t t,
     along = warp_sum(along) * scale;
     if (lane == j % 32) m.dweights[slot] = along;
   }
-  for (int i = lane; shared_a && i < p.experts.W; i += 32) {
+  for (int i = lane; shared_a && i < p.experts.S_columns; i += 32) {
     float sum = 0.f;
     for (int j = 0; j < p.K; ++j) {
       const int64_t slot = t * p.K + j;
@@ -244,11 +244,11 @@ void segmented_expand_apart(const Segments& p, const T* h, const Rows<T>& rows, 
 }
 
 template <class T>
-void segmented_gram(const Segments& p, const T* h, const Rows<T>& x, int64_t columns, float* out,
-                    cudaStream_t stream) {
+void segmented_wgrad(const Segments& p, const T* h, const Rows<T>& x, int64_t columns, float* out,
+                     cudaStream_t stream) {
   const dim3 grid(ceil_div(columns, 128), ceil_div(p.max_rank, 64), p.experts.E);
-  launch("segmented_gram", segmented_gram_kernel<T>, grid, kThreads, stream, p, rank_rows(p, h), x,
-         columns, out);
+  launch("segmented_wgrad", segmented_wgrad_kernel<T>, grid, kThreads, stream, p, rank_rows(p, h),
+         x, columns, out);
 }
 
 #define LORA_MOE_SEGMENTED(T)                                                                      \
@@ -260,8 +260,8 @@ void segmented_gram(const Segments& p, const T* h, const Rows<T>& x, int64_t col
                                  float*, bool, int64_t, T*, cudaStream_t);                         \
   template void segmented_expand_apart(const Segments&, const T*, const Rows<T>&, const Rows<T>&,  \
                                        int64_t, T*, cudaStream_t);                                 \
-  template void segmented_gram(const Segments&, const T*, const Rows<T>&, int64_t, float*,         \
-                               cudaStream_t);
+  template void segmented_wgrad(const Segments&, const T*, const Rows<T>&, int64_t, float*,        \
+                                cudaStream_t);
 
 LORA_MOE_SEGMENTED(float)
 LORA_MOE_SEGMENTED(f16)

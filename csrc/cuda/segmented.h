@@ -30,7 +30,7 @@ struct Segmented {
     segments.K = indices.size(1), segments.tokens = tokens();
     segments.max_rank = experts.max_rank;
     segments.experts = experts.experts;
-    if (!shared_a) segments.experts.W = segments.K * segments.max_rank;
+    if (!shared_a) segments.experts.S_columns = segments.K * segments.max_rank;
     segments.order = mutable_data<int32_t>(order);
     segments.starts = mutable_data<int32_t>(starts);
     if (segments.K > 0) sort_slots(segments, routing().indices, stream);
@@ -39,7 +39,7 @@ struct Segmented {
   int64_t tokens() const { return per.x == 1 ? x.size(0) : indices.size(0); }
   Routing routing() const { return routing_of(indices, weights, x, tokens()); }
   Ints slots() const { return {segments.tokens, int64_t(segments.K) * segments.max_rank}; }
-  Ints saved() const { return {segments.tokens, segments.experts.W}; }
+  Ints saved() const { return {segments.tokens, segments.experts.S_columns}; }
 
   // One row per token, which all of its slots read, or one row per slot.
   Rows<T> rows_of(const char* name, const Tensor& v, int64_t per_token) const {
@@ -94,12 +94,12 @@ struct Segmented {
   }
 
   // H^T v (R, D), each expert over its own tokens.
-  Tensor gram(Tensor& h, const Tensor& v, int64_t per_token, ScalarType dtype) {
+  Tensor wgrad(Tensor& h, const Tensor& v, int64_t per_token, ScalarType dtype) {
     const int64_t columns = v.size(1);
     Tensor out = empty<float>(x, {segments.experts.R, columns});
     if (columns > 0)
-      segmented_gram(segments, mutable_data<T>(h), rows_of("v", v, per_token), columns,
-                     mutable_data<float>(out), stream);
+      segmented_wgrad(segments, mutable_data<T>(h), rows_of("v", v, per_token), columns,
+                      mutable_data<float>(out), stream);
     return as_dtype(out, dtype);
   }
 };

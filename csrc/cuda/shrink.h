@@ -82,7 +82,7 @@ struct RouterTerms {
     if (first + expert() >= E) return;
 #pragma unroll
     for (int c = 0; c < BK; c += Part::kStep) {
-      typename Part::LeftPart left;
+      typename Part::LeftFragment left;
       Part::load(left, x + token() * Tile::kStride + c, Tile::kStride);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T, BN>)
   const int64_t first = int64_t(blockIdx.x) * BM;
   const int64_t column = int64_t(blockIdx.y) * BN;
   const int expert = blockIdx.y * kRouterColumns;
-  const int64_t begin = blockIdx.z * p.stretch;
-  const int64_t end = min(begin + p.stretch, p.columns);
+  const int64_t begin = blockIdx.z * p.split_size;
+  const int64_t end = min(begin + p.split_size, p.columns);
 
   Dot dot;
   std::conditional_t<kHalf<T>, RouterTerms<T, BM>, RouterSums<T, BM>> router;
@@ -154,8 +154,8 @@ void launch_middle(const M& m, cudaStream_t stream) {
 template <int BM, int BN, class T, class M>
 void launch_tiles(const Shrink<T>& p, const M* m, cudaStream_t stream) {
   const int64_t across = std::max(ceil_div(p.R, BN), ceil_div(p.E, kRouterColumns));
-  const bool fused = m && across == 1 && p.stretches() == 1;
-  const dim3 grid(ceil_div(p.tokens, BM), across, p.stretches());
+  const bool fused = m && across == 1 && p.splits() == 1;
+  const dim3 grid(ceil_div(p.tokens, BM), across, p.splits());
   launch("shrink", shrink_kernel<T, BM, BN, M>, grid, kThreads, stream, p, m ? *m : M(), fused);
   if (m && !fused) launch_middle(*m, stream);
 }

@@ -34,8 +34,8 @@ struct Terms {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
           term[i].v[v] = narrow<Term>(rest);
-          const float part = widen(term[i].v[v]);
-          rest = isinf(part) ? 0.f : rest - part;
+          const float value = widen(term[i].v[v]);
+          rest = isinf(value) ? 0.f : rest - value;
         }
       }
     }

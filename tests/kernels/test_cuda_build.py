@@ -45,7 +45,7 @@ def test_machine_code(target):
 def test_violations_are_found():
     cuda_static = pytest.importorskip("benchmarks.cuda_static")
     good = {
-        "kernel": "gram_kernel", "config": "", "dtype": "bfloat16", "spills": 0, "float_atomics": 0,
+        "kernel": "wgrad_kernel", "config": "", "dtype": "bfloat16", "spills": 0, "float_atomics": 0,
         "shared_bytes": 1, "shared_limit": 1, "load_bits": 128, "tensor_core_ops": 1,
         "fp32_fmas": 36, "target": "sm_80",
     }  # fmt: skip

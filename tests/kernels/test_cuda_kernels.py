@@ -112,7 +112,7 @@ def test_dropped_experts(kernels, case, drop):
 @every_dtype
 @some("one token", "wide", "unequal ranks", "shared A", "wide: 1024 ranks")
 def test_decode(kernels, case, dtype):
-    """Few tokens: D_in and D_out in stretches of 256 columns."""
+    """Few tokens: D_in and D_out in splits of 256 columns."""
     case = replace(case, D_in=600, D_out=530)
     inputs = sample(case, dtype)
     got = routed(kernels, inputs, case, "decode")
@@ -204,7 +204,7 @@ def test_router_topk(kernels, case, adapters):
 @every_dtype
 @some("odd", "one past a tile", "no rows", "wide: 1024 ranks", "one expert")
 def test_matmuls(kernels, case, dtype):
-    """shrink, expand with one and two pairs, gram, on an fp32 H."""
+    """shrink, expand with one and two pairs, wgrad, on an fp32 H."""
     v = sample(case, dtype)
     x, w, a, b, base = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base"))
     h, h2 = noise(case.T, case.R), noise(case.T, case.E)
@@ -216,7 +216,7 @@ def test_matmuls(kernels, case, dtype):
         ("expand", (h, b, h2, b2, None), ["y"]),
         ("expand", (h, b, h2, b2.to(dtype), base), ["y"]),
         ("expand", (h2, b2, None, None, base), ["y"]),  # fp32 products beside any x
-        ("gram", (h, x), ["S"]),  # an fp32 H keeps its bits
+        ("wgrad", (h, x), ["S"]),  # an fp32 H keeps its bits
     ]
     for name, args, names in calls:
         more = (dtype,) if name == "expand" else ()

@@ -43,7 +43,7 @@ def test_an_fp32_operand_keeps_its_bits(kernels, dtype):
     """Beside an identity of 16 bits each sum is one number; a row's are up to 2^15 apart."""
     one = torch.eye(70, dtype=dtype)
     h = torch.ldexp(noise(70, 33).frexp().mantissa, torch.arange(70 * 33).view(70, 33) % 15)
-    assert torch.equal(kernels.gram(h, one), h.T)
+    assert torch.equal(kernels.wgrad(h, one), h.T)
     _, logits = kernels.shrink(one, one, h.T.contiguous())
     assert torch.equal(logits, h)
 
@@ -54,7 +54,7 @@ def test_fp32_operands_of_any_size(kernels, power, dtype):
     """As a loss is scaled: 2^power times the operand is 2^power times the result, bit for bit."""
     x, h, w, b = noise(70, 40, dtype=dtype), noise(70, 33), noise(33, 40), noise(33, 72)
     some = torch.where(torch.arange(33) % 3 == 0, 1.0, 2.0**power)
-    assert torch.equal(kernels.gram(h * some, x), kernels.gram(h, x) * some[:, None])
+    assert torch.equal(kernels.wgrad(h * some, x), kernels.wgrad(h, x) * some[:, None])
     scaled, plain = (kernels.shrink(x, x, v)[1] for v in (w * some[:, None], w))
     assert torch.equal(scaled, plain * some)
     scaled, plain = (
@@ -81,7 +81,7 @@ def test_what_is_not_finite_stays_so(kernels, value, dtype):
     x, h, b = noise(70, 40, dtype=dtype), noise(70, 33), noise(33, 72)
     wrong = h.clone()
     wrong[60, 5] = value
-    got, want = kernels.gram(wrong, x), kernels.gram(h, x)
+    got, want = kernels.wgrad(wrong, x), kernels.wgrad(h, x)
     assert not got[5].isfinite().any()
     assert torch.equal(got[torch.arange(33) != 5], want[torch.arange(33) != 5])
     got, want = (kernels.expand(v, b, None, None, None, dtype) for v in (wrong, h))

@@ -33,8 +33,8 @@ if torch.cuda.is_available():
 
 SOURCES = Path(__file__).parents[2] / "triton_kernels"
 LAYER = Case("several tiles", 70, 4, 2, 16, 72, 80)  # nothing fits a tile
-LONG = Case("several stretches of tokens", 300, 4, 2, 4, 40, 40)
-FEW = Case("D in stretches", 5, 4, 2, 16, 72, 80)
+LONG = Case("several splits of tokens", 300, 4, 2, 4, 40, 40)
+FEW = Case("D in splits", 5, 4, 2, 16, 72, 80)
 IDLE = Case("most experts idle", 5, 16, 1, 4, 40, 40, renormalize=False)
 SLOTS = Case("slots", 20, 3, 2, 4, 24, 40)
 number = itertools.count()
@@ -63,7 +63,7 @@ BUGS = {
         "tl.store(y_ptr + t[:, None] * D + d[None, :], y)", f"{OUTSIDE}|{TWO}",
     ),
     "token mask dropped from a load": Bug(
-        "gram", "x = tl.load(x_ptr + t * stride_xt + d, mask=(t < last) & (d < D)",
+        "wgrad", "x = tl.load(x_ptr + t * stride_xt + d, mask=(t < last) & (d < D)",
         "x = tl.load(x_ptr + t * stride_xt + d, mask=(d < D)", f"{OUTSIDE}|{BETWEEN}",
     ),
     "column mask dropped from a load": Bug(
@@ -75,7 +75,7 @@ BUGS = {
         "x = tl.load(x_row + d, mask=t_ok[:, None] & (d < last))", NAN,
     ),
     "other dropped in front of a dot over tokens": Bug(
-        "gram", "mask=(t < last) & (d < D), other=0.0)", "mask=(t < last) & (d < D))", NAN,
+        "wgrad", "mask=(t < last) & (d < D), other=0.0)", "mask=(t < last) & (d < D))", NAN,
     ),
     "stride of the wrong tensor": Bug(
         "expand", "base_ptr + t[:, None] * stride_baset + d[None, :]",
@@ -89,8 +89,8 @@ BUGS = {
         "expand", "t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)",
         "t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)", INT32, "far_rows",
     ),
-    "row offset in int32, tokens of a stretch": Bug(
-        "gram", "t = (t0 + tl.arange(0, BLOCK_T).to(tl.int64))[:, None]",
+    "row offset in int32, tokens of a split": Bug(
+        "wgrad", "t = (t0 + tl.arange(0, BLOCK_T).to(tl.int64))[:, None]",
         "t = (t0 + tl.arange(0, BLOCK_T)).to(tl.int32)[:, None]", INT32, "far_rows",
     ),
     "every program of a row writes the same tile": Bug(
@@ -98,10 +98,10 @@ BUGS = {
         "d = tl.arange(0, BLOCK_D)", TWO,
     ),
     "partial sums all in one place": Bug(
-        "shrink", "t0 += part.to(tl.int64) * T", "t0 += 0 * part.to(tl.int64) * T", TWO, case=FEW,
+        "shrink", "t0 += split.to(tl.int64) * T", "t0 += 0 * split.to(tl.int64) * T", TWO, case=FEW,
     ),
     "partial sum read before it is written": Bug(
-        "gram", "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n",
+        "wgrad", "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n",
         "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n"
         "    far = out_ptr + ((split + 1) * R + row)[:, None] * D + d\n"
         "    total += tl.load(far, mask=(last + 0 * d < T) & (row < R)[:, None] & (d < D), other=0.0)\n",
@@ -112,17 +112,17 @@ BUGS = {
     ),
     "partial sum left unwritten": Bug(
         "shrink", "inside = t_ok[:, None] & (row < R)[None, :]",
-        "inside = t_ok[:, None] & (row < R - part * R)[None, :]", NAN, case=FEW,
+        "inside = t_ok[:, None] & (row < R - split * R)[None, :]", NAN, case=FEW,
     ),
     "ranks past the first block forgotten": Bug(
         "expand", "for r0 in range(0, R, BLOCK_R):", "for r0 in range(0, tl.minimum(R, 16), 16):", WRONG,
     ),
     "segmented: other dropped from a gather": Bug(
-        "segmented_gram", "mask=(i < stop)[:, None] & (d < D)[None, :], other=0.0)",
+        "segmented_wgrad", "mask=(i < stop)[:, None] & (d < D)[None, :], other=0.0)",
         "mask=(i < stop)[:, None] & (d < D)[None, :])", NAN, plan=SEGMENTED,
     ),
     "segmented: experts without a token left unwritten": Bug(
-        "segmented_gram", "    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)\n",
+        "segmented_wgrad", "    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)\n",
         "    if start == stop:\n        return\n    total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)\n",
         NAN, case=IDLE, plan=SEGMENTED,
     ),
@@ -144,7 +144,7 @@ BUGS = {
         "segmented_expand", "(t // SHARE)[:, None]", "t[:, None]", f"{OUTSIDE}|{BETWEEN}", "of_slots", SLOTS,
     ),
     "slots: a row of x for each, summed over": Bug(
-        "segmented_gram", "K=sharing(len(order), x)", "K=1", f"{OUTSIDE}|{BETWEEN}", "of_slots", SLOTS,
+        "segmented_wgrad", "K=sharing(len(order), x)", "K=1", f"{OUTSIDE}|{BETWEEN}", "of_slots", SLOTS,
     ),
     "slots: wrong divisor": Bug(
         "segmented_shrink", "max(1, n // max(1, len(v)))", "max(1, 2 * n // max(1, len(v)) - 1)", WRONG,
@@ -163,10 +163,10 @@ BUGS = {
         "of_slots", SLOTS,
     ),
     "decode: every program writes S": Bug(
-        "decode", "s, mask=in_first(in_s, part))", "s, mask=in_s)", TWO, case=FEW, plan=DECODE,
+        "decode", "s, mask=in_first(in_s, split))", "s, mask=in_s)", TWO, case=FEW, plan=DECODE,
     ),
     "decode: partial sums one short": Bug(
-        "decode", "s_parts_ptr, PARTS, T, t0, BANKS", "s_parts_ptr, PARTS - 1, T, t0, BANKS",
+        "decode", "s_partial_ptr, SPLITS, T, t0, BANKS", "s_partial_ptr, SPLITS - 1, T, t0, BANKS",
         WRONG, case=FEW, plan=DECODE,
     ),
     "weight of the wrong slot": Bug(
@@ -251,7 +251,7 @@ def far_rows(kernels, bug):
     x = far_apart()
     h, b = torch.ones(len(x), 16), torch.ones(16, x.shape[1], dtype=torch.bfloat16)
     with overflow_checked():
-        kernels.gram(h, x)
+        kernels.wgrad(h, x)
         kernels.expand(h, b, None, None, x, torch.bfloat16)
 
 

@@ -103,11 +103,11 @@ def test_offsets_beyond_int32():
     a, w = noise(16, D).bfloat16(), noise(2, D)
     with overflow_checked():
         got = kernels.shrink(x, a, w)
-        gram = kernels.gram(noise(rows, 4), x)
+        wgrad = kernels.wgrad(noise(rows, 4), x)
         y = kernels.expand(noise(rows, 16), a, None, None, x, torch.bfloat16)
     for g, want in zip(got, kernels.shrink(x.contiguous(), a, w)):
         assert torch.equal(g, want)
-    assert torch.equal(gram, kernels.gram(noise(rows, 4), x.contiguous()))
+    assert torch.equal(wgrad, kernels.wgrad(noise(rows, 4), x.contiguous()))
     want = kernels.expand(noise(rows, 16), a, None, None, x.contiguous(), torch.bfloat16)
     assert torch.equal(y, want)
 
@@ -118,7 +118,7 @@ def test_fp64_is_refused():
     with pytest.raises(TypeError, match="float64"):
         routed(kernels, v, case, "rank_dense")
     with pytest.raises(TypeError, match="float64"):
-        kernels.gram(v["x"], v["x"])
+        kernels.wgrad(v["x"], v["x"])
 
 
 def test_import_under_the_bare_name_is_refused():

@@ -163,7 +163,7 @@ def test_router_topk(case, adapters):
 @every_dtype
 @some("odd", "one past a tile", "no rows", "wide: 1024 ranks", "one expert")
 def test_matmuls(case, dtype):
-    """shrink, expand with one and two pairs, gram, on an fp32 H."""
+    """shrink, expand with one and two pairs, wgrad, on an fp32 H."""
     v = sample(case, dtype)
     x, w, a, b, base = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base"))
     h, h2 = noise(case.T, case.R), noise(case.T, case.E)
@@ -174,7 +174,7 @@ def test_matmuls(case, dtype):
         ("expand", (h, b, None, None, base), ["y"]),
         ("expand", (h, b, h2, b2, None), ["y"]),
         ("expand", (h, b, h2, b2.to(dtype), base), ["y"]),
-        ("gram", (h, x), ["S"]),  # an fp32 H keeps its bits
+        ("wgrad", (h, x), ["S"]),  # an fp32 H keeps its bits
     ]
     for name, args, names in calls:
         more = (dtype,) if name == "expand" else ()

@@ -69,7 +69,7 @@ def test_a_router_weight_of_16_bits_likewise(mma, dtype):
 def test_gradient_of_the_router_weight(mma, dtype):
     """dW = dlogits^T x sums over thousands of tokens."""
     h, x = noise(2048, 8), noise(2048, 32, seed=1).to(dtype)
-    got = kernels.gram(h, x)
+    got = kernels.wgrad(h, x)
     assert units(got, h.double().T @ x.double()) <= 4
 
 
@@ -113,14 +113,14 @@ def test_an_infinite_weight_likewise(mma, dtype, value):
 
 
 @HALF
-def test_infinities_through_gram_and_expand(mma, dtype):
+def test_infinities_through_wgrad_and_expand(mma, dtype):
     h, x = noise(40, 16), noise(40, 32, seed=1).to(dtype)
     x[3, 4] = torch.inf
     h[7, 2] = -torch.inf
     want = h.double().T @ x.double()
-    assert torch.equal(kernels.gram(h, x).isnan(), want.isnan())
+    assert torch.equal(kernels.wgrad(h, x).isnan(), want.isnan())
     torch.testing.assert_close(
-        kernels.gram(h, x).double(), want, equal_nan=True, rtol=1e-5, atol=1e-5
+        kernels.wgrad(h, x).double(), want, equal_nan=True, rtol=1e-5, atol=1e-5
     )
     b = noise(16, 24, seed=2)
     want = h.double() @ b.double()

@@ -21,7 +21,7 @@ if torch.cuda.is_available():
 tiles = importlib.import_module("lora_moe.triton_kernels.tiles")
 numerics = importlib.import_module("lora_moe.triton_kernels.numerics")
 
-FEW, SOME = 8, 24
+SMALL_T, MEDIUM_T = 8, 24
 CASES = {
     "128 ranks": Case("", 0, 8, 2, 16, 136, 200),
     "256 ranks": Case("", 0, 16, 2, 16, 72, 136, renormalize=False),
@@ -45,8 +45,8 @@ def part(request, monkeypatch):
 
 @pytest.fixture
 def low_bounds(monkeypatch):
-    monkeypatch.setattr(tiles, "FEW", FEW)
-    monkeypatch.setattr(tiles, "SOME", SOME)
+    monkeypatch.setattr(tiles, "SMALL_T", SMALL_T)
+    monkeypatch.setattr(tiles, "MEDIUM_T", MEDIUM_T)
 
 
 def check(name, T, dtype, plan):
@@ -84,7 +84,7 @@ def test_the_tiles_are_those_of_the_gpu(part, low_bounds):
     x = torch.empty(70, 16, dtype=torch.bfloat16)
     lowered = tiles.choose("routed_lora", x, 128)
     assert lowered["BLOCK_T"] * lowered["BLOCK_D"] >= 2048
-    tiles.FEW, tiles.SOME = 64, 4096
+    tiles.SMALL_T, tiles.MEDIUM_T = 64, 4096
     assert tiles.choose("routed_lora", x.new_empty(4097, 16), 128) == lowered
     assert tiles.choose("routed_lora", x, 128) != lowered
 

@@ -21,7 +21,7 @@ from ..support.functions import BACKEND, FUNCTIONS, USED, experts_of, inputs_of,
 
 CASE = BY_NAME["unequal ranks"]
 # the plan of a GPU kernel, and so a graph, is for a class of sizes
-LARGEST = plan.FEW if BACKEND == "triton" else 4096
+LARGEST = plan.DECODE_T if BACKEND == "triton" else 4096
 
 
 class Routed(nn.Module):

@@ -42,7 +42,7 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
             (logits, w, None, None, None, dtype),
             (logits, w, logits, w, x, dtype),
         ],
-        "gram": [(logits, x)],
+        "wgrad": [(logits, x)],
         "grouped_lora": [
             (x, a, b, v["base"], indices, weights, *experts, "none", plan),
             *(

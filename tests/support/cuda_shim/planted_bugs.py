@@ -41,7 +41,7 @@ UNSEEN = {
     "segmented.cu: rank >= ranks": "nor does one without ranks",
     "shrink.h: column < p.R": "stores no column past R",
     "shrink.h: across == 1": "every block does the middle, the last one right",
-    "shrink.h: p.stretches() == 1": "no caller asks for a middle then",
+    "shrink.h: p.splits() == 1": "no caller asks for a middle then",
     "shrink.h: p.R <= 64": "other tiles, the same sums",
     "shrink.h: p.R <= 128": "other tiles, the same sums",
     "shrink.h: p.R > 256": "other tiles, the same sums",
@@ -138,7 +138,7 @@ SEED = torch.Generator().manual_seed
 ORDERS = "forward", "reverse"
 CASES = [  # each way through the kernels, none of whose tiles fit; what takes long comes last
     (Case("no rows", 0, 4, 2, 8, 300, 280), torch.float32),
-    (Case("several stretches", 5, 3, 2, 8, 300, 280), torch.float16),
+    (Case("several splits", 5, 3, 2, 8, 300, 280), torch.float16),
     (Case("middle alone", 13, 40, 2, 7, 24, 24, with_router_bias=True), torch.bfloat16),
     (Case("64 columns, aligned", 70, 5, 2, 8, 40, 72, shared_a=True), torch.float16),
     (Case("256 columns", 37, 3, 2, (70, 60, 50), 40, 72, with_bias=True), torch.float32),

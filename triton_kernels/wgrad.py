@@ -1,8 +1,8 @@
-"""Gram:  H^T x  and  H2^T x, in one pass over x.
+"""Wgrad:  H^T x  and  H2^T x, in one pass over x.
 
 The gradients of A and of the router's W share x, so [dS | dlogits]^T x is computed tile by tile in two
 dots; a single concatenated operand would be padded to twice its size.  A program owns a tile of columns, a
-tile of ranks and a split of the tokens; `add_parts` adds the partial sums of the splits in order, so the
+tile of ranks and a split of the tokens; `add_splits` adds the partial sums of the splits in order, so the
 result does not depend on the schedule.  Rows of frozen experts cost nothing: a table lists the others.
 An fp32 H keeps all of its bits.
 Reads T*D + T*(R+R2), writes 4*SPLITS*(R+R2)*D.
@@ -14,14 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .add_parts import add_parts
-from .launching import column_rows, launch, padded, precision, require_supported
+from .add_splits import add_splits
+from .launching import launch, padded, precision, require_supported, rows_contiguous
 from .numerics import dot, round_to
 from .tiles import choose
 
 
 @triton.jit(do_not_specialize=["T", "T_SPLIT"])
-def _gram_kernel(
+def _wgrad_kernel(
     x_ptr,  # (T, D)
     stride_xt,
     h_ptr,  # (T, R)
@@ -73,41 +73,41 @@ def _gram_kernel(
         tl.store(out2, total2, mask=(row2 < R2)[:, None] & (d < D))
 
 
-def gram(h, x):
+def wgrad(h, x):
     """H^T x (R, D), fp32."""
-    parts, out = gram_parts(h, x, torch.float32)
-    if parts is not None:
-        add_parts((parts, out))
+    splits, out = wgrad_splits(h, x, torch.float32)
+    if splits is not None:
+        add_splits((splits, out))
     return out
 
 
-def gram_parts(h, x, dtype, rows=None):
-    """H^T x: parts (SPLITS, R, D) and their sum's tensor (R, D) in dtype; parts are None if it is complete.
+def wgrad_splits(h, x, dtype, rows=None):
+    """H^T x: splits (SPLITS, R, D) and their sum's tensor (R, D) in dtype; splits are None if it is complete.
 
     With a table of rows, the other rows are zero.
     """
     return _gram_parts(h, x, dtype, rows, None, torch.float32)[0]
 
 
-def gram_pair_parts(h, h2, x, dtype, dtype2, rows=None):
+def wgrad_pair_splits(h, h2, x, dtype, dtype2, rows=None):
     """The same for H^T x and H2^T x in one pass over x."""
     return _gram_parts(h, x, dtype, rows, h2, dtype2)
 
 
 def _gram_parts(h, x, dtype, rows, h2, dtype2):
     require_supported(h, x)
-    h, x = column_rows(h), column_rows(x)
-    h2 = None if h2 is None else column_rows(h2)
+    h, x = rows_contiguous(h), rows_contiguous(x)
+    h2 = None if h2 is None else rows_contiguous(h2)
     (T, D), R, R2 = x.shape, h.shape[1], 0 if h2 is None else h2.shape[1]
     wanted = R if rows is None else len(rows)
     if T == 0 or D == 0 or R == 0 or wanted + R2 == 0:
         return [(None, x.new_zeros(n, D, dtype=kind)) for n, kind in ((R, dtype), (R2, dtype2))]
-    tile = choose("gram" if R2 <= 16 else "gram_many_experts", x, R)
+    tile = choose("wgrad" if R2 <= 16 else "wgrad_many_experts", x, R)
     block_r, block_r2 = padded(wanted, tile.pop("MAX_R")), padded(R2, 64)
     columns = triton.cdiv(D, tile["BLOCK_D"])
     blocks = max(triton.cdiv(wanted, block_r), triton.cdiv(R2, block_r2))
-    stretch = split_tokens(T, columns * blocks, tile["BLOCK_T"])
-    splits = triton.cdiv(T, stretch)
+    split_size = split_tokens(T, columns * blocks, tile["BLOCK_T"])
+    splits = triton.cdiv(T, split_size)
 
     def room(n, kind, empty):
         out = empty(n, D, dtype=kind)
@@ -115,14 +115,14 @@ def _gram_parts(h, x, dtype, rows, h2, dtype2):
 
     first = room(R, dtype, x.new_empty if rows is None else x.new_zeros)
     second = room(R2, dtype2, x.new_empty)
-    at, at2 = (out if parts is None else parts for parts, out in (first, second))
+    at, at2 = (out if splits is None else splits for splits, out in (first, second))
     launch(
         x,
-        _gram_kernel,
+        _wgrad_kernel,
         (columns, blocks, splits),
         *(x, x.stride(0), h, h.stride(0), rows, at),
         *(h2, 0 if h2 is None else h2.stride(0), at2),
-        *(T, stretch, wanted, R, R2, D),
+        *(T, split_size, wanted, R, R2, D),
         BLOCK_R=block_r,
         BLOCK_R2=block_r2,
         PRECISION=precision(x),
@@ -133,5 +133,5 @@ def _gram_parts(h, x, dtype, rows, h2, dtype2):
 
 def split_tokens(T, programs, block_t):
     """Tokens per program: enough splits for about 256 programs, each of at least four tiles."""
-    stretches = max(1, min(256 // programs, T // (4 * block_t)))
-    return triton.cdiv(triton.cdiv(T, stretches), block_t) * block_t
+    splits = max(1, min(256 // programs, T // (4 * block_t)))
+    return triton.cdiv(triton.cdiv(T, splits), block_t) * block_t

@@ -1,8 +1,8 @@
 """Gradients of A and B by picked experts only:  out[rows of e] = sum over slots of e of  H_tj x_t^T.
 
 Slots are sorted by expert within each window.  A program owns an expert's rows, a tile of columns and a
-window; it gathers the rows of x that its slots name and writes its part, or zeros if the expert has no
-slot in the window.  Skew therefore costs at most one window per program, and parts are added in order.
+window; it gathers the rows of x that its slots name and writes its sum, or zeros if the expert has no
+slot in the window.  Skew therefore costs at most one window per program, and these sums are added in order.
 Reads T*K*D and T*K*r, writes 4*windows*R*D.
 
 Letters: T tokens, E experts, K slots per token, R rank rows, r the largest rank, D columns of x.
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import column_rows, launch, precision
+from .launching import launch, precision, rows_contiguous
 from .numerics import dot, round_to
 from .segmented_shrink import sharing
 from .sort_tokens import sort_slots
@@ -20,7 +20,7 @@ from .tiles import choose, sort_window
 
 
 @triton.jit
-def _segmented_gram_kernel(
+def _segmented_wgrad_kernel(
     x_ptr,  # (T, D), or (T*K, D) if K is 1
     stride_xt,
     h_ptr,  # (T, K, r)
@@ -36,14 +36,14 @@ def _segmented_gram_kernel(
     D,
     r,
     K: tl.constexpr,
-    RP: tl.constexpr,
+    TILE_R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    e = tl.program_id(1) // (RP // BLOCK_R)
-    c = tl.program_id(1) % (RP // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
+    e = tl.program_id(1) // (TILE_R // BLOCK_R)
+    c = tl.program_id(1) % (TILE_R // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     window = tl.program_id(2).to(tl.int64)
     start = tl.load(starts_ptr + window * (E + 1) + e)
@@ -80,27 +80,27 @@ def sorted_slots(indices, E):
     return *sort_slots(indices, E), sort_window("slot")
 
 
-def segmented_gram(h, x, slots, experts, frozen, dtype):
-    """Like gram_parts: parts (windows, R, D), or None if there is one window, and out (R, D) in dtype."""
+def segmented_wgrad(h, x, slots, experts, frozen, dtype):
+    """Like wgrad_splits: splits (windows, R, D), or None if there is one window, and out (R, D) in dtype."""
     order, starts, window = slots
-    x = column_rows(x)
+    x = rows_contiguous(x)
     R, D, E = len(experts.b), x.shape[1], len(experts.scaling)
     windows, r = len(starts), h.shape[-1]
     out = x.new_empty(R, D, dtype=dtype)
-    parts = None if windows == 1 else x.new_empty(windows, R, D, dtype=torch.float32)
-    tile = choose("segmented_gram", x, experts.RP)
-    RP = experts.own_columns
-    block_r = min(RP, 128)
+    splits = None if windows == 1 else x.new_empty(windows, R, D, dtype=torch.float32)
+    tile = choose("segmented_wgrad", x, experts.TILE_R)
+    TILE_R = experts.own_columns
+    block_r = min(TILE_R, 128)
     launch(
         x,
-        _segmented_gram_kernel,
-        (triton.cdiv(D, tile["BLOCK_D"]), E * (RP // block_r), windows),
+        _segmented_wgrad_kernel,
+        (triton.cdiv(D, tile["BLOCK_D"]), E * (TILE_R // block_r), windows),
         *(x, x.stride(0), h, order, starts, window, frozen, experts.offsets, experts.rank),
-        *(out if parts is None else parts, E, R, D, r),
+        *(out if splits is None else splits, E, R, D, r),
         K=sharing(len(order), x),
-        RP=RP,
+        TILE_R=TILE_R,
         BLOCK_R=block_r,
         PRECISION=precision(x),
         **tile,
     )
-    return parts, out
+    return splits, out

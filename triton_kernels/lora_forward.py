@@ -1,0 +1,100 @@
+"""routed_lora and grouped_lora, by plan:
+
+    rank_dense   one kernel, `routed_lora`; where S of all experts does not fit, `shrink`, gate and `expand`
+    segmented    tokens sorted by expert: `segmented_shrink`, `segmented_expand`
+    decode       `shrink` in splits of D_in, then `decode` over splits of D_out
+
+Each plan computes the same formula; lora_moe/plan.py chooses.
+"""
+
+import torch
+
+from .decode import decode
+from .expand import expand
+from .experts import bundle_experts
+from .gate_ranks import gate_ranks
+from .launching import require_supported, rows_contiguous
+from .routed_lora import routed_lora as rank_dense
+from .routed_lora import tile_of
+from .router_topk import (
+    NO_BIASES,
+    RoutingBuffers,
+    biases_of,
+    decide,
+    gate_options,
+    new_routing,
+    router_topk,
+)
+from .segmented_expand import segmented_expand
+from .segmented_shrink import segmented_shrink, segments_of
+from .shrink import shrink
+from .slots import grouped_lora_of_slots
+
+
+def routed_lora(
+    x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, gate, renormalize,
+    top_p, threshold, plan,
+):  # fmt: skip
+    """y (T, D_out), indices, weights, logits, mean_prob, lse, counts, S."""
+    require_supported(x, w, a, b)
+    x, base = rows_contiguous(x), None if base is None else rows_contiguous(base)
+    experts = bundle_experts(a, b, scaling, offsets, shared_a)
+    router = top_k, gate, renormalize, top_p, threshold
+    if plan == "segmented":
+        routing = router_topk(x, w, bias, router_bias, *router)
+        y, s = _segmented(x, base, RoutingBuffers(*routing[:2]), experts)
+        return y, *routing, s
+    biases = biases_of(bias, router_bias)
+    if plan == "decode":
+        y, routing, s = decode(x, w, biases, base, experts, None, gate_options(*router))
+        return y, *routing, s
+    return _rank_dense(x, w, biases, base, experts, gate_options(*router))
+
+
+def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
+    """y (T, D_out), or (T*K, D_out) by slot; S."""
+    require_supported(x, a, b)
+    x, base = rows_contiguous(x), None if base is None else rows_contiguous(base)
+    experts = bundle_experts(a, b, scaling, offsets, shared_a)
+    routing = RoutingBuffers(indices.contiguous(), weights.contiguous())
+    if slots != "none":
+        return grouped_lora_of_slots(x, base, routing, experts, slots)
+    if plan == "segmented":
+        return _segmented(x, base, routing, experts)
+    if plan == "decode":
+        gate = gate_options(indices.shape[1])
+        y, _, s = decode(x, None, NO_BIASES, base, experts, routing, gate)
+        return y, s
+    if len(x) == 0 or not experts.fit_registers:
+        s, _ = shrink(x, a, None)
+        return _expand_gated(s, routing, experts, base, x.dtype), s
+    tile = tile_of(x, experts)
+    gate = gate_options(indices.shape[1])
+    return rank_dense(x, None, NO_BIASES, experts, base, routing, gate, tile)
+
+
+def _rank_dense(x, w, biases, base, experts, gate):
+    if len(x) == 0 or not experts.fit_registers:
+        s, logits = shrink(x, experts.a, w)
+        routing = decide(logits, biases, gate)
+        return _expand_gated(s, RoutingBuffers(*routing[:2]), experts, base, x.dtype), *routing, s
+    tile = tile_of(x, experts)
+    routing = new_routing(x, len(w), gate["K"], tile["BLOCK_T"])
+    y, s = rank_dense(x, rows_contiguous(w), biases, experts, base, routing, gate, tile)
+    return y, *routing.results(), s
+
+
+def _segmented(x, base, routing, experts):
+    s = shrink(x, experts.a, None)[0] if experts.shared_a else None
+    if len(x) == 0:
+        columns = experts.largest * (1 if experts.shared_a else routing.indices.shape[1])
+        return x.new_empty(0, experts.b.shape[1]), x.new_empty(0, columns, dtype=torch.float32)
+    segments = segments_of(x, routing.indices, experts)
+    s, h = segmented_shrink(x, experts.a, s, routing, experts, segments)
+    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
+    return y, s.view(len(x), -1)
+
+
+def _expand_gated(s, routing, experts, base, dtype):
+    h = gate_ranks(s, routing, experts, dtype)
+    return expand(h, experts.b, None, None, base, dtype)
