@@ -40,7 +40,7 @@ Tensor expand_to(const Tensor& h, const Tensor& b, const MaybeTensor& h2, const 
 }
 
 template <class H, class T>
-Tensor gram_of(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream) {
+Tensor wgrad_of(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream_t stream) {
   Wgrad<H, T> p;
   p.tokens = x.size(0), p.columns = x.size(1), p.R = h.size(1);
   if (p.tokens == 0 || p.columns == 0 || p.R == 0)
@@ -104,8 +104,8 @@ Tensor wgrad_rows(const Tensor& h, const Tensor& x, ScalarType dtype, cudaStream
     return as_dtype(wgrad_rows(h, x, ScalarType::Float, stream), dtype);
   return dispatch(x, [&]<class T>() {
     if constexpr (kHalf<T>)
-      if (h.scalar_type() == scalar_type_of<T>()) return gram_of<T, T>(h, x, dtype, stream);
-    return gram_of<float, T>(h, x, dtype, stream);
+      if (h.scalar_type() == scalar_type_of<T>()) return wgrad_of<T, T>(h, x, dtype, stream);
+    return wgrad_of<float, T>(h, x, dtype, stream);
   });
 }
 

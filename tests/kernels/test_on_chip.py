@@ -114,14 +114,14 @@ def test_reads_are_those_of_the_programs():
 
 
 def test_a_program_more_than_there_are_multiprocessors_takes_a_second_wave():
-    part = gpu_model.PARTS["H100"]
+    part = gpu_model.GPUS["H100"]
     one, two = (gpu_model.seconds(part, 0, n * 1e6, 0, n) for n in (132, 133))
     assert two == pytest.approx(2 * one)
     assert gpu_model.seconds(part, 3e12, 0, 0) == 1
 
 
 def test_the_rival_is_no_faster_than_its_operands_pass():
-    part = gpu_model.PARTS["H100"]
+    part = gpu_model.GPUS["H100"]
     for M, N, K in ((8192, 128, 4096), (128, 4096, 8192), (8192, 4096, 128), (8192, 8, 4096)):
         floor = 2 * (M * K + N * K + M * N) / part.bytes_per_s
         assert floor <= gpu_model.product(part, M, N, K) < 4 * floor
