@@ -1,8 +1,10 @@
-// The router's middle, for kLanes tokens at a time, one per lane:  p = gate(logits),  ids = top-k
-// of p + bias,  weights = p[ids] (/ their sum),  and its gradient.  No operation crosses lanes, so
-// a token's numbers do not depend on its neighbors.  topk.h picks the K experts; a picked expert
-// may be dropped, with id -1.  Ids in lanes have the same type as the gates, exact far beyond any
-// E.
+// The router's middle and its gradient, for kLanes tokens at a time, one per lane:
+//
+//   p = gate(logits)      ids = top-k of p + bias      weights = p[ids] (/ their sum)
+//
+// No operation crosses lanes, so a token's numbers do not depend on its neighbors.  topk.h picks
+// the K experts; a picked expert may be dropped, with id -1.  Ids in lanes have the same type as
+// the gates, exact far beyond any E.
 #pragma once
 
 #include <algorithm>

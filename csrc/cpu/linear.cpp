@@ -1,5 +1,6 @@
-// The bare products:  shrink  S = x A^T, logits = x W^T;  expand  y = base + H B + H2 B2;
-// wgrad  H^T x.
+// The bare products:
+//
+//   shrink  S = x A^T, logits = x W^T      expand  y = base + H B + H2 B2      wgrad  H^T x
 #include "register.h"
 #include "rows.h"
 

@@ -248,8 +248,9 @@ LORA_MOE_INLINE void prefetch(const T* p, int64_t n) {
 
 // --- functions -----------------------------------------------------------------------------------
 
-// e^v for v <= 0 or NaN, within 2 units in the last place (fp32): 2^n e^f, |f| <= ln 2 / 2, with a
-// Taylor polynomial of degree 7 for e^f.
+// e^v for v <= 0 or NaN, within 2 units in the last place (fp32):
+//
+//   e^v = 2^n e^f,  |f| <= ln 2 / 2,  with a Taylor polynomial of degree 7 for e^f
 LORA_MOE_INLINE Vec<float> exp_negative(Vec<float> v) {
   const Vec<float> shift = broadcast(0x1.8p23f);  // adding it rounds to an integer
   const Vec<float> n = multiply_add(v, broadcast(1.44269504f), shift) - shift;

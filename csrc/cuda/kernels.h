@@ -130,8 +130,7 @@ struct Segments {
   Experts experts;
   int K = 0, max_rank = 0;
   int64_t tokens = 0;
-  int32_t* order =
-      nullptr;  // (K, T): tokens by expert, then by index; those without an expert last
+  int32_t* order = nullptr;   // (K, T): tokens by expert, then by index; without an expert last
   int32_t* starts = nullptr;  // (K, E + 2): where each expert's tokens start, and those without one
 };
 

@@ -1,5 +1,7 @@
-// logits = x W^T + router_bias;  p = gate(logits);  ids = top-k of p + bias;
-// weights = p[ids] (/ their sum).
+// The router:
+//
+//   logits = x W^T + router_bias, or given    p = gate(logits)
+//   ids = top-k of p + bias                   weights = p[ids] (/ their sum)
 #include "experts.h"
 #include "register.h"
 

@@ -1,8 +1,10 @@
-// One kernel with two middles:  [S | logits] = x @ [A | W]^T and, if one block holds all columns of
-// both, the rank-space work that follows, while they are in the nearest cache.
+// One kernel with two middles:
 //
-// Forward: x, A and W, then top-k and H = gate(S).  Backward: dy and B, then dS, H and dlogits from
-// G = dy B^T.  x is read once for router and experts together.
+//   forward   [S | logits] = x @ [A | W]^T, then top-k and H = gate(S)
+//   backward  G = dy B^T, then dS, H and dlogits
+//
+// If one block holds all columns of both products, it also does the rank-space work that follows,
+// while they are in the nearest cache.  x is read once for router and experts together.
 //
 // Letters: T tokens, D columns of x, E experts, R rank rows of all experts.
 #pragma once
