@@ -14,41 +14,9 @@ import functools
 import torch
 from torch.autograd import Function
 
-from .reference import accumulator
+from .operands import dense, rounded, router_bias_operand, router_operand, rows_contiguous
 
 _ops = torch.ops.lora_moe
-
-
-# --- operands as the operators take them ---------------------------------------------------------
-
-
-def rows_contiguous(t):
-    """Operators want unit stride along columns; rows may be anywhere (slices, expanded gradients)."""
-    if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 or t.numel() == 0:
-        return t
-    return t.contiguous()
-
-
-def router_operand(w, x):
-    """The router keeps fp32 weights beside a bf16 x: its products are always full fp32."""
-    if w is None:
-        return None
-    acc = accumulator(x.dtype)
-    return rows_contiguous(w if w.dtype in (x.dtype, acc) else w.to(acc))
-
-
-def router_bias_operand(router_bias, x):
-    return None if router_bias is None else router_bias.to(accumulator(x.dtype)).contiguous()
-
-
-def rounded(x, *parameters):
-    """Adapters as the products take them: in x's dtype, with unit stride along columns."""
-    return [rows_contiguous(p.to(x.dtype)) for p in parameters]
-
-
-def dense(*grads):
-    """Gradients of the routing, or of what has no rows to step over: contiguous, None where there is none."""
-    return tuple(None if g is None else g.contiguous() for g in grads)
 
 
 # --- derivatives of first order only -------------------------------------------------------------

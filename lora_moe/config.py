@@ -16,8 +16,8 @@ from reprlib import repr as brief
 import torch
 
 from .components import plain
-from .functional import GATES
 from .middle import Middle
+from .reference import GATES
 from .routers import Router, TokenRouter
 from .routers.base import TOKEN_FIELDS
 

@@ -8,16 +8,25 @@ R rank rows of all experts together, r one expert's rank, D_in and D_out the lin
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from math import prod
 
 import torch
-from torch.autograd import forward_ad
 
-from . import autograd, backend, checks, plan
-from .checks import GATES, autocast_enabled, rank_offsets_of  # noqa: F401  layers take them here
-from .reference import ALL_KEPT, accumulator
+from . import autograd, checks, fast_path, plan
+from .banks import routed_lora_banks
+from .operands import (
+    base_rows,
+    like,
+    needs_graph,
+    plan_of,
+    rounded,
+    router_bias_operand,
+    router_operand,
+    rows_contiguous,
+    rows_of,
+)
+from .reference import accumulator
 from .routing import Routing
 
 __all__ = ["expand", "grouped_lora", "routed_lora", "routed_lora_banks", "router_topk", "shrink"]
@@ -61,12 +70,12 @@ def router_topk(
     """
     x = checks.floating_input(x, "router_topk")
     checks.router(x, router_weight, top_k, gate, bias, router_bias)
-    rows, selection = _rows(x), checks.selection(bias, x)
+    rows, selection = rows_of(x), checks.selection(bias, x)
     options = top_k, gate, bool(renormalize), *checks.sparsity(top_p, threshold, gate)
-    if _needs_graph(x, router_weight, router_bias):
+    if needs_graph(x, router_weight, router_bias):
         out = autograd.RouterTopK.apply(rows, router_weight, selection, router_bias, *options)
     else:
-        w, router_bias = _router_operands(router_weight, router_bias, x)
+        w, router_bias = router_operand(router_weight, x), router_bias_operand(router_bias, x)
         out = _ops.router_topk(rows, w, selection, router_bias, *options)
     return _routing(*out)
 
@@ -124,26 +133,26 @@ def grouped_lora(
         x, lora_A, lora_B, E, rank_offsets, shared_a, frozen, scaling
     )
     leading = checks.slot_rows(x, slots, routing.indices.shape)
-    rows = _rows(x)
+    rows = rows_of(x)
     top_k = checks.slots(routing, x, prod(leading))
     if slots is None:
-        chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
-        base = _base(base, x, leading, lora_B.shape[1])
+        chosen = plan_of(rows, lora_B, offsets, top_k, shared_a)
+        base = base_rows(base, x, leading, lora_B.shape[1])
     else:
         chosen = plan.SEGMENTED
         if shared_a:  # whose sums have no slots: the experts read copies
             lora_A, shared_a = lora_A.repeat(E, 1), False
         apart = slots == "apart" and base is not None and base.dim() == len(leading) + 2
-        base = _base(base, x, (*leading, top_k) if apart else leading, lora_B.shape[1])
+        base = base_rows(base, x, (*leading, top_k) if apart else leading, lora_B.shape[1])
     weights = routing.weights.to(accumulator(x.dtype))
     if base_weight is not None:
         checks.base_weight(base_weight, x, lora_B.shape[1], base, slots)
     decided = routing.indices.contiguous(), weights.contiguous()
     args = base, *decided, scales, offsets, bool(shared_a), slots or "none"
-    if _needs_graph(x, lora_A, lora_B, base, weights):
+    if needs_graph(x, lora_A, lora_B, base, weights):
         y = autograd.GroupedLora.apply(rows, lora_A, lora_B, *args, frozen, chosen, base_weight)
     else:
-        adapter = map(autograd.rows_contiguous, (lora_A, lora_B))
+        adapter = map(rows_contiguous, (lora_A, lora_B))
         y, _ = _ops.grouped_lora(rows, *adapter, *args, chosen)
     if slots == "apart":
         return y.view(*leading, top_k, y.shape[1])
@@ -182,126 +191,34 @@ def routed_lora(
         ValueError, TypeError: an argument does not fit; the message names it, what was expected
             and what was received.
     """
-    failed = None
-    try:
-        done = routed_lora_at_once(
-            x, router_weight, lora_A, lora_B, top_k, rank_offsets, scaling, shared_a, base,
-            gate, renormalize, bias, router_bias, top_p, threshold, frozen,
+    if base_weight is None:
+        done = fast_path.routed_lora(
+            x, router_weight, lora_A, lora_B, top_k, rank_offsets, scaling, shared_a, base, gate,
+            renormalize, bias, top_p, threshold, frozen, router_bias,
         )  # fmt: skip
         if done is not None:
             return done
-    except Exception as error:
-        failed = error
     x = checks.floating_input(x, "routed_lora")
     checks.router(x, router_weight, top_k, gate, bias, router_bias)
     offsets, frozen, scales = checks.experts(
         x, lora_A, lora_B, router_weight.shape[0], rank_offsets, shared_a, frozen, scaling
     )
-    rows = _rows(x)
-    chosen = _plan(rows, lora_B, offsets, top_k, shared_a)
-    added = _base(base, x, x.shape[:-1], lora_B.shape[1]), checks.selection(bias, x)
+    rows = rows_of(x)
+    chosen = plan_of(rows, lora_B, offsets, top_k, shared_a)
+    added = base_rows(base, x, x.shape[:-1], lora_B.shape[1]), checks.selection(bias, x)
     if base_weight is not None:
         checks.base_weight(base_weight, x, lora_B.shape[1], base)
     router = top_k, gate, bool(renormalize), *checks.sparsity(top_p, threshold, gate)
     options = scales, offsets, bool(shared_a), *router
-    if failed is not None and not isinstance(failed, ValueError):
-        raise failed  # no argument is wrong: not a refusal, so not to be tried again
-    if _needs_graph(x, router_weight, lora_A, lora_B, base, router_bias):
+    if needs_graph(x, router_weight, lora_A, lora_B, base, router_bias):
         y, *routing = autograd.RoutedLora.apply(
             rows, router_weight, lora_A, lora_B, *added, router_bias, *options, frozen, chosen, base_weight
         )  # fmt: skip
     else:
-        w, router_bias = _router_operands(router_weight, router_bias, x)
-        adapter = map(autograd.rows_contiguous, (lora_A, lora_B))
+        w, router_bias = router_operand(router_weight, x), router_bias_operand(router_bias, x)
+        adapter = map(rows_contiguous, (lora_A, lora_B))
         y, *routing, _ = _ops.routed_lora(rows, w, *adapter, *added, router_bias, *options, chosen)
-    return _like(x, y), _routing(*routing)
-
-
-def routed_lora_banks(
-    x: torch.Tensor,
-    router_weights: Sequence[torch.Tensor],
-    lora_As: Sequence[torch.Tensor],
-    lora_Bs: Sequence[torch.Tensor],
-    top_k: int,
-    base: torch.Tensor,
-    *,
-    starts: Sequence[int],
-    rank_offsets: Sequence[int] | int,
-    scaling: Sequence[torch.Tensor],
-    shared_a: bool = False,
-    gate: str = "softmax",
-    renormalize: bool = True,
-    biases: Sequence[torch.Tensor | None] | None = None,
-    top_p: float | None = None,
-    threshold: float | None = None,
-    router_biases: Sequence[torch.Tensor | None] | None = None,
-) -> torch.Tensor:
-    """routed_lora of several layers that lie side by side and read the same x; for inference.
-
-        y[:, starts_i :][:, :D_i] = base + routed_lora of layer i,   every other column is base's
-
-    As in a linear that is q, k and v in one.  Where the layers' operands lie one after the other in memory
-    (lora_Bs along their columns), a few tokens on a GPU cost the two launches of one layer.
-
-    Args:
-        x: (..., D_in).
-        router_weights: of each layer, (E, D_in); all layers have E experts of the same ranks.
-        lora_As: (R, D_in) each, (r, D_in) with shared_a.
-        lora_Bs: (R, D_i) each.
-        base: (..., D_out) of x's dtype.
-        starts: of each layer, the first of its D_i columns in base; ascending.
-        scaling: of each layer, (E,).
-        biases, router_biases: of each layer, (E,) or None; None for none at all.
-        Others: as routed_lora.
-    Returns:
-        y (..., D_out) in x's dtype.
-    Raises:
-        ValueError, TypeError: an argument does not fit, or one requires a gradient.
-    """
-    n, none = len(router_weights), [None] * len(router_weights)
-    biases, router_biases = biases or none, router_biases or none
-    if x.dim() == 2 and _runs_at_once(x):
-        given = top_p is not None or threshold is not None
-        drop = checks.sparsity(top_p, threshold, gate) if given else (ALL_KEPT, 0.0)
-        with contextlib.suppress(ValueError, RuntimeError):  # said again below, in these names
-            return _ops.routed_lora_banks.default(
-                x, router_weights, lora_As, lora_Bs, base, biases, router_biases, scaling, rank_offsets,
-                bool(shared_a), starts, top_k, gate, bool(renormalize), *drop, plan.SEGMENTED,
-            )  # fmt: skip
-    x = checks.floating_input(x, "routed_lora_banks")
-    lists = lora_As, lora_Bs, starts, scaling, biases, router_biases
-    if n == 0 or any(len(v) != n for v in lists):
-        raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
-    if _needs_graph(x, base, *router_weights, *lora_As, *lora_Bs, *router_biases):
-        raise ValueError(
-            "banks: expected no gradient to be asked for; call routed_lora for each layer"
-        )
-    done = 0
-    for i, w in enumerate(router_weights):
-        checks.router(x, w, top_k, gate, biases[i], router_biases[i])
-        offsets, *_ = checks.experts(
-            x, lora_As[i], lora_Bs[i], len(w), rank_offsets, shared_a, (), scaling[i]
-        )
-        if type(starts[i]) is not int or starts[i] < done:
-            raise ValueError(
-                f"starts: expected ascending columns, one layer after the other, got {starts}"
-            )
-        done = starts[i] + lora_Bs[i].shape[1]
-    rows = _rows(x)
-    base = _base(base, x, x.shape[:-1], base.shape[-1])
-    if done > base.shape[1]:
-        raise ValueError(f"starts: expected columns of base's {base.shape[1]}, got {done}")
-    widest = max(lora_Bs, key=lambda b: b.shape[1])
-    y = _ops.routed_lora_banks(
-        rows, [autograd.router_operand(w, x) for w in router_weights],
-        *(list(map(autograd.rows_contiguous, v)) for v in (lora_As, lora_Bs)), base,
-        [checks.selection(b, x) for b in biases],
-        [autograd.router_bias_operand(b, x) for b in router_biases],
-        [checks.scales_of(s, len(w), x) for s, w in zip(scaling, router_weights)],
-        offsets, bool(shared_a), list(starts), top_k, gate, bool(renormalize),
-        *checks.sparsity(top_p, threshold, gate), _plan(rows, widest, offsets, top_k, shared_a),
-    )  # fmt: skip
-    return y.view(*x.shape[:-1], y.shape[1])
+    return like(x, y), _routing(*routing)
 
 
 def shrink(
@@ -322,12 +239,12 @@ def shrink(
     checks.matrix("lora_A", lora_A, x, (None, x.shape[-1]))
     if router_weight is not None:
         checks.matrix("router_weight", router_weight, x, (None, x.shape[-1]))
-    rows = _rows(x)
-    if _needs_graph(x, lora_A, router_weight):
+    rows = rows_of(x)
+    if needs_graph(x, lora_A, router_weight):
         s, logits = autograd.Shrink.apply(rows, lora_A, router_weight)
     else:
-        w = autograd.router_operand(router_weight, x)
-        s, logits = _ops.shrink(rows, *autograd.rounded(x, lora_A), w)
+        w = router_operand(router_weight, x)
+        s, logits = _ops.shrink(rows, *rounded(x, lora_A), w)
     return s, None if router_weight is None else logits
 
 
@@ -352,107 +269,14 @@ def expand(H: torch.Tensor, lora_B: torch.Tensor, base: torch.Tensor | None = No
     rows = None
     if base is not None:
         checks.matrix("base", base, H, (*base.shape[:-1], D_out))
-        rows = _rows(base)
+        rows = rows_of(base)
         checks.shape_is("base", rows, (H.shape[0], D_out), "one row per row of H")
     H = H.to(accumulator(dtype)).contiguous()
-    if _needs_graph(H, lora_B, base):
+    if needs_graph(H, lora_B, base):
         y = autograd.Expand.apply(H, lora_B, rows, dtype)
     else:
-        y = _ops.expand(H, autograd.rows_contiguous(lora_B.to(dtype)), None, None, rows, dtype)
+        y = _ops.expand(H, rows_contiguous(lora_B.to(dtype)), None, None, rows, dtype)
     return y if base is None else y.view(base.shape)
-
-
-def routed_lora_at_once(
-    x, router_weight, lora_A, lora_B, top_k, rank_offsets, scaling, shared_a, base, gate, renormalize,
-    bias, router_bias=None, top_p=None, threshold=None, frozen=(),
-):  # fmt: skip
-    """routed_lora of a decoding step in C++, or None where that is not what the call is.
-
-    The operator checks what the public function checks, in a tenth of the time.  It raises ValueError
-    for operands that it does not take as they are; whatever else comes out of here is an error of types
-    that checks.py explains, or one that must be seen.
-    """
-    if not _runs_at_once(x) or type(top_k) is not int:
-        return None
-    shape = x.shape
-    if not isinstance(scaling, torch.Tensor):
-        scaling = checks.scales_of(scaling, router_weight.shape[0], x)
-    if type(rank_offsets) is int:
-        rank_offsets = checks.rank_offsets_of(rank_offsets, scaling.shape[0])
-    if base is not None and base.shape[:-1] != shape[:-1]:
-        return None
-    given = top_p is not None or threshold is not None
-    drop = checks.sparsity(top_p, threshold, gate) if given else (ALL_KEPT, 0.0)
-    if frozen:  # without gradients they are only checked
-        checks.frozen_ids(frozen, scaling.shape[0])
-    if len(shape) != 2:
-        tokens = prod(shape[:-1])
-        x = x.reshape(tokens, shape[-1])
-        base = None if base is None else base.reshape(tokens, base.shape[-1])
-    forced = plan._forced is not None
-    chosen = plan.choose("cpp", 1, 0, 0, (), top_k, None) if forced else plan.SEGMENTED
-    y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
-        x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, rank_offsets,
-        bool(shared_a), top_k, gate, bool(renormalize), *drop, chosen,
-    )  # fmt: skip
-    if len(shape) == 3:
-        y = y.view(shape[0], shape[1], y.shape[1])
-    elif len(shape) != 2:
-        y = y.view(*shape[:-1], y.shape[1])
-    return y, Routing(indices, weights, counts, logits, mean_prob, lse)
-
-
-def _runs_at_once(x):
-    """Whether C++ may take a call as it is: it checks what the public function checks."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or not x.is_cpu
-        or backend.serving("cpu") != "cpp"
-        or torch.is_autocast_enabled("cpu")
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
-# --- between the arguments and the operators -----------------------------------------------------
-
-
-def _base(base, x, leading, D_out):
-    if base is None:
-        return None
-    why = "the tokens' leading dimensions and D_out"
-    checks.matrix("base", base, x, (*leading, D_out), why)
-    if base.dtype != x.dtype:
-        raise TypeError(f"base: expected x's dtype {x.dtype}, got {base.dtype}")
-    return _rows(base)
-
-
-def _plan(x, lora_B, offsets, top_k, shared_a):
-    serving, shape = backend.serving(x.device.type), (*x.shape, lora_B.shape[1])
-    return plan.choose(serving, *shape, offsets, top_k, x.dtype, shared_a)
-
-
-def _rows(x):
-    """(..., D) -> (T, D) with unit stride along D."""
-    if x.dim() != 2:
-        x = x[None] if x.dim() == 1 else x.flatten(0, -2)
-    return autograd.rows_contiguous(x)
-
-
-def _like(x, y):
-    """y (T, D_out) with x's leading dimensions."""
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
-
-
-def _router_operands(weight, bias, x):
-    return autograd.router_operand(weight, x), autograd.router_bias_operand(bias, x)
-
-
-def _needs_graph(*tensors):
-    """Whether backward will be asked for; refuses every other kind of derivative."""
-    checks.first_order(*tensors)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _routing(indices, weights, logits, mean_prob, lse, counts):

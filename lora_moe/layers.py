@@ -13,6 +13,7 @@ from torch import nn
 
 from . import functional as F
 from . import records
+from .checks import autocast_enabled, rank_offsets_of
 from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
 from .context import fit_rows, recomputing, told
@@ -111,7 +112,7 @@ class LoraMoeLinear(LoraMoeLayer):
         A parameter stays the same object where it is in `tensors`.  Frozen experts stay frozen.
         """
         self.config = config
-        self.offsets = F.rank_offsets_of(config.rank_offsets, config.num_experts)
+        self.offsets = rank_offsets_of(config.rank_offsets, config.num_experts)
         self._scaling = None
         self._note_components()
         for name, tensor in tensors.items():
@@ -143,7 +144,7 @@ class LoraMoeLinear(LoraMoeLayer):
     def _adapt(self, x, y, decision, weight=None):
         tokens = tokens_of(x, decision)
         device = "cpu" if x.is_cpu else x.device.type
-        if F.autocast_enabled(device):
+        if autocast_enabled(device):
             with torch.autocast(device, enabled=False):  # the base has decided on y's dtype
                 y, routing = self._add(x.to(y.dtype), y, decision)
         else:

@@ -19,6 +19,7 @@ from torch import nn
 from . import functional as F
 from . import records
 from .autograd import once
+from .checks import autocast_enabled
 from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
 from .context import fit_rows, recomputing, thread, told
@@ -121,7 +122,7 @@ class LoraMoeMLP(LoraMoeLayer):
         if decision.routing is not None:
             return fit_rows(decision.routing, x)
         tensors, device = {name: getattr(self, name) for name in self.own}, x.device.type
-        if not F.autocast_enabled(device):
+        if not autocast_enabled(device):
             return self.router.route(x, tensors, Batch(self, decision))
         with torch.autocast(device, enabled=False):  # as the router of a linear map sees it
             x = x.to(torch.get_autocast_dtype(device))

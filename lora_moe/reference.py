@@ -20,6 +20,8 @@ import torch
 # in which a saved graph keeps it
 ALL_KEPT = 1e30
 
+GATES = ("softmax", "sigmoid")  # see gate_values
+
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32

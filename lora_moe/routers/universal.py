@@ -9,10 +9,11 @@ import torch
 
 from .. import functional as F
 from ..components import MAX_TASKS, TensorSpec, count, one_of, register
+from ..reference import GATES
 from ..routing import Routing
 from .base import Router
 
-GATES = ("softmax", "sigmoid", "sum")
+PAIR_GATES = (*GATES, "sum")
 
 
 @register
@@ -34,7 +35,7 @@ class UniversalRouter(Router):
 
     def __post_init__(self):
         count("num_tasks", self.num_tasks, MAX_TASKS, low=0)
-        one_of("gate", self.gate, GATES)
+        one_of("gate", self.gate, PAIR_GATES)
 
     @property
     def task_count(self):

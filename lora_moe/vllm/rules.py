@@ -11,7 +11,7 @@ import json
 
 import torch
 
-from .. import functional as F
+from ..checks import rank_offsets_of
 from ..config import FFN, LoraMoeConfig
 from ..routers import NoisyRouter, ThresholdRouter
 from ..routers.threshold import decide_above
@@ -57,7 +57,7 @@ def rule_of(config: LoraMoeConfig, start: int, stop: int) -> Rule:
     if isinstance(config.router, ThresholdRouter):
         high = config.router.highest(config.num_experts)
     return Rule(
-        start, stop, tuple(F.rank_offsets_of(config.rank_offsets, config.num_experts)), config.shared_a,
+        start, stop, tuple(rank_offsets_of(config.rank_offsets, config.num_experts)), config.shared_a,
         config.top_k, config.gate, config.normalizes, config.top_p, config.threshold, high,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import dataclasses
 from ...components import one_of
 from ...config import LoraMoeConfig, expect
 from ...routers import UniversalRouter
-from ...routers.universal import GATES
+from ...routers.universal import PAIR_GATES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class CLoraeConfig:
         N, r = self.num_tasks, self.r
         expect(type(N) is int and N >= 0, "num_tasks", "an integer of at least 0", N)
         expect(type(r) is int and r >= max(N, 1), "r", f"at least {max(N, 1)}", r)
-        one_of("gate", self.gate, GATES)
+        one_of("gate", self.gate, PAIR_GATES)
         if not isinstance(self.mutual_information, bool) or (
             self.mutual_information and self.num_tasks == 0
         ):

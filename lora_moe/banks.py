@@ -1,0 +1,109 @@
+"""routed_lora of several layers side by side: their operands in one call.
+
+Letters as in functional.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import checks, fast_path
+from .operands import (
+    base_rows,
+    like,
+    needs_graph,
+    plan_of,
+    router_bias_operand,
+    router_operand,
+    rows_contiguous,
+    rows_of,
+)
+
+_ops = torch.ops.lora_moe
+
+
+def routed_lora_banks(
+    x: torch.Tensor,
+    router_weights: Sequence[torch.Tensor],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    top_k: int,
+    base: torch.Tensor,
+    *,
+    starts: Sequence[int],
+    rank_offsets: Sequence[int] | int,
+    scaling: Sequence[torch.Tensor],
+    shared_a: bool = False,
+    gate: str = "softmax",
+    renormalize: bool = True,
+    biases: Sequence[torch.Tensor | None] | None = None,
+    top_p: float | None = None,
+    threshold: float | None = None,
+    router_biases: Sequence[torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """routed_lora of several layers that lie side by side and read the same x; for inference.
+
+        y[:, starts_i :][:, :D_i] = base + routed_lora of layer i,   every other column is base's
+
+    As in a linear that is q, k and v in one.  Where the layers' operands lie one after the other in memory
+    (lora_Bs along their columns), a few tokens on a GPU cost the two launches of one layer.
+
+    Args:
+        x: (..., D_in).
+        router_weights: of each layer, (E, D_in); all layers have E experts of the same ranks.
+        lora_As: (R, D_in) each, (r, D_in) with shared_a.
+        lora_Bs: (R, D_i) each.
+        base: (..., D_out) of x's dtype.
+        starts: of each layer, the first of its D_i columns in base; ascending.
+        scaling: of each layer, (E,).
+        biases, router_biases: of each layer, (E,) or None; None for none at all.
+        Others: as routed_lora.
+    Returns:
+        y (..., D_out) in x's dtype.
+    Raises:
+        ValueError, TypeError: an argument does not fit, or one requires a gradient.
+    """
+    n, none = len(router_weights), [None] * len(router_weights)
+    biases, router_biases = biases or none, router_biases or none
+    y = fast_path.routed_lora_banks(
+        x, router_weights, lora_As, lora_Bs, top_k, base, starts, rank_offsets, scaling, shared_a, gate,
+        renormalize, biases, top_p, threshold, router_biases,
+    )  # fmt: skip
+    if y is not None:
+        return y
+    x = checks.floating_input(x, "routed_lora_banks")
+    lists = lora_As, lora_Bs, starts, scaling, biases, router_biases
+    if n == 0 or any(len(v) != n for v in lists):
+        raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
+    if needs_graph(x, base, *router_weights, *lora_As, *lora_Bs, *router_biases):
+        raise ValueError(
+            "banks: expected no gradient to be asked for; call routed_lora for each layer"
+        )
+    done = 0
+    for i, w in enumerate(router_weights):
+        checks.router(x, w, top_k, gate, biases[i], router_biases[i])
+        offsets, *_ = checks.experts(
+            x, lora_As[i], lora_Bs[i], len(w), rank_offsets, shared_a, (), scaling[i]
+        )
+        if type(starts[i]) is not int or starts[i] < done:
+            raise ValueError(
+                f"starts: expected ascending columns, one layer after the other, got {starts}"
+            )
+        done = starts[i] + lora_Bs[i].shape[1]
+    rows = rows_of(x)
+    base = base_rows(base, x, x.shape[:-1], base.shape[-1])
+    if done > base.shape[1]:
+        raise ValueError(f"starts: expected columns of base's {base.shape[1]}, got {done}")
+    widest = max(lora_Bs, key=lambda b: b.shape[1])
+    y = _ops.routed_lora_banks(
+        rows, [router_operand(w, x) for w in router_weights],
+        *(list(map(rows_contiguous, v)) for v in (lora_As, lora_Bs)), base,
+        [checks.selection(b, x) for b in biases],
+        [router_bias_operand(b, x) for b in router_biases],
+        [checks.scales_of(s, len(w), x) for s, w in zip(scaling, router_weights)],
+        offsets, bool(shared_a), list(starts), top_k, gate, bool(renormalize),
+        *checks.sparsity(top_p, threshold, gate), plan_of(rows, widest, offsets, top_k, shared_a),
+    )  # fmt: skip
+    return like(x, y)

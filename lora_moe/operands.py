@@ -1,0 +1,75 @@
+"""Operands as the operators take them: rows with unit stride, in the dtypes of their schemas.
+
+The checks are done before, in checks.py.  Letters: T tokens, E experts, R rank rows of all experts.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import backend, checks, plan
+from .reference import accumulator
+
+
+def rows_contiguous(t):
+    """Operators want unit stride along columns; rows may be anywhere (slices, expanded gradients)."""
+    if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 or t.numel() == 0:
+        return t
+    return t.contiguous()
+
+
+def rows_of(x):
+    """(..., D) -> (T, D) with unit stride along D."""
+    if x.dim() != 2:
+        x = x[None] if x.dim() == 1 else x.flatten(0, -2)
+    return rows_contiguous(x)
+
+
+def like(x, y):
+    """y (T, D_out) with x's leading dimensions."""
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+def base_rows(base, x, leading, D_out):
+    """`base`, checked, as rows."""
+    if base is None:
+        return None
+    why = "the tokens' leading dimensions and D_out"
+    checks.matrix("base", base, x, (*leading, D_out), why)
+    if base.dtype != x.dtype:
+        raise TypeError(f"base: expected x's dtype {x.dtype}, got {base.dtype}")
+    return rows_of(base)
+
+
+def router_operand(w, x):
+    """The router keeps fp32 weights beside a bf16 x: its products are always full fp32."""
+    if w is None:
+        return None
+    acc = accumulator(x.dtype)
+    return rows_contiguous(w if w.dtype in (x.dtype, acc) else w.to(acc))
+
+
+def router_bias_operand(router_bias, x):
+    return None if router_bias is None else router_bias.to(accumulator(x.dtype)).contiguous()
+
+
+def rounded(x, *parameters):
+    """Adapters as the products take them: in x's dtype, with unit stride along columns."""
+    return [rows_contiguous(p.to(x.dtype)) for p in parameters]
+
+
+def dense(*grads):
+    """Gradients of the routing, or of what has no rows to step over: contiguous, None where there is none."""
+    return tuple(None if g is None else g.contiguous() for g in grads)
+
+
+def plan_of(rows, lora_B, offsets, top_k, shared_a):
+    """The plan of a call with these operands."""
+    serving, shape = backend.serving(rows.device.type), (*rows.shape, lora_B.shape[1])
+    return plan.choose(serving, *shape, offsets, top_k, rows.dtype, shared_a)
+
+
+def needs_graph(*tensors):
+    """Whether backward will be asked for; refuses every other kind of derivative."""
+    checks.first_order(*tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
