@@ -21,6 +21,7 @@ import torch
 from . import reference, tracing
 from .checks import wrong_id
 from .plan import SEGMENTED
+from .tracing import argument_names, by_name, call, keep
 
 _ROUTER = "int top_k, str gate, bool renormalize, float top_p, float threshold"
 _EXPERTS = "Tensor scaling, int[] offsets, bool shared_a"
@@ -76,97 +77,75 @@ def check_ids(indices: torch.Tensor, num_experts: int) -> None:
         raise ValueError(f"indices: expected expert ids in [-1, {num_experts}), got {wrong}")
 
 
-def _keep(grad, needed):
-    return grad if needed else grad.new_empty(0)
+# Where reference.py computes something else than an operator, a function of the operator's name stands
+# between: v are the operator's arguments, by the names of its schema.
 
 
-def zero_frozen_rows(da, db, frozen, offsets, shared_a):
-    for expert in frozen:
-        rows = slice(offsets[expert], offsets[expert + 1])
-        if db.numel():
-            db[rows] = 0
-        if da.numel() and not shared_a:
-            da[rows] = 0
+def _grouped_lora(v):
+    check_ids(v["indices"], len(v["scaling"]))
+    if v["slots"] != "none":
+        return call(reference.slot_lora, v)
+    y, s = call(reference.grouped_lora, v)
+    return y, _saved(s, v["indices"], v)
 
 
-def _grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
-    check_ids(indices, len(scaling))
-    experts = scaling, offsets, shared_a
-    if slots != "none":
-        return reference.slot_lora(x, a, b, base, indices, weights, *experts, slots)
-    y, s = reference.grouped_lora(x, a, b, base, indices, weights, *experts)
-    return y, _saved(s, indices, offsets, shared_a, plan)
+def _routed_lora(v):
+    *out, s = call(reference.routed_lora, v)
+    return *out, _saved(s, out[1], v)
 
 
-def _routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, *rest):
-    *router, plan = rest
-    *out, s = reference.routed_lora(
-        x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, *router
-    )
-    return *out, _saved(s, out[1], offsets, shared_a, plan)
-
-
-def _routed_lora_banks(
-    x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, starts, *router_and_plan
-):
-    y = base.clone(memory_format=torch.contiguous_format)
-    for i, start in enumerate(starts):
-        columns = slice(start, start + b[i].shape[1])
-        y[:, columns] = _routed_lora(
-            x, w[i], a[i], b[i], base[:, columns], bias[i], router_bias[i], scaling[i], offsets, shared_a,
-            *router_and_plan,
-        )[0]  # fmt: skip
+def _routed_lora_banks(v):
+    y = v["base"].clone(memory_format=torch.contiguous_format)
+    of_a_bank = "w", "a", "b", "bias", "router_bias", "scaling"
+    for start, *own in zip(v["starts"], *(v[name] for name in of_a_bank)):
+        bank = dict(zip(of_a_bank, own))
+        columns = slice(start, start + bank["b"].shape[1])
+        y[:, columns] = _routed_lora({**v, **bank, "base": v["base"][:, columns]})[0]
     return y
 
 
-def _saved(s, indices, offsets, shared_a, plan):
+def _grouped_lora_backward(v):
+    if v["slots"] != "none":
+        return _needed(v, *call(reference.slot_lora_backward, v))
+    return _needed(v, *call(reference.grouped_lora_backward, {**v, "s": _rows(v)}))
+
+
+def _routed_lora_backward(v):
+    dx, dw, *grads, drouter_bias = call(reference.routed_lora_backward, {**v, "s": _rows(v)})
+    needed = _needed(v, dx, dw.to(v["w"].dtype), *grads)
+    return *needed, keep(drouter_bias, v["need_router_bias"])
+
+
+def _saved(s, indices, v):
     """S as the plan keeps it."""
-    by_slot = plan == SEGMENTED and not shared_a
-    return reference.slots_of_rows(s, indices, offsets) if by_slot else s
+    by_slot = v["plan"] == SEGMENTED and not v["shared_a"]
+    return reference.slots_of_rows(s, indices, v["offsets"]) if by_slot else s
 
 
-def _rows(s, indices, offsets, shared_a, plan):
-    by_slot = plan == SEGMENTED and not shared_a
-    return reference.rows_of_slots(s, indices, offsets) if by_slot else s
+def _rows(v):
+    """The inverse of _saved."""
+    by_slot = v["plan"] == SEGMENTED and not v["shared_a"]
+    return reference.rows_of_slots(v["s"], v["indices"], v["offsets"]) if by_slot else v["s"]
 
 
-def _backward(grads, offsets, shared_a, frozen, need_x, need_router, need_a, need_b):
-    dx, dw, da, db = map(_keep, grads, (need_x, need_router, need_a, need_b))
-    zero_frozen_rows(da, db, frozen, offsets, shared_a)
-    return dx, dw, da, db
-
-
-def _grouped_lora_backward(
-    dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, slots, *needs
-):
-    *needs, plan = needs
-    routing, experts = (indices, weights), (scaling, offsets, shared_a)
-    if slots != "none":
-        grads = reference.slot_lora_backward(dy, x, a, b, s, *routing, *experts, slots)
-    else:
-        s = _rows(s, indices, offsets, shared_a, plan)
-        grads = reference.grouped_lora_backward(dy, x, a, b, s, *routing, *experts)
-    dx, dweights, da, db = grads
-    return _backward((dx, dweights, da.to(a.dtype), db.to(b.dtype)), offsets, shared_a, *needs)
-
-
-def _routed_lora_backward(
-    dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, s, indices, weights, logits, scaling, offsets,
-    shared_a, gate, renormalize, *needs,
-):  # fmt: skip
-    *needs, need_router_bias, plan = needs
-    dx, dw, da, db, drouter_bias = reference.routed_lora_backward(
-        dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, _rows(s, indices, offsets, shared_a, plan),
-        indices, weights, logits, scaling, offsets, shared_a, gate, renormalize,
-    )  # fmt: skip
-    grads = dx, dw.to(w.dtype), da.to(a.dtype), db.to(b.dtype)
-    grads = _backward(grads, offsets, shared_a, *needs)
-    return *grads, _keep(drouter_bias, need_router_bias)
+def _needed(v, dx, dw, da, db):
+    """The gradients that are needed, in the parameters' dtypes, zero in the rows of frozen experts."""
+    da, db = da.to(v["a"].dtype), db.to(v["b"].dtype)
+    for expert in v["frozen"]:
+        rows = slice(*v["offsets"][expert : expert + 2])
+        db[rows] = 0
+        if not v["shared_a"]:
+            da[rows] = 0
+    needs = (v[f"need_{name}"] for name in ("x", "router", "a", "b"))
+    return tuple(map(keep, (dx, dw, da, db), needs))
 
 
 def reference_operator(name):
-    """The operator in plain PyTorch, on any device and for every plan: here, else as in reference.py."""
-    return globals().get(f"_{name}") or getattr(reference, name)
+    """The operator in plain PyTorch, on any device and for every plan."""
+    between, names = globals().get(f"_{name}"), argument_names(name)
+    if between is not None:
+        return lambda *args: between(dict(zip(names, args)))
+    return by_name(name, getattr(reference, name))
 
 
 def _without_autocast(function):
@@ -183,9 +162,11 @@ def _without_autocast(function):
 
 
 for _name, _schema in SCHEMAS.items():
-    _operator, _plain = f"lora_moe::{_name}", _without_autocast(reference_operator(_name))
+    _operator = f"lora_moe::{_name}"
     torch.library.define(_operator, _schema)
+    _plain = _without_autocast(reference_operator(_name))
     torch.library.impl(_operator, "CompositeExplicitAutograd", _plain)
     for _key in tracing.REFUSED_KEYS:
         torch.library.impl(_operator, _key, tracing.refusing(_name))
-    torch.library.register_fake(_operator, tracing.on_one_device(_name, getattr(tracing, _name)))
+    _fake = by_name(_name, getattr(tracing, _name))
+    torch.library.register_fake(_operator, tracing.on_one_device(_name, _fake))

@@ -245,8 +245,12 @@ def rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a):
     return ds, dweights, h
 
 
-def routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, *router):
+def routed_lora(
+    x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, gate, renormalize,
+    top_p=ALL_KEPT, threshold=0.0,
+):  # fmt: skip
     """Router and experts together: grouped_lora of router_topk.  Returns y, the routing, S."""
+    router = top_k, gate, renormalize, top_p, threshold
     routing = router_topk(x, w, bias, router_bias, *router)
     y, s = grouped_lora(x, a, b, base, routing[0], routing[1], scaling, offsets, shared_a)
     return y, *routing, s

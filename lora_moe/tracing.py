@@ -1,4 +1,4 @@
-"""Shapes of what the operators return, for tracing, and operands that no operator takes.
+"""Shapes of what the operators return, for tracing; arguments by name; operands that no operator takes.
 
 A call whose operands lie on several devices, or are sparse, quantized or nested, reaches none of the
 kernels: PyTorch's table sends it to a function of this file, and that raises.  So nothing can read memory
@@ -8,6 +8,9 @@ Letters: T tokens, E experts, K picked experts per token, R rank rows of all exp
 """
 
 from __future__ import annotations
+
+import functools
+import inspect
 
 import torch
 
@@ -19,6 +22,29 @@ REFUSED_KEYS = (
     *("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU"),
     *("QuantizedCPU", "QuantizedCUDA", "NestedTensorCPU", "NestedTensorCUDA"),
 )
+
+
+@functools.cache
+def argument_names(operator: str) -> list[str]:
+    """As its schema has them."""
+    schema = getattr(torch.ops.lora_moe, operator).default._schema
+    return [argument.name for argument in schema.arguments]
+
+
+@functools.cache
+def _names_of(function):
+    return tuple(inspect.signature(function).parameters)
+
+
+def call(function, v):
+    """function of those of an operator's arguments v that it names."""
+    return function(*(v[name] for name in _names_of(function)))
+
+
+def by_name(operator, function):
+    """`function`, which names the arguments that it reads, to be called with all of the operator's."""
+    names = argument_names(operator)
+    return lambda *args: call(function, dict(zip(names, args)))
 
 
 def on_one_device(name, function):
@@ -43,10 +69,9 @@ def refusing(name):
 
 def check_operands(operator, args):
     """Raises unless all tensors are dense and on the first one's device."""
-    names = [a.name for a in getattr(torch.ops.lora_moe, operator).default._schema.arguments]
     tensors = [
         (name, t)
-        for name, given in zip(names, args, strict=True)
+        for name, given in zip(argument_names(operator), args, strict=True)
         for t in (given if isinstance(given, list) else [given])
         if isinstance(t, torch.Tensor)
     ]
@@ -63,11 +88,14 @@ def _acc(x, *shape):
     return x.new_empty(shape, dtype=accumulator(x.dtype))
 
 
-def _keep(grad, needed):
+def keep(grad, needed):
     return grad if needed else grad.new_empty(0)
 
 
-def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p, threshold):
+# --- an operator's results by its name, from those of its arguments that decide their shapes -------
+
+
+def router_topk(x, w, top_k):
     T, E = x.shape[0], w.shape[0]
     return (
         x.new_empty((T, top_k), dtype=torch.int32),
@@ -79,7 +107,7 @@ def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p, thresh
     )
 
 
-def route_logits(logits, bias, top_k, gate, renormalize, top_p, threshold):
+def route_logits(logits, top_k):
     T, E = logits.shape
     return (
         logits.new_empty((T, top_k), dtype=torch.int32),
@@ -90,9 +118,7 @@ def route_logits(logits, bias, top_k, gate, renormalize, top_p, threshold):
     )
 
 
-def router_topk_backward(
-    dweights, dlogits, dmean_prob, dlse, indices, weights, logits, gate, renormalize
-):
+def router_topk_backward(logits):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -101,7 +127,7 @@ def shrink(x, a, w):
     return _acc(x, T, a.shape[0]), _acc(x, T, 0 if w is None else w.shape[0])
 
 
-def expand(h, b, h2, b2, base, dtype):
+def expand(h, b, dtype):
     return h.new_empty((h.shape[0], b.shape[1]), dtype=dtype)
 
 
@@ -109,40 +135,29 @@ def wgrad(h, x):
     return h.new_empty((h.shape[1], x.shape[1]))
 
 
-def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
+def grouped_lora(x, b, indices, offsets, shared_a, slots, plan):
     T, K = indices.shape
     width = saved_ranks(plan, offsets, K, shared_a)
     return x.new_empty((T * K if slots == "apart" else T, b.shape[1])), _acc(x, T, width)
 
 
-def routed_lora(x, w, a, b, base, bias, router_bias, scaling, offsets, shared_a, top_k, *rest):
-    *_, plan = rest
-    routing = router_topk(x, w, bias, router_bias, top_k, *rest[:-1])
-    y, s = grouped_lora(x, a, b, base, *routing[:2], scaling, offsets, shared_a, "none", plan)
+def routed_lora(x, w, b, offsets, shared_a, top_k, plan):
+    routing = router_topk(x, w, top_k)
+    y, s = grouped_lora(x, b, routing[0], offsets, shared_a, "none", plan)
     return y, *routing, s
 
 
-def routed_lora_banks(x, w, a, b, base, *rest):
+def routed_lora_banks(x, base):
     return x.new_empty(base.shape)
 
 
-def _backward(x, dw, a, b, need_x, need_router, need_a, need_b):
-    grads = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        dw,
-        a.new_empty(a.shape),
-        b.new_empty(b.shape),
-    )
-    return tuple(map(_keep, grads, (need_x, need_router, need_a, need_b)))
+def grouped_lora_backward(x, a, b, weights, need_x, need_router, need_a, need_b):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grads = dx, torch.empty_like(weights), a.new_empty(a.shape), b.new_empty(b.shape)
+    return tuple(map(keep, grads, (need_x, need_router, need_a, need_b)))
 
 
-def grouped_lora_backward(
-    dy, x, a, b, s, indices, weights, scaling, offsets, shared_a, slots, frozen, *needs
-):
-    return _backward(x, torch.empty_like(weights), a, b, *needs[:4])
-
-
-def routed_lora_backward(dy, dweights, dlogits, dmean_prob, dlse, x, w, a, b, *rest):
-    *needs, need_router_bias, _plan = rest[-6:]
-    drouter_bias = _keep(_acc(x, w.shape[0]), need_router_bias)
-    return *_backward(x, w.new_empty(w.shape), a, b, *needs), drouter_bias
+def routed_lora_backward(x, w, a, b, need_x, need_router, need_a, need_b, need_router_bias):
+    dw = w.new_empty(w.shape)
+    grads = grouped_lora_backward(x, a, b, dw, need_x, need_router, need_a, need_b)
+    return *grads, keep(_acc(x, w.shape[0]), need_router_bias)
