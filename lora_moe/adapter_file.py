@@ -87,31 +87,19 @@ def _router_section(fields):
 
 def read_info(file: BinaryIO, described=None, adapter_dtype=None) -> dict:
     """What a file of ours, or PEFT's folder that is `described`, says of itself; see io.adapter_info."""
-    metadata, tensors = safefile.read_header(file)
     if described is not None:
-        info = peft_moe.read_info(described, tensors)
+        info = peft_moe.read_info(described, safefile.read_header(file)[1])
     else:
-        info = _read_own_info(file, metadata, tensors)
+        info = _read_own_info(file)
     if adapter_dtype is not None:
         for adapter in info["adapters"]:
             adapter["config"] = dataclasses.replace(adapter["config"], adapter_dtype=adapter_dtype)
     return info
 
 
-def _read_own_info(file, metadata, tensors):
-    text = metadata.get("lora_moe") if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(
-            f"{file.name}: expected lora_moe in its metadata; it is no lora-moe adapter"
-        )
-    info = safefile.parse_json(text, file.name)
-    info = info if isinstance(info, dict) else {"version": info}
-    version = info.get("version")
-    if type(version) is not int or version not in _READERS:
-        raise ValueError(
-            f"{file.name}: expected format version {' or '.join(map(str, _READERS))},"
-            f" got {brief(version)}"
-        )
+def _read_own_info(file):
+    info, tensors = safefile.read_described(file, "lora_moe", _READERS, "lora-moe adapter")
+    version = info["version"]
     adapters = _read_adapters(file.name, info.get("adapters"), _READERS[version])
     library = info.get("library")
     return {

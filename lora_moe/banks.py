@@ -9,17 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks, fast_path
-from .operands import (
-    base_rows,
-    like,
-    needs_graph,
-    plan_of,
-    router_bias_operand,
-    router_operand,
-    rows_contiguous,
-    rows_of,
-)
+from . import checks, fast_path, operands
 
 _ops = torch.ops.lora_moe
 
@@ -77,7 +67,7 @@ def routed_lora_banks(
     lists = lora_As, lora_Bs, starts, scaling, biases, router_biases
     if n == 0 or any(len(v) != n for v in lists):
         raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
-    if needs_graph(x, base, *router_weights, *lora_As, *lora_Bs, *router_biases):
+    if operands.needs_graph(x, base, *router_weights, *lora_As, *lora_Bs, *router_biases):
         raise ValueError(
             "banks: expected no gradient to be asked for; call routed_lora for each layer"
         )
@@ -92,18 +82,18 @@ def routed_lora_banks(
                 f"starts: expected ascending columns, one layer after the other, got {starts}"
             )
         done = starts[i] + lora_Bs[i].shape[1]
-    rows = rows_of(x)
-    base = base_rows(base, x, x.shape[:-1], base.shape[-1])
+    rows = operands.rows_of(x)
+    base = operands.base(base, x, x.shape[:-1], base.shape[-1])
     if done > base.shape[1]:
         raise ValueError(f"starts: expected columns of base's {base.shape[1]}, got {done}")
     widest = max(lora_Bs, key=lambda b: b.shape[1])
     y = _ops.routed_lora_banks(
-        rows, [router_operand(w, x) for w in router_weights],
-        *(list(map(rows_contiguous, v)) for v in (lora_As, lora_Bs)), base,
+        rows, [operands.router_operand(w, x) for w in router_weights],
+        *(list(map(operands.rows_contiguous, v)) for v in (lora_As, lora_Bs)), base,
         [checks.selection(b, x) for b in biases],
-        [router_bias_operand(b, x) for b in router_biases],
+        [operands.router_bias_operand(b, x) for b in router_biases],
         [checks.scales_of(s, len(w), x) for s, w in zip(scaling, router_weights)],
         offsets, bool(shared_a), list(starts), top_k, gate, bool(renormalize),
-        *checks.sparsity(top_p, threshold, gate), plan_of(rows, widest, offsets, top_k, shared_a),
+        *checks.sparsity(top_p, threshold, gate), operands.plan_for(rows, widest, offsets, top_k, shared_a),
     )  # fmt: skip
-    return like(x, y)
+    return operands.like(x, y)

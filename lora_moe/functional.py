@@ -13,19 +13,8 @@ from math import prod
 
 import torch
 
-from . import autograd, checks, fast_path, plan
+from . import autograd, checks, fast_path, operands, plan
 from .banks import routed_lora_banks
-from .operands import (
-    base_rows,
-    like,
-    needs_graph,
-    plan_of,
-    rounded,
-    router_bias_operand,
-    router_operand,
-    rows_contiguous,
-    rows_of,
-)
 from .reference import accumulator
 from .routing import Routing
 
@@ -70,12 +59,12 @@ def router_topk(
     """
     x = checks.floating_input(x, "router_topk")
     checks.router(x, router_weight, top_k, gate, bias, router_bias)
-    rows, selection = rows_of(x), checks.selection(bias, x)
+    rows, selection = operands.rows_of(x), checks.selection(bias, x)
     options = top_k, gate, bool(renormalize), *checks.sparsity(top_p, threshold, gate)
-    if needs_graph(x, router_weight, router_bias):
+    if operands.needs_graph(x, router_weight, router_bias):
         out = autograd.RouterTopK.apply(rows, router_weight, selection, router_bias, *options)
     else:
-        w, router_bias = router_operand(router_weight, x), router_bias_operand(router_bias, x)
+        w, router_bias = operands.router(router_weight, router_bias, x)
         out = _ops.router_topk(rows, w, selection, router_bias, *options)
     return _routing(*out)
 
@@ -133,26 +122,26 @@ def grouped_lora(
         x, lora_A, lora_B, E, rank_offsets, shared_a, frozen, scaling
     )
     leading = checks.slot_rows(x, slots, routing.indices.shape)
-    rows = rows_of(x)
+    rows = operands.rows_of(x)
     top_k = checks.slots(routing, x, prod(leading))
     if slots is None:
-        chosen = plan_of(rows, lora_B, offsets, top_k, shared_a)
-        base = base_rows(base, x, leading, lora_B.shape[1])
+        chosen = operands.plan_for(rows, lora_B, offsets, top_k, shared_a)
+        base = operands.base(base, x, leading, lora_B.shape[1])
     else:
         chosen = plan.SEGMENTED
         if shared_a:  # whose sums have no slots: the experts read copies
             lora_A, shared_a = lora_A.repeat(E, 1), False
         apart = slots == "apart" and base is not None and base.dim() == len(leading) + 2
-        base = base_rows(base, x, (*leading, top_k) if apart else leading, lora_B.shape[1])
+        base = operands.base(base, x, (*leading, top_k) if apart else leading, lora_B.shape[1])
     weights = routing.weights.to(accumulator(x.dtype))
     if base_weight is not None:
         checks.base_weight(base_weight, x, lora_B.shape[1], base, slots)
     decided = routing.indices.contiguous(), weights.contiguous()
     args = base, *decided, scales, offsets, bool(shared_a), slots or "none"
-    if needs_graph(x, lora_A, lora_B, base, weights):
+    if operands.needs_graph(x, lora_A, lora_B, base, weights):
         y = autograd.GroupedLora.apply(rows, lora_A, lora_B, *args, frozen, chosen, base_weight)
     else:
-        adapter = map(rows_contiguous, (lora_A, lora_B))
+        adapter = map(operands.rows_contiguous, (lora_A, lora_B))
         y, _ = _ops.grouped_lora(rows, *adapter, *args, chosen)
     if slots == "apart":
         return y.view(*leading, top_k, y.shape[1])
@@ -203,22 +192,22 @@ def routed_lora(
     offsets, frozen, scales = checks.experts(
         x, lora_A, lora_B, router_weight.shape[0], rank_offsets, shared_a, frozen, scaling
     )
-    rows = rows_of(x)
-    chosen = plan_of(rows, lora_B, offsets, top_k, shared_a)
-    added = base_rows(base, x, x.shape[:-1], lora_B.shape[1]), checks.selection(bias, x)
+    rows = operands.rows_of(x)
+    chosen = operands.plan_for(rows, lora_B, offsets, top_k, shared_a)
+    added = operands.base(base, x, x.shape[:-1], lora_B.shape[1]), checks.selection(bias, x)
     if base_weight is not None:
         checks.base_weight(base_weight, x, lora_B.shape[1], base)
     router = top_k, gate, bool(renormalize), *checks.sparsity(top_p, threshold, gate)
     options = scales, offsets, bool(shared_a), *router
-    if needs_graph(x, router_weight, lora_A, lora_B, base, router_bias):
+    if operands.needs_graph(x, router_weight, lora_A, lora_B, base, router_bias):
         y, *routing = autograd.RoutedLora.apply(
             rows, router_weight, lora_A, lora_B, *added, router_bias, *options, frozen, chosen, base_weight
         )  # fmt: skip
     else:
-        w, router_bias = router_operand(router_weight, x), router_bias_operand(router_bias, x)
-        adapter = map(rows_contiguous, (lora_A, lora_B))
+        w, router_bias = operands.router(router_weight, router_bias, x)
+        adapter = map(operands.rows_contiguous, (lora_A, lora_B))
         y, *routing, _ = _ops.routed_lora(rows, w, *adapter, *added, router_bias, *options, chosen)
-    return like(x, y), _routing(*routing)
+    return operands.like(x, y), _routing(*routing)
 
 
 def shrink(
@@ -239,12 +228,12 @@ def shrink(
     checks.matrix("lora_A", lora_A, x, (None, x.shape[-1]))
     if router_weight is not None:
         checks.matrix("router_weight", router_weight, x, (None, x.shape[-1]))
-    rows = rows_of(x)
-    if needs_graph(x, lora_A, router_weight):
+    rows = operands.rows_of(x)
+    if operands.needs_graph(x, lora_A, router_weight):
         s, logits = autograd.Shrink.apply(rows, lora_A, router_weight)
     else:
-        w = router_operand(router_weight, x)
-        s, logits = _ops.shrink(rows, *rounded(x, lora_A), w)
+        w = operands.router_operand(router_weight, x)
+        s, logits = _ops.shrink(rows, *operands.rounded(x, lora_A), w)
     return s, None if router_weight is None else logits
 
 
@@ -269,13 +258,13 @@ def expand(H: torch.Tensor, lora_B: torch.Tensor, base: torch.Tensor | None = No
     rows = None
     if base is not None:
         checks.matrix("base", base, H, (*base.shape[:-1], D_out))
-        rows = rows_of(base)
+        rows = operands.rows_of(base)
         checks.shape_is("base", rows, (H.shape[0], D_out), "one row per row of H")
     H = H.to(accumulator(dtype)).contiguous()
-    if needs_graph(H, lora_B, base):
+    if operands.needs_graph(H, lora_B, base):
         y = autograd.Expand.apply(H, lora_B, rows, dtype)
     else:
-        y = _ops.expand(H, rows_contiguous(lora_B.to(dtype)), None, None, rows, dtype)
+        y = _ops.expand(H, operands.rows_contiguous(lora_B.to(dtype)), None, None, rows, dtype)
     return y if base is None else y.view(base.shape)
 
 

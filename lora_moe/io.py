@@ -12,7 +12,6 @@ changes last or not at all.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -88,11 +87,9 @@ def save_adapter(
 def _write(path, model, layers, tensors):
     _tell_unsaved(model, layers)
     _expect_loadable(layers, tensors)
-    metadata = {
-        "format": "pt",
-        "lora_moe": json.dumps(describe(layers, tuple(modules_saved(model, layers)))),
-    }
-    safefile.write(safefile.path_in(path.parent, path.name), tensors, metadata)
+    description = describe(layers, tuple(modules_saved(model, layers)))
+    into = safefile.path_in(path.parent, path.name)
+    safefile.write_described(into, tensors, "lora_moe", description)
     model_card.write(path.parent, model, layers, sum(t.numel() for t in tensors.values()))
 
 

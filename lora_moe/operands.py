@@ -30,15 +30,15 @@ def like(x, y):
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def base_rows(base, x, leading, D_out):
-    """`base`, checked, as rows."""
-    if base is None:
+def base(tensor, x, leading, D_out):
+    """The base's output, checked, as rows."""
+    if tensor is None:
         return None
     why = "the tokens' leading dimensions and D_out"
-    checks.matrix("base", base, x, (*leading, D_out), why)
-    if base.dtype != x.dtype:
-        raise TypeError(f"base: expected x's dtype {x.dtype}, got {base.dtype}")
-    return rows_of(base)
+    checks.matrix("base", tensor, x, (*leading, D_out), why)
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"base: expected x's dtype {x.dtype}, got {tensor.dtype}")
+    return rows_of(tensor)
 
 
 def router_operand(w, x):
@@ -53,6 +53,10 @@ def router_bias_operand(router_bias, x):
     return None if router_bias is None else router_bias.to(accumulator(x.dtype)).contiguous()
 
 
+def router(w, router_bias, x):
+    return router_operand(w, x), router_bias_operand(router_bias, x)
+
+
 def rounded(x, *parameters):
     """Adapters as the products take them: in x's dtype, with unit stride along columns."""
     return [rows_contiguous(p.to(x.dtype)) for p in parameters]
@@ -63,7 +67,7 @@ def dense(*grads):
     return tuple(None if g is None else g.contiguous() for g in grads)
 
 
-def plan_of(rows, lora_B, offsets, top_k, shared_a):
+def plan_for(rows, lora_B, offsets, top_k, shared_a):
     """The plan of a call with these operands."""
     serving, shape = backend.serving(rows.device.type), (*rows.shape, lora_B.shape[1])
     return plan.choose(serving, *shape, offsets, top_k, rows.dtype, shared_a)

@@ -77,12 +77,8 @@ def opened(stack: contextlib.ExitStack, index: int, source, revision=None) -> Lo
         found = locate.find(source, (peft_format.FILES,), revision)
         if found is None:
             raise FileNotFoundError(_nothing(source))
-        file = stack.enter_context(safefile.open_regular(found[0]))
-        _, places = safefile.read_header(file)
-        config = peft_format.read_config(found[1])
-        return checked(
-            str(source), config, places, lambda key: safefile.read_tensor(file, places[key])
-        )
+        tensors = safefile.open_tensors(stack, found[0])
+        return checked(str(source), peft_format.read_config(found[1]), *tensors)
     pair = isinstance(source, tuple | list) and len(source) == 2 and isinstance(source[0], Mapping)
     config = _as_dict(source[1]) if pair else None
     if config is None:

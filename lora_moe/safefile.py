@@ -13,10 +13,11 @@ and CHUNK more.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as brief
@@ -81,6 +82,13 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
             read_header(written)  # never replace an old file by one that will not load
 
 
+def write_described(
+    path: Path, tensors: dict[str, torch.Tensor], key: str, description: dict
+) -> None:
+    """A file that read_described reads; raises as write."""
+    write(path, tensors, {"format": "pt", key: json.dumps(description)})
+
+
 def _expect_writable(tensors):
     for key, tensor in tensors.items():
         if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
@@ -134,24 +142,42 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Slice]]:
     return metadata, slices
 
 
-def description(file: BinaryIO, metadata: dict[str, str], key: str, version: int) -> dict:
-    """The JSON object that the metadata hold under `key`, of this format version.
+def read_described(
+    file: BinaryIO, key: str, versions: Collection[int] = (), kind: str | None = None
+) -> tuple[dict, dict[str, Slice]]:
+    """The JSON object that a header's metadata hold under `key`, and every tensor's place.
 
+    Args:
+        versions: the format versions that the caller reads, one of which is the object's "version"; () for
+            objects without one.
+        kind: what the caller expected the file to be, for the message.
     Raises:
-        ValueError: there is none: the file is someone else's, damaged, or of another version.
+        ValueError: as read_header; or the file is someone else's, damaged, or of another version.
     """
+    metadata, slices = read_header(file)
     if key not in metadata:
-        found = brief(sorted(metadata))
         raise ValueError(
-            f"{file.name}: expected {key} in its metadata, got {found}; it is no {key} file"
+            f"{file.name}: expected {key} in its metadata, got {brief(sorted(metadata))}; it is no"
+            f" {kind or f'{key} file'}"
         )
     found = parse_json(metadata[key], file.name)
     if not isinstance(found, dict):
-        raise ValueError(f"{file.name}: expected a JSON object as {key}, got {brief(found)}")
+        what = "an object with its format version" if versions else "an object"
+        raise ValueError(f"{file.name}: expected {what} as {key}, got {brief(found)}")
     got = found.get("version")
-    if type(got) is not int or got != version:
-        raise ValueError(f"{file.name}: expected version {version}, got {brief(got)}")
-    return found
+    if versions and (type(got) is not int or got not in versions):
+        known = " or ".join(map(str, versions))
+        raise ValueError(f"{file.name}: expected version {known}, got {brief(got)}")
+    return found, slices
+
+
+def open_tensors(
+    stack: contextlib.ExitStack, path: Path
+) -> tuple[dict[str, Slice], Callable[[str], torch.Tensor]]:
+    """Every tensor's place, and a function that reads one by its key as long as the stack is open."""
+    file = stack.enter_context(open_regular(path))
+    _, slices = read_header(file)
+    return slices, lambda key: read_tensor(file, slices[key])
 
 
 def read_tensors(

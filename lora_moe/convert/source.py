@@ -103,6 +103,4 @@ def _open(stack, path):
             for key, t in state.items()
         }
         return places, state.__getitem__
-    file = stack.enter_context(safefile.open_regular(path))
-    _, places = safefile.read_header(file)
-    return places, lambda key: safefile.read_tensor(file, places[key])
+    return safefile.open_tensors(stack, path)

@@ -12,7 +12,6 @@ or not at all.  The trainer saves the optimizer's state.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from reprlib import repr as brief
 
@@ -66,8 +65,7 @@ def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector 
     }
     tensors = _keyed(model, layers, course.modules_to_save) | _keys(selector)
     path = safefile.path_in(directory, FILE_NAME)
-    tensors = {key: t.detach().contiguous() for key, t in tensors.items()}
-    safefile.write(path, tensors, {"format": "pt", "branch_lora": json.dumps(description)})
+    safefile.write_described(path, tensors, "branch_lora", description)
     return path
 
 
@@ -84,8 +82,8 @@ def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
         OSError: the file is missing or cannot be read.
     """
     with safefile.open_in(directory, FILE_NAME) as file:
-        metadata, slices = safefile.read_header(file)
-        found = _read_description(file, metadata, len(slices))
+        found, slices = safefile.read_described(file, "branch_lora", [FORMAT_VERSION])
+        _check(file.name, found, len(slices))
         bases, also = _modules(model, found)
         _expect_count(file.name, found, also, slices)
         wanted = _wanted(bases, found) | also | _wanted_keys(slices)
@@ -133,9 +131,8 @@ def _keys(selector):
     return {} if selector is None else {f"selector.{n}": t for n, t in selector.named_buffers()}
 
 
-def _read_description(file, metadata, tensors):
-    found = safefile.description(file, metadata, "branch_lora", FORMAT_VERSION)
-    name = file.name
+def _check(name, found, tensors):
+    """Raises unless the description is a possible state; makes its config a LoraMoeConfig."""
     fits = found.keys() == _FIELDS.keys()
     if not fits or any(type(found[field]) is not kind for field, kind in _FIELDS.items()):
         raise ValueError(f"{name}: expected the fields {list(_FIELDS)}, got {brief(found)}")
@@ -155,7 +152,6 @@ def _read_description(file, metadata, tensors):
     wrong = {field: found[field] for field, right in problems if not right}
     if wrong or not found["frozen"]:
         raise ValueError(f"{name}: expected a consistent state, got {brief(wrong)}")
-    return found
 
 
 def _numbers(values, low, high):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from reprlib import repr as brief
@@ -25,9 +24,8 @@ def save(model: nn.Module, directory: str | os.PathLike) -> Path:
         ValueError: the model has none of them.
         OSError: the file cannot be written; an older one is intact.
     """
-    tensors = {key: t.detach().contiguous() for key, t in _keyed(model).items()}
-    path = safefile.path_in(directory, FILE_NAME)
-    safefile.write(path, tensors, {"format": "pt", "c_lorae": json.dumps(_describe(model))})
+    tensors, path = _keyed(model), safefile.path_in(directory, FILE_NAME)
+    safefile.write_described(path, tensors, "c_lorae", _describe(model))
     return path
 
 
@@ -44,8 +42,7 @@ def load(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """
     wanted, expected = _keyed(model), _describe(model)
     with safefile.open_in(directory, FILE_NAME) as file:
-        metadata, slices = safefile.read_header(file)
-        found = safefile.description(file, metadata, "c_lorae", FORMAT_VERSION)
+        found, slices = safefile.read_described(file, "c_lorae", [FORMAT_VERSION])
         _expect_same(file.name, found, expected)
         values = safefile.read_tensors(file, slices, wanted)
     for key, tensor in wanted.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -25,9 +24,7 @@ def save(model: MMoLRE, path: str | os.PathLike) -> None:
         ValueError: a parameter could not be read back, such as one on meta.
         OSError: the file cannot be written; an older one is unchanged.
     """
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    metadata = {"format": "pt", "mmolre": json.dumps(model.config.to_dict())}
-    safefile.write(Path(path), tensors, metadata)
+    safefile.write_described(Path(path), model.state_dict(), "mmolre", model.config.to_dict())
 
 
 def load(path: str | os.PathLike) -> MMoLRE:
@@ -39,9 +36,8 @@ def load(path: str | os.PathLike) -> MMoLRE:
         OSError: it is missing or cannot be read.
     """
     with safefile.open_regular(Path(path)) as file:
-        metadata, slices = safefile.read_header(file)
-        expect("mmolre" in metadata, str(path), "mmolre in its metadata", sorted(metadata))
-        config = MMoLREConfig.from_dict(safefile.parse_json(metadata["mmolre"], str(path)))
+        found, slices = safefile.read_described(file, "mmolre")
+        config = MMoLREConfig.from_dict(found)
         blocks = config.blocks * len(config.modalities)
         expect(blocks <= len(slices), str(path), f"tensors of {blocks} blocks", len(slices))
         shapes = _shapes(config)
