@@ -71,21 +71,14 @@ def routed_lora_banks(
         raise ValueError(
             "banks: expected no gradient to be asked for; call routed_lora for each layer"
         )
-    done = 0
     for i, w in enumerate(router_weights):
         checks.router(x, w, top_k, gate, biases[i], router_biases[i])
         offsets, *_ = checks.experts(
             x, lora_As[i], lora_Bs[i], len(w), rank_offsets, shared_a, (), scaling[i]
         )
-        if type(starts[i]) is not int or starts[i] < done:
-            raise ValueError(
-                f"starts: expected ascending columns, one layer after the other, got {starts}"
-            )
-        done = starts[i] + lora_Bs[i].shape[1]
     rows = operands.rows_of(x)
     base = operands.base(base, x, x.shape[:-1], base.shape[-1])
-    if done > base.shape[1]:
-        raise ValueError(f"starts: expected columns of base's {base.shape[1]}, got {done}")
+    _expect_columns(starts, lora_Bs, base)
     widest = max(lora_Bs, key=lambda b: b.shape[1])
     y = _ops.routed_lora_banks(
         rows, [operands.router_operand(w, x) for w in router_weights],
@@ -97,3 +90,15 @@ def routed_lora_banks(
         *checks.sparsity(top_p, threshold, gate), operands.plan_for(rows, widest, offsets, top_k, shared_a),
     )  # fmt: skip
     return operands.like(x, y)
+
+
+def _expect_columns(starts, lora_Bs, base):
+    done = 0
+    for start, B in zip(starts, lora_Bs):
+        if type(start) is not int or start < done:
+            raise ValueError(
+                f"starts: expected ascending columns, one layer after the other, got {starts}"
+            )
+        done = start + B.shape[1]
+    if done > base.shape[1]:
+        raise ValueError(f"starts: expected columns of base's {base.shape[1]}, got {done}")

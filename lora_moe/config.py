@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
-from collections.abc import Collection
 from itertools import accumulate
-from reprlib import repr as brief
 
 import torch
 
+from . import fields as checked
 from .components import plain
+from .fields import expect
 from .middle import Middle
 from .reference import GATES
 from .routers import Router, TokenRouter
 from .routers.base import TOKEN_FIELDS
 
 MAX_EXPERTS = 4096
-MAX_RANK = 1024  # of one expert
-MAX_ROWS = 65_536  # of all experts together: 1 GiB of fp32 for a linear of width 4096
-MAX_COEFFICIENT = 1e6  # alpha, balance_coef, z_coef
-MAX_PATTERN = 4096  # characters of a regular expression
 FFN = "ffn"
 PLACEMENTS = ("linear", FFN)
-ADAPTER_DTYPES = ("base", "float32", "bfloat16", "float16", "float64")
 _OF_A_LORA = ("dropout", "adapter_dtype", "target_modules", "exclude_modules", "modules_to_save")
 _PEFT_NAMES = {
     "lora_alpha": "alpha",
@@ -128,21 +122,21 @@ class LoraMoeConfig:
         return super().__new__(cls)
 
     def __post_init__(self):
-        names = _names("target_parameters", self.target_parameters or ())
+        names = checked.names("target_parameters", self.target_parameters or ())
         self._set("target_parameters", names)
         if not names or self.num_experts is not None:
             E = 8 if self.num_experts is None else self.num_experts
-            self._set("num_experts", _integer("num_experts", E, MAX_EXPERTS))
+            self._set("num_experts", checked.integer("num_experts", E, MAX_EXPERTS))
         if names:
             self._leave_the_router_to_the_model()
         else:
             top_k = min(2, self.num_experts) if self.top_k is None else self.top_k
-            self._set("top_k", _integer("top_k", top_k, self.num_experts))
+            self._set("top_k", checked.integer("top_k", top_k, self.num_experts))
         E = self.num_experts or 1
-        self._set("r", _ranks(self.r, E))
-        self._set("alpha", _alphas(self.alpha, E))
+        self._set("r", checked.ranks(self.r, E))
+        self._set("alpha", checked.alphas(self.alpha, E))
         for name in ("dropout", "balance_coef", "z_coef", "temperature"):
-            self._set(name, _coefficient(name, getattr(self, name)))
+            self._set(name, checked.coefficient(name, getattr(self, name)))
         expect(self.dropout < 1, "dropout", "a probability in [0, 1)", self.dropout)
         expect(self.temperature > 0, "temperature", "a positive number", self.temperature)
         expect(self.gate in GATES, "gate", f"one of {GATES}", self.gate)
@@ -150,18 +144,18 @@ class LoraMoeConfig:
             expect(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
         fits = self.renormalize is None or isinstance(self.renormalize, bool)
         expect(fits, "renormalize", "a bool or None", self.renormalize)
-        self._set("top_p", _share("top_p", self.top_p, zero=False))
-        self._set("threshold", _share("threshold", self.threshold))
+        self._set("top_p", checked.share("top_p", self.top_p, zero=False))
+        self._set("threshold", checked.share("threshold", self.threshold))
         softmax = self.gate == "softmax"
         expect(softmax or self.top_p is None, "gate", "'softmax' with top_p", self.gate)
         equal = isinstance(self.r, int) or len(set(self.r)) == 1
         expect(equal or not self.shared_a, "r", "equal ranks with shared_a", self.r)
-        self._set("adapter_dtype", _dtype_name(self.adapter_dtype))
+        self._set("adapter_dtype", checked.dtype_name(self.adapter_dtype))
         for name in ("target_modules", "exclude_modules"):
-            self._set(name, _pattern(name, getattr(self, name)))
-        self._set("modules_to_save", _names("modules_to_save", self.modules_to_save or ()))
-        self._set("router", _component("router", self.router, Router))
-        self._set("middle", _component("middle", self.middle, Middle))
+            self._set(name, checked.pattern(name, getattr(self, name)))
+        self._set("modules_to_save", checked.names("modules_to_save", self.modules_to_save or ()))
+        self._set("router", checked.component("router", self.router, Router))
+        self._set("middle", checked.component("middle", self.middle, Middle))
         if self.router == TokenRouter():
             self._set("router", None)
         self._expect_parts_that_fit()
@@ -189,7 +183,7 @@ class LoraMoeConfig:
             for name in ("r", "alpha"):
                 value = getattr(self, name)
                 expected = f"the model's number of experts beside one {name} for each"
-                expect(not _is_sequence(value), "num_experts", expected, None)
+                expect(not checked.is_sequence(value), "num_experts", expected, None)
 
     def _expect_parts_that_fit(self):
         if self.router is not None:
@@ -275,97 +269,3 @@ class LoraMoeConfig:
         unknown = [name for name in fields if name not in known]
         expect(not unknown, "config", f"only the fields {sorted(known)}", unknown)
         return cls(**fields)
-
-
-def _component(name, value, family):
-    """A router or middle; a dict of one is read."""
-    if isinstance(value, dict):
-        value = family.from_dict(value)
-    fits = value is None or (isinstance(value, family) and type(value) in family.known.values())
-    expect(fits, name, f"None or a registered {family.__name__}", value)
-    return value
-
-
-def expect(condition, name: str, expected: str, received) -> None:
-    """Raises ValueError unless the condition holds; no message repeats a value at full length."""
-    if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {brief(received)}")
-
-
-def _integer(name, value, high):
-    """NumPy's integers count, bool does not."""
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    expect(whole and 1 <= value <= high, name, f"an integer in [1, {high}]", value)
-    return int(value)
-
-
-def _coefficient(name, value):
-    """Compared before it is converted: neither NaN nor an integer beyond floats gets through."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    expected = f"a number in [0, {MAX_COEFFICIENT:g}]"
-    expect(number and 0 <= value <= MAX_COEFFICIENT, name, expected, value)
-    return float(value)
-
-
-def _share(name, value, zero=True):
-    if value is None:
-        return None
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    fits = number and 0 <= value <= 1 and (zero or value > 0)
-    expect(fits, name, f"None or a number in {'[' if zero else '('}0, 1]", value)
-    return float(value)
-
-
-def _is_sequence(value):
-    """Lists, tuples, and NumPy arrays or tensors of one dimension."""
-    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
-
-
-def _listed(values):
-    return values.tolist() if hasattr(values, "tolist") else values
-
-
-def _alphas(alpha, num_experts):
-    if not _is_sequence(alpha):
-        return _coefficient("alpha", alpha)
-    expect(len(alpha) == num_experts, "alpha", f"a number or {num_experts}, one per expert", alpha)
-    return tuple(_coefficient(f"alpha[{e}]", a) for e, a in enumerate(_listed(alpha)))
-
-
-def _ranks(r, num_experts):
-    if not _is_sequence(r):
-        r = _integer("r", r, MAX_RANK)
-        rows = r * num_experts
-    else:
-        expect(len(r) == num_experts, "r", f"one rank for each of {num_experts} experts", r)
-        r = tuple(_integer(f"r[{e}]", rank, MAX_RANK) for e, rank in enumerate(_listed(r)))
-        rows = sum(r)
-    expect(rows <= MAX_ROWS, "r", f"at most {MAX_ROWS} rows for all experts together", rows)
-    return r
-
-
-def _dtype_name(dtype):
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    fits = name is None or (isinstance(name, str) and name in ADAPTER_DTYPES)
-    expect(fits, "adapter_dtype", f"None or one of {ADAPTER_DTYPES}", dtype)
-    return name
-
-
-def _names(name, value):
-    """Any collection of names as a tuple, a set in alphabetical order."""
-    hint = f"; for one name write ({value!r},)" if isinstance(value, str) else ""
-    plain = isinstance(value, Collection) and not isinstance(value, (str, bytes, dict))
-    plain = plain and all(isinstance(suffix, str) and suffix for suffix in value)
-    expect(plain, name, f"module names{hint}", value)
-    ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
-    return tuple(map(str, ordered))
-
-
-def _pattern(name, value):
-    """Not compiled here: a regular expression from a file may cost seconds to compile."""
-    if value is None:
-        return ()
-    if not isinstance(value, str):
-        return _names(name, value)
-    expect(len(value) <= MAX_PATTERN, name, f"at most {MAX_PATTERN} characters", value)
-    return value

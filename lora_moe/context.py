@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 import threading
 import weakref
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from .interleave import asyncio_task, expect_innermost, expect_own_task
+from .recompute import checkpoints_around, recomputing, reentrant_around
 from .routing import Routing
 
 
@@ -120,10 +120,10 @@ def told(layer: nn.Module, x: torch.Tensor | None = None) -> Decision:
     if recomputing():
         return _told_before(layer, decision)
     if torch.is_grad_enabled():
-        _remember(layer, decision, _checkpoints_around())
+        _remember(layer, decision, checkpoints_around())
     elif layer.training or decision is not NOTHING:
         _without_graph[layer] = decision
-        _remember(layer, decision, [*_checkpoints_around(), *_reentrant_around()])
+        _remember(layer, decision, [*checkpoints_around(), *reentrant_around()])
     return decision
 
 
@@ -171,7 +171,7 @@ def _told_before(layer, decision):
     A checkpoint inside a checkpoint is made anew by the outer one's recompute, so the innermost one
     that the forward knew decides.
     """
-    around = [*_checkpoints_around(), *_reentrant_around()]
+    around = [*checkpoints_around(), *reentrant_around()]
     for checkpoint in around:
         calls = _checkpoints.get(checkpoint, {}).get(layer)
         if calls is not None:
@@ -227,68 +227,6 @@ def checkpoint_context():
         Two context managers, for the forward and for the recompute.
     """
     return contextlib.nullcontext(), deciding(dict(thread.decisions))
-
-
-def recomputing() -> bool:
-    """Inside a backward pass: an activation checkpoint runs the forward again.
-
-    What it would record says nothing new and would keep the new activations alive.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _checkpoints_around() -> list:
-    """The non-reentrant activation checkpoints around this call, innermost first.
-
-    PyTorch has no public name for them: their hooks on saved tensors hold them in a closure.  Hooks
-    form a stack of which only the top can be seen, so it is taken down and put up again.
-    """
-    autograd = torch._C._autograd
-    try:
-        top = autograd._top_saved_tensors_default_hooks
-        enabled = autograd._saved_tensors_hooks_is_enabled()
-    except AttributeError:
-        return []
-    found, taken = [], []
-    try:
-        while (hooks := top(True)) is not None:
-            if (checkpoint := _checkpoint_of(hooks)) is not None:
-                found.append(checkpoint)
-            if not enabled:  # they could not be put up again
-                break
-            autograd._pop_saved_tensors_default_hooks()
-            taken.append(hooks)
-    finally:
-        for hooks in reversed(taken):
-            autograd._push_saved_tensors_default_hooks(*hooks)
-    return found
-
-
-def _checkpoint_of(hooks):
-    """The checkpoint whose hooks on saved tensors these are, or None."""
-    pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])  # the recompute's is wrapped
-    for cell in getattr(pack, "__closure__", None) or ():
-        held = cell.cell_contents
-        held = held() if isinstance(held, weakref.ref) else held
-        if hasattr(held, "recompute_fn"):
-            return held
-    return None
-
-
-def _reentrant_around():
-    """The contexts of the autograd Functions around this call, innermost first.
-
-    A reentrant checkpoint is one: its forward, and its backward, which runs the forward again, have the same
-    context.  Only the stack knows it.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_varnames[:1] == ("ctx",) and code.co_name in ("forward", "backward"):
-            context = frame.f_locals["ctx"]
-            if isinstance(context, torch.autograd.function.FunctionCtx):
-                yield context
-        frame = frame.f_back
 
 
 # --- one decision per sample, for all of the sample's tokens ---------------------------------------

@@ -20,21 +20,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import locate, model_card, peft_format, safefile, sharded
-from .adapter_file import configs_of, describe, fixed_fields, frozen_of, read_info, slices_of
-from .config import FFN
-from .ffn_targets import unfit_ffns
+from . import locate, model_card, peft_format, safefile, sharded, state
+from .adapter_file import configs_of, describe, frozen_of, read_info, slices_of
 from .from_peft import with_own_experts
-from .injection import layer_around, modules_to_save, settle
-from .placement import LoraMoeLayer
+from .injection import layer_around, settle
 from .sharded import plain_path
-from .steering import injected, layers_of
-from .target_parameters import unfit_experts
-from .tensors import adapter_tensors, file_names
-from .unfit import unfit
+from .steering import layers_of
 
 FILE_NAME = "lora_moe.safetensors"
-_SAVED = "modules_to_save."
 
 
 def save_adapter(
@@ -70,24 +63,26 @@ def save_adapter(
         UserWarning: a parameter trains but is neither an adapter's nor in modules_to_save.
     """
     whole, model = model, sharded.unwrapped(model)
-    layers = _layers_by_path(model)
+    layers = state.layers_by_path(model)
     if not layers:
         layers_of(model)  # raises
     path = Path(directory) / FILE_NAME
     if state_dict is not None:
         if sharded.is_writer():
-            _write(path, model, layers, sharded.gathered(_taken_from(state_dict, model, layers)))
+            _write(
+                path, model, layers, sharded.gathered(state.taken_from(state_dict, model, layers))
+            )
         return path
     with sharded.at_rest(whole):
-        own = _keyed(layers) | _saved_tensors(modules_saved(model, layers))
+        own = state.keyed(layers) | state.saved_tensors(state.modules_saved(model, layers))
         sharded.write_whole(whole, own, lambda tensors: _write(path, model, layers, tensors))
     return path
 
 
 def _write(path, model, layers, tensors):
     _tell_unsaved(model, layers)
-    _expect_loadable(layers, tensors)
-    description = describe(layers, tuple(modules_saved(model, layers)))
+    state.expect_loadable(layers, tensors)
+    description = describe(layers, tuple(state.modules_saved(model, layers)))
     into = safefile.path_in(path.parent, path.name)
     safefile.write_described(into, tensors, "lora_moe", description)
     model_card.write(path.parent, model, layers, sum(t.numel() for t in tensors.values()))
@@ -128,7 +123,7 @@ def load_adapter(
         UserWarning: the file has no values for some of the model's modules_to_save.
     """
     whole, model = model, sharded.unwrapped(model)
-    layers = _layers_by_path(model)
+    layers = state.layers_by_path(model)
     if _has_own_experts(directory, revision):
         if layers:
             raise ValueError(
@@ -154,17 +149,17 @@ def _load(model, layers, source, adapter_dtype):
     file, described = open_adapter(*source)
     with file:
         info = read_info(file, described, adapter_dtype)
-        wanted = _wanted_by(layers, info) if layers else _wanted_at(model, info)
-        whole_tensors = _wanted_modules(model, info)
+        wanted = state.wanted_by(layers, info) if layers else state.wanted_at(model, info)
+        whole_tensors = state.wanted_modules(model, info)
         wanted |= whole_tensors
-        values = safefile.read_tensors(file, slices_of(info), _whole(wanted))
+        values = safefile.read_tensors(file, slices_of(info), state.without_memory(wanted))
     if layers:
         adapters = {}
     else:
         modules = {plain_path(path): m for path, m in model.named_modules()}
         adapters = {p: layer_around(modules[p], config) for p, config in configs_of(info)}
         layers = adapters
-    own = _keyed(layers)
+    own = state.keyed(layers)
     if any(t.device.type == "meta" for t in own.values()):
         raise ValueError(
             "model: expected weights on a device, got experts on meta, whose values would be lost;"
@@ -185,7 +180,9 @@ def _load(model, layers, source, adapter_dtype):
 
 
 def _tell_not_in_file(model, layers, info):
-    left = [path for path in modules_saved(model, layers) if path not in info["modules_to_save"]]
+    left = [
+        path for path in state.modules_saved(model, layers) if path not in info["modules_to_save"]
+    ]
     if left:
         warnings.warn(
             f"load_adapter: {', '.join(left[:6])}{' ...' if left[6:] else ''} ({len(left)} in all) of"
@@ -228,71 +225,9 @@ def open_adapter(source, revision):
     raise FileNotFoundError(f"{directory}: expected {FILE_NAME} in it, found {found}{hint}")
 
 
-# --- what a model holds ----------------------------------------------------------------------------
-
-
-def _layers_by_path(model):
-    return {plain_path(path): layer for path, layer in injected(model).items()}
-
-
-def _keyed(layers):
-    """{name in the file: tensor} of all layers."""
-    return {
-        key: tensor
-        for path, layer in layers.items()
-        for key, tensor in _under_keys(path, layer.config, layer.adapter_state()).items()
-    }
-
-
-def _under_keys(path, config, tensors):
-    """A layer's {name: value} under the names in the file."""
-    names = file_names(config)
-    return {f"{path}.{names[name]}".removeprefix("."): t for name, t in tensors.items()}
-
-
-def _taken_from(state_dict, model, layers):
-    """{name in the file: tensor of the model's state}; raises where one is missing."""
-    given = {plain_path(key).removeprefix("module."): t for key, t in state_dict.items()}
-    names = {}
-    for path, layer in layers.items():
-        own = {name: f"{path}.{name}".removeprefix(".") for name in layer.adapter_state()}
-        names |= _under_keys(path, layer.config, own)
-    saved = _saved_tensors(modules_saved(model, layers))
-    names |= {key: key.removeprefix(_SAVED) for key in saved}
-    missing = [name for name in names.values() if name not in given]
-    safefile.raise_all(
-        "state_dict: expected the model's whole state", [f"{n}: missing" for n in missing]
-    )
-    return {key: given[name] for key, name in names.items()}
-
-
-def modules_saved(model: nn.Module, layers: dict[str, LoraMoeLayer]) -> dict[str, nn.Module]:
-    """{path: module} of what modules_to_save names."""
-    found = sharded.whole_modules(model)
-    for names in {layer.config.modules_to_save for layer in layers.values()}:
-        found |= modules_to_save(model, names)
-    return {plain_path(path): module for path, module in found.items()}
-
-
-def state_of(modules: dict[str, nn.Module]) -> dict[tuple[str, str], torch.Tensor]:
-    """{(path, name): tensor}; what two of the modules share, once."""
-    state, seen = {}, set()
-    for path, module in modules.items():
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                state[path, plain_path(name)] = tensor
-    return state
-
-
-def _saved_tensors(modules):
-    """{name in the file: tensor} of modules that train as a whole."""
-    return {f"{_SAVED}{path}.{name}": t for (path, name), t in state_of(modules).items()}
-
-
 def _tell_unsaved(model, layers):
     kept = {id(p) for layer in layers.values() for p in layer.parameters(recurse=False)}
-    for module in modules_saved(model, layers).values():
+    for module in state.modules_saved(model, layers).values():
         kept |= {id(p) for p in module.parameters()}
     lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
     if lost:
@@ -302,79 +237,3 @@ def _tell_unsaved(model, layers):
             " requires_grad to False",
             stacklevel=3,
         )
-
-
-def _expect_loadable(layers, tensors):
-    """Nothing is written that load_adapter would refuse."""
-    wanted = _wanted_tensors({p: (m.base_layer, m.config) for p, m in layers.items()})
-    problems = []
-    for key, tensor in tensors.items():
-        expected = tuple(wanted[key].shape) if key in wanted else tuple(tensor.shape)
-        if tuple(tensor.shape) != expected:
-            problems.append(f"{key}: expected {expected}, got {tuple(tensor.shape)}")
-        elif tensor.device.type == "meta":
-            problems.append(f"{key}: expected values, got a tensor on meta")
-        elif not torch.isfinite(tensor).all():
-            problems.append(f"{key}: expected finite values, got NaN or infinity")
-    safefile.raise_all("model: expected an adapter that can be loaded again", problems)
-
-
-# --- what the model wants, and whether the file has it -------------------------------------------
-
-
-def _wanted_by(layers, info):
-    """The tensors of a model that has experts; raises if the file holds other experts."""
-    configs = dict(configs_of(info))
-    problems = [f"{path}: only in the model" for path in layers if path not in configs]
-    problems += [f"{path}: only in the file" for path in configs if path not in layers]
-    for path in layers.keys() & configs.keys():
-        saved, own = (fixed_fields(configs[path]), fixed_fields(layers[path].config))
-        differ = {name: (own[name], saved[name]) for name in own if own[name] != saved[name]}
-        if differ:
-            problems.append(f"{path}: (model, file) differ in {differ}")
-    safefile.raise_all("adapter: expected the experts of the model", problems)
-    return _keyed(layers)
-
-
-def _wanted_at(model, info):
-    """The tensors, on the meta device, that experts at the saved paths of this model would have."""
-    modules = {plain_path(path): (path, m) for path, m in model.named_modules()}
-    here = {modules[path][0]: config for path, config in configs_of(info) if path in modules}
-    fused = {path: c.target_parameters for path, c in here.items() if c.target_parameters}
-    ffns = {path: c.target_modules for path, c in here.items() if c.placement == FFN}
-    linear = here.keys() - fused.keys() - ffns.keys()
-    reasons = unfit_experts(model, fused) | unfit_ffns(model, ffns) | unfit(model, linear)
-    problems, found = [], {}
-    for path, config in configs_of(info):
-        reason = reasons.get(modules[path][0]) if path in modules else "no such module"
-        if reason:
-            problems.append(f"{path}: {reason}")
-        else:
-            found[path] = modules[path][1], config
-    safefile.raise_all("adapter: expected modules for its experts at the saved paths", problems)
-    return _wanted_tensors(found)
-
-
-def _wanted_tensors(found):
-    """Of {path: (base, config)}."""
-    return {
-        key: tensor
-        for path, (base, config) in found.items()
-        for key, tensor in _under_keys(path, config, adapter_tensors(base, config)).items()
-    }
-
-
-def _wanted_modules(model, info):
-    """The tensors of the modules that the file says were trained as a whole."""
-    modules = sharded.modules_by_path(model)
-    missing = [path for path in info["modules_to_save"] if path not in modules]
-    safefile.raise_all("adapter: expected modules_to_save of the model", missing)
-    return _saved_tensors({path: modules[path] for path in info["modules_to_save"]})
-
-
-def _whole(wanted):
-    """The same without memory, and whole where this process holds a part."""
-    return {
-        key: torch.empty(sharded.whole_shape(t), dtype=t.dtype, device="meta")
-        for key, t in wanted.items()
-    }

@@ -6,7 +6,8 @@ import weakref
 
 import torch
 
-from .context import recomputing, thread
+from .context import thread
+from .recompute import recomputing
 from .routing import Routing
 
 

@@ -16,10 +16,11 @@ from . import records
 from .checks import autocast_enabled, rank_offsets_of
 from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
-from .context import fit_rows, recomputing, told
+from .context import fit_rows, told
 from .linear import linear_features
 from .own_dx import base_weight
 from .placement import LoraMoeLayer
+from .recompute import recomputing
 from .routers import TokenRouter
 from .routers.token import tempered
 from .routing import Routing

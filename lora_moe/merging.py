@@ -16,7 +16,8 @@ from reprlib import repr as brief
 import torch
 from torch import nn
 
-from .config import FFN, MAX_RANK
+from .config import FFN
+from .fields import MAX_RANK
 from .injection import place, remove
 from .layers import LoraMoeLinear
 from .mergeable import Weight

@@ -18,14 +18,15 @@ from torch import nn
 
 from . import functional as F
 from . import records
-from .autograd import once
 from .checks import autocast_enabled
 from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
-from .context import fit_rows, recomputing, thread, told
+from .context import fit_rows, thread, told
 from .layers import with_zero_gradients
 from .linear import ffn_width, linears_of
+from .mix import mix
 from .placement import LoraMoeLayer
+from .recompute import recomputing
 from .routers import TokenRouter
 from .routing import Routing
 from .tensors import component_specs
@@ -258,49 +259,3 @@ def may_be_empty(config: LoraMoeConfig, decision) -> bool:
     """Whether a token may be without experts."""
     given = decision.routing is not None or config.router is not None
     return given or config.threshold is not None
-
-
-def mix(h: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum over slots j of  w_j h_j,  summed in the weights' dtype; and h, to be read after it.
-
-    (..., K or 1, F), (..., K) -> (..., F), (..., K or 1, F)
-    """
-    if h.shape[-2] != weights.shape[-1]:
-        return (weights.sum(-1, keepdim=True) * h.squeeze(-2)).to(h.dtype), h
-    return Mix.apply(h, weights)
-
-
-class Mix(torch.autograd.Function):
-    """y, h = apply(h, w), a slot after the other: no product (..., K, F) is formed.
-
-    What else reads h reads this one's, so that both parts of its gradient meet here, in one tensor.
-    """
-
-    @staticmethod
-    def forward(ctx, h, w):
-        ctx.save_for_backward(h, w)
-        ctx.set_materialize_grads(False)
-        y = h[..., 0, :] * w[..., :1]
-        for j in range(1, w.shape[-1]):
-            y = torch.addcmul(y, h[..., j, :].to(y.dtype), w[..., j : j + 1])
-        return y.to(h.dtype), h.view_as(h)
-
-    @staticmethod
-    @once
-    def backward(ctx, saved, dy, dh):
-        h, w = saved
-        dw = None
-        if dy is not None and ctx.needs_input_grad[1]:
-            wide = dy.to(w.dtype)
-            slots = (torch.linalg.vecdot(row.to(w.dtype), wide) for row in h.unbind(-2))
-            # a product of matrices per token takes five times as long
-            dw = torch.stack(list(slots), -1)
-        if dy is not None and ctx.needs_input_grad[0]:
-            dy, w = dy.unsqueeze(-2), w.unsqueeze(-1)
-            if dh is None:
-                dh = (dy * w).to(h.dtype)
-            elif dh.dtype == dy.dtype == w.dtype:
-                dh = dh.addcmul_(dy, w)  # which grouped_lora made, and nobody else holds
-            else:
-                dh = (dh + dy * w).to(h.dtype)
-        return dh, dw

@@ -20,10 +20,11 @@ from torch import nn
 from . import functional as F
 from . import records
 from .config import LoraMoeConfig
-from .context import fit_rows, recomputing, told
+from .context import fit_rows, told
 from .fused import config_at, fused_names, tensor_names, why_unfit
 from .grouped import SortTokens, Unsort, grouped_linear
 from .placement import LoraMoeLayer
+from .recompute import recomputing
 from .routing import Routing
 from .tokens import tokens_of
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from . import locate, peft_format, safefile
-from .config import MAX_COEFFICIENT, MAX_RANK
+from .fields import MAX_COEFFICIENT, MAX_RANK
 
 _KEY = re.compile(r"([\w.]+)\.lora_([AB])\.weight", re.ASCII)
 # say what the LoRA's function is, and are carried over
@@ -87,14 +87,10 @@ def opened(stack: contextlib.ExitStack, index: int, source, revision=None) -> Lo
             f" ranks and alphas are not known, got {brief(source)[:80]}"
         )
     state = source[0]
-    names = {dtype: name for name, dtype in safefile.DTYPES.items()}
     odd = [key for key, t in state.items() if not isinstance(t, torch.Tensor)]
     if odd:
         raise ValueError(f"adapters[{index}]: expected tensors, got {type(state[odd[0]]).__name__}")
-    places = {
-        key: safefile.Slice(names.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, 0)
-        for key, t in state.items()
-    }
+    places = safefile.places_in_memory(state)
     return checked(f"adapters[{index}]", config, places, state.__getitem__)
 
 

@@ -17,7 +17,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from reprlib import repr as brief
@@ -178,6 +178,14 @@ def open_tensors(
     file = stack.enter_context(open_regular(path))
     _, slices = read_header(file)
     return slices, lambda key: read_tensor(file, slices[key])
+
+
+def places_in_memory(state: Mapping[str, torch.Tensor]) -> dict[str, Slice]:
+    """What read_header would say of these tensors, but where they begin."""
+    return {
+        key: Slice(_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.nbytes)
+        for key, t in state.items()
+    }
 
 
 def read_tensors(

@@ -41,6 +41,12 @@ def file_names(config: LoraMoeConfig) -> dict[str, str]:
     return names
 
 
+def under_keys(path: str, config: LoraMoeConfig, tensors: dict) -> dict:
+    """A layer's {name: value} under the names in the file."""
+    names = file_names(config)
+    return {f"{path}.{names[name]}".removeprefix("."): t for name, t in tensors.items()}
+
+
 def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
     """Of lora_A and lora_B around this base; see LoraMoeConfig.adapter_dtype."""
     return _dtype_beside(getattr(getattr(base, "weight", None), "dtype", None), config)

@@ -19,12 +19,12 @@ from torch import nn
 
 from . import peft_format, safefile
 from .config import FFN
-from .io import modules_saved, state_of
 from .layers import LoraMoeLinear
 from .peft_experts import expect_one_rank, names_in_order, targets_of, tensors_of
 from .placement import expert_ids
 from .replace import replacing
 from .sharded import at_rest, plain_path, unwrapped, write_whole
+from .state import modules_saved, state_of
 from .steering import layers_of
 from .targets import refuse
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from . import records
-from .context import recomputing, thread
+from .context import thread
 from .placement import LoraMoeLayer
+from .recompute import recomputing
 from .steering import adapted_path, injected
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)

@@ -17,11 +17,12 @@ import torch
 from torch import nn
 
 from .. import safefile
-from ..config import LoraMoeConfig
+from ..config import MAX_EXPERTS, LoraMoeConfig
 from ..io import save_adapter
 from ..layers import LoraMoeLinear
 from ..linear import ffn_width
 from ..mlp import LoraMoeMLP
+from ..parts import count
 from .source import Source
 
 NO_LOSSES = {"balance_coef": 0.0, "z_coef": 0.0}
@@ -198,6 +199,11 @@ def number_in(name: str, config: dict, field: str, default=None):
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name}: {field}: expected a number, got {brief(value)}")
     return value
+
+
+def num_experts(source: Source) -> int:
+    E = source.config.get("num_experts")
+    return count(f"{source.name}: num_experts", E, MAX_EXPERTS)
 
 
 def common(source: Source, paths: Iterable[str]) -> dict:

@@ -22,7 +22,7 @@ from reprlib import repr as brief
 
 import torch
 
-from ..config import FFN, MAX_EXPERTS, LoraMoeConfig
+from ..config import FFN, LoraMoeConfig
 from ..peft_lora import SILENT
 from ..safefile import raise_all
 from .bank import (
@@ -32,6 +32,7 @@ from .bank import (
     expect_floats,
     expect_pairs,
     gather,
+    num_experts,
     number,
     number_in,
     refuse_unknown,
@@ -92,11 +93,7 @@ def read(source: Source, notes: list[str]) -> dict[str, Experts | FfnExperts]:
     if strategy not in _STRATEGIES:
         unknown.append(f"routing_strategy={brief(strategy)}")
     refuse_unknown(source, strange, unknown, "mixlora")
-    E = source.config.get("num_experts")
-    if type(E) is not int or not 1 <= E <= MAX_EXPERTS:
-        raise ValueError(
-            f"{source.name}: num_experts: expected an integer in [1, {MAX_EXPERTS}], got {brief(E)}"
-        )
+    E = num_experts(source)
     experts = source.config | inner
     problems = [p for path, keys in ffns.items() for p in _unfit(source, path, keys, E, experts)]
     problems += [p for path, keys in plain.items() for p in _unfit_plain(source, path, keys)]

@@ -14,11 +14,10 @@ Layers are those of `model.layers`, as in transformers' Llama, Mistral, Gemma, P
 from __future__ import annotations
 
 import re
-from reprlib import repr as brief
 
 import torch
 
-from ..config import MAX_EXPERTS, LoraMoeConfig
+from ..config import LoraMoeConfig
 from ..peft_lora import SILENT
 from ..safefile import raise_all
 from .bank import (
@@ -28,6 +27,7 @@ from .bank import (
     expect_floats,
     expect_pairs,
     gather,
+    num_experts,
     number,
     refuse_unknown,
     unknown_fields,
@@ -74,11 +74,7 @@ def read(source: Source, notes: list[str], kind: str) -> dict[str, Experts]:
         else:
             strange.append(key)
     refuse_unknown(source, strange, unknown_fields(source.config, SILENT | _FIELDS), kind)
-    E = source.config.get("num_experts")
-    if type(E) is not int or not 1 <= E <= MAX_EXPERTS:
-        raise ValueError(
-            f"{source.name}: num_experts: expected an integer in [1, {MAX_EXPERTS}], got {brief(E)}"
-        )
+    E = num_experts(source)
     r, problems = number(source, "r"), []
     for path, keys in found.items():
         plain, ids = _experts(keys, E)

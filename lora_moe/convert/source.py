@@ -23,7 +23,6 @@ _FILES = (
     r"model(-\d+-of-\d+)?\.safetensors",
     r"pytorch_model(-\d+-of-\d+)?\.bin",
 )
-_NAMES = {dtype: name for name, dtype in safefile.DTYPES.items()}
 
 
 class Source(NamedTuple):
@@ -98,9 +97,5 @@ def _nothing(folder):
 def _open(stack, path):
     if path.suffix in PICKLES:
         state = read_pickle(path)
-        places = {
-            key: safefile.Slice(_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.nbytes)
-            for key, t in state.items()
-        }
-        return places, state.__getitem__
+        return safefile.places_in_memory(state), state.__getitem__
     return safefile.open_tensors(stack, path)

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..components import first_of
 from ..config import LoraMoeConfig
-from ..context import recomputing
 from ..middles import CoreMiddle
+from ..recompute import recomputing
 from ..routers import GenericRouter, PerTaskRouter, PrefixRouter, SequenceRouter, TaskRouter
 from ..routers import UniversalRouter as Universal
 from ..steering import layers_of

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..components import TensorSpec, count, register
-from ..context import recomputing
+from ..recompute import recomputing
 from ..reference import accumulator
 from .base import Router, decide
 

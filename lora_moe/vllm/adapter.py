@@ -15,7 +15,7 @@ from .. import safefile
 from ..adapter_file import configs_of, read_info, slices_of
 from ..config import LoraMoeConfig
 from ..io import open_adapter
-from ..tensors import adapter_tensors, file_names
+from ..tensors import adapter_tensors, file_names, under_keys
 from .rules import refusal
 
 
@@ -71,9 +71,7 @@ class Adapter:
     ) -> dict[str, torch.Tensor]:
         """{name in LoraMoeLinear: whole tensor}; lora_A and lora_B in `dtype`, the router's in fp32."""
         config = self.configs[path]
-        names = {
-            f"{path}.{own}".removeprefix("."): name for name, own in file_names(config).items()
-        }
+        names = under_keys(path, config, {name: name for name in file_names(config)})
         wanted = {
             key: like.to(dtype if names[key] in ("lora_A", "lora_B") else torch.float32)
             for key, like in self._wanted(path, D_in, D_out).items()
@@ -83,12 +81,8 @@ class Adapter:
         return {names[key]: tensor for key, tensor in read.items()}
 
     def _wanted(self, path, D_in, D_out):
-        config = self.configs[path]
-        names, linear = file_names(config), nn.Linear(D_in, D_out, device="meta")
-        return {
-            f"{path}.{names[name]}".removeprefix("."): like
-            for name, like in adapter_tensors(linear, config).items()
-        }
+        config, linear = self.configs[path], nn.Linear(D_in, D_out, device="meta")
+        return under_keys(path, config, adapter_tensors(linear, config))
 
     def _digest(self, described):
         self.file.seek(0)
@@ -111,11 +105,8 @@ class Adapter:
         safefile.raise_all("adapter: expected experts that a server can serve", problems)
 
     def _expect_its_tensors(self):
-        expected = {
-            f"{path}.{name}".removeprefix(".")
-            for path, config in self.configs.items()
-            for name in file_names(config).values()
-        }
+        configs = self.configs.items()
+        expected = {key for path, c in configs for key in under_keys(path, c, file_names(c))}
         problems = [f"{key}: missing" for key in expected - self._slices.keys()]
         problems += [f"{ascii(key)[:200]}: unknown" for key in self._slices.keys() - expected]
         safefile.raise_all("adapter: expected the tensors that its configuration names", problems)

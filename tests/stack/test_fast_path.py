@@ -8,7 +8,7 @@ import pytest
 
 from lora_moe import backend_info, fast_path, injected
 
-from . import tiny
+from ..support.models import tiny
 
 pytestmark = pytest.mark.skipif(
     backend_info()["serving"]["cpu"] != "cpp", reason="leads to the C++ operators"

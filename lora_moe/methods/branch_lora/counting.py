@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from ...context import recomputing, thread
+from ...context import thread
 from ...layers import LoraMoeLinear
+from ...recompute import recomputing
 from ...records import record_of
 
 

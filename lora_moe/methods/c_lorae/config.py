@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from ...components import one_of
-from ...config import LoraMoeConfig, expect
+from ...config import LoraMoeConfig
+from ...fields import expect
 from ...routers import UniversalRouter
 from ...routers.universal import PAIR_GATES
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from ... import functional as F
 from ...components import one_of
-from ...context import recomputing
 from ...layers import LoraMoeLinear
+from ...recompute import recomputing
 from ...routing import Routing
 
 

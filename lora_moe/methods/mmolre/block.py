@@ -13,7 +13,7 @@ from torch import nn
 
 from ... import functional as F
 from ...components import ROUTER_STD
-from ...config import expect
+from ...fields import expect
 from .checks import expect_mask
 from .config import ACTIVATIONS, expect_options
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ...config import expect
+from ...fields import expect
 
 MAX_NAMES = 64  # modalities, tasks, experts, blocks
 

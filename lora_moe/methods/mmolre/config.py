@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...components import count
-from ...config import MAX_COEFFICIENT, MAX_RANK, expect
+from ...fields import MAX_COEFFICIENT, MAX_RANK, expect
 from .checks import MAX_NAMES, fields_of, named, number
 
 ACTIVATIONS = {

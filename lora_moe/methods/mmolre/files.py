@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ... import safefile
-from ...config import expect
+from ...fields import expect
 from .block import UniTSE
 from .config import MMoLREConfig
 from .model import MMoLRE

@@ -1,0 +1,112 @@
+"""A configuration's fields, checked one by one: each function returns the value that is kept.
+
+A value may come from an untrusted file: each has an upper bound, and no message repeats it at full length.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Collection
+from reprlib import repr as brief
+
+import torch
+
+MAX_RANK = 1024  # of one expert
+MAX_ROWS = 65_536  # of all experts together: 1 GiB of fp32 for a linear of width 4096
+MAX_COEFFICIENT = 1e6  # alpha, balance_coef, z_coef
+MAX_PATTERN = 4096  # characters of a regular expression
+ADAPTER_DTYPES = ("base", "float32", "bfloat16", "float16", "float64")
+
+
+def component(name, value, family):
+    """A router or middle; a dict of one is read."""
+    if isinstance(value, dict):
+        value = family.from_dict(value)
+    fits = value is None or (isinstance(value, family) and type(value) in family.known.values())
+    expect(fits, name, f"None or a registered {family.__name__}", value)
+    return value
+
+
+def expect(condition, name: str, expected: str, received) -> None:
+    """Raises ValueError unless the condition holds; no message repeats a value at full length."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {brief(received)}")
+
+
+def integer(name, value, high):
+    """NumPy's integers count, bool does not."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    expect(whole and 1 <= value <= high, name, f"an integer in [1, {high}]", value)
+    return int(value)
+
+
+def coefficient(name, value):
+    """Compared before it is converted: neither NaN nor an integer beyond floats gets through."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    expected = f"a number in [0, {MAX_COEFFICIENT:g}]"
+    expect(number and 0 <= value <= MAX_COEFFICIENT, name, expected, value)
+    return float(value)
+
+
+def share(name, value, zero=True):
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    fits = number and 0 <= value <= 1 and (zero or value > 0)
+    expect(fits, name, f"None or a number in {'[' if zero else '('}0, 1]", value)
+    return float(value)
+
+
+def is_sequence(value):
+    """Lists, tuples, and NumPy arrays or tensors of one dimension."""
+    return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
+
+
+def _listed(values):
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def alphas(alpha, num_experts):
+    if not is_sequence(alpha):
+        return coefficient("alpha", alpha)
+    expect(len(alpha) == num_experts, "alpha", f"a number or {num_experts}, one per expert", alpha)
+    return tuple(coefficient(f"alpha[{e}]", a) for e, a in enumerate(_listed(alpha)))
+
+
+def ranks(r, num_experts):
+    if not is_sequence(r):
+        r = integer("r", r, MAX_RANK)
+        rows = r * num_experts
+    else:
+        expect(len(r) == num_experts, "r", f"one rank for each of {num_experts} experts", r)
+        r = tuple(integer(f"r[{e}]", rank, MAX_RANK) for e, rank in enumerate(_listed(r)))
+        rows = sum(r)
+    expect(rows <= MAX_ROWS, "r", f"at most {MAX_ROWS} rows for all experts together", rows)
+    return r
+
+
+def dtype_name(dtype):
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    fits = name is None or (isinstance(name, str) and name in ADAPTER_DTYPES)
+    expect(fits, "adapter_dtype", f"None or one of {ADAPTER_DTYPES}", dtype)
+    return name
+
+
+def names(name, value):
+    """Any collection of names as a tuple, a set in alphabetical order."""
+    hint = f"; for one name write ({value!r},)" if isinstance(value, str) else ""
+    plain = isinstance(value, Collection) and not isinstance(value, (str, bytes, dict))
+    plain = plain and all(isinstance(suffix, str) and suffix for suffix in value)
+    expect(plain, name, f"module names{hint}", value)
+    ordered = sorted(value) if isinstance(value, (set, frozenset)) else value
+    return tuple(map(str, ordered))
+
+
+def pattern(name, value):
+    """Not compiled here: a regular expression from a file may cost seconds to compile."""
+    if value is None:
+        return ()
+    if not isinstance(value, str):
+        return names(name, value)
+    expect(len(value) <= MAX_PATTERN, name, f"at most {MAX_PATTERN} characters", value)
+    return value
