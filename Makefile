@@ -278,7 +278,7 @@ $(CUDA_VENV)/.torch: requirements/cuda.txt
 	$(call step,making $(CUDA_VENV) with a CUDA build of torch)
 	@$(PYTHON) -m venv --clear $(CUDA_VENV)
 	@$(CUDA_VENV)/bin/python -m pip install -qq --disable-pip-version-check \
-		-r requirements/cuda.txt setuptools wheel pybind11 numpy safetensors tqdm
+		-r requirements/cuda.txt setuptools wheel pybind11 numpy
 	@touch $@
 
 $(VENV)/.package: $(VENV)/.torch requirements/build.txt requirements/constraints.txt pyproject.toml

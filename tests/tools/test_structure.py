@@ -1,9 +1,16 @@
-"""The package's modules have no circular imports, and no class overrides another class's private name."""
+"""How the sources are built: imports without circles, no private name overridden, short files and functions,
+and dependencies that are those imported.
+"""
 
 import ast
 import graphlib
 import importlib
 import inspect
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,3 +85,81 @@ def test_inject_is_a_function_and_no_module(name):
     assert inspect.isfunction(lora_moe.inject)
     found = importlib.util.find_spec(name)
     assert (found is not None) == (name == "lora_moe.injection")
+
+
+FOLDERS = ("lora_moe", "triton_kernels", "csrc", "benchmarks", "examples")
+SOURCES = [
+    path
+    for folder in FOLDERS
+    for path in (ROOT.parent / folder).rglob("*")
+    if path.suffix in {".py", ".cpp", ".h", ".cu"}
+]
+LONG = {"csrc/cuda/product.h"}  # no other may join it
+
+
+def test_no_file_is_longer_than_300_lines():
+    lengths = {
+        path.relative_to(ROOT.parent).as_posix(): len(path.read_text().splitlines())
+        for path in SOURCES
+    }
+    assert len(lengths) > 300
+    assert {path for path, n in lengths.items() if n > 300} <= LONG
+
+
+def lines_of(function: ast.FunctionDef) -> int:
+    """Without the docstring, which of a public function lists arguments and errors."""
+    doc = function.body[0] if ast.get_docstring(function, clean=False) else None
+    own = doc.end_lineno - doc.lineno + 1 if doc else 0
+    return function.end_lineno - function.lineno + 1 - own
+
+
+def is_kernel(function: ast.FunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+def test_no_function_but_a_kernel_is_longer_than_60_lines():
+    found, long = 0, []
+    for path in SOURCES:
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef) and not is_kernel(node):
+                    found += 1
+                    long += [(str(path), node.name)] if lines_of(node) > 60 else []
+    assert found > 1000
+    assert long == []
+
+
+# what each of these adds is installed with the extra of its name, or beside vLLM
+OPTIONAL = ("hf", "peft", "vllm")
+
+
+def packages_imported_at_the_top() -> set[str]:
+    """By any module of ours that needs no extra."""
+    found = set()
+    for path in ROOT.rglob("*.py"):
+        if path.relative_to(ROOT).parts[0] in OPTIONAL:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.partition(".")[0])
+    return found - sys.stdlib_module_names - {"lora_moe"}
+
+
+def test_the_declared_dependencies_are_the_packages_that_are_imported():
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    assert packages_imported_at_the_top() == declared
+
+
+def test_importing_the_package_loads_no_optional_one():
+    code = "import sys, torch; before = set(sys.modules); import lora_moe; print(*set(sys.modules) - before)"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = os.environ | {"LORA_MOE_BACKEND": "reference"}
+    said = subprocess.run(
+        command, cwd=ROOT.parent, env=environment, capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in said.stdout.split()}
+    assert "lora_moe" in loaded
+    assert not loaded & {"accelerate", "matplotlib", "peft", "safetensors", "tqdm", "transformers"}
