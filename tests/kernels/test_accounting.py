@@ -63,7 +63,7 @@ def test_nothing_is_left_out(counted):
 
 def test_models_agree_with_published_counts():
     """Figures that authors and earlier measurements gave at the same shape, in MB and launches."""
-    from benchmarks import schemes
+    from benchmarks.static import schemes
 
     s = schemes.Shape(8192, 4096, 8, 16, 2)
     for name, launches, mb in [

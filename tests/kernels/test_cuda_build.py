@@ -32,7 +32,7 @@ def test_machine_code(target):
 
     `python -m benchmarks.cuda_static` does all architectures.
     """
-    cuda_static = pytest.importorskip("benchmarks.cuda_static")
+    cuda_static = pytest.importorskip("benchmarks.static.cuda_static")
     rows = cuda_static.rows([target])
     assert {row["dtype"] for row in rows} == {"float32", "float16", "bfloat16"}
     assert {*cuda_static.MATMULS} <= {row["kernel"] for row in rows}
@@ -43,7 +43,7 @@ def test_machine_code(target):
 
 
 def test_violations_are_found():
-    cuda_static = pytest.importorskip("benchmarks.cuda_static")
+    cuda_static = pytest.importorskip("benchmarks.static.cuda_static")
     good = {
         "kernel": "wgrad_kernel", "config": "", "dtype": "bfloat16", "spills": 0, "float_atomics": 0,
         "shared_bytes": 1, "shared_limit": 1, "load_bits": 128, "tensor_core_ops": 1,

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_static.py detects kernels that violate a guarantee, on both kinds of machine code."""
+"""benchmarks/static/gpu_static.py detects kernels that violate a guarantee, on both kinds of machine code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu_static
+from benchmarks.static import gpu_static
 
 from ..support.compiled import run_compiled
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("triton")
-from benchmarks import loads
+from benchmarks.static import loads
 
 LOAD = "\tld.global.v4.b32 \t{ %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];"
 FILES = '\t.file\t1 "/x/shrink.py"\n\t.file\t2 "/x/numerics.py"\n'

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu_model
-from benchmarks.on_chip import AGAIN, on_chip
+from benchmarks.static import gpu_model
+from benchmarks.static.on_chip import AGAIN, on_chip
 
 from ..support.cases import Case, sample
 from ..support.compiled import run_compiled

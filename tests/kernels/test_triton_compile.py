@@ -10,7 +10,7 @@ import json
 
 import pytest
 
-from benchmarks import gpu_static
+from benchmarks.static import gpu_static
 
 from ..support.compiled import run_compiled
 

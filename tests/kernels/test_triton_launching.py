@@ -36,7 +36,7 @@ def precision_after(switch, target="sm_90"):
     """In a process of its own: PyTorch remembers which of its switches were used."""
     code = f"""
 import torch
-from benchmarks.launches import TARGETS, Driver, triton
+from benchmarks.static.launches import TARGETS, Driver, triton
 from lora_moe.triton_kernels.launching import precision
 triton.runtime.driver.set_active(Driver(TARGETS[{target!r}]))
 matmul = torch.backends.cuda.matmul
@@ -70,7 +70,7 @@ import warnings
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.errors import OutOfResources
-from benchmarks.launches import Driver, triton
+from benchmarks.static.launches import Driver, triton
 from lora_moe import backend, triton_kernels
 triton.runtime.driver.set_active(Driver(GPUTarget("hip", {arch!r}, 32)))
 run = backend._or_reference("shrink", triton_kernels.shrink, OutOfResources)

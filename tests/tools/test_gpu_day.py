@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_day, gpu_day_stages
-from benchmarks.gpu_day import Stage, finding
+from benchmarks.gpu_day import driver, stages
+from benchmarks.gpu_day.driver import Stage, finding
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def day(monkeypatch, tmp_path):
         ran.append((stage.name, limit))
         return {"seconds": 1.0, "findings": results[stage.name]}
 
-    monkeypatch.setattr(gpu_day, "STAGES", [Stage("one", 10, "x"), Stage("two", 20, "y")])
-    monkeypatch.setattr(gpu_day, "run", run)
-    monkeypatch.setattr(gpu_day, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(driver, "STAGES", [Stage("one", 10, "x"), Stage("two", 20, "y")])
+    monkeypatch.setattr(driver, "run", run)
+    monkeypatch.setattr(driver, "why_no_gpu", lambda: None)
 
     def call(*options):
         ran.clear()
-        status = gpu_day.main([*options, "--out", str(tmp_path)])
+        status = driver.main([*options, "--out", str(tmp_path)])
         return status, [name for name, _ in ran], (tmp_path / "report.md").read_text()
 
     call.results, call.ran = results, ran
@@ -40,14 +40,14 @@ def day(monkeypatch, tmp_path):
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_day.main(["--out", str(tmp_path / "new")]) == 3
+    assert driver.main(["--out", str(tmp_path / "new")]) == 3
     assert "no GPU that this PyTorch can use" in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
 
 
 def test_without_pytorch_it_says_which_python(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert gpu_day.main(["--out", str(tmp_path / "new")]) == 3
+    assert driver.main(["--out", str(tmp_path / "new")]) == 3
     assert f"{sys.executable} has no PyTorch" in capsys.readouterr().out
 
 
@@ -76,8 +76,8 @@ def test_a_second_call_repeats_what_failed_and_what_is_named(day):
 
 
 def test_a_call_ends_in_time_and_asks_for_another(day, monkeypatch, capsys):
-    clock = iter([0, 0, gpu_day.CALL_S - 1])
-    monkeypatch.setattr(gpu_day.time, "monotonic", lambda: next(clock))
+    clock = iter([0, 0, driver.CALL_S - 1])
+    monkeypatch.setattr(driver.time, "monotonic", lambda: next(clock))
     status, ran, report = day()
     assert (status, ran) == (2, ["one"])
     assert "not run yet" in report
@@ -103,14 +103,14 @@ SAYS = """print('{"what": "a", "ok": true, "detail": ""}')"""
     ids=["right", "raises", "hangs", "silent"],
 )
 def test_a_stage_that_ends_badly_is_a_finding(command, expected, tmp_path, monkeypatch):
-    real = gpu_day.subprocess.run
+    real = driver.subprocess.run
 
     def run(argv, **options):
         return real([argv[0], "-u", "-c", command], **options)
 
-    monkeypatch.setattr(gpu_day.subprocess, "run", run)
-    result = gpu_day.run(Stage("one", 5, "x"), tmp_path, True, 3)
-    assert [f["what"] for f in gpu_day.wrong(result)] == expected
+    monkeypatch.setattr(driver.subprocess, "run", run)
+    result = driver.run(Stage("one", 5, "x"), tmp_path, True, 3)
+    assert [f["what"] for f in driver.wrong(result)] == expected
     if expected == ["ran to its end"]:
         assert "too bad" in result["findings"][-1]["detail"]
     if expected == ["ended in time"]:  # what it had found by then is kept
@@ -118,14 +118,14 @@ def test_a_stage_that_ends_badly_is_a_finding(command, expected, tmp_path, monke
 
 
 def test_counters_of_ncu_are_read():
-    text = "==PROF== noise\n" + gpu_day_stages.SAMPLE
-    assert gpu_day_stages.read_counters(text) == {"_routed_lora_kernel": 135.2e6 + 67_108_864}
-    assert gpu_day_stages.read_counters("==ERROR== no permission") == {}
+    text = "==PROF== noise\n" + stages.SAMPLE
+    assert stages.read_counters(text) == {"_routed_lora_kernel": 135.2e6 + 67_108_864}
+    assert stages.read_counters("==ERROR== no permission") == {}
 
 
 def test_the_tiles_stage_sees_a_wrong_result(monkeypatch):
     """Of each result in turn; and the same bits twice."""
-    from benchmarks import gpu_day_tiles as tiles
+    from benchmarks.gpu_day import tiles
 
     said = []
     v = tiles.sample(33, 4, (48, 40), torch.bfloat16, "cpu")

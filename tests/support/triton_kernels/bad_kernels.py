@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.launches import TARGETS, launches
-from benchmarks.rows import row
+from benchmarks.static.launches import TARGETS, launches
+from benchmarks.static.rows import row
 
 
 @triton.jit

@@ -16,8 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from benchmarks.launches import Launch, Operator, launches
-from benchmarks.scenarios import DEVICE, SCENARIOS, operands
+from benchmarks.static.launches import Launch, Operator, launches
+from benchmarks.static.scenarios import DEVICE, SCENARIOS, operands
 from lora_moe.vllm import ops as serving
 from lora_moe.vllm import rules as serving_rules
 

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from benchmarks.launches import Launch, launches
+from benchmarks.static.launches import Launch, launches
 from lora_moe import triton_kernels as kernels
 
 DOT = re.compile(r"(%\S+) = tt\.dot \S+, \S+, (%[^ ,]+)")

@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from triton.runtime.jit import JITFunction
 
-from benchmarks.gpu_static import EACH_KERNEL
-from benchmarks.launches import Launch, launches
-from benchmarks.scenarios import SCENARIOS
+from benchmarks.static.gpu_static import EACH_KERNEL
+from benchmarks.static.launches import Launch, launches
+from benchmarks.static.scenarios import SCENARIOS
 from lora_moe.plan import PLANS
 from lora_moe.warm import TOKENS
 

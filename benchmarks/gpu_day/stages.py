@@ -1,4 +1,4 @@
-"""The stages of gpu_day.py, each in its own process: python -m benchmarks.gpu_day_stages NAME
+"""The stages of driver.py, each in its own process: python -m benchmarks.gpu_day.stages NAME
 
 Prints one finding per line, as JSON.  With LORA_MOE_DRY_RUN=1 the same code runs at small sizes on the CPU.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .gpu_day import ROOT, finding
+from .driver import ROOT, finding
 
 DRY = os.environ.get("LORA_MOE_DRY_RUN") == "1"
 DEVICE = "cpu" if DRY else "cuda"
@@ -64,7 +64,7 @@ def environment():
 def compile_kernels():
     """All scenarios on the device, with one process per core; Triton's cache keeps what they compile."""
     parts = 2 if DRY else max(1, min(16, os.cpu_count() or 1))
-    command = [sys.executable, "-m", "benchmarks.gpu_day_work", "scenarios"]
+    command = [sys.executable, "-m", "benchmarks.gpu_day.work", "scenarios"]
     running = {
         n: subprocess.Popen([*command, f"{n}/{parts}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for n in range(parts)
@@ -78,7 +78,7 @@ def compile_kernels():
 
 
 def scenario_count():
-    from .gpu_day_work import scenario_names
+    from .work import scenario_names
 
     return len(scenario_names())
 
@@ -125,7 +125,7 @@ def build_cuda():
 
 def sanitizer():
     """Small calls of every operator under each tool; a dry run uses the interpreter's own sanitizer."""
-    work = [sys.executable, "-m", "benchmarks.gpu_day_work", "small"]
+    work = [sys.executable, "-m", "benchmarks.gpu_day.work", "small"]
     if DRY:
         done = subprocess.run(work, cwd=ROOT, capture_output=True, text=True)
         tell("the interpreter's sanitizer", done.returncode == 0, last_line(done))
@@ -177,7 +177,7 @@ def profile():
         "regex:_kernel$",
         sys.executable,
         "-m",
-        "benchmarks.gpu_day_work",
+        "benchmarks.gpu_day.work",
         "layer",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -230,7 +230,7 @@ def main(name):
     if name in STAGES:
         STAGES[name]()
     else:
-        work = importlib.import_module(f"benchmarks.gpu_day_{name}")
+        work = importlib.import_module(f"benchmarks.gpu_day.{name}")
         work.main(tell, DEVICE, DRY)
 
 

@@ -1,4 +1,4 @@
-"""Stage `bench` of gpu_day.py: microseconds per call in a CUDA graph, forward and with its backward.
+"""Stage `bench`: microseconds per call in a CUDA graph, forward and with its backward.
 
 Facts, not checks: the base product, ours, stacked matmuls eager and compiled, and PEFT's plain LoRA.
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from . import gpu, timing
-from .contenders import contenders, prepare, states
-from .shapes import Shape, sample
+from .. import gpu, timing
+from ..contenders import contenders, prepare, states
+from ..shapes import Shape, sample
 
 NAMES = ("ours", "stacked", "stacked, compiled", "plain LoRA")
 

@@ -1,4 +1,4 @@
-"""Markdown of what benchmarks/gpu_static.py and cuda_static.py read: a table of all rows, and a summary.
+"""Markdown of what gpu_static.py and cuda_static.py read: a table of all rows, and a summary.
 
 A row is {column: cell}; `read` takes a written table back, so that a summary can be checked against it.
 """

@@ -1,4 +1,4 @@
-"""Stage `tiles` of gpu_day.py: thousands of tokens with every plan against fp64, and the same bits twice.
+"""Stage `tiles`: thousands of tokens with every plan against fp64, and the same bits twice.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's rank.
 """

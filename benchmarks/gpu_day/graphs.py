@@ -1,4 +1,4 @@
-"""Stage `graphs` of gpu_day.py: capture once, replay on new data, get the same bits as without a graph.
+"""Stage `graphs`: capture once, replay on new data, get the same bits as without a graph.
 
 Letters: T tokens, E experts, K picked experts per token, D columns of x and of y.
 """

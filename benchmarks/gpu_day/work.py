@@ -1,4 +1,4 @@
-"""Work that gpu_day.py observes from outside: python -m benchmarks.gpu_day_work scenarios|small|layer"""
+"""Work that stages.py observes from outside: python -m benchmarks.gpu_day.work scenarios|small|layer"""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from . import scenarios
-from .gpu_day_stages import DEVICE, DRY
+from ..static import scenarios
+from .stages import DEVICE, DRY
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -65,7 +65,7 @@ def small():
 
 
 def layer():
-    """What benchmarks/accounting.py counts, on the device."""
+    """What static/accounting.py counts, on the device."""
     from lora_moe import LoraMoeConfig, LoraMoeLinear
 
     bf16 = {"dtype": torch.bfloat16, "device": DEVICE}

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu_day [--dry-run] [--stages a,b] [--out DIR]          (make check-gpu)
 
-Each stage (benchmarks/gpu_day_stages.py) runs in its own process with a timeout and prints its findings as it
+Each stage (stages.py) runs in its own process with a timeout and prints its findings as it
 goes; DIR/report.md is rewritten after every stage.  A run ends within nine minutes, and the next run
 continues: stages that passed are not repeated unless they are named.  Nothing is installed and no network is
 needed.  --dry-run runs all stages at small sizes, with Triton's interpreter in place of the device.
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CALL_S = 9 * 60
 NO_GPU = (
     "no GPU that this PyTorch can use: run this where torch.cuda.is_available() is true,"
@@ -77,7 +77,7 @@ def run(stage, out, dry_run, limit):
             "CUDA_VISIBLE_DEVICES": "",
         }
         environment |= {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
-    command = [sys.executable, "-u", "-m", "benchmarks.gpu_day_stages", stage.name]
+    command = [sys.executable, "-u", "-m", "benchmarks.gpu_day.stages", stage.name]
     log, start = out / f"{stage.name}.log", time.monotonic()
     with open(log, "w") as said, open(out / f"{stage.name}.jsonl", "w") as findings:
         try:
@@ -161,7 +161,7 @@ def why_no_gpu():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("benchmarks.gpu_day", description=__doc__.partition("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="small, interpreted, without a GPU")
     parser.add_argument("--stages", default="", help=", ".join(stage.name for stage in STAGES))
     parser.add_argument(
@@ -193,7 +193,3 @@ def main(argv=None):
             print(f"    wrong: {f['what']}: {f['detail']}", flush=True)
     print(f"the report: {out / 'report.md'}")
     return 1 if any(map(wrong, results.values())) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What is read from compiled kernels and counted from launches: no clock, and no GPU."""
