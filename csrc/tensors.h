@@ -19,7 +19,7 @@ using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
 // Version of the operators' schemas: must equal ops.VERSION in Python, which refuses other builds.
-constexpr int kOperators = 4;
+constexpr int kOperators = 5;
 
 // Raised if an operator refuses its arguments: ValueError in Python, as from the public functions,
 // and distinct from allocation failures and bugs.  Not TORCH_CHECK, because the stable ABI's macro

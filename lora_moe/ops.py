@@ -3,7 +3,7 @@
 Eleven operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels of one backend per
 device; whatever has none runs reference.py.  Gradients live in autograd.py, outside the operators.
 
-Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, W saved columns.
+Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 Contract: x (T, D_in), base and dy (T, D_out) and the parameters have unit stride along columns; y and dy
 are (T K, D_out) with slots "apart", base either, x (T K, D_in) with slots "sum", one row per slot;
 w (E, D_in) has x's dtype or fp32; bias, router_bias and scaling (E,), weights (T, K), logits and every h
@@ -30,7 +30,7 @@ _SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
 _NEEDS = "int[] frozen, bool need_x, bool need_router, bool need_a, bool need_b"
 _AUX = "Tensor? dweights, Tensor? dlogits, Tensor? dmean_prob, Tensor? dlse"
 
-VERSION = 4  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
+VERSION = 5  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
 
 SCHEMAS = {
     # indices, weights, logits, mean_prob, lse, counts

@@ -7,7 +7,7 @@ decode      for up to 16 tokens: everything split until it fills the device, in 
 The model: a launch lasts as long as the slower of moving its bytes and doing its products, plus what it costs
 to start one.  `explain` prints it, `override` (or LORA_MOE_PLAN, read at import) goes over its head.
 
-Letters: T tokens, E experts, K picked per token, R rank rows, W width of the saved S.
+Letters: T tokens, E experts, K picked per token, R rank rows.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def explain(
 
 
 def saved_ranks(plan: str, offsets: Sequence[int], top_k: int, shared_a: bool) -> int:
-    """Columns of the S kept for backward: (T, W).  Never a function of the routing.
+    """How many columns of S are kept for backward.  Never a function of the routing.
 
     rank_dense and decode keep all rows of A; segmented keeps, for each of the K slots, as many columns
     as the largest rank, slot after slot.  With a shared A all of them keep its r rows.

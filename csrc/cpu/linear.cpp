@@ -8,12 +8,12 @@ namespace lora_moe {
 namespace {
 
 std::tuple<Tensor, Tensor> shrink(Tensor x, Tensor a, MaybeTensor w) {
-  return dispatch(x, w ? *w : a, [&]<class T, class RouterT>() -> std::tuple<Tensor, Tensor> {
+  return dispatch(x, w ? *w : a, [&]<class T, class RouterWeight>() -> std::tuple<Tensor, Tensor> {
     using C = acc_t<T>;
     const int64_t n = x.size(0), D = x.size(1), R = a.size(0), E = w ? w->size(0) : 0;
     const auto x_rows = rows<T>("x", x, n, D);
     const auto a_rows = rows<T>("lora_A", a, R, D);
-    const auto w_rows = rows<RouterT>("router_weight", w, E, D);
+    const auto w_rows = rows<RouterWeight>("router_weight", w, E, D);
     Tensor s = empty<C>({n, R}), logits = empty<C>({n, E});
     C *s_data = mutable_data<C>(s), *logits_data = mutable_data<C>(logits);
     Blocks(n).run([&](int64_t begin, int64_t end) {

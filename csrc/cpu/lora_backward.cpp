@@ -21,7 +21,7 @@ namespace {
 
 struct Needs {
   Ints frozen;
-  bool x, w, a, b;  // w: the router's weight, or the caller's gate weights
+  bool x, router, a, b;  // router: its weight, or the caller's weights of the slots
   bool is_frozen(int64_t e) const {
     return std::find(frozen.begin(), frozen.end(), e) != frozen.end();
   }
@@ -261,16 +261,16 @@ RoutedGrads routed_lora_backward(Tensor dy, MaybeTensor dweights, MaybeTensor dl
                                  std::string gate_name, bool renormalize, Ints frozen, bool need_x,
                                  bool need_router, bool need_a, bool need_b, bool need_router_bias,
                                  std::string plan) {
-  return dispatch(x, w, [&]<class T, class RouterT>() -> RoutedGrads {
+  return dispatch(x, w, [&]<class T, class RouterWeight>() -> RoutedGrads {
     using C = acc_t<T>;
     const Gate gate(gate_name, renormalize);
-    Backward<T, RouterT> backward(dy, x, a, b, s, indices, weights, scaling, std::move(offsets),
-                                  shared_a,
-                                  {std::move(frozen), need_x, need_router, need_a, need_b});
+    Backward<T, RouterWeight> backward(dy, x, a, b, s, indices, weights, scaling,
+                                       std::move(offsets), shared_a,
+                                       {std::move(frozen), need_x, need_router, need_a, need_b});
     const int64_t n = backward.tokens, E = backward.experts.E, K = backward.K;
     const RoutingGrad<C> grad(dweights, dlogits, dmean_prob, dlse, n, E, K);
     const C* logit = contiguous<C>("logits", logits, {n, E});
-    backward.w = rows<RouterT>("router_weight", w, E, backward.D_in);
+    backward.w = rows<RouterWeight>("router_weight", w, E, backward.D_in);
     const auto slot_grad = uninitialized<C>(n * K), logit_grad = uninitialized<C>(n * E);
     backward.dweights = slot_grad.get();
     backward.dlogits = logit_grad.get();

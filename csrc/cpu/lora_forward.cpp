@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> grouped_lora(Tensor x, Tensor a, Tensor b, MaybeTenso
   });
 }
 
-template <class T, class RouterT>
-void run(Router<T, RouterT>& router, Forward<T>& forward) {
+template <class T, class RouterWeight>
+void run(Router<T, RouterWeight>& router, Forward<T>& forward) {
   check(router.E == forward.experts.E, "router_weight: expected ", forward.experts.E,
         " rows, one per expert, got ", router.E);
   if (router.blocks.few()) {
@@ -170,9 +170,9 @@ Routed routed_lora(Tensor x, Tensor w, Tensor a, Tensor b, MaybeTensor base, May
                    int64_t top_k, std::string gate, bool renormalize, double top_p,
                    double threshold, std::string plan) {
   check_plan(plan);
-  return dispatch(x, w, [&]<class T, class RouterT>() -> Routed {
-    Router<T, RouterT> router(x, w, bias, router_bias, top_k,
-                              Gate(gate, renormalize, top_p, threshold));
+  return dispatch(x, w, [&]<class T, class RouterWeight>() -> Routed {
+    Router<T, RouterWeight> router(x, w, bias, router_bias, top_k,
+                                   Gate(gate, renormalize, top_p, threshold));
     Forward<T> forward(x, a, b, base, scaling, std::move(offsets), shared_a, router.tokens, top_k);
     forward.make_y();
     run(router, forward);
@@ -193,7 +193,7 @@ Tensor routed_lora_banks(Tensor x, std::vector<Tensor> w, std::vector<Tensor> a,
   check(n > 0 && a.size() == n && b.size() == n && bias.size() == n && router_bias.size() == n &&
             scaling.size() == n && starts.size() == n,
         "banks: expected ", n, " of each operand");
-  return dispatch(x, w[0], [&]<class T, class RouterT>() -> Tensor {
+  return dispatch(x, w[0], [&]<class T, class RouterWeight>() -> Tensor {
     const int64_t tokens = x.size(0), D = base.size(1);
     const auto base_rows = rows<T>("base", base, tokens, D);
     Tensor y = empty<T>({tokens, D});
@@ -205,7 +205,7 @@ Tensor routed_lora_banks(Tensor x, std::vector<Tensor> w, std::vector<Tensor> a,
       copy_columns(base_rows, out, tokens, done, starts[i]);
       done = starts[i] + b[i].size(1);
       const Gate kind(gate, renormalize, top_p, threshold);
-      Router<T, RouterT> router(x, w[i], bias[i], router_bias[i], top_k, kind);
+      Router<T, RouterWeight> router(x, w[i], bias[i], router_bias[i], top_k, kind);
       Forward<T> forward(x, a[i], b[i], {}, scaling[i], offsets, shared_a, tokens, top_k);
       forward.into({base_rows.data + starts[i], base_rows.stride}, {out.data + starts[i], D});
       run(router, forward);

@@ -86,13 +86,13 @@ struct Decisions {
 };
 
 // The same, computing the logits here:  x W^T + router_bias.
-template <class T, class RouterT>
+template <class T, class RouterWeight>
 struct Router : Decisions<acc_t<T>> {
   using C = acc_t<T>;
   using Base = Decisions<C>;
   using Base::E, Base::tokens;
   Rows<const T> x;
-  Rows<const RouterT> w;
+  Rows<const RouterWeight> w;
   const C* router_bias;
   int64_t D;
   Tensor logits;
@@ -102,7 +102,7 @@ struct Router : Decisions<acc_t<T>> {
          const MaybeTensor& router_bias_, int64_t top_k, Gate gate)
       : Base(x_.size(0), w_.size(0), bias, top_k, gate), D(x_.size(1)) {
     x = rows<T>("x", x_, tokens, D);
-    w = rows<RouterT>("router_weight", w_, E, D);
+    w = rows<RouterWeight>("router_weight", w_, E, D);
     router_bias = contiguous<C>("router_bias", router_bias_, {E});
     logit = mutable_data<C>(logits = empty<C>({tokens, E}));
   }
@@ -116,7 +116,7 @@ struct Router : Decisions<acc_t<T>> {
   // Routes a few tokens at once: every thread reads its own rows of w.
   void few() {
     static_assert(kFewTokens <= kGroup && kGroup % kLanes<C> == 0);
-    for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(RouterT), [&](int64_t i) {
+    for_tasks((E + kTileColumns - 1) / kTileColumns, E * D * sizeof(RouterWeight), [&](int64_t i) {
       multiply(0, tokens, i * kTileColumns, std::min(E, (i + 1) * kTileColumns));
     });
     this->decide(logit, 0, tokens);

@@ -12,9 +12,9 @@ using Routing = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Routing router_topk(Tensor x, Tensor w, MaybeTensor bias, MaybeTensor router_bias, int64_t top_k,
                     std::string gate, bool renormalize, double top_p, double threshold) {
-  return dispatch(x, w, [&]<class T, class RouterT>() -> Routing {
-    Router<T, RouterT> router(x, w, bias, router_bias, top_k,
-                              Gate(gate, renormalize, top_p, threshold));
+  return dispatch(x, w, [&]<class T, class RouterWeight>() -> Routing {
+    Router<T, RouterWeight> router(x, w, bias, router_bias, top_k,
+                                   Gate(gate, renormalize, top_p, threshold));
     if (router.blocks.few())
       router.few();
     else

@@ -129,7 +129,8 @@ inline auto dispatch(const Tensor& x, F f) {
   }
 }
 
-// The router's weight has x's dtype T or the accumulator's: f.template operator()<T, RouterT>().
+// The router's weight has x's dtype T or the accumulator's:
+// f.template operator()<T, RouterWeight>().
 template <class F>
 inline auto dispatch(const Tensor& x, const Tensor& w, F f) {
   return dispatch(x, [&]<class T>() {

@@ -1,6 +1,6 @@
 // The experts and the router of an operator call, checked and in the form that kernels take.
 //
-// Letters: T tokens, E experts, K slots per token, R rank rows of all experts, S_columns columns of S.
+// Letters: T tokens, E experts, K slots per token, R rank rows of all experts.
 #pragma once
 
 #include <algorithm>

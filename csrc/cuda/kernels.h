@@ -1,7 +1,9 @@
 // Arguments and launchers of the kernels: plain structs of pointers and sizes, without PyTorch.
 //
-// Letters: T tokens, E experts, K slots per token, R rank rows of all experts, S_columns columns of S:
-// R, or one expert's rank with a shared A.  Launchers are defined for float, f16 and bf16.
+// Letters: T tokens, E experts, K slots per token, R rank rows of all experts.
+// S has S_columns: R, or one expert's rank with a shared A.
+//
+// Launchers are defined for float, f16 and bf16.
 #pragma once
 
 #include "numbers.h"

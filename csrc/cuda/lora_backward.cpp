@@ -13,7 +13,7 @@ namespace {
 
 struct Needs {
   Ints frozen;
-  bool x, w, a, b;  // w: the router's weight, or the caller's gate weights
+  bool x, router, a, b;  // router: its weight, or the caller's weights of the slots
 };
 
 // A frozen expert passes gradients to x and the router; its own rows do not change.
@@ -139,9 +139,9 @@ RoutedGrads segmented_backward(const Tensor& dy, const Tensor& x, const Tensor& 
     dx = plan.expand(ds, a_rounded, {}, through_router);
   }
   if (routed)
-    dw = needs.w ? wgrad_rows(dlogits, x, routed->w.scalar_type(), device.stream)
-                 : torch::stable::new_empty(x, {0}, routed->w.scalar_type());
-  else if (!needs.w)
+    dw = needs.router ? wgrad_rows(dlogits, x, routed->w.scalar_type(), device.stream)
+                      : torch::stable::new_empty(x, {0}, routed->w.scalar_type());
+  else if (!needs.router)
     dw = empty<float>(x, {0});
   Tensor da = torch::stable::new_empty(x, {0}, a.scalar_type());
   Tensor db = torch::stable::new_empty(x, {0}, b.scalar_type());

@@ -289,24 +289,24 @@ struct Product {
   static __device__ void multiply(const Left* left, const Right* right, Fragment (&sums)[MI][NI]) {
 #pragma unroll
     for (int k = 0; k < BK; k += Fragment::kStep) {
-      typename Fragment::LeftFragment left_parts[MI];
+      typename Fragment::LeftFragment left_fragments[MI];
 #pragma unroll
       for (int i = 0; i < MI; ++i) {
         const int m = warp_m() + 16 * i;
-        Fragment::load(left_parts[i],
+        Fragment::load(left_fragments[i],
                        left + (kLeftAlongK ? m * LeftTile::kStride + k : k * LeftTile::kStride + m),
                        LeftTile::kStride);
       }
 #pragma unroll
       for (int j = 0; j < NI; ++j) {
-        typename Fragment::RightFragment right_part;
+        typename Fragment::RightFragment right_fragment;
         const int n = warp_n() + 16 * j;
         Fragment::load(
-            right_part,
+            right_fragment,
             right + (kRightAlongK ? n * RightTile::kStride + k : k * RightTile::kStride + n),
             RightTile::kStride);
 #pragma unroll
-        for (int i = 0; i < MI; ++i) sums[i][j].add(left_parts[i], right_part);
+        for (int i = 0; i < MI; ++i) sums[i][j].add(left_fragments[i], right_fragment);
       }
     }
   }

@@ -26,8 +26,8 @@ void project(Shrink<T> p, const M& middle, const std::string& plan, const Tensor
   if (p.splits() == 1) return shrink(p, &middle, stream);
   const int64_t count = p.splits(), T_R = p.tokens * p.R, T_E = p.tokens * p.E;
   float *s = p.s, *logits = p.logits;
-  Tensor s_parts = empty<float>(x, {count, T_R}), logits_parts = empty<float>(x, {count, T_E});
-  p.s = mutable_data<float>(s_parts), p.logits = mutable_data<float>(logits_parts);
+  Tensor s_partial = empty<float>(x, {count, T_R}), logits_partial = empty<float>(x, {count, T_E});
+  p.s = mutable_data<float>(s_partial), p.logits = mutable_data<float>(logits_partial);
   shrink(p, static_cast<const M*>(nullptr), stream);
   add_splits(p.s, count, T_R, s, stream);
   add_splits(p.logits, count, T_E, logits, stream);

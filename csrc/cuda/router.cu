@@ -74,9 +74,9 @@ void router_gradient(const Router& router, const Routing& routing, const Routing
 void write_table(const int64_t* values, int64_t n, int32_t* table, cudaStream_t stream) {
   for (int64_t i = 0; i < n; i += kTable) {
     const int some = n - i < kTable ? n - i : kTable;
-    Values group = {};
-    for (int j = 0; j < some; ++j) group.v[j] = values[i + j];
-    launch("write_table", write_table_kernel, 1, kSumThreads, stream, group, some, table + i);
+    Values chunk = {};
+    for (int j = 0; j < some; ++j) chunk.v[j] = values[i + j];
+    launch("write_table", write_table_kernel, 1, kSumThreads, stream, chunk, some, table + i);
   }
 }
 

@@ -82,7 +82,7 @@ __device__ inline Candidate next_best(const Gates& gates, const Router& router, 
 
 __device__ inline float nonzero(float z) { return z == 0.f ? 1.f : z; }
 
-// Decides for one token and adds to the `group` of the sums that this warp owns.
+// Decides for one token and adds to the partial sums of its `group` of tokens, this warp's own.
 __device__ inline void route_token(float* logits, const Router& router, const Routing& routing,
                                    int64_t t, int64_t group, int lane) {
   for (int e = lane; router.router_bias && e < router.E; e += 32)

@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (!none)
     dot.run(h, 0, tile.count, rows_of(rows, p, tile.e), column, columns, 0, ranks, shared,
             [](const T*, const T*, int64_t) {});
-  Dot::each_fragment([&](int i, int fragment, int r, int c) {
-    const Pack<float, 8> sums = dot.take(i, fragment, shared);
+  Dot::each_fragment([&](int i, int n, int r, int c) {
+    const Pack<float, 8> sums = dot.take(i, n, shared);
     if (r >= tile.count) return;
     const int64_t t = tile.tokens[r];
 #pragma unroll

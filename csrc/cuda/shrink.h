@@ -71,8 +71,8 @@ struct RouterSums {
 // 32 tokens, two warps compute the same sums.
 template <class T, int BM>
 struct RouterTerms {
-  using Part = SplitSums<T, float, T, true, true>;
-  Part sums;
+  using Fragment = SplitSums<T, float, T, true, true>;
+  Fragment sums;
 
   static __device__ int token() { return warp_id() / 2 * 16 % BM; }
   static __device__ int expert() { return warp_id() % 2 * 16; }
@@ -83,14 +83,14 @@ struct RouterTerms {
   __device__ void add(const T* x, const Rows<float>& w, int first, int E, int64_t k, int64_t end) {
     if (first + expert() >= E) return;
 #pragma unroll
-    for (int c = 0; c < BK; c += Part::kStep) {
-      typename Part::LeftFragment left;
-      Part::load(left, x + token() * Tile::kStride + c, Tile::kStride);
+    for (int c = 0; c < BK; c += Fragment::kStep) {
+      typename Fragment::LeftFragment left;
+      Fragment::load(left, x + token() * Tile::kStride + c, Tile::kStride);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const int e = first + expert() + lane_id() / 4 + 8 * j;
         const int64_t column = k + c + lane_id() % 4 * 4;
-        typename Part::Column right;
+        typename Fragment::Column right;
         right.split(load_pack<4>(w.row(e < E ? e : 0), column, end, w.aligned));
         sums.add(left, right, j);
       }

@@ -1,4 +1,6 @@
-// Sorts each slot's tokens by expert without host synchronization:  order (K, T), starts (K, E + 2).
+// Sorts each slot's tokens by expert, without host synchronization:
+//
+//   order (K, T), starts (K, E + 2)
 //
 // A block owns one expert of one slot.  It counts the tokens of lower experts, which gives the
 // start of its own, and then writes its own in ascending order.  Reads 8*T*K*(E + 1) bytes, nearly
