@@ -40,6 +40,26 @@ def test_the_cpp_operators_check_their_own_arguments():
         ops.router_topk_backward(*aux, *rest)
 
 
+@pytest.mark.skipif(backend_info()["serving"]["cpu"] != "cpp", reason="of the C++ backend")
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
+        torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool, torch.complex32,
+        torch.complex64, torch.complex128, torch.float8_e4m3fn, torch.float8_e5m2,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_cpp_operators_name_dtypes_as_pytorch_does(dtype):
+    x, name = torch.ones(2, 3), str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"^lora_A: expected float32, got {name}$"):
+        ops.shrink(x, torch.empty(2, 3, dtype=dtype), None)
+    if dtype not in (torch.float64, torch.bfloat16, torch.float16):
+        served = "float32, float64, bfloat16 or float16"
+        with pytest.raises(ValueError, match=rf"^x: expected {served}, got {name}$"):
+            ops.shrink(x.new_empty(2, 3, dtype=dtype), x, None)
+
+
 def mixed_calls():
     """Every tensor of every operator's call in turn on another device, then sparse."""
     for name, calls in operator_calls(BY_NAME["unequal ranks"]).items():
