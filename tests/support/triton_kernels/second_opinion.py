@@ -20,7 +20,7 @@ from tests.support.compare import assert_accurate
 from tests.support.through import NAMES, results, through
 
 CASES = ("odd", "one past a tile", "unequal ranks", "shared A", "most experts idle")
-# as in test_triton_kernels.py: 16-bit results carry one rounding of H or dS and one of the output
+# as in triton_calls.py: 16-bit results carry one rounding of H or dS and one of the output
 UNITS = {torch.float32: 20, torch.bfloat16: 1.5}
 
 
