@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "directory", metavar="DIR", help="where to write; created if it does not exist"
     )
-    formats = "mixlora, loramoe, mola, hydralora, meteora, coin, peft or lora_moe"
+    formats = "mixlora, loramoe, mola, hydralora, meteora, coin, poly, peft or lora_moe"
     command.add_argument("--format", help=f"format of SOURCE: {formats} (default: recognized)")
     about = "for meteora: the folders of its LoRAs, in the order in which they were loaded"
     command.add_argument("--adapters", metavar="DIR", nargs="+", default=(), help=about)

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from .context import Decision, fit_rows
+from .context import Decision, fit_rows, sample_rows
 from .kept import cache_in_use
 from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .config import LoraMoeConfig
     from .layers import LoraMoeLinear
+    from .routing import Routing
 
 ROUTER_STD = 0.02
 MAX_DEPTH = 4  # of components inside components
@@ -45,10 +46,14 @@ class TensorSpec(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a forward of a layer knows besides its input."""
+    """What a forward of a layer knows besides its input.
+
+    samples: the routing with one row per sample, where all tokens of a sample share it; for middles.
+    """
 
     layer: LoraMoeLinear
     decision: Decision
+    samples: Routing | None = None
 
     @property
     def config(self) -> LoraMoeConfig:
@@ -85,6 +90,20 @@ class Batch(NamedTuple):
         if isinstance(told, int):
             return torch.full((math.prod(x.shape[:-1]),), told, device=x.device)
         return fit_rows(told, x, "task_ids").indices[:, 0].long()
+
+    def sample_tasks(self, x: torch.Tensor) -> torch.Tensor | None:
+        """(B,) int64: the task of each sample of x (B, L, D), or None where tokens were told their own.
+
+        Raises:
+            As tasks.
+        """
+        told = self.decision.tasks
+        if told is None:
+            return self.tasks(x)  # raises
+        if isinstance(told, int):
+            return torch.full(x.shape[:1], told, device=x.device) if x.dim() == 3 else None
+        rows = sample_rows(told, x, "task_ids")
+        return None if rows is None else rows.indices[:, 0].long()
 
     def mask(self, x: torch.Tensor) -> torch.Tensor | None:
         """(T,) bool: which tokens of x (..., D) are none of padding; None where all are."""

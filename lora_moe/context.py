@@ -243,14 +243,27 @@ def fit_rows(routing: Routing, x: torch.Tensor, name: str = "routing") -> Routin
         return routing
     if _is_sequence_first(x, rows):
         return routing.tile(tokens // rows)
+    _expect_samples(rows, x, name)
+    return routing.repeat(tokens // rows)
+
+
+def sample_rows(routing: Routing, x: torch.Tensor, name: str = "routing") -> Routing | None:
+    """The caller's routing where fit_rows would repeat each row for several tokens in a row; else None."""
+    rows = routing.indices.shape[0]
+    if rows == math.prod(x.shape[:-1]) or _is_sequence_first(x, rows):
+        return None
+    _expect_samples(rows, x, name)
+    return routing
+
+
+def _expect_samples(rows, x, name):
     samples = x.shape[0]
     inside = thread.calls or thread.generating or recomputing()
     if rows == 0 or samples % rows or (rows != samples and not inside):
         raise ValueError(
-            f"{name}: expected {tokens} rows, one per token, or {samples}, one per sample,"
+            f"{name}: expected {math.prod(x.shape[:-1])} rows, one per token, or {samples}, one per sample,"
             f" for x {tuple(x.shape)}, got {rows}; see lora_moe.use_routing"
         )
-    return routing.repeat(tokens // rows)
 
 
 def _is_sequence_first(x, rows):

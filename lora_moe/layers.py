@@ -16,14 +16,16 @@ from . import records
 from .checks import autocast_enabled, rank_offsets_of
 from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
-from .context import fit_rows, told
+from .context import fit_rows, sample_rows, told
 from .linear import linear_features
 from .own_dx import base_weight
+from .per_sample import add_mixed, pays
 from .placement import LoraMoeLayer
 from .recompute import recomputing
 from .routers import TokenRouter
 from .routers.token import tempered
 from .routing import Routing
+from .rows import for_tokens
 from .tensors import component_specs
 from .tokens import tokens_of
 
@@ -162,19 +164,23 @@ class LoraMoeLinear(LoraMoeLayer):
 
     def _add_with_components(self, x, base, decision):
         router, own, middle, between = self.components
-        config, batch = self.config, Batch(self, decision)
+        batch = Batch(self, decision)
         if decision.routing is not None:
             routing = fit_rows(decision.routing, x)
+            samples = sample_rows(decision.routing, x)
         else:
-            routing = router.route(x, {name: getattr(self, name) for name in own}, batch)
+            tensors = {name: getattr(self, name) for name in own}
+            samples = router.per_sample(x, tensors, batch)
+            if samples is None:
+                routing = router.route(x, tensors, batch)
+            else:
+                routing = for_tokens(samples, x)
         x = self._dropped(x)
         if middle is not None:
-            y = middle.mix(x, base, routing, {name: getattr(self, name) for name in between}, batch)
+            tensors, batch = {n: getattr(self, n) for n in between}, batch._replace(samples=samples)
+            y = middle.mix(x, base, routing, tensors, batch)
         else:
-            y = F.grouped_lora(
-                x, self.lora_A, self.lora_B, routing, rank_offsets=self.offsets, scaling=self.scaling,
-                shared_a=config.shared_a, base=base, frozen=self._frozen,
-            )  # fmt: skip
+            y = self._gated(x, base, routing, samples)
         # each parameter gets a gradient, also of a task that the batch has not
         return with_zero_gradients(y, *(getattr(self, name) for name in (*own, *between))), routing
 
@@ -209,14 +215,23 @@ class LoraMoeLinear(LoraMoeLayer):
                 x, weight, config.top_k, gate=config.gate, renormalize=config.normalizes,
                 bias=selection_bias, top_p=config.top_p, threshold=config.threshold, router_bias=bias,
             )  # fmt: skip
-        x = self._dropped(x)
-        y = F.grouped_lora(
-            x, A, B, routing, rank_offsets=self.offsets, scaling=scaling, shared_a=config.shared_a,
-            base=base, frozen=self._frozen, base_weight=base_weight,
-        )  # fmt: skip
+        samples = None if routing_override is None else sample_rows(routing_override, x)
+        y = self._gated(self._dropped(x), base, routing, samples, base_weight)
         if routing_override is not None:
             y = with_zero_gradients(y, router_weight, router_bias)
         return y, routing
+
+    def _gated(self, x, base, routing, samples=None, base_weight=None):
+        """base + the experts' sum; where all experts of a shared A are used, B may be mixed per sample."""
+        config = self.config
+        dense = samples is not None and samples.indices.shape[1] == config.num_experts
+        dense = dense and config.top_p is None and config.threshold is None
+        if dense and config.shared_a and pays(self, x, samples):
+            return add_mixed(self, x, base, samples, base_weight=base_weight)
+        return F.grouped_lora(
+            x, self.lora_A, self.lora_B, routing, rank_offsets=self.offsets, scaling=self.scaling,
+            shared_a=config.shared_a, base=base, frozen=self._frozen, base_weight=base_weight,
+        )  # fmt: skip
 
     def _tensors(self):
         """By the dictionaries that hold them: an attribute of a module takes ten times as long to look up."""

@@ -181,6 +181,61 @@ def this_gpu() -> str:
     return f"sm_{max([n for n in known if n <= 10 * major + minor], default=known[0])}"
 
 
+# --- experts mixed once per sample, or gated per token --------------------------------------------
+
+# two cores with AVX-512, as the kernels reach it on small matrices; a launch is a call of PyTorch
+CPU = Gpu(2e10, 1e11, 1e11, 2e-5)
+MIX_CALLS = 4  # of the products that mix, and of what names each token's LoRA
+
+
+def mixes(backend, T, B, E, r, D_in, D_out, dtype, shared_a=False) -> bool:
+    """Whether T tokens of B samples cost less with E experts mixed into one LoRA per sample (per_sample.py).
+
+        gated    T E r D products        mixed    (T + B E) r D products, and MIX_CALLS calls
+
+    D is D_out with a shared A, else D_in + D_out.  On a GPU both ways may take as long as their bytes, which
+    `candidates` counts.  T may be symbolic; False for the reference, which computes the LoRAs of all samples
+    for every token.
+    """
+    if E == 1 or B == 0:
+        return False
+    D_in, D_out = index(D_in), index(D_out)
+    if backend in ("triton", "cuda"):
+        tokens = DECODE_T if T <= DECODE_T else 1024 if T <= PREFILL_T else 2 * PREFILL_T
+        return _mixes_on_gpu(tokens, B, E, r, D_in, D_out, dtype, shared_a)
+    if backend != "cpp":
+        return False
+    size = r * (D_out if shared_a else D_in + D_out)
+    once = _mixing(B, E, size, CPU)
+    return int(once * CPU.flops_32 / (2 * (E - 1) * size)) < T
+
+
+def _mixing(B, E, size, device):
+    """Seconds for B mixtures of E matrices of this size."""
+    seconds = max(4 * (B + E) * size / device.bytes_per_s, 2 * B * E * size / device.flops_32)
+    return seconds + MIX_CALLS * device.launch_s
+
+
+@torch.compiler.assume_constant_result
+def _mixes_on_gpu(*call):
+    return _mixes(*call)
+
+
+@functools.lru_cache(maxsize=1024)
+def _mixes(T, B, E, r, D_in, D_out, dtype, shared_a):
+    gpu = this_gpu()
+    device = GPUS[gpu]
+
+    def cheapest(experts, K):
+        ranks = (r,) * experts
+        return candidates(T, D_in, D_out, ranks, K, dtype, gpu, shared_a)[0].seconds
+
+    gated, size = cheapest(E, E), r * (D_out if shared_a else D_in + D_out)
+    if not shared_a:  # S, its mixture and H pass through memory between three launches more
+        gated += 12 * T * E * r / device.bytes_per_s + 3 * device.launch_s
+    return cheapest(B, 1) + _mixing(B, E, size, device) < gated
+
+
 def explain(
     T: int,
     D_in: int,

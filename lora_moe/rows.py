@@ -1,6 +1,8 @@
-"""What routers and middles share: the adapter's rows, the frozen ones held still; gates as a matrix."""
+"""What routers and middles share: rows of the adapter, of the samples of a batch, of a matrix of gates."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -19,9 +21,16 @@ def adapter_rows(layer) -> tuple[torch.Tensor, torch.Tensor]:
     return A if layer.config.shared_a else torch.where(moves, A, A.detach()), B
 
 
+def for_tokens(samples: Routing, x: torch.Tensor) -> Routing:
+    """One row per token of x, from one per sample."""
+    rows = samples.indices.shape[0]
+    return samples.repeat(math.prod(x.shape[:-1]) // rows if rows else 0)
+
+
 def dense_gates(routing: Routing, E: int) -> torch.Tensor:
     """(T, E), each expert's weight summed over the slots that hold it."""
     ids = routing.indices.long()
-    weights = torch.where(ids < 0, 0, routing.weights)
+    valid = (ids >= 0) & (ids < E)
+    weights = torch.where(valid, routing.weights, 0)
     zero = weights.new_zeros(ids.shape[0], E)
-    return zero.scatter_add(1, ids.clamp(min=0), weights)
+    return zero.scatter_add(1, torch.where(valid, ids, 0), weights)

@@ -77,6 +77,7 @@ PACKAGES = (
             "lora_of_t5": (ONE, "LoRA, T5"),
             "mixed_batch": ("`from_peft`, `task_ids`", "two LoRAs in a batch, Llama"),
             "xlora": ("`presets.xlora`", "X-LoRA, Llama"),
+            "poly": ("`presets.poly`", "Poly, Llama"),
             "mixtral": (OWN, "LoRA on Mixtral's experts"),
             "qwen3_moe": (OWN, "LoRA on Qwen3-MoE's experts"),
         },

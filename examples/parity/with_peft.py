@@ -1,4 +1,4 @@
-"""PEFT: LoRA, several LoRAs in one batch, X-LoRA, and LoRA on a MoE model's own experts."""
+"""PEFT: LoRA, several LoRAs in one batch, X-LoRA, Poly, and LoRA on a MoE model's own experts."""
 
 from __future__ import annotations
 
@@ -114,6 +114,37 @@ def xlora() -> Pair:
         ),
         x,
     )
+
+
+def poly() -> Pair:
+    """Skills that each sample's task mixes into one LoRA; in evaluation mode, without noise."""
+    E, r = 3, 2
+    config = peft.PolyConfig(r=r, n_tasks=4, n_skills=E, target_modules=TARGETS)
+    theirs = fill(wrapped(llama(), config), std=1.0)
+    ours = inject(llama(), presets.poly(4, E, r, target_modules=TARGETS))
+    tasks = torch.tensor([3, 1])
+
+    def arranged(of):
+        found = {}
+        for path in injected(ours):
+            module = theirs.base_model.model.get_submodule(path)
+            A, B = (of(t["default"])[0] for t in (module.poly_lora_A, module.poly_lora_B))
+            found[f"{path}.lora_A"], found[f"{path}.lora_B"] = A.mT.flatten(0, 1), B.flatten(0, 1)
+            found[f"{path}.router_table"] = of(module.poly_router["default"].module_logits)
+        return found
+
+    with torch.no_grad():
+        for name, tensor in arranged(lambda p: p).items():
+            ours.get_parameter(name).copy_(tensor)
+    ids, x = embedded(ours)
+
+    def routed(x):
+        with use_routing(ours, task_ids=tasks):
+            return causal(ours, ids)(x)
+
+    gradients = partial(arranged, lambda p: p.grad)
+    named = partial(theirs.base_model, task_ids=tasks)  # PeftModel itself drops them
+    return Pair(Side(routed, gradients_of(ours)), Side(causal(named, ids), gradients), x)
 
 
 def mixtral() -> Pair:

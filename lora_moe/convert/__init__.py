@@ -14,10 +14,12 @@ from reprlib import repr as brief
 from typing import NamedTuple
 
 from ..io import FILE_NAME
-from . import bank, coin, hydralora, meteora, mixlora, moe_peft, peft
+from . import bank, coin, hydralora, meteora, mixlora, moe_peft, peft, poly
 from .source import Source, opened
 
-FORMATS = ("mixlora", "loramoe", "mola", "hydralora", "meteora", "coin", "peft", "lora_moe")
+FORMATS = (
+    "mixlora", "loramoe", "mola", "hydralora", "meteora", "coin", "poly", "peft", "lora_moe",
+)  # fmt: skip
 
 
 class Converted(NamedTuple):
@@ -85,7 +87,8 @@ def _recognized(sources: list[Source]) -> str:
     kind = moe_peft.kind_of(source)
     if kind:
         return kind
-    for name, module in (("hydralora", hydralora), ("coin", coin), ("meteora", meteora)):
+    known = {"hydralora": hydralora, "coin": coin, "meteora": meteora, "poly": poly}
+    for name, module in known.items():
         if module.fits(source):
             return name
     if source.config.get("peft_type") == "LORA":
@@ -107,7 +110,8 @@ def _read(format, sources, notes, adapters, top_k):
     _expect_unused(format, adapters=adapters, top_k=top_k)
     if format in ("loramoe", "mola"):
         return moe_peft.read(source, notes, format)
-    return {"mixlora": mixlora, "hydralora": hydralora, "coin": coin}[format].read(source, notes)
+    importers = {"mixlora": mixlora, "hydralora": hydralora, "coin": coin, "poly": poly}
+    return importers[format].read(source, notes)
 
 
 def _expect_unused(format, **options):

@@ -29,12 +29,13 @@ NO_LOSSES = {"balance_coef": 0.0, "z_coef": 0.0}
 
 
 class Experts(NamedTuple):
-    """The experts around one linear map, with a token router."""
+    """The experts around one linear map, with the one tensor of their router."""
 
     config: LoraMoeConfig
     lora_A: torch.Tensor  # (R, D_in), (r, D_in) if shared
     lora_B: torch.Tensor  # (R, D_out)
-    router_weight: torch.Tensor  # (E, D_in)
+    router: torch.Tensor  # (E, D_in) of a token router
+    router_name: str = "router_weight"
 
 
 class FfnExperts(NamedTuple):
@@ -116,12 +117,13 @@ def write(directory: str | os.PathLike, bank: dict[str, Experts | FfnExperts]) -
 
 def _layer(path, module, experts):
     """A layer on the meta device, and the values of its tensors."""
-    values = {"router_weight": experts.router_weight}
     if not isinstance(experts, FfnExperts):
-        values |= {"lora_A": experts.lora_A, "lora_B": experts.lora_B}
+        values = {"lora_A": experts.lora_A, "lora_B": experts.lora_B}
+        values[experts.router_name] = experts.router
         return LoraMoeLinear(module, experts.config), values
     if ffn_width(module) != experts.router_weight.shape[1]:
         raise ValueError(f"{path}: expected linear maps of an FFN, got {experts.sizes()}")
+    values = {"router_weight": experts.router_weight}
     for name, (A, B) in experts.pairs.items():
         values |= {f"lora_A_{name}": A, f"lora_B_{name}": B}
     config = dataclasses.replace(experts.config, target_modules=tuple(experts.pairs))

@@ -10,6 +10,7 @@ import torch
 from .. import functional as F
 from ..components import MAX_TASKS, TensorSpec, count, register
 from ..middle import Middle
+from ..per_sample import add_mixed, pays
 from ..routing import Routing
 from ..rows import adapter_rows, dense_gates
 
@@ -44,7 +45,12 @@ class CoreMiddle(Middle):
         return {"middle_core": TensorSpec((self.num_tasks, r, r), identity)}
 
     def mix(self, x, base, routing, tensors, batch):
-        layer, (A, B) = batch.layer, adapter_rows(batch.layer)
+        layer, samples = batch.layer, batch.samples
+        if pays(layer, x, samples):
+            tasks = batch.sample_tasks(x)
+            if tasks is not None and len(tasks) == len(samples.indices):
+                return self._mix_once(x, base, samples, tensors["middle_core"], tasks, layer)
+        A, B = adapter_rows(layer)
         S, _ = F.shrink(x, A)  # (T, r)
         core = tensors["middle_core"].to(S)
         N, r, _ = core.shape
@@ -54,3 +60,8 @@ class CoreMiddle(Middle):
         E = batch.config.num_experts
         gates = (dense_gates(routing, E) * layer.scaling).to(S)  # (T, E)
         return F.expand((gates[:, :, None] * S[:, None]).flatten(1), B, base)
+
+    def _mix_once(self, x, base, samples, core, tasks, layer):
+        ids = samples.indices.masked_fill(tasks[:, None] < 0, -1)
+        cores = core[tasks.clamp(min=0)]  # (B, r, r)
+        return add_mixed(layer, x, base, samples._replace(indices=ids), cores)

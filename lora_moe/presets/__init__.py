@@ -10,7 +10,7 @@ from .adapters import Adapters, meteora, moa, xlora
 from .experts import adamole, hydralora, loramoe, moelora, mola, smora
 from .ffn import llava_mole, mixlora
 from .sequences import conditional_mixlora, smola
-from .tasks import branch_lora, c_lorae, contrastive_loss, mlore, more, mtl_lora
+from .tasks import branch_lora, c_lorae, contrastive_loss, mlore, more, mtl_lora, poly
 from .two_passes import two_passes
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "mola",
     "more",
     "mtl_lora",
+    "poly",
     "smola",
     "smora",
     "two_passes",

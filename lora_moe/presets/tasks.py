@@ -1,4 +1,4 @@
-"""Presets that route by the batch's tasks (use_routing): MTL-LoRA, MoRE, MLoRE, C-LoRAE, BranchLoRA."""
+"""Presets that route by the batch's tasks (use_routing): MTL-LoRA, Poly, MoRE, MLoRE, C-LoRAE, BranchLoRA."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from torch import nn
 
 from ..components import first_of
 from ..config import LoraMoeConfig
-from ..middles import CoreMiddle
+from ..middles import CoreMiddle, MixedMiddle
 from ..recompute import recomputing
-from ..routers import GenericRouter, PerTaskRouter, PrefixRouter, SequenceRouter, TaskRouter
+from ..routers import (
+    GenericRouter,
+    PerTaskRouter,
+    PolyRouter,
+    PrefixRouter,
+    SequenceRouter,
+    TaskRouter,
+)
 from ..routers import UniversalRouter as Universal
 from ..steering import layers_of
 from .experts import NO_LOSS, share
@@ -32,6 +39,25 @@ def mtl_lora(
     sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts, "shared_a": True}
     chosen = {"router": TaskRouter(num_tasks), "middle": CoreMiddle(num_tasks)}
     named = {"alpha": alpha, "temperature": temperature, "target_modules": target_modules}
+    return LoraMoeConfig(**sizes, **NO_LOSS | chosen | named | fields)
+
+
+def poly(
+    num_tasks: int, num_experts=4, r=8, alpha=1.0, *, target_modules=(), **fields
+) -> LoraMoeConfig:
+    """y = W0 x + (alpha / r) (sum_e g_e B_e) (sum_e g_e A_e) x,   g_e = p_e / sum of p,   p = sigmoid(G_t).
+
+    The task t mixes E skills, each a LoRA, into one LoRA; in training, p is a sample of the relaxed
+    Bernoulli distribution with logits G_t.  This is PEFT's Poly with its scale 1 / r and n_splits=1;
+    more splits (multi-head routing, MHR) are not supported.
+
+    Args:
+        num_experts: E, the number of skills.
+    Source: Ponti et al. 2023 (Polytropon), arXiv 2202.13914, and PEFT's Poly.
+    """
+    sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts, "alpha": alpha}
+    chosen = {"router": PolyRouter(num_tasks), "middle": MixedMiddle()}
+    named = {"target_modules": target_modules}
     return LoraMoeConfig(**sizes, **NO_LOSS | chosen | named | fields)
 
 

@@ -6,6 +6,7 @@ from .generic import GenericRouter
 from .hidden import HiddenRouter
 from .noisy import NoisyRouter
 from .per_task import PerTaskRouter
+from .poly import PolyRouter
 from .prefix import PrefixRouter
 from .sequence import SequenceRouter
 from .task import TaskRouter
@@ -19,6 +20,7 @@ __all__ = [
     "HiddenRouter",
     "NoisyRouter",
     "PerTaskRouter",
+    "PolyRouter",
     "PrefixRouter",
     "Router",
     "SequenceRouter",

@@ -38,6 +38,21 @@ class Router(Component):
     def fields_read(self) -> tuple[str, ...]:
         return self.config_fields
 
+    def __init_subclass__(cls, **kwargs):
+        """A class that overrides `route` alone decides per token again."""
+        super().__init_subclass__(**kwargs)
+        if "route" in vars(cls) and "per_sample" not in vars(cls):
+            cls.per_sample = Router.per_sample  # type: ignore[method-assign]
+
+    def per_sample(
+        self, x: torch.Tensor, tensors: dict[str, torch.Tensor], batch: Batch
+    ) -> Routing | None:
+        """The decision with one row per sample of x (B, L, D_in), where all L tokens share it; else None.
+
+        A layer then asks for no `route`, and may mix the experts once per sample.
+        """
+        return None
+
     def route(self, x: torch.Tensor, tensors: dict[str, torch.Tensor], batch: Batch) -> Routing:
         """The decision for each token of x.
 

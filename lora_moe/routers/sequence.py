@@ -9,6 +9,7 @@ import torch
 
 from ..components import first_of, one_of, register
 from ..kept import keep, kept_decision
+from ..rows import for_tokens
 from .base import Router
 from .token import TokenRouter
 
@@ -54,17 +55,19 @@ class SequenceRouter(Router):
     def tensors(self, config, D_in, D_out):
         return self.inner.tensors(config, D_in, D_out)
 
-    def route(self, x, tensors, batch):
+    def per_sample(self, x, tensors, batch):
         if x.dim() != 3:
             raise ValueError(
                 f"x: expected (B, L, D_in) to decide by sequence, got {tuple(x.shape)}"
             )
-        B, L = x.shape[:2]
-        kept = kept_decision(batch.layer, B)
+        kept = kept_decision(batch.layer, x.shape[0])
         if kept is None:
             kept = self.inner.route(self.row(x, batch), tensors, batch)
             keep(batch.layer, kept)
-        return kept.repeat(L)
+        return kept
+
+    def route(self, x, tensors, batch):
+        return for_tokens(self.per_sample(x, tensors, batch), x)
 
     def row(self, x: torch.Tensor, batch) -> torch.Tensor:
         """The row that each sequence decides by.  (B, L, D_in) -> (B, D_in)"""

@@ -56,14 +56,19 @@ class TaskRouter(Router):
         init = even if self.table == "weights" else normal
         return {"router_table": TensorSpec((self.num_tasks, E), init)}
 
+    def per_sample(self, x, tensors, batch):
+        tasks = batch.sample_tasks(x)
+        return None if tasks is None else self.of(tasks, tensors, batch.config)
+
     def route(self, x, tensors, batch):
-        tasks, E = batch.tasks(x), batch.config.num_experts
+        return self.of(batch.tasks(x), tensors, batch.config)
+
+    def of(self, tasks: torch.Tensor, tensors, config) -> Routing:
+        """The decision of each of the tasks (T,), -1 for none."""
         if self.table == "expert":
-            return Routing.from_ids(tasks, num_experts=E)
+            return Routing.from_ids(tasks, num_experts=config.num_experts)
         rows = tensors["router_table"][tasks.clamp(min=0)]  # (T, E)
-        decided = (
-            Routing.from_gates(rows) if self.table == "weights" else decide(rows, batch.config)
-        )
+        decided = Routing.from_gates(rows) if self.table == "weights" else decide(rows, config)
         return without(decided, tasks < 0)
 
 

@@ -122,3 +122,17 @@ def test_explain_refuses_what_no_call_has(change):
     }
     with pytest.raises(ValueError, match=r"device|ranks"):
         plan.explain(**call | change)
+
+
+def test_where_experts_are_mixed_once_per_sample():
+    shape = 8, 8, 576, 1536, torch.float32  # E, r, D_in, D_out
+    for shared_a in (False, True):
+        assert plan.mixes("cpp", 480, 8, *shape, shared_a)
+        assert not plan.mixes("cpp", 16, 16, *shape, shared_a)  # decoding
+        assert not plan.mixes("cpp", 480, 480, *shape, shared_a)
+        assert not plan.mixes("cpp", 480, 4, 1, *shape[1:], shared_a)
+        assert not plan.mixes("reference", 480, 8, *shape, shared_a)
+        for T in (1, 16, 17, 4096, 100_000):
+            assert plan.mixes("triton", T, 1, *shape, shared_a) in (True, False)
+    assert not plan.mixes("triton", 4, 4, *shape)
+    assert plan.mixes("triton", 8192, 4, 64, 16, 4096, 4096, torch.bfloat16)

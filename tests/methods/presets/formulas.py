@@ -133,6 +133,23 @@ def mtl_lora(p, x, tasks, **_):
     return torch.stack(y)
 
 
+def poly(p, x, tasks, train, **_):
+    if train:
+        torch.manual_seed(1)
+        u = torch.rand(B, 4, dtype=x.dtype)
+    y = []
+    for b in range(B):
+        logits = p["router_table"][tasks[b]]
+        if train:
+            logits = logits + torch.log(u[b]) - torch.log(1 - u[b])
+        g = torch.sigmoid(logits) / torch.sigmoid(logits).sum()
+        pairs = experts(p, 4, 2)
+        A = sum(g[e] * pairs[e][0] for e in range(4))
+        B_mixed = sum(g[e] * pairs[e][1] for e in range(4))
+        y.append(8 / 2 * x[b] @ A.T @ B_mixed.T)
+    return torch.stack(y)
+
+
 def more(p, x, tasks, **_):
     y = []
     for b in range(B):
@@ -275,6 +292,7 @@ CASES = {
     "mtl_lora": Case(
         lambda **f: presets.mtl_lora(3, 3, 2, 8, temperature=0.5, **f), mtl_lora, tasks=True
     ),
+    "poly": Case(lambda **f: presets.poly(3, 4, 2, 8, **f), poly, tasks=True),
     "more": Case(lambda **f: presets.more(3, 3, 6, 8, **f), more, tasks=True),
     "conditional_mixlora": Case(
         lambda **f: presets.conditional_mixlora(6, 2, 8, **f), conditional_mixlora, sequence=True
