@@ -1,9 +1,11 @@
 """The Triton kernels, forward and backward.
 
-`lora_forward` and `lora_backward` pick kernels by plan.  A file named after a kernel holds it and its
-launcher.  Shared: `gating` and `numerics` inside kernels; `experts`, `tiles` and `launching` around them.
-The functions have the signatures of the operators in lora_moe/ops.py.  They take CUDA tensors, and CPU
-tensors if TRITON_INTERPRET=1 is set before Triton is imported, in fp32, fp16 and bf16.
+Exported are the operators of lora_moe/ops.py, with their signatures.  They take CUDA tensors, and CPU tensors
+if TRITON_INTERPRET=1 is set before Triton is imported, in fp32, fp16 and bf16.
+
+`lora_forward`, `lora_backward` and `banks` pick kernels by plan.  A file named after a kernel holds it and
+its launcher.  Shared: `gating` and `numerics` inside kernels; `experts`, `slots`, `operands`, `tiles` and
+`launching` around them.
 """
 
 if __name__ == "triton_kernels":

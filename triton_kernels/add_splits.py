@@ -1,4 +1,4 @@
-"""Sums of splits:  out = partial[0] + partial[1] + ...,  always in this order, rounded once to out's dtype.
+"""Sums over splits:  out = partial[0] + partial[1] + ...,  always in this order, rounded once to out's dtype.
 
 Programs write partial sums to separate places instead of accumulating into one, so that the result does not
 depend on the schedule.  One launch handles up to three sums.  Reads SPLITS*N, writes N.

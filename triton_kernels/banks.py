@@ -14,8 +14,8 @@ import torch
 
 from .decode import decode_banks
 from .experts import bundle_experts
-from .launching import require_supported, rows_contiguous
 from .lora_forward import routed_lora
+from .operands import require_supported, rows_contiguous
 from .router_topk import MAX_EXPERTS, biases_of, gate_options
 
 

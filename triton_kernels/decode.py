@@ -1,13 +1,14 @@
 """The decode plan, for a handful of tokens: two launches, both split until they fill a device.
 
-    splits of [S | logits] = x @ [A | W]^T over splits of D_in           (shrink)
+    partial sums of [S | logits] = x @ [A | W]^T over splits of D_in           (shrink)
     y = base + gate(S, logits) @ B, one tile of columns per program     (here)
 
 Several layers that read the same x are banks: their A, W and B are contiguous in memory, bank after bank, and
 the same two launches run all of them.
 
-Every program adds the splits in order and repeats the routing decision, which costs far less than waiting for
-another launch; the first program stores it.  Blocks of experts that no token picked are skipped, including B.
+Every program adds the partial sums in order and repeats the routing decision, which costs far less than
+waiting for another launch; the first program stores it.  Blocks of experts that no token picked are
+skipped, including B.
 Reads 4*SPLITS*T*(R+E) bytes per program and the picked rows of B, writes T*D_out.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.
@@ -19,9 +20,9 @@ import triton.language as tl
 
 from .gating import route, scatter_slots
 from .launching import launch, precision
-from .numerics import convert, dot, in_first, round_to, rows_of, sum_splits, widen
+from .numerics import convert, dot, in_first, load_total, round_to, rows_of, widen
 from .router_topk import MAX_EXPERTS, RoutingBuffers, decide, new_routing
-from .shrink import shrink_splits, sum_of_splits
+from .shrink import shrink_splits, totals
 from .tiles import choose
 
 
@@ -82,7 +83,7 @@ def _decode_kernel(
     if logits_partial_ptr is not None:
         every = tl.arange(0, BLOCK_E)
         in_logits = t_ok[:, None] & (every < E)[None, :]
-        logits = sum_splits(
+        logits = load_total(
             logits_partial_ptr, SPLITS, T, t0, BANKS * E, bank * E + every, in_logits, BLOCK_T
         )
         gates = route(
@@ -112,7 +113,7 @@ def _decode_kernel(
             if SHARED:
                 s_row = column % TILE_R
             in_s = t_ok[:, None] & row_ok[None, :]
-            s = sum_splits(
+            s = load_total(
                 s_partial_ptr, SPLITS, T, t0, BANKS * width, bank * width + s_row, in_s, BLOCK_T
             )
             if s_ptr is not None:
@@ -141,20 +142,20 @@ def decode(x, w, biases, base, experts, routing, gate):
     if w is None:
         logits_partial = None
     elif E > MAX_EXPERTS or T == 0:  # this many need a separate launch
-        results = decide(*sum_of_splits(logits_partial), biases, gate)
+        results = decide(*totals(logits_partial), biases, gate)
         routing, logits_partial = RoutingBuffers(*results[:2]), None
     tile = choose("decode", x, experts.TILE_R)
     if routing is None:
         routing = new_routing(x, E, gate["K"], tile["BLOCK_T"])
     s, y = x.new_empty(T, len(a), dtype=torch.float32), x.new_empty(T, D_out)
     if T:
-        splits = s_partial, logits_partial
-        _launch(x, splits, [(0, D_out, 0)], biases, base, experts, E, routing, s, y, gate, tile)
+        partials = s_partial, logits_partial
+        _launch(x, partials, [(0, D_out, 0)], biases, base, experts, E, routing, s, y, gate, tile)
     return y, results or (None if w is None else routing.results()), s
 
 
-def _launch(x, splits, columns, biases, base, experts, E, routing, s, y, gate, tile):
-    (s_partial, logits_partial), b = splits, experts.b
+def _launch(x, partials, columns, biases, base, experts, E, routing, s, y, gate, tile):
+    (s_partial, logits_partial), b = partials, experts.b
     tiles = max(triton.cdiv(end - begin, tile["BLOCK_N"]) for begin, end, _ in columns)
     launch(
         x,
@@ -181,5 +182,5 @@ def decode_banks(x, w, biases, base, experts, columns, gate, y):
     (BANKS E,); `columns` as in the kernel.
     """
     E = len(w) // len(columns)
-    splits, tile = shrink_splits(x, experts.a, w), choose("decode", x, experts.TILE_R)
-    _launch(x, splits, columns, biases, base, experts, E, None, None, y, gate, tile)
+    partials, tile = shrink_splits(x, experts.a, w), choose("decode", x, experts.TILE_R)
+    _launch(x, partials, columns, biases, base, experts, E, None, None, y, gate, tile)

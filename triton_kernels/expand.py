@@ -11,9 +11,10 @@ Letters: T tokens, R rank rows, D columns of y.
 import triton
 import triton.language as tl
 
-from .launching import launch, padded, precision, require_supported, rows_contiguous
+from .launching import launch, precision
 from .numerics import INTERPRETED, dot, dot_for_16_bits, matched, round_to, widen
-from .tiles import choose
+from .operands import require_supported, rows_contiguous
+from .tiles import choose, padded
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -103,7 +104,7 @@ def expand(h, b, h2, b2, base, dtype):
     if h2 is not None:
         h2, b2 = rows_contiguous(h2), rows_contiguous(b2)
         second = (h2, h2.stride(0), b2, b2.stride(0))
-    base = None if base is None else rows_contiguous(base)
+    base = rows_contiguous(base)
     tile = choose("expand", b, len(b))
     launch(
         h,

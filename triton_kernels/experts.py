@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .launching import rows_contiguous
+from .operands import rows_contiguous
 from .write_table import write_table
 
 
@@ -56,7 +56,7 @@ def bundle_experts(a, b, scaling, offsets, shared_a):
     TILE_R = max(triton.next_power_of_2(max(ranks)), 16 // TILE_E)
     equal = len(set(ranks)) == 1
     return Experts(
-        None if a is None else rows_contiguous(a),
+        rows_contiguous(a),
         rows_contiguous(b),
         scaling,
         None if equal else write_table(offsets, b),

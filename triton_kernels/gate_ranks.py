@@ -1,6 +1,6 @@
 """The middle of the forward, in rank space:  H = S * gate * scaling, zero for experts not picked.
 
-For more ranks than fit into the registers of `routed_lora`: S comes from `shrink`, H goes to `expand`.
+For more ranks than fit into the registers of `rank_dense`: S comes from `shrink`, H goes to `expand`.
 A program loops over the experts, a few at a time.  Reads 4*T*(R + 2K) bytes, writes T*R in x's dtype.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.

@@ -1,4 +1,4 @@
-"""What every launcher does: check dtypes, pick the precision of fp32 dots, launch."""
+"""How every kernel is launched: on its operands' device, tuned if asked for, with what fp32 precision."""
 
 import functools
 import os
@@ -11,23 +11,6 @@ from .numerics import INTERPRETED
 from .tiles import family
 
 AUTOTUNE = os.environ.get("LORA_MOE_AUTOTUNE") == "1"
-SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def require_supported(*operands, dtype=None):
-    for got in (*(v.dtype for v in operands), *([] if dtype is None else [dtype])):
-        if got not in SUPPORTED:
-            raise TypeError(f"triton kernels: expected float32, float16 or bfloat16, got {got}")
-
-
-def rows_contiguous(v):
-    """v with unit stride along its columns, copied only if it is not."""
-    return v if v.stride(-1) == 1 or v.shape[-1] == 1 else v.contiguous()
-
-
-def padded(n, most):
-    """Columns of a tile for n: a power of two from 16, the minimum of a dot along K, to `most`."""
-    return min(most, max(16, triton.next_power_of_2(n)))
 
 
 def launch(x, kernel, grid, *args, **options):
@@ -56,11 +39,7 @@ def tuned(kernel, warps):
     changes no bit of a result.
     """
     sizes = [name for name in ("D", "D_in", "D_out", "R", "E") if name in kernel.arg_names]
-    tiles = [
-        name
-        for name in kernel.arg_names
-        if name.startswith("BLOCK") or name in ("TILE_E", "TILE_R")
-    ]
+    tiles = [name for name in kernel.arg_names if name.startswith(("BLOCK", "TILE_"))]
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for stages in (1, 2, 3, 4)]
     return triton.autotune(configs, key=sizes + tiles)(kernel)
 

@@ -16,7 +16,7 @@ from .add_splits import add_splits
 from .arrange_slots import arrange_slots
 from .expand import expand
 from .experts import bundle_experts
-from .launching import require_supported, rows_contiguous
+from .operands import require_supported, rows_contiguous
 from .rank_gradient import rank_gradient
 from .router_topk import RoutingBuffers
 from .router_topk_backward import aux_gradients, logits_gradient
@@ -87,7 +87,7 @@ class RankDense:
         if need_b:
             sums["b"] = self.b()
         dx = self.input() if need_x else self.dy.new_empty(0)
-        add_splits(*((splits, out) for splits, out in sums.values() if splits is not None))
+        add_splits(*((partials, out) for partials, out in sums.values() if partials is not None))
         return dx, *(sums[name][1] if name in sums else self.dy.new_empty(0) for name in "awb")
 
     def input(self):

@@ -1,21 +1,23 @@
 """routed_lora and grouped_lora, by plan:
 
-    rank_dense   one kernel, `routed_lora`; where S of all experts does not fit, `shrink`, gate and `expand`
+    rank_dense   one kernel, `rank_dense`; where S of all experts does not fit, `shrink`, gate and `expand`
     segmented    tokens sorted by expert: `segmented_shrink`, `segmented_expand`
     decode       `shrink` in splits of D_in, then `decode` over splits of D_out
+
+With slots kept apart or summed (slots.py), the segmented plan runs.
 
 Each plan computes the same formula; lora_moe/plan.py chooses.
 """
 
 import torch
 
+from .arrange_slots import arrange_slots
 from .decode import decode
 from .expand import expand
 from .experts import bundle_experts
 from .gate_ranks import gate_ranks
-from .launching import require_supported, rows_contiguous
-from .routed_lora import routed_lora as rank_dense
-from .routed_lora import tile_of
+from .operands import require_supported, rows_contiguous
+from .rank_dense import rank_dense, tile_of
 from .router_topk import (
     NO_BIASES,
     RoutingBuffers,
@@ -28,7 +30,7 @@ from .router_topk import (
 from .segmented_expand import segmented_expand
 from .segmented_shrink import segmented_shrink, segments_of
 from .shrink import shrink
-from .slots import grouped_lora_of_slots
+from .slots import of_each_slot, segments_of_slots
 
 
 def routed_lora(
@@ -37,7 +39,7 @@ def routed_lora(
 ):  # fmt: skip
     """y (T, D_out), indices, weights, logits, mean_prob, lse, counts, S."""
     require_supported(x, w, a, b)
-    x, base = rows_contiguous(x), None if base is None else rows_contiguous(base)
+    x, base = rows_contiguous(x), rows_contiguous(base)
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
     router = top_k, gate, renormalize, top_p, threshold
     if plan == "segmented":
@@ -54,11 +56,11 @@ def routed_lora(
 def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots, plan):
     """y (T, D_out), or (T*K, D_out) by slot; S."""
     require_supported(x, a, b)
-    x, base = rows_contiguous(x), None if base is None else rows_contiguous(base)
+    x, base = rows_contiguous(x), rows_contiguous(base)
     experts = bundle_experts(a, b, scaling, offsets, shared_a)
     routing = RoutingBuffers(indices.contiguous(), weights.contiguous())
     if slots != "none":
-        return grouped_lora_of_slots(x, base, routing, experts, slots)
+        return _of_slots(x, base, routing, experts, slots)
     if plan == "segmented":
         return _segmented(x, base, routing, experts)
     if plan == "decode":
@@ -93,6 +95,23 @@ def _segmented(x, base, routing, experts):
     s, h = segmented_shrink(x, experts.a, s, routing, experts, segments)
     y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
     return y, s.view(len(x), -1)
+
+
+def _of_slots(x, base, routing, experts, slots):
+    """y, (T*K, D_out) apart or (T, D_out) summed, and S (T, K*r)."""
+    (T, K), apart = routing.indices.shape, slots == "apart"
+    if T * K == 0:
+        y = x.new_zeros(0 if apart else T, experts.b.shape[1])
+        s = x.new_empty(T, K * experts.largest, dtype=torch.float32)
+        return y if base is None or apart else base + y, s
+    each = of_each_slot(routing)
+    segments, _ = segments_of_slots(x, each, experts)
+    s, h = segmented_shrink(x, experts.a, None, each, experts, segments, in_tiles=apart)
+    if not apart:
+        segments = segments_of(x, routing.indices, experts)
+        h = arrange_slots(s, routing.weights, routing.indices, experts, segments, x)
+    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
+    return y, s.view(T, -1)
 
 
 def _expand_gated(s, routing, experts, base, dtype):

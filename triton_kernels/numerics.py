@@ -203,9 +203,9 @@ def project(
 
 
 @triton.jit
-def in_first(mask, split):
-    """The mask itself in the first split, all false in the others; split counts from 0."""
-    return mask.to(tl.int32) > split
+def in_first(mask, index):
+    """The mask itself for index 0, all false for any other."""
+    return mask.to(tl.int32) > index
 
 
 @triton.jit
@@ -215,8 +215,8 @@ def rows_of(ptr, t0, width, column, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def sum_splits(partial_ptr, SPLITS, T, t0, width, column, inside, BLOCK_T: tl.constexpr):
-    """The sum that `project` would compute, from the splits that `shrink` wrote.  (SPLITS, T, width)"""
+def load_total(partial_ptr, SPLITS, T, t0, width, column, inside, BLOCK_T: tl.constexpr):
+    """The sum that `project` would compute, from the partial sums that `shrink` wrote.  (SPLITS, T, width)"""
     total = tl.zeros((BLOCK_T, column.shape[0]), tl.float32)
     for _split in range(SPLITS):
         total += tl.load(rows_of(partial_ptr, t0, width, column, BLOCK_T), mask=inside, other=0.0)

@@ -25,7 +25,7 @@ from .gating import (
     share_of_slots,
 )
 from .launching import launch, precision
-from .numerics import project, round_to, rows_of, sum_splits
+from .numerics import load_total, project, round_to, rows_of
 from .router_topk_backward import aux_gradients, logits_gradient
 from .shrink import shrink, shrink_splits
 from .tiles import choose
@@ -33,7 +33,7 @@ from .tiles import choose
 
 @triton.jit(do_not_specialize=["T"])
 def _rank_gradient_kernel(
-    dy_ptr,  # (T, D_out), or None: `shrink` wrote G in splits
+    dy_ptr,  # (T, D_out), or None: `shrink` wrote partial sums of G
     stride_dyt,
     g_partial_ptr,  # (SPLITS, T, R)
     SPLITS,
@@ -74,7 +74,7 @@ def _rank_gradient_kernel(
     inside, s_inside = t_ok[:, None] & row_ok[None, :], t_ok[:, None] & s_ok[None, :]
 
     if dy_ptr is None:
-        g = sum_splits(g_partial_ptr, SPLITS, T, t0, R, row, inside, BLOCK_T)
+        g = load_total(g_partial_ptr, SPLITS, T, t0, R, row, inside, BLOCK_T)
     else:
         g, _ = project(
             dy_ptr, stride_dyt, t, t_ok, b_ptr, stride_br, row, row_ok, None, 0, e, e_ok,
@@ -125,7 +125,7 @@ def rank_gradient(dy, s, routing, experts, router):
     kernel = "rank_gradient" if experts.offsets is None else "rank_gradient_unequal"
     tile = choose(kernel, dy, experts.TILE_E * experts.TILE_R)
     source = (dy, dy.stride(0), None, 0)
-    if tile.pop("SPLIT_D"):
+    if tile.pop("SHRINK_FIRST"):
         g, _ = shrink_splits(dy, b, None)
         source = (None, 0, g, len(g))
     launch(

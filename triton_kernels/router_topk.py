@@ -20,8 +20,9 @@ import triton.language as tl
 
 from .add_splits import add_splits
 from .gating import route
-from .launching import launch, require_supported, rows_contiguous
+from .launching import launch
 from .numerics import project, rows_of
+from .operands import require_supported, rows_contiguous
 from .shrink import shrink
 from .tiles import choose
 

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 
 from .gating import router_gradient, scatter_slots, share_of_slots
-from .launching import launch, require_supported
+from .launching import launch
 from .numerics import rows_of
+from .operands import require_supported
 from .tiles import choose
 
 

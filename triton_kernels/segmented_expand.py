@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from .expand import add_product, rank_step
-from .launching import launch, precision, rows_contiguous
+from .launching import launch, precision
 from .numerics import dot, matched, round_to, widen
+from .operands import rows_contiguous
 from .segmented_shrink import listed_rows, sharing
 
 
@@ -92,7 +93,7 @@ def segmented_expand(h, b, h2, b2, base, segments, experts, dtype):
     if h2 is not None:
         h2, b2 = rows_contiguous(h2), rows_contiguous(b2)
         second = (h2, h2.stride(0), b2, b2.stride(0))
-    base = None if base is None else rows_contiguous(base)
+    base = rows_contiguous(base)
     blocks = triton.cdiv(D, tile["BLOCK_N"])
     launch(
         h,

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import launch, precision, rows_contiguous
+from .launching import launch, precision
 from .numerics import dot, round_to
+from .operands import rows_contiguous
 from .segmented_shrink import sharing
 from .sort_tokens import sort_slots
 from .tiles import choose, sort_window
@@ -81,13 +82,13 @@ def sorted_slots(indices, E):
 
 
 def segmented_wgrad(h, x, slots, experts, frozen, dtype):
-    """Like wgrad_splits: splits (windows, R, D), or None if there is one window, and out (R, D) in dtype."""
+    """Like wgrad_splits, with a partial sum per window: (windows, R, D) or None, and out (R, D)."""
     order, starts, window = slots
     x = rows_contiguous(x)
     R, D, E = len(experts.b), x.shape[1], len(experts.scaling)
     windows, r = len(starts), h.shape[-1]
     out = x.new_empty(R, D, dtype=dtype)
-    splits = None if windows == 1 else x.new_empty(windows, R, D, dtype=torch.float32)
+    partials = None if windows == 1 else x.new_empty(windows, R, D, dtype=torch.float32)
     tile = choose("segmented_wgrad", x, experts.TILE_R)
     TILE_R = experts.own_columns
     block_r = min(TILE_R, 128)
@@ -96,11 +97,11 @@ def segmented_wgrad(h, x, slots, experts, frozen, dtype):
         _segmented_wgrad_kernel,
         (triton.cdiv(D, tile["BLOCK_D"]), E * (TILE_R // block_r), windows),
         *(x, x.stride(0), h, order, starts, window, frozen, experts.offsets, experts.rank),
-        *(out if splits is None else splits, E, R, D, r),
+        *(out if partials is None else partials, E, R, D, r),
         K=sharing(len(order), x),
         TILE_R=TILE_R,
         BLOCK_R=block_r,
         PRECISION=precision(x),
         **tile,
     )
-    return splits, out
+    return partials, out

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from .add_splits import add_splits
-from .launching import launch, padded, precision, require_supported, rows_contiguous
+from .launching import launch, precision
 from .numerics import project, rows_of
-from .tiles import SMALL_T, choose
+from .operands import require_supported, rows_contiguous
+from .tiles import SMALL_T, choose, padded
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -32,7 +33,7 @@ def _shrink_kernel(
     R,
     E,
     D,
-    SPLIT_SIZE,
+    D_SPLIT,  # columns of x per program
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -48,7 +49,7 @@ def _shrink_kernel(
 
     s, logits = project(
         x_ptr, stride_xt, t, t_ok, a_ptr, stride_ar, row, row < R, w_ptr, stride_we, e, e < E,
-        split * SPLIT_SIZE, tl.minimum((split + 1) * SPLIT_SIZE, D), BLOCK_D, PRECISION,
+        split * D_SPLIT, tl.minimum((split + 1) * D_SPLIT, D), BLOCK_D, PRECISION,
     )  # fmt: skip
 
     t0 += split.to(tl.int64) * T
@@ -62,14 +63,15 @@ def _shrink_kernel(
 
 def shrink(x, a, w):
     """S (T, R) and logits (T, E); either matrix may be None, and its result then has no columns."""
-    return sum_of_splits(*shrink_splits(x, a, w))
+    return totals(*shrink_splits(x, a, w))
 
 
-def sum_of_splits(*splits):
-    if len(splits[0]) == 1:
-        return tuple(v[0] for v in splits)
-    out = tuple(v.new_empty(v.shape[1:]) for v in splits)
-    add_splits(*zip(splits, out), by_token=True)
+def totals(*partials):
+    """The sums over the first axis, that of the splits."""
+    if len(partials[0]) == 1:
+        return tuple(v[0] for v in partials)
+    out = tuple(v.new_empty(v.shape[1:]) for v in partials)
+    add_splits(*zip(partials, out), by_token=True)
     return out
 
 
@@ -77,11 +79,11 @@ def shrink_splits(x, a, w):
     """The same with one partial sum per split of D: (SPLITS, T, R), (SPLITS, T, E)."""
     require_supported(x, *(v for v in (a, w) if v is not None))
     x = rows_contiguous(x)
-    a, w = (None if v is None else rows_contiguous(v) for v in (a, w))
+    a, w = (rows_contiguous(v) for v in (a, w))
     (T, D), R, E = x.shape, 0 if a is None else len(a), 0 if w is None else len(w)
     tile = choose("shrink", x, max(R, E))
-    split_size = tile.pop("SPLIT_SIZE", D) or 1
-    splits = max(1, triton.cdiv(D, split_size))
+    d_split = tile.pop("D_SPLIT", D) or 1
+    splits = max(1, triton.cdiv(D, d_split))
     s = x.new_empty(splits, T, R, dtype=torch.float32)
     logits = x.new_empty(splits, T, E, dtype=torch.float32)
     if T == 0:
@@ -100,7 +102,7 @@ def shrink_splits(x, a, w):
         *(x, x.stride(0)),
         *((None, 0) if a is None else (a, a.stride(0))),
         *((None, 0) if w is None else (w, w.stride(0))),
-        *(s, logits, T, R, E, D, split_size),
+        *(s, logits, T, R, E, D, d_split),
         BLOCK_R=block_r,
         BLOCK_E=block_e,
         PRECISION=precision(x),

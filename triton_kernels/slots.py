@@ -11,13 +11,9 @@ summed, dx if they are apart) first needs S or dS rearranged from slots to tiles
 Letters: T tokens, K slots per token, r the largest rank.
 """
 
-import torch
-
-from .arrange_slots import arrange_slots
 from .list_experts import list_experts
 from .router_topk import RoutingBuffers
-from .segmented_expand import segmented_expand
-from .segmented_shrink import Segments, segmented_shrink, segments_of
+from .segmented_shrink import Segments
 from .segmented_wgrad import sorted_slots
 from .tiles import choose
 
@@ -34,20 +30,3 @@ def segments_of_slots(x, routing, experts):
     return Segments(
         slots[0], *list_experts(routing.indices, slots[0], E, tile["BLOCK_T"]), tile
     ), slots
-
-
-def grouped_lora_of_slots(x, base, routing, experts, slots):
-    """y, (T*K, D_out) apart or (T, D_out) summed, and S (T, K*r)."""
-    (T, K), apart = routing.indices.shape, slots == "apart"
-    if T * K == 0:
-        y = x.new_zeros(0 if apart else T, experts.b.shape[1])
-        s = x.new_empty(T, K * experts.largest, dtype=torch.float32)
-        return y if base is None or apart else base + y, s
-    each = of_each_slot(routing)
-    segments, _ = segments_of_slots(x, each, experts)
-    s, h = segmented_shrink(x, experts.a, None, each, experts, segments, in_tiles=apart)
-    if not apart:
-        segments = segments_of(x, routing.indices, experts)
-        h = arrange_slots(s, routing.weights, routing.indices, experts, segments, x)
-    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
-    return y, s.view(T, -1)

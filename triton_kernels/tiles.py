@@ -1,4 +1,4 @@
-"""Tile sizes by architecture: no spills, within the gpu's shared memory, and no autotuning.
+"""Tile sizes by architecture: no spills, within the GPU's shared memory, and no autotuning.
 
 Chosen by inspecting the compiled code (test_triton_compile.py), not by timing.  A tile depends on
 shapes, dtype, architecture and the size class of T.  So a new T in the same class never recompiles, and
@@ -44,50 +44,44 @@ def family(device):
     return "hopper" if target.arch // 10 in (9, 10) else "ampere"
 
 
+def padded(n, most):
+    """Columns of a tile for n: a power of two from 16, the minimum of a dot along K, to `most`."""
+    return min(most, max(16, triton.next_power_of_2(n)))
+
+
 def shrink(gpu, T, half, width):
-    split_size = (
-        {"SPLIT_SIZE": 512} if T <= SMALL_T else {"SPLIT_SIZE": 1024} if T <= MEDIUM_T else {}
-    )
+    """D_SPLIT: columns of x per program; without it, all of them."""
+    split = {"D_SPLIT": 512 if T <= SMALL_T else 1024} if T <= MEDIUM_T else {}
     if T <= SMALL_T and half:
-        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **split_size}
+        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **split}
     if not half:
-        return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **split_size}
+        return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **split}
     if gpu == "ampere":
-        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **split_size}
-    return {"BLOCK_T": 64, "BLOCK_D": 64, **split_size}
+        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **split}
+    return {"BLOCK_T": 64, "BLOCK_D": 64, **split}
 
 
-def routed_lora(gpu, T, half, width):
-    """SPLIT_SIZE: columns of y that a program writes, at most all of them; None: `expand` writes y."""
+def rank_dense(gpu, T, half, width):
+    """D_OUT_SPLIT: columns of y that a program writes, at most all of them; None: `expand` writes y."""
     if T <= MEDIUM_T or (gpu == "ampere" and width > 128):
-        split_size = 512 if half and T <= MEDIUM_T else None
-        tile = {
-            "BLOCK_T": 16,
-            "BLOCK_D": 32,
-            "BLOCK_N": 32,
-            "SPLIT_D": True,
-            "SPLIT_SIZE": split_size,
-        }
-        return tile | {"num_warps": 4 if width <= 128 else 8}
-    tile = {"BLOCK_N": 64, "SPLIT_D": False, "num_warps": 8}
+        columns = 512 if half and T <= MEDIUM_T else None
+        tile = {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "num_warps": 4 if width <= 128 else 8}
+        return tile | {"SHRINK_FIRST": True, "D_OUT_SPLIT": columns}
+    columns = ALL if half and width <= 128 and gpu != "ampere" else None
+    tile = {"BLOCK_N": 64, "num_warps": 8, "SHRINK_FIRST": False, "D_OUT_SPLIT": columns}
     if half:
-        split_size = ALL if width <= 128 and gpu != "ampere" else None
-        return tile | {
-            "BLOCK_T": 64,
-            "BLOCK_D": 32 if gpu == "ampere" else 64,
-            "SPLIT_SIZE": split_size,
-        }
-    return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32, "SPLIT_SIZE": None}
+        return tile | {"BLOCK_T": 64, "BLOCK_D": 32 if gpu == "ampere" else 64}
+    return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32}
 
 
-def routed_lora_many_experts(gpu, T, half, width):
+def rank_dense_many_experts(gpu, T, half, width):
     """Their logits and gates leave no room for an S of more than 128 ranks."""
-    return routed_lora(gpu, MEDIUM_T if width > 128 else T, half, width)
+    return rank_dense(gpu, MEDIUM_T if width > 128 else T, half, width)
 
 
-def routed_lora_shared(gpu, T, half, width):
+def rank_dense_shared(gpu, T, half, width):
     """A has so few rows that loading whole rows takes a longer step."""
-    tile = routed_lora(gpu, T, half, width)
+    tile = rank_dense(gpu, T, half, width)
     return tile | {"BLOCK_D": 128 if half else 64}
 
 
@@ -97,9 +91,9 @@ def decode(gpu, T, half, width):
 
 def rank_gradient(gpu, T, half, width):
     if T <= MEDIUM_T:
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "SPLIT_D": True}
+        return {"BLOCK_T": 16, "BLOCK_D": 32, "SHRINK_FIRST": True}
     rows = 16 if not half else 32 if gpu == "ampere" or width > 128 else 64
-    tile = {"BLOCK_T": rows, "BLOCK_D": 64, "SPLIT_D": False, "num_warps": 8}
+    tile = {"BLOCK_T": rows, "BLOCK_D": 64, "SHRINK_FIRST": False, "num_warps": 8}
     return tile | {"num_stages": 3 if half else 2}
 
 
@@ -165,9 +159,9 @@ TILES = {
     tile.__name__: tile
     for tile in (
         shrink,
-        routed_lora,
-        routed_lora_many_experts,
-        routed_lora_shared,
+        rank_dense,
+        rank_dense_many_experts,
+        rank_dense_shared,
         decode,
         rank_gradient,
         rank_gradient_unequal,
@@ -189,7 +183,7 @@ def interpreted(kernel, T, half):
     few, some = T <= 16, T <= 64
     tile = {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32}
     if kernel == "shrink" and few:
-        tile["SPLIT_SIZE"] = tile["BLOCK_D"]
+        tile["D_SPLIT"] = tile["BLOCK_D"]
     elif kernel == "decode":
         tile = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": 128}
     elif kernel.startswith("wgrad"):
@@ -197,11 +191,11 @@ def interpreted(kernel, T, half):
     elif kernel == "segmented":
         tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
     elif kernel.startswith("rank_gradient"):
-        tile["SPLIT_D"] = few
-    elif kernel.startswith("routed_lora"):
-        tile |= {"BLOCK_N": 64, "SPLIT_D": few, "SPLIT_SIZE": None}
+        tile["SHRINK_FIRST"] = few
+    elif kernel.startswith("rank_dense"):
+        tile |= {"BLOCK_N": 64, "SHRINK_FIRST": few, "D_OUT_SPLIT": None}
         if half and some:  # as on a GPU; fp32 sums in `expand` use a different order
-            tile["SPLIT_SIZE"] = 64 if few else ALL
+            tile["D_OUT_SPLIT"] = 64 if few else ALL
     elif kernel in ("router_topk_backward", "gate_ranks"):
         del tile["BLOCK_D"]
     return tile
@@ -219,10 +213,10 @@ def choose(kernel, x, width):
     gpu, T, half = family(x.device), len(x), x.itemsize == 2
     if gpu == "interpreter":
         return interpreted(kernel, T, half)
-    if x.dtype == torch.float16 and gpu == "ampere" and kernel == "routed_lora":
+    if x.dtype == torch.float16 and gpu == "ampere" and kernel == "rank_dense":
         T = min(T, MEDIUM_T)  # the two terms of x leave no room for S: `shrink` runs first
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](gpu, T, half, width)
-    splits_x = kernel == "router_topk" or (kernel in ("shrink", "routed_lora") and width > 16)
+    splits_x = kernel == "router_topk" or (kernel in ("shrink", "rank_dense") and width > 16)
     tight = kernel == "wgrad_many_experts" or (kernel == "wgrad" and gpu == "ampere")
     if x.dtype == torch.float16 and tight:
         tile |= {"BLOCK_D": 32, "MAX_R": 64, "num_warps": 4}  # the same holds with dlogits

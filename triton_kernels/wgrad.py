@@ -1,4 +1,4 @@
-"""Wgrad:  H^T x  and  H2^T x, in one pass over x.
+"""Weight gradients (wgrad):  H^T x  and  H2^T x, in one pass over x.
 
 The gradients of A and of the router's W share x, so [dS | dlogits]^T x is computed tile by tile in two
 dots; a single concatenated operand would be padded to twice its size.  A program owns a tile of columns, a
@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from .add_splits import add_splits
-from .launching import launch, padded, precision, require_supported, rows_contiguous
+from .launching import launch, precision
 from .numerics import dot, round_to
-from .tiles import choose
+from .operands import require_supported, rows_contiguous
+from .tiles import choose, padded
 
 
 @triton.jit(do_not_specialize=["T", "T_SPLIT"])
@@ -32,7 +33,7 @@ def _wgrad_kernel(
     stride_h2t,
     out2_ptr,  # (SPLITS, R2, D)
     T,
-    T_SPLIT,
+    T_SPLIT,  # tokens per program
     ROWS,
     R,
     R2,
@@ -75,29 +76,30 @@ def _wgrad_kernel(
 
 def wgrad(h, x):
     """H^T x (R, D), fp32."""
-    splits, out = wgrad_splits(h, x, torch.float32)
-    if splits is not None:
-        add_splits((splits, out))
+    partials, out = wgrad_splits(h, x, torch.float32)
+    if partials is not None:
+        add_splits((partials, out))
     return out
 
 
 def wgrad_splits(h, x, dtype, rows=None):
-    """H^T x: splits (SPLITS, R, D) and their sum's tensor (R, D) in dtype; splits are None if it is complete.
+    """H^T x: partial sums (SPLITS, R, D), or None if there is one split, and `out` (R, D) in dtype.
 
-    With a table of rows, the other rows are zero.
+    `out` is complete if there is one split, else `add_splits` fills it.  With a table of rows, the other
+    rows are zero.
     """
-    return _gram_parts(h, x, dtype, rows, None, torch.float32)[0]
+    return _wgrad_splits(h, x, dtype, rows, None, torch.float32)[0]
 
 
 def wgrad_pair_splits(h, h2, x, dtype, dtype2, rows=None):
     """The same for H^T x and H2^T x in one pass over x."""
-    return _gram_parts(h, x, dtype, rows, h2, dtype2)
+    return _wgrad_splits(h, x, dtype, rows, h2, dtype2)
 
 
-def _gram_parts(h, x, dtype, rows, h2, dtype2):
+def _wgrad_splits(h, x, dtype, rows, h2, dtype2):
     require_supported(h, x)
     h, x = rows_contiguous(h), rows_contiguous(x)
-    h2 = None if h2 is None else rows_contiguous(h2)
+    h2 = rows_contiguous(h2)
     (T, D), R, R2 = x.shape, h.shape[1], 0 if h2 is None else h2.shape[1]
     wanted = R if rows is None else len(rows)
     if T == 0 or D == 0 or R == 0 or wanted + R2 == 0:
@@ -106,8 +108,8 @@ def _gram_parts(h, x, dtype, rows, h2, dtype2):
     block_r, block_r2 = padded(wanted, tile.pop("MAX_R")), padded(R2, 64)
     columns = triton.cdiv(D, tile["BLOCK_D"])
     blocks = max(triton.cdiv(wanted, block_r), triton.cdiv(R2, block_r2))
-    split_size = split_tokens(T, columns * blocks, tile["BLOCK_T"])
-    splits = triton.cdiv(T, split_size)
+    t_split = split_tokens(T, columns * blocks, tile["BLOCK_T"])
+    splits = triton.cdiv(T, t_split)
 
     def room(n, kind, empty):
         out = empty(n, D, dtype=kind)
@@ -115,14 +117,14 @@ def _gram_parts(h, x, dtype, rows, h2, dtype2):
 
     first = room(R, dtype, x.new_empty if rows is None else x.new_zeros)
     second = room(R2, dtype2, x.new_empty)
-    at, at2 = (out if splits is None else splits for splits, out in (first, second))
+    at, at2 = (out if partials is None else partials for partials, out in (first, second))
     launch(
         x,
         _wgrad_kernel,
         (columns, blocks, splits),
         *(x, x.stride(0), h, h.stride(0), rows, at),
         *(h2, 0 if h2 is None else h2.stride(0), at2),
-        *(T, split_size, wanted, R, R2, D),
+        *(T, t_split, wanted, R, R2, D),
         BLOCK_R=block_r,
         BLOCK_R2=block_r2,
         PRECISION=precision(x),

@@ -148,8 +148,8 @@ def last_line(done):
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum"
 SAMPLE = (  # what ncu prints, for the dry run
     '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-    '"0","_routed_lora_kernel","dram__bytes_read.sum","Mbyte","135.2"\n'
-    '"0","_routed_lora_kernel","dram__bytes_write.sum","byte","67,108,864"\n'
+    '"0","_rank_dense_kernel","dram__bytes_read.sum","Mbyte","135.2"\n'
+    '"0","_rank_dense_kernel","dram__bytes_write.sum","byte","67,108,864"\n'
 )
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
@@ -160,7 +160,7 @@ def traffic():
         tell("ncu", None, "not on the PATH: left out")
         return
     counted = read_counters(SAMPLE if DRY else profile())
-    expected = {"_routed_lora_kernel": 202e6} if DRY else accounting()
+    expected = {"_rank_dense_kernel": 202e6} if DRY else accounting()
     for name, size in counted.items():
         if name in expected:
             ratio = size / expected[name]

@@ -15,7 +15,7 @@ from lora_moe.plan import experts_in_a_tile
 
 # axes of the grid along which programs read the same tile of an operand
 AGAIN = {
-    "_routed_lora_kernel": {
+    "_rank_dense_kernel": {
         "x_ptr": (1,), "a_ptr": (0, 1), "w_ptr": (0, 1), "b_ptr": (0,), "s_partial_ptr": (1,),
         "logits_partial_ptr": (1,),
     },
@@ -67,7 +67,7 @@ def products(c):
     T, E = c.get("T"), c.get("E")
     D = c.get("D") or c.get("D_in") or c.get("D_out")
     wide = (c.get("TILE_E") or 1) * (c.get("TILE_R") or 1)
-    if c.name == "_routed_lora_kernel":
+    if c.name == "_rank_dense_kernel":
         if c.tensor("x_ptr"):
             yield T, D, wide
             if c.tensor("w_ptr"):

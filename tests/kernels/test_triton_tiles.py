@@ -82,11 +82,11 @@ def test_decode(part, low_bounds, name):
 def test_the_tiles_are_those_of_the_gpu(part, low_bounds):
     """What a test above runs is what a GPU of this kind gets for thousands of tokens."""
     x = torch.empty(70, 16, dtype=torch.bfloat16)
-    lowered = tiles.choose("routed_lora", x, 128)
+    lowered = tiles.choose("rank_dense", x, 128)
     assert lowered["BLOCK_T"] * lowered["BLOCK_D"] >= 2048
     tiles.SMALL_T, tiles.MEDIUM_T = 64, 4096
-    assert tiles.choose("routed_lora", x.new_empty(4097, 16), 128) == lowered
-    assert tiles.choose("routed_lora", x, 128) != lowered
+    assert tiles.choose("rank_dense", x.new_empty(4097, 16), 128) == lowered
+    assert tiles.choose("rank_dense", x, 128) != lowered
 
 
 def test_one_token_past_the_largest_bound(part):

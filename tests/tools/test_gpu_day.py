@@ -119,7 +119,7 @@ def test_a_stage_that_ends_badly_is_a_finding(command, expected, tmp_path, monke
 
 def test_counters_of_ncu_are_read():
     text = "==PROF== noise\n" + stages.SAMPLE
-    assert stages.read_counters(text) == {"_routed_lora_kernel": 135.2e6 + 67_108_864}
+    assert stages.read_counters(text) == {"_rank_dense_kernel": 135.2e6 + 67_108_864}
     assert stages.read_counters("==ERROR== no permission") == {}
 
 

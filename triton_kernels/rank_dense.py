@@ -1,4 +1,4 @@
-"""Router top-k, shrink, gate and expand, in one pass over x and one over y:
+"""The rank-dense plan: router top-k, shrink, gate and expand, in one pass over x and one over y:
 
     [S | logits] = x @ [A | W]^T      H = gate(S, logits)      y = base + H @ B
 
@@ -19,14 +19,14 @@ import triton.language as tl
 from .expand import expand
 from .gating import apply_gate, expert_rows, narrow, route, saved_rows, scatter_slots
 from .launching import launch, precision
-from .numerics import convert, dot, in_first, project, round_to, rows_of, sum_splits, widen
+from .numerics import convert, dot, in_first, load_total, project, round_to, rows_of, widen
 from .shrink import shrink_splits
 from .tiles import choose
 
 
 @triton.jit(do_not_specialize=["T"])
-def _routed_lora_kernel(
-    x_ptr,  # (T, D_in), or None: `shrink` wrote its sums in splits
+def _rank_dense_kernel(
+    x_ptr,  # (T, D_in), or None: `shrink` wrote partial sums
     stride_xt,
     s_partial_ptr,  # (SPLITS, T, R or r)
     logits_partial_ptr,  # (SPLITS, T, E)
@@ -52,7 +52,7 @@ def _routed_lora_kernel(
     R,
     D_in,
     D_out,
-    SPLIT_SIZE,  # columns of y that a program writes
+    D_OUT_SPLIT,  # columns of y per program
     top_p,
     threshold,
     K: tl.constexpr,
@@ -77,11 +77,11 @@ def _routed_lora_kernel(
     split = tl.program_id(1)  # a split of y; the first one stores what all of them compute
 
     if x_ptr is None:
-        s = sum_splits(s_partial_ptr, SPLITS, T, t0, width, s_row, s_inside, BLOCK_T)
+        s = load_total(s_partial_ptr, SPLITS, T, t0, width, s_row, s_inside, BLOCK_T)
         logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
         if w_ptr is not None:
             inside = t_ok[:, None] & (e < E)[None, :]
-            logits = sum_splits(logits_partial_ptr, SPLITS, T, t0, E, e, inside, BLOCK_T)
+            logits = load_total(logits_partial_ptr, SPLITS, T, t0, E, e, inside, BLOCK_T)
     else:
         s, logits = project(
             x_ptr, stride_xt, t, t_ok, a_ptr, stride_ar, s_row, s_ok, w_ptr, stride_we, e, e < E,
@@ -104,8 +104,8 @@ def _routed_lora_kernel(
         tl.store(rows_of(h_ptr, t0, R, row, BLOCK_T), h, mask=inside)
     else:
         h = round_to(h, y_ptr.dtype.element_ty)
-        first = split * SPLIT_SIZE
-        for n0 in range(first, tl.minimum(first + SPLIT_SIZE, D_out), BLOCK_N):
+        first = split * D_OUT_SPLIT
+        for n0 in range(first, tl.minimum(first + D_OUT_SPLIT, D_out), BLOCK_N):
             n = (n0 + tl.arange(0, BLOCK_N))[None, :]
             b = b_ptr + row[:, None].to(tl.int64) * stride_br + n
             b = convert(tl.load(b, mask=row_ok[:, None] & (n < D_out), other=0.0), h.dtype)
@@ -119,35 +119,35 @@ def _routed_lora_kernel(
 
 
 def tile_of(x, experts):
-    kernel = "routed_lora"
+    kernel = "rank_dense"
     if experts.shared_a:
-        kernel = "routed_lora_shared"
+        kernel = "rank_dense_shared"
     elif experts.TILE_E > 16:
-        kernel = "routed_lora_many_experts"
+        kernel = "rank_dense_many_experts"
     return choose(kernel, x, experts.TILE_E * experts.TILE_R)
 
 
-def routed_lora(x, w, biases, experts, base, routing, gate, tile):
+def rank_dense(x, w, biases, experts, base, routing, gate, tile):
     """y (T, D_out) and S (T, R or r) in fp32.  Also fills `routing`, unless w is None: it is given then."""
     a, b = experts.a, experts.b
     T, E, (R, D_out) = len(x), len(experts.scaling), b.shape
     s = x.new_empty(T, len(a), dtype=torch.float32)
-    split_size = tile.pop("SPLIT_SIZE")
-    y = None if split_size is None else x.new_empty(T, D_out)
-    h = x.new_empty(T, R) if split_size is None else None
-    splits = 1 if split_size is None else max(1, triton.cdiv(D_out, split_size))
+    d_out_split = tile.pop("D_OUT_SPLIT")
+    y = None if d_out_split is None else x.new_empty(T, D_out)
+    h = x.new_empty(T, R) if d_out_split is None else None
+    splits = 1 if d_out_split is None else max(1, triton.cdiv(D_out, d_out_split))
     source = (x, x.stride(0), None, None, 0)
-    if tile.pop("SPLIT_D"):
+    if tile.pop("SHRINK_FIRST"):
         sums = shrink_splits(x, a, w)
         source = (None, 0, *sums, len(sums[0]))
     launch(
         x,
-        _routed_lora_kernel,
+        _rank_dense_kernel,
         (triton.cdiv(T, tile["BLOCK_T"]), splits),
         *(*source, w, 0 if w is None else w.stride(0), biases),
         *(a, a.stride(0), b, b.stride(0), base, 0 if base is None else base.stride(0)),
         *(experts.scaling, experts.offsets, experts.rank, routing, s, h, y),
-        *(T, E, R, x.shape[1], D_out, split_size or D_out),
+        *(T, E, R, x.shape[1], D_out, d_out_split or D_out),
         BLOCK_E=max(16, experts.TILE_E),
         PRECISION=precision(x),
         **experts.options,
