@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .context import Decision, fit_rows, sample_rows
+from .fields import expect
 from .kept import cache_in_use
 from .tokens import Tokens
 
@@ -179,10 +180,7 @@ class Component:
             )
         own = {field.name for field in dataclasses.fields(component)}
         unknown = [field for field in fields if field != "kind" and field not in own]
-        if unknown:
-            raise ValueError(
-                f"{name} {kind!r}: expected the fields {sorted(own)}, got {brief(unknown)}"
-            )
+        expect(not unknown, f"{name} {kind!r}", f"the fields {sorted(own)}", unknown)
         values = {f: _read(cls, v, depth) for f, v in fields.items() if f != "kind"}
         try:
             return component(**values)
@@ -231,11 +229,11 @@ def register(cls):
 
 def count(name: str, value, high: int, low: int = 1) -> int:
     """A field's integer in [low, high]; raises ValueError."""
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {brief(value)}")
+    expect(
+        type(value) is int and low <= value <= high, name, f"an integer in [{low}, {high}]", value
+    )
     return value
 
 
 def one_of(name: str, value, known) -> None:
-    if not isinstance(value, str) or value not in known:
-        raise ValueError(f"{name}: expected one of {tuple(known)}, got {brief(value)}")
+    expect(isinstance(value, str) and value in known, name, f"one of {tuple(known)}", value)

@@ -264,8 +264,4 @@ class LoraMoeConfig:
         Raises:
             ValueError: `fields` is no dict, holds an unknown field, or a value does not fit.
         """
-        expect(isinstance(fields, dict), "config", "a dict of fields", fields)
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = [name for name in fields if name not in known]
-        expect(not unknown, "config", f"only the fields {sorted(known)}", unknown)
-        return cls(**fields)
+        return cls(**checked.fields_of(cls, "config", fields))

@@ -5,6 +5,7 @@ A value may come from an untrusted file: each has an upper bound, and no message
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from collections.abc import Collection
 from reprlib import repr as brief
@@ -31,6 +32,15 @@ def expect(condition, name: str, expected: str, received) -> None:
     """Raises ValueError unless the condition holds; no message repeats a value at full length."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {brief(received)}")
+
+
+def fields_of(cls, name: str, fields) -> dict:
+    """`fields` as they are, once all of them are fields of the dataclass."""
+    expect(isinstance(fields, dict), name, "a dict of fields", fields)
+    known = {field.name for field in dataclasses.fields(cls)}
+    unknown = [field for field in fields if field not in known]
+    expect(not unknown, name, f"only the fields {sorted(known)}", unknown)
+    return fields
 
 
 def integer(name, value, high):

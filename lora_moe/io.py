@@ -69,9 +69,8 @@ def save_adapter(
     path = Path(directory) / FILE_NAME
     if state_dict is not None:
         if sharded.is_writer():
-            _write(
-                path, model, layers, sharded.gathered(state.taken_from(state_dict, model, layers))
-            )
+            given = state.taken_from(state_dict, model, layers)
+            _write(path, model, layers, sharded.gathered(given))
         return path
     with sharded.at_rest(whole):
         own = state.keyed(layers) | state.saved_tensors(state.modules_saved(model, layers))
@@ -180,9 +179,8 @@ def _load(model, layers, source, adapter_dtype):
 
 
 def _tell_not_in_file(model, layers, info):
-    left = [
-        path for path in state.modules_saved(model, layers) if path not in info["modules_to_save"]
-    ]
+    saved = state.modules_saved(model, layers)
+    left = [path for path in saved if path not in info["modules_to_save"]]
     if left:
         warnings.warn(
             f"load_adapter: {', '.join(left[:6])}{' ...' if left[6:] else ''} ({len(left)} in all) of"

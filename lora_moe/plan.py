@@ -24,10 +24,8 @@ import torch
 
 RANK_DENSE, SEGMENTED, DECODE = "rank_dense", "segmented", "decode"
 PLANS = (RANK_DENSE, SEGMENTED, DECODE)
-DECODE_T, PREFILL_T = (
-    16,
-    4096,
-)  # tokens: the plan depends on T through these classes only, so that T may vary
+# tokens: the plan depends on T through these classes only, so that T may vary
+DECODE_T, PREFILL_T = 16, 4096
 
 _forced = os.environ.get("LORA_MOE_PLAN") or None  # a plain variable: torch.compile can guard on it
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -32,10 +31,3 @@ def named(name, entries):
         fits = isinstance(key, str) and key.isidentifier() and not hasattr(nn.ModuleDict, key)
         expect(fits, name, "names that a ModuleDict can hold", key)
     return dict(entries)
-
-
-def fields_of(cls, name, fields):
-    expect(isinstance(fields, dict), name, "a dict of fields", fields)
-    known = {field.name for field in dataclasses.fields(cls)}
-    expect(fields.keys() <= known, name, f"only the fields {sorted(known)}", sorted(fields))
-    return fields

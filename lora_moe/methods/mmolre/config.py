@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ...components import count
-from ...fields import MAX_COEFFICIENT, MAX_RANK, expect
-from .checks import MAX_NAMES, fields_of, named, number
+from ...fields import MAX_COEFFICIENT, MAX_RANK, expect, fields_of
+from .checks import MAX_NAMES, named, number
 
 ACTIVATIONS = {
     "relu": nn.functional.relu,
