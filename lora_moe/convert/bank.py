@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from .. import safefile
+from ..components import count
 from ..config import MAX_EXPERTS, LoraMoeConfig
 from ..io import save_adapter
 from ..layers import LoraMoeLinear
 from ..linear import ffn_width
 from ..mlp import LoraMoeMLP
-from ..parts import count
 from .source import Source
 
 NO_LOSSES = {"balance_coef": 0.0, "z_coef": 0.0}
