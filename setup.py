@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -38,6 +37,9 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyp
         f"lora-moe: expected setuptools 77 or newer, got {setuptools.__version__};"
         ' type: pip install "setuptools>=77"'
     )
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc/cuda"))
+import toolchain
 
 VARIABLES = (
     *("LORA_MOE_SKIP_EXT", "LORA_MOE_BUILD_ISA", "LORA_MOE_BUILD_CUDA", "MAX_JOBS"),
@@ -71,7 +73,6 @@ SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
 KERNELS = sorted(glob("csrc/cuda/*.cu"))
 SKIP = os.environ.get("LORA_MOE_SKIP_EXT")
 BUILD_CUDA = os.environ.get("LORA_MOE_BUILD_CUDA", "0") == "1"
-CUDA_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # those of them that nvcc knows; 8.0 runs on 8.x too
 NOTE = "_not_built.json"  # {instruction set: reason}, read by lora_moe.missing
 not_built: dict[str, str] = {}
 
@@ -138,61 +139,19 @@ def headers(folder: str) -> list[str]:
     return sorted({*glob("csrc/*.h"), *glob(f"{folder}/*.h")})
 
 
-def stop_cuda(reason: str):
-    sys.exit(f"LORA_MOE_BUILD_CUDA=1: {reason}")
-
-
-def find_nvcc() -> Path:
-    """nvcc of CUDA_HOME or of the PATH, as the file in its toolkit."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if found is None:
-        stop_cuda(
-            f"no nvcc in {home + '/bin' if home else 'PATH'}; set CUDA_HOME to a CUDA toolkit"
-        )
-    said = subprocess.run(
-        [found, "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True
-    )
-    top = re.search(r"^#\$ TOP=(.*)$", said.stderr, re.M)  # `found` may be a script elsewhere
-    return Path(top[1]).resolve() / "bin/nvcc" if top else Path(found).resolve()
-
-
-def nvcc_release(nvcc: Path) -> str:
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    return re.search(r"release (\d+\.\d+)", said)[1]
-
-
-def cuda_archs(nvcc: Path) -> list[str]:
-    """Names such as 8.0 or 9.0+PTX, a bad one refused."""
-    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    known = set(re.findall(r"compute_(\w+)", said))
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    archs = [a for a in re.split("[; ]+", asked or CUDA_ARCHS) if a]
-    for arch in archs if asked else ():
-        if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", arch) or arch_number(arch) not in known:
-            stop_cuda(
-                f"TORCH_CUDA_ARCH_LIST: nvcc {nvcc_release(nvcc)} has no architecture {arch!r}"
-            )
-    return [a for a in archs if arch_number(a) in known]
-
-
-def arch_number(arch: str) -> str:
-    return arch.removesuffix("+PTX").replace(".", "")
-
-
 def cuda_extension() -> Extension:
     try:
         import pybind11
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
-        stop_cuda(f"{error} (the build needs torch and pybind11: try --no-build-isolation)")
-    nvcc = find_nvcc()
+        toolchain.stop(f"{error} (the build needs torch and pybind11: try --no-build-isolation)")
+    nvcc = toolchain.find_nvcc()
     if torch.version.cuda is None:
-        stop_cuda(f"torch {torch.__version__} has no CUDA; install a CUDA build of torch")
-    if torch.version.cuda.split(".")[0] != nvcc_release(nvcc).split(".")[0]:
-        stop_cuda(
-            f"nvcc {nvcc_release(nvcc)} does not fit torch {torch.__version__}, built for CUDA"
+        toolchain.stop(f"torch {torch.__version__} has no CUDA; install a CUDA build of torch")
+    if torch.version.cuda.split(".")[0] != toolchain.release(nvcc).split(".")[0]:
+        toolchain.stop(
+            f"nvcc {toolchain.release(nvcc)} does not fit torch {torch.__version__}, built for CUDA"
             f" {torch.version.cuda}; set CUDA_HOME to that toolkit"
         )
     toolkit = nvcc.parents[1]
@@ -206,23 +165,17 @@ def cuda_extension() -> Extension:
         libraries=["torch_cuda", "torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
         extra_compile_args=[
             *(arg for path in cpp_extension.include_paths() for arg in ("-isystem", path)),
-            f"-DLORA_MOE_CUDA_ARCHS={';'.join(cuda_archs(nvcc))}",
+            f"-DLORA_MOE_CUDA_ARCHS={';'.join(toolchain.archs(nvcc))}",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             *("-DUSE_CUDA", "-std=c++20", "-fvisibility=hidden", "-Wall"),
         ],
         language="c++",
     )
-    extension.nvcc = [nvcc, *(flag for arch in cuda_archs(nvcc) for flag in code_flags(arch))]
-    return extension
-
-
-def code_flags(arch: str) -> list[str]:
-    number = arch_number(arch)
-    ptx = [f"-gencode=arch=compute_{number},code=compute_{number}"]
-    return [
-        f"-gencode=arch=compute_{number},code=sm_{number}",
-        *(ptx if arch.endswith("+PTX") else []),
+    extension.nvcc = [
+        nvcc,
+        *(flag for arch in toolchain.archs(nvcc) for flag in toolchain.code_flags(arch)),
     ]
+    return extension
 
 
 def extensions() -> list[Extension]:

@@ -25,7 +25,8 @@ from lora_moe import (
 from lora_moe.middles import ModalSlotMiddle, UnpairedMiddle
 from lora_moe.routers import FactorRouter, GenericRouter, HiddenRouter, NoisyRouter, ThresholdRouter
 
-from .formulas import CASES, D_IN, D_OUT, MASK, TASKS, B, L
+from .formulas import CASES
+from .mixtures import D_IN, D_OUT, MASK, TASKS, B, L
 
 TRITON = backend_info()["serving"]["cpu"] == "triton"  # which has no fp64
 DTYPE = torch.float32 if TRITON else torch.float64

@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 from lora_moe import Routing, inject, injected, load_adapter, presets, save_adapter, use_routing
 
 from ...support.models import tiny
-from .formulas import CASES, Case
+from .formulas import CASES
+from .mixtures import Case
 
 CASES = CASES | {
     "xlora": Case(lambda **f: presets.xlora(16, 4, 2, alpha=8, **f), None),
