@@ -38,8 +38,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyp
         ' type: pip install "setuptools>=77"'
     )
 
-sys.path.insert(0, str(Path(__file__).parent / "csrc/cuda"))
-import toolchain
+sys.path.insert(0, str(Path(__file__).parent))
+import setup_cuda as toolchain
 
 VARIABLES = (
     *("LORA_MOE_SKIP_EXT", "LORA_MOE_BUILD_ISA", "LORA_MOE_BUILD_CUDA", "MAX_JOBS"),

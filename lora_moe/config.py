@@ -158,7 +158,7 @@ class LoraMoeConfig:
         self._set("middle", checked.component("middle", self.middle, Middle))
         if self.router == TokenRouter():
             self._set("router", None)
-        self._expect_parts_that_fit()
+        self._expect_components_that_fit()
         expect(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
         expected = (
             "None with placement='ffn', whose experts have the FFN's nonlinearity between them"
@@ -185,7 +185,7 @@ class LoraMoeConfig:
                 expected = f"the model's number of experts beside one {name} for each"
                 expect(not checked.is_sequence(value), "num_experts", expected, None)
 
-    def _expect_parts_that_fit(self):
+    def _expect_components_that_fit(self):
         if self.router is not None:
             for name in TOKEN_FIELDS.keys() - set(self.router.fields_read()):
                 default, value = TOKEN_FIELDS[name], getattr(self, name)

@@ -45,10 +45,8 @@ class LoraMoeLayer(nn.Module):
     origins = None  # where each expert came from; see from_peft
     tasks: Routing | int | None = None
     mask: torch.Tensor | None = None
-    components = (
-        None  # (router, names of its tensors, middle, names of its tensors), where configured
-    )
-    compiled_kept = None  # see context.keep
+    components = None  # (router, its tensors' names, middle, its tensors' names)
+    compiled_kept = None  # see kept.keep
     active = True
     enabled = True
 

@@ -35,8 +35,9 @@ def file_names(config: LoraMoeConfig) -> dict[str, str]:
         names = {f"lora_{x}_{n}": f"{n}.lora_{x}" for n in own for x in "AB"}
     else:
         names = {"lora_A": "lora_A", "lora_B": "lora_B"}
-    for section, part in (("router", config.router or TokenRouter()), ("middle", config.middle)):
-        for name in () if part is None else part.tensors(config, 1, 1):
+    components = {"router": config.router or TokenRouter(), "middle": config.middle}
+    for section, component in components.items():
+        for name in () if component is None else component.tensors(config, 1, 1):
             names[name] = f"{section}.{name.removeprefix(section + '_')}"
     return names
 

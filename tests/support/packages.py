@@ -12,7 +12,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
-SHIPPED = ("setup.py", "pyproject.toml", "LICENSE", "README.md", "lora_moe", "triton_kernels")
+SHIPPED = (
+    "setup.py",
+    "setup_cuda.py",
+    "pyproject.toml",
+    "LICENSE",
+    "README.md",
+    "lora_moe",
+    "triton_kernels",
+)
 
 # what a user's first lines do; it passes whichever backend serves
 FIRST_STEPS = """
