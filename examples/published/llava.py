@@ -84,7 +84,7 @@ class System:
     @property
     def learning(self):
         """A task has begun and not ended."""
-        return bl.layers_and_course(self.model)[1].learning
+        return bl.state_of(self.model)[1].learning
 
     def loss(self, batch):
         return self.model(**{name: t.to(self.device) for name, t in batch.items()}).loss

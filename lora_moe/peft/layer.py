@@ -30,9 +30,8 @@ class MoeExperts(LoraMoeLinear):
     def __init__(self, base: nn.Module, config: LoraMoeConfig, adapter_name: str):
         super().__init__(base, config)
         del self._modules["base_layer"]
-        self._base = (
-            base,
-        )  # in a tuple it is no submodule, and has no second name in a state dict
+        # in a tuple it is no submodule, and has no second name in a state dict
+        self._base = (base,)
         self.adapter_name = adapter_name
 
     @property

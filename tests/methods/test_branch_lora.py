@@ -160,12 +160,10 @@ def test_copies_are_apart():
     model = host(tasks=2)
     model(tokens(), attention_mask=MASK)
     copied = copy.deepcopy(model)
-    assert bl.layers_and_course(copied)[1] is not bl.layers_and_course(model)[1]
+    assert bl.state_of(copied)[1] is not bl.state_of(model)[1]
     bl.set_task(copied, 0)
     other = copied(tokens(), attention_mask=MASK)
-    assert bl.layers_and_course(model)[1].task == 1 and not torch.equal(
-        other, model(tokens(), MASK)
-    )
+    assert bl.state_of(model)[1].task == 1 and not torch.equal(other, model(tokens(), MASK))
 
 
 def test_masks_that_do_not_fit_are_refused():

@@ -48,17 +48,17 @@ def test_first_token_of_a_causal_model_warns_and_reads_the_mean():
     with pytest.warns(UserWarning, match="sequences decide by their mean"):
         model = llama()
         bl.inject(model, bl.branch_lora(E, R, target_modules=("q_proj",)))
-    assert bl.layers_and_course(model)[1].route_by == "mean"
+    assert bl.state_of(model)[1].route_by == "mean"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kept = bl.inject(llama(), bl.branch_lora(target_modules=("q_proj",)), fixed_opening=False)
-        assert bl.layers_and_course(kept)[1].route_by == "first"
+        assert bl.state_of(kept)[1].route_by == "first"
         config = transformers.BertConfig(
             vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=1,
             intermediate_size=24,
         )  # fmt: skip
         bert = bl.inject(transformers.BertModel(config), bl.branch_lora(target_modules=("query",)))
-    assert bl.layers_and_course(bert)[1].route_by == "first"
+    assert bl.state_of(bert)[1].route_by == "first"
 
 
 @pytest.mark.parametrize("route_by", ["first", "mean"])

@@ -27,15 +27,7 @@ decide.  Everything in lora_moe works with them.
 """
 
 from ...presets.experts import moelora
-from .adapters import (
-    branch_layers,
-    branches_of,
-    inject,
-    layers_and_course,
-    routers_of,
-    set_mask,
-    set_task,
-)
+from .adapters import branch_layers, branches_of, inject, routers_of, set_mask, set_task, state_of
 from .config import branch_lora
 from .continual import ContinualMetrics, TaskSelector, continual_metrics
 from .files import FILE_NAME, load, save
@@ -53,11 +45,11 @@ __all__ = [
     "continual_metrics",
     "end_task",
     "inject",
-    "layers_and_course",
     "load",
     "moelora",
     "routers_of",
     "save",
     "set_mask",
     "set_task",
+    "state_of",
 ]

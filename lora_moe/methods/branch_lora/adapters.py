@@ -91,7 +91,7 @@ def set_task(model: nn.Module, task: int | Sequence[int] | torch.Tensor) -> None
     Raises:
         ValueError: there is no such task.
     """
-    _, course = layers_and_course(model)
+    _, course = state_of(model)
     known = len(course.bank)
     tasks = torch.as_tensor(task)
     if tasks.is_floating_point() or tasks.dtype == torch.bool or tasks.dim() > 1:
@@ -114,7 +114,7 @@ def set_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
     For a model without a two-dimensional attention_mask, or a loss outside the model: the answer's tokens
     must not decide.
     """
-    layers, _ = layers_and_course(model)
+    layers, _ = state_of(model)
     if mask is not None and mask.dim() != 2:
         raise ValueError(f"mask: expected (B, L), got {tuple(mask.shape)}")
     for layer in layers.values():
@@ -136,7 +136,7 @@ def routers_of(layer: LoraMoeLinear) -> list[nn.Parameter]:
     return layer.router_parameters()
 
 
-def layers_and_course(model: nn.Module) -> tuple[dict[str, LoraMoeLinear], Course]:
+def state_of(model: nn.Module) -> tuple[dict[str, LoraMoeLinear], Course]:
     layers = branch_layers(model)
     if not layers:
         raise ValueError("model: expected one with branches (see inject), got none")

@@ -27,7 +27,7 @@ from ...reference import accumulator
 from ...routers import PerTaskRouter
 from ...targets import why_not
 from ...tensors import adapter_tensors
-from .adapters import ROUTE_BY, branches_of, layers_and_course, router_of, routers_of, tell
+from .adapters import ROUTE_BY, branches_of, router_of, routers_of, state_of, tell
 from .continual import TaskSelector
 from .counting import Count, Course
 
@@ -49,7 +49,7 @@ def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector 
         ValueError: the model has no branches.
         OSError: the file cannot be written; an older one is intact.
     """
-    layers, course = layers_and_course(model)
+    layers, course = state_of(model)
     layer = next(iter(layers.values()))
     description = {
         "version": FORMAT_VERSION,

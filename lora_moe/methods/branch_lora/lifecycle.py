@@ -16,7 +16,7 @@ from ...growing import grow
 from ...layers import LoraMoeLinear
 from ...reference import accumulator
 from ...tensors import adapter_tensors
-from .adapters import layers_and_course, router_of, routers_of, tell
+from .adapters import router_of, routers_of, state_of, tell
 
 
 def begin_task(model: nn.Module, *, router: bool = True) -> int:
@@ -30,7 +30,7 @@ def begin_task(model: nn.Module, *, router: bool = True) -> int:
     Raises:
         ValueError: a task is already being learned.
     """
-    layers, course = layers_and_course(model)
+    layers, course = state_of(model)
     if course.learning:
         raise ValueError(f"begin_task: expected end_task for task {len(course.bank) - 1} first")
     for name, layer in layers.items():
@@ -57,7 +57,7 @@ def end_task(model: nn.Module, freeze: int | None = None) -> None:
     Raises:
         ValueError: no task is being learned, or freeze is negative.
     """
-    layers, course = layers_and_course(model)
+    layers, course = state_of(model)
     if not course.learning:
         raise ValueError("end_task: expected begin_task first")
     if freeze is not None and (type(freeze) is not int or freeze < 0):
@@ -77,7 +77,7 @@ def add_branches(model: nn.Module, n: int) -> None:
     Raises:
         ValueError: n is not positive, or the layers would exceed LoraMoeConfig's bounds.
     """
-    layers, _ = layers_and_course(model)
+    layers, _ = state_of(model)
     if type(n) is not int or n < 1:
         raise ValueError(f"n: expected a positive number of branches, got {n!r}")
     grow(model, n)
