@@ -19,6 +19,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import backend, checks, plan
+from .reference import ALL_KEPT
 from .routing import Routing
 
 REFUSED = (ValueError, TypeError)  # what the operators raise for operands that they do not take
@@ -47,10 +48,12 @@ def routed_lora(
     if len(leading) != 1:
         x = x.reshape(prod(leading), x.shape[-1])
         base = None if base is None else base.reshape(x.shape[0], base.shape[-1])
+    given = top_p is not None or threshold is not None
+    drop = checks.sparsity(top_p, threshold, gate) if given else (ALL_KEPT, 0.0)
     try:
         y, indices, weights, logits, mean_prob, lse, counts, _ = _ops.routed_lora.default(
             x, router_weight, lora_A, lora_B, base, bias, router_bias, scaling, offsets, bool(shared_a),
-            top_k, gate, bool(renormalize), *checks.sparsity(top_p, threshold, gate), plan.SEGMENTED,
+            top_k, gate, bool(renormalize), *drop, plan.SEGMENTED,
         )  # fmt: skip
     except REFUSED:
         return None
@@ -70,11 +73,12 @@ def routed_lora_banks(
     offsets = _offsets(tensors, (*biases, *router_biases), rank_offsets, top_k, gate)
     if offsets is None or x.dim() != 2:
         return None
+    given = top_p is not None or threshold is not None
+    drop = checks.sparsity(top_p, threshold, gate) if given else (ALL_KEPT, 0.0)
     try:
         return _ops.routed_lora_banks.default(
             x, router_weights, lora_As, lora_Bs, base, biases, router_biases, scaling, offsets,
-            bool(shared_a), starts, top_k, gate, bool(renormalize),
-            *checks.sparsity(top_p, threshold, gate), plan.SEGMENTED,
+            bool(shared_a), starts, top_k, gate, bool(renormalize), *drop, plan.SEGMENTED,
         )  # fmt: skip
     except REFUSED:
         return None
