@@ -68,9 +68,7 @@ def routed_lora_banks(
     if n == 0 or any(len(v) != n for v in lists):
         raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
     if operands.needs_graph(x, base, *router_weights, *lora_As, *lora_Bs, *router_biases):
-        raise ValueError(
-            "banks: expected no gradient to be asked for; call routed_lora for each layer"
-        )
+        raise ValueError("banks: expected no gradients; call routed_lora for each layer")
     for i, w in enumerate(router_weights):
         checks.router(x, w, top_k, gate, biases[i], router_biases[i])
         offsets, *_ = checks.experts(
@@ -96,9 +94,7 @@ def _expect_columns(starts, lora_Bs, base):
     done = 0
     for start, B in zip(starts, lora_Bs):
         if type(start) is not int or start < done:
-            raise ValueError(
-                f"starts: expected ascending columns, one layer after the other, got {starts}"
-            )
+            raise ValueError(f"starts: expected ascending columns, layer by layer, got {starts}")
         done = start + B.shape[1]
     if done > base.shape[1]:
         raise ValueError(f"starts: expected columns of base's {base.shape[1]}, got {done}")

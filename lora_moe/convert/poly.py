@@ -53,9 +53,7 @@ def _misfits(source, path, keys, sizes):
     N, E, r = sizes
     if len(keys) < 3:
         return [f"{path}: expected lora_A, lora_B and router.module_logits, got {sorted(keys)}"]
-    A, B, logits = (
-        source.shape(keys[name]) for name in ("lora_A", "lora_B", "router.module_logits")
-    )
+    A, B, logits = (source.shape(keys[n]) for n in ("lora_A", "lora_B", "router.module_logits"))
     wanted = [
         (A, (1, E, A[2] if len(A) == 4 else "D_in", r)),
         (B, (1, E, r, B[3] if len(B) == 4 else "D_out")),
