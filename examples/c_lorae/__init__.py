@@ -1,1 +1,1 @@
-"""The evidence of docs/c_lorae.md on words; the multimodal experiment is examples/kaomoji."""
+"""The experiments of docs/c_lorae.md on words; the multimodal one is examples/kaomoji."""

@@ -1,10 +1,10 @@
-"""The achievement loss apart: does it help the tasks that lag, and what of it does?
+"""The achievement loss in isolation: does it help the tasks that lag, and which part of it does?
 
     python -m examples.c_lorae.achievement --tune       # rates and potentials
     python -m examples.c_lorae.achievement --out build/achievement
 
-C-LoRAE's experts on the seven tasks of examples/c_lorae/natural.py, in batches as unbalanced as the data;
-the arms differ in how a step's losses are weighted.  Protocol and results: docs/achievement.md.
+C-LoRAE's experts learn the seven tasks of examples/c_lorae/natural.py in batches as unbalanced as the data;
+the arms differ only in how a step's losses are weighted.  Protocol and results: docs/achievement.md.
 """
 
 import json
@@ -23,8 +23,8 @@ from lora_moe.methods.c_lorae import AchievementLoss
 RATES = Path(__file__).with_name("achievement_rates.json")
 POTENTIALS = Path(__file__).with_name("achievement_potentials.json")
 UPDATES, MOMENTUM = 25, 0.3
-ALONE, ALONE_RATE = 16, 2e-3  # items a step, rate of a single task's LoRA; the natural best
-ARMS = {  # None: the mean over items; "equal": of the tasks' means; else AchievementLoss's options
+ALONE, ALONE_RATE = 16, 2e-3  # batch size and rate of a single task's LoRA; best in natural.py
+ARMS = {  # None: mean over items; "equal": mean of the tasks' means; else options of AchievementLoss
     "mean over items": None,
     "mean over tasks": "equal",
     "geometric mean": {"form": "geometric"},
@@ -36,7 +36,7 @@ EXPERTS = "C-LoRAE"
 
 
 class Weighing:
-    """A step's loss from its items' losses; watches the run and measures the tasks, if it has to."""
+    """Computes a step's loss from its items' losses; also records weights and, if needed, evaluates tasks."""
 
     def __init__(self, study, arm, potentials):
         self.study, self.arm = study, arm
@@ -80,7 +80,7 @@ def tuned(study, potentials, arm, rate, seed):
 
 
 def alone(study, task, seed):
-    """What one LoRA achieves on a task alone, on its validation items, after as many steps."""
+    """{"accuracy": of one LoRA trained on a single task, for as many steps, on its validation items}."""
     rows = (study.train.tasks == task).nonzero()[:, 0].tolist()
     order = learning.drawn(rows, study.steps * ALONE, f"alone {seed}")
     batches = [order[i * ALONE : (i + 1) * ALONE] for i in range(study.steps)]
@@ -96,7 +96,7 @@ def run(study, potentials, rates, arm, seed):
 
 
 def tune(study, args, folder):
-    """Potentials first, since some arms' rates depend on them."""
+    """Finds the potentials, then the rates, since some arms' rates depend on the potentials."""
     seeds = natural.TUNING_SEEDS[:1] if args.quick else natural.TUNING_SEEDS
     grid = natural.GRID[:1] if args.quick else natural.GRID
     numbers, work, processes = range(len(study.tasks)), partial(alone, study), args.processes
@@ -114,9 +114,7 @@ def tune(study, args, folder):
 def main(argv=None):
     parser = evidence.parser(__doc__, "build/achievement")
     parser.set_defaults(seeds=natural.SEEDS)
-    parser.add_argument(
-        "--tune", action="store_true", help="find potentials and rates, nothing else"
-    )
+    parser.add_argument("--tune", action="store_true", help="only find the potentials and rates")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     started = time.perf_counter()

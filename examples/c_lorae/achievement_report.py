@@ -1,4 +1,4 @@
-"""The tables and the picture of the losses that weigh tasks."""
+"""Tables and plot for the losses that weight tasks."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,7 +8,7 @@ from examples.c_lorae.natural_report import weighted
 from examples.common import evidence, figures
 from examples.common.evidence import shown, table, verdict
 
-BASE, SMALL = "mean over items", 2  # the smallest tasks, looked at apart
+BASE, SMALL = "mean over items", 2  # number of smallest tasks that are shown separately
 CLAIMS = (  # (first, second, what it says that the first is better)
     ("mean over tasks", BASE, "equal tasks beat equal items"),
     ("geometric mean", "mean over tasks", "the geometric mean alone helps"),
@@ -20,7 +20,7 @@ CLAIMS = (  # (first, second, what it says that the first is better)
 
 
 def right(found, arm, seeds):
-    """(seeds, items)"""
+    """Whether each item is answered correctly, (seeds, items), as 0 and 1."""
     return np.array([found[arm, seed]["right"] for seed in seeds], dtype=float)
 
 
@@ -41,7 +41,7 @@ def arms_of(found):
 
 
 def smallest(study):
-    """Numbers of the smallest tasks."""
+    """Indices of the smallest tasks."""
     return np.argsort(np.bincount(study.train.tasks))[:SMALL]
 
 
@@ -76,7 +76,7 @@ def differences(study, found, seeds):
 
 
 def course(found, arm, seeds):
-    """(updates, N), mean over seeds."""
+    """The tasks' weights at each update, (updates, N), mean over seeds."""
     return np.mean([found[arm, seed]["weights"] for seed in seeds], 0)
 
 
@@ -90,7 +90,7 @@ def weights(study, found, seeds):
 
 
 def draw(path, study, found, seeds):
-    """The weights in the course of training."""
+    """Plots the weights over training."""
     arms = [arm for arm in arms_of(found) if found[arm, seeds[0]]["weights"]]
     with plt.rc_context(figures.STYLE):
         figure, panels = plt.subplots(
@@ -104,5 +104,5 @@ def draw(path, study, found, seeds):
             axes.set(xlabel="update")
         panels[0].set(ylabel="weight of the task", ylim=(0, None))
         panels[-1].legend(frameon=False, fontsize=8)
-        figure.suptitle("How heavy each task is", x=0.01, ha="left", weight="bold", size=13)
+        figure.suptitle("Weight of each task", x=0.01, ha="left", weight="bold", size=13)
         figures.save(figure, path)

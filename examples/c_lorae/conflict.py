@@ -1,10 +1,10 @@
-"""The conflict dial: is a mixture's gain over one LoRA the larger, the more the tasks disagree?
+"""The conflict dial: does a mixture gain more over one LoRA, the more the tasks disagree?
 
     python -m examples.c_lorae.conflict --tune      # each arm's rate, into conflict_rates.json
     python -m examples.c_lorae.conflict --out build/conflict
 
-Six questions by number on one pool of words (examples/c_lorae/questions.py); of the second three, none,
-one, two or all swap yes and no.  Protocol and results: docs/conflict.md.
+Six numbered questions on one pool of words (examples/c_lorae/questions.py); none, one, two or all of the
+last three swap yes and no.  Protocol and results: docs/conflict.md.
 """
 
 import copy
@@ -20,13 +20,13 @@ from examples.c_lorae import conflict_report, learning, questions
 from examples.c_lorae.encoder import Encoder, Items
 from examples.common import evidence
 
-STEPS, EACH = 150, 4  # items of each question in a step
+STEPS, EACH = 150, 4  # items of each question per step
 LONG = conflict_report.LONG
 RATES = Path(__file__).with_name("conflict_rates.json")
 LONG_RATES = Path(__file__).with_name("conflict_long_rates.json")
 GRID, LONG_GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (5e-4, 1e-3, 2e-3)
 TUNING_SEEDS, SEEDS = [100, 101], [0, 1, 2, 3, 4]
-LOOKS = 5  # at the validation items and, for one LoRA, at the gradients, evenly over a run
+LOOKS = 5  # evaluations per run, evenly spaced; for one LoRA, gradients are recorded too
 ARMS = {
     name: arm
     for name, arm in learning.arms_of(questions.QUESTIONS).items()
@@ -35,7 +35,7 @@ ARMS = {
 
 
 class Study:
-    """The items, encoded once; `at` a point of the dial."""
+    """The items, encoded once; `at` returns them at a point of the dial."""
 
     def __init__(self, steps=STEPS, train=4000, validation=120, test=200):
         self.steps, self.encoder = steps, Encoder(questions.ANSWERS)
@@ -60,7 +60,7 @@ def trained(study, key, rate, seed, watch=None):
 
 
 def tuned(study, name, rate, seed):
-    """Mean validation accuracy at both ends of the dial; of longer training at its far end."""
+    """{"score": mean validation accuracy at both ends of the dial}; longer arms use only the far end."""
     arm, first, last = conflict_report.LONGER.get(name), questions.DIAL[0], questions.DIAL[-1]
     points = [(arm, last, LONG)] if arm else [(name, first, 1), (name, last, 1)]
     scores = []
@@ -71,7 +71,7 @@ def tuned(study, name, rate, seed):
 
 
 def run(study, rates, key, seed):
-    """An arm at a point of the dial: which test items are right, its course, how its gradients lie."""
+    """Trains an arm at a point of the dial; returns its correct test items, curve and gradient cosines."""
     arm, swapped, times = conflict_report.parted(key)
     validation, test = study.at(swapped, "validation"), study.at(swapped, "test")
     curve, looks, every = [], [], max(1, times * study.steps // LOOKS)
@@ -96,7 +96,7 @@ def run(study, rates, key, seed):
 
 
 def gradients(learner, losses, tasks):
-    """Cosines of the questions' gradients over the experts, of each pair; largest norm / smallest."""
+    """Cosine of each pair of the questions' gradients over the experts; ratio of largest to smallest norm."""
     each = []
     for task in tasks.unique():
         loss = losses[tasks == task].mean()
@@ -118,7 +118,7 @@ def tune(args, study, path, long_path):
 def main(argv=None):
     parser = evidence.parser(__doc__, "build/conflict")
     parser.set_defaults(seeds=SEEDS)
-    parser.add_argument("--tune", action="store_true", help="find each arm's rate, nothing else")
+    parser.add_argument("--tune", action="store_true", help="only find each arm's rate")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     started = time.perf_counter()

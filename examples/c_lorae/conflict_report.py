@@ -1,4 +1,4 @@
-"""The conflict dial's tables and picture."""
+"""Tables and plot of the conflict dial."""
 
 import statistics
 
@@ -19,7 +19,7 @@ COLORS = {
     "C-LoRAE": figures.OURS,
     "C-LoRAE, negatives within the task": "#56B4E9",
 }
-LONG = 4  # times as many steps, for the arms that say whether time heals
+LONG = 4  # times the usual steps, for the arms that test whether longer training helps
 LAST = DIAL[-1]
 
 
@@ -30,7 +30,7 @@ def longer(arm):
 LONGER = {longer(arm): arm for arm in (ONE, "one LoRA per task", "C-LoRAE")}
 
 
-RATED = tuple(f"{ONE} at {rate}" for rate in ("0.0005", "0.001", "0.002"))  # beside its own
+RATED = tuple(f"{ONE} at {rate}" for rate in ("0.0005", "0.001", "0.002"))  # besides its tuned rate
 BEST = f"{ONE}, the best rate at each c"
 
 
@@ -39,19 +39,19 @@ def key(arm, swapped, times=1):
 
 
 def parted(key):
-    """arm, swapped questions, times the usual number of steps"""
+    """(arm, number of swapped questions, multiple of the usual number of steps) of a key."""
     arm, swapped, times = key.split(" | ")
     return arm, int(swapped), int(times)
 
 
 def conflict(swapped):
-    """c, as text."""
+    """The conflict c as text."""
     return f"{swapped}/{LAST}" if 0 < swapped < LAST else str(swapped // LAST)
 
 
 def right(found, arm, swapped, seeds, times=1):
-    """(seeds, items)"""
-    if arm == BEST:  # by these very items: an advantage that no other arm has
+    """Whether each item is answered correctly, (seeds, items), as 0 and 1."""
+    if arm == BEST:  # chosen on these very items, an advantage over the other arms
         each = [right(found, one, swapped, seeds) for one in (ONE, *RATED)]
         return max(each, key=np.mean)
     name, field = ("C-LoRAE", "universal") if arm == WITHOUT else (arm, "right")
@@ -59,12 +59,12 @@ def right(found, arm, swapped, seeds, times=1):
 
 
 def gains(found, arm, seeds, over=ONE):
-    """(points of the dial, seeds, items)"""
+    """Gain of `arm` over another arm, (points of the dial, seeds, items)."""
     return np.stack([right(found, arm, at, seeds) - right(found, over, at, seeds) for at in DIAL])
 
 
 def slope(gain):
-    """Least squares of the gain over c, item by item: (seeds, items)."""
+    """Least-squares slope of the gain over c for each item, (seeds, items)."""
     c = np.array(DIAL) / LAST
     c = c - c.mean()
     return np.tensordot(c / (c**2).sum(), gain, 1)
@@ -114,7 +114,7 @@ def differences(found, arms, seeds, over=ONE):
 
 
 def course(found, arm, swapped, seeds):
-    """(looks,), mean over seeds, points."""
+    """Validation accuracy at each evaluation, (looks,), mean over seeds, in points."""
     return 100 * np.mean([found[key(arm, swapped), s]["curve"] for s in seeds], 0)
 
 
@@ -138,7 +138,7 @@ def long_runs(found, seeds):
 
 
 def gradients(found, seeds):
-    """Cosines of twins (the same words, equal or opposite answers) and of the others; norm ratios."""
+    """Table of gradient cosines and norm ratios; twins are questions with the same concept."""
     pairs = [(i, j) for i in range(QUESTIONS) for j in range(i + 1, QUESTIONS)]
     twins = np.array([j - i == len(CONCEPTS) for i, j in pairs])
     rows = []
@@ -154,7 +154,7 @@ def gradients(found, seeds):
 
 
 def draw(path, found, arms, seeds):
-    """Gain over one LoRA against conflict, and the course of training at full conflict."""
+    """Plots the gain over one LoRA against conflict, and validation accuracy at full conflict."""
     with plt.rc_context(figures.STYLE):
         figure, (left, right_) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
         draw_gains(left, found, arms, seeds)
@@ -165,7 +165,7 @@ def draw(path, found, arms, seeds):
 
 
 def draw_gains(axes, found, arms, seeds):
-    """Over one LoRA at its best rate for each c; dashed: C-LoRAE's over one LoRA at its tuned rate."""
+    """Plots the gain over one LoRA at its best rate for each c; dashed: C-LoRAE's at the tuned rate."""
     c = [at / LAST for at in DIAL]
     axes.axhline(0, color=COLORS[ONE], lw=2)
     for arm in (arm for arm in arms if arm in COLORS and arm != ONE):

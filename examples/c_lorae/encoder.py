@@ -1,8 +1,7 @@
-"""Several tasks answered in words by MiniLM: texts, what its lower layers make of them, answers.
+"""Several tasks answered in words by MiniLM: texts, hidden states of its lower layers, answers.
 
-Nothing below layer FIRST is adapted, so what it makes of a text is computed once for all arms and seeds.
-The answer to a text is the nearest of the answers' texts, embedded by the untuned encoder: there is no
-head.
+Nothing below layer FIRST is adapted, so its hidden states are computed once for all arms and seeds.  The
+answer to a text is the nearest of the answers' embeddings by the untuned encoder; there is no head.
 """
 
 import copy
@@ -21,12 +20,12 @@ TEMPERATURE = 0.05
 class Batch(NamedTuple):
     hidden: torch.Tensor  # (B, L, D), below the first adapted layer
     mask: torch.Tensor  # (B, L)
-    wanted: torch.Tensor  # (B,), numbers of the answers
+    wanted: torch.Tensor  # (B,), indices of the answers
     tasks: torch.Tensor  # (B,)
 
 
 class Encoder:
-    """The untuned model, and the embeddings of `answers` (A texts) that an item's is compared with."""
+    """The untuned model, and the embeddings of `answers` (A texts) that items are compared with."""
 
     def __init__(self, answers):
         self.tokenizer, self.untuned = minilm.load_tokenizer(), minilm.load_model()
@@ -39,7 +38,7 @@ class Encoder:
 
     @torch.no_grad()
     def lower(self, texts, size=128):
-        """[(L, D)]: each text's states below layer FIRST."""
+        """[(L, D)]: hidden states of each text below layer FIRST."""
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         found = [None] * len(texts)
         for rows in chunks(order, size):
@@ -50,11 +49,11 @@ class Encoder:
         return found
 
     def adaptable(self):
-        """The layers to adapt, weights of their own."""
+        """A copy of the layers to adapt, with separate weights."""
         return minilm.Upper(copy.deepcopy(self.untuned), FIRST)
 
     def scores(self, model, batch):
-        """(B, A): cosines with the answers, over the temperature."""
+        """Cosines with the answers divided by the temperature, (B, A)."""
         hidden = model(batch.hidden, batch.mask)
         return minilm.pool(hidden, batch.mask) @ self.targets.T / TEMPERATURE
 
@@ -75,13 +74,13 @@ class Items:
         return len(self.hidden)
 
     def batch(self, rows):
-        """Batch of the items with these numbers."""
+        """Batch of the items with these indices."""
         hidden = [self.hidden[i] for i in rows]
         mask = torch.arange(max(map(len, hidden))) < torch.tensor([[len(h)] for h in hidden])
         padded = torch.nn.utils.rnn.pad_sequence(hidden, batch_first=True)
         return Batch(padded, mask.long(), self.wanted[rows], self.tasks[rows])
 
     def all(self, size=128):
-        """(rows, Batch) of all items, those of like length together."""
+        """[(rows, Batch)] of all items, grouped by length."""
         order = sorted(range(len(self)), key=lambda i: len(self.hidden[i]))
         return [(rows, self.batch(rows)) for rows in chunks(order, size)]

@@ -1,9 +1,9 @@
-"""The arms of C-LoRAE's experiments: which experts, which loss; training on mixed batches; questions.
+"""The arms of C-LoRAE's experiments (experts and loss), training on mixed batches, evaluation.
 
     y = W x + the arm's experts, in all linears of the adapted layers; R rank rows in all
 
-Every arm of a seed sees the same batches.  A task's number is told to the arms that have experts for it;
-the others read it from the text, as the text says it to all.
+All arms of a seed see the same batches.  Only arms with task experts are given an item's task; its text
+names the task for all arms.
 """
 
 import random
@@ -21,17 +21,17 @@ from lora_moe import LoraMoeConfig
 from lora_moe.methods import c_lorae
 
 INFORMATION = 0.01  # coefficient of the mutual-information loss
-ONE = "one LoRA"  # what the others are compared with
+ONE = "one LoRA"  # the baseline
 
 
 @dataclass(frozen=True)
 class Arm:
     config: c_lorae.CLoraeConfig | LoraMoeConfig
-    negatives: str | None = None  # of the mutual-information loss; None: without
+    negatives: str | None = None  # of the mutual-information loss; None: no such loss
 
 
 def arms_of(num_tasks):
-    """{name: Arm}, R = 8 N rank rows each but for the universal expert alone, which has 4 N."""
+    """{name: Arm}, each with R = 8 N rank rows, except for the universal expert alone, which has 4 N."""
     rank = 4 * num_tasks
     ours = c_lorae.CLoraeConfig(
         num_tasks, r=rank, alpha=rank, mutual_information=True, target_modules=LINEARS
@@ -54,7 +54,7 @@ def arms_of(num_tasks):
 
 
 class Learner:
-    """An arm's model, from a seed."""
+    """The model of an arm, initialized from a seed."""
 
     def __init__(self, arm, encoder, seed):
         self.arm, self.encoder, self.model = arm, encoder, encoder.adaptable()
@@ -67,7 +67,7 @@ class Learner:
             c_lorae.inject(self.model, arm.config)
 
     def scores(self, batch, tasks=None):
-        """(B, A); `tasks`: others than the batch's own, -1 for the universal expert alone."""
+        """Scores of the answers (B, A); `tasks` overrides the batch's, -1 for only the universal expert."""
         tasks = batch.tasks if tasks is None else tasks
         if isinstance(self.arm.config, LoraMoeConfig):
             lora_moe.set_routing(self.model, task_ids=tasks)
@@ -80,7 +80,7 @@ class Learner:
         return cross_entropy(self.scores(batch), batch.wanted, reduction="none")
 
     def information(self):
-        """The arm's mutual-information loss, weighted; 0 where it has none."""
+        """The arm's weighted mutual-information loss; 0 if it has none."""
         if self.arm.negatives is None:
             return 0.0
         loss = c_lorae.mutual_information_loss(self.model, negatives=self.arm.negatives)
@@ -91,12 +91,15 @@ class Learner:
 
 
 def per_item(losses, tasks):
-    """The usual loss: the mean over items."""
+    """The default loss: the mean over items."""
     return losses.mean()
 
 
 def train(learner, items, batches, rate, weigh=per_item, watch=None):
-    """AdamW over `batches`, lists of item numbers; before each update watch(learner, step, losses, tasks)."""
+    """Trains with AdamW on `batches` (lists of item indices); returns the learner.
+
+    watch(learner, step, losses, tasks) is called before each update.
+    """
     optimizer = optimizer_of(learner.model, rate)
     learner.model.train()
     for step, rows in enumerate(batches):
@@ -116,7 +119,7 @@ def train(learner, items, batches, rate, weigh=per_item, watch=None):
 
 @torch.no_grad()
 def right(learner, items, universal=False):
-    """Which items are answered right, [bool]; `universal`: without the task experts."""
+    """[bool]: which items are answered correctly; `universal` disables the task experts."""
     learner.model.eval()
     found = [None] * len(items)
     for rows, batch in items.all():
@@ -127,19 +130,19 @@ def right(learner, items, universal=False):
 
 
 def by_task(values, tasks):
-    """Mean of the values (n,) of each task, [N]."""
+    """[N]: mean of the values (n,) for each task."""
     values = torch.as_tensor(values, dtype=torch.float32)
     return [float(values[tasks == task].mean()) for task in tasks.unique().tolist()]
 
 
 def proportional(items, steps, size, seed):
-    """`steps` lists of item numbers, every item as likely as any other."""
+    """`steps` lists of item indices, with every item equally likely."""
     order = drawn(range(len(items)), steps * size, f"proportional {seed}")
     return [order[i * size : (i + 1) * size] for i in range(steps)]
 
 
 def balanced(items, steps, each, seed):
-    """`steps` lists of item numbers, `each` of every task."""
+    """`steps` lists of item indices, `each` per task."""
     rng = random.Random(f"balanced {seed}")
     of_task = [(items.tasks == t).nonzero()[:, 0].tolist() for t in items.tasks.unique()]
     streams = [endless(rows, rng) for rows in of_task]
@@ -147,5 +150,5 @@ def balanced(items, steps, each, seed):
 
 
 def drawn(rows, count, seed):
-    """`count` of the rows, each once before any comes again."""
+    """`count` of the rows in random order; none repeats before all have been drawn."""
     return list(islice(endless(rows, random.Random(seed)), count))

@@ -1,10 +1,10 @@
-"""Seven real tasks at once: does C-LoRAE beat one LoRA where tasks share words, answers and clash a little?
+"""Seven real tasks at once: does C-LoRAE beat one LoRA if tasks share words and answers and clash a little?
 
     python -m examples.c_lorae.natural --tune       # each arm's rate, into natural_rates.json
     python -m examples.c_lorae.natural --out build/natural
 
-The tasks of examples/branch_lora/tasks.py, trained together as often as they have items (19 % to 4 %); the
-held-out items come with instructions never seen.  Protocol and results: docs/natural.md.
+The tasks of examples/branch_lora/tasks.py are trained together, in proportion to their items (19 % to 4 %);
+held-out items come with unseen instructions.  Protocol and results: docs/natural.md.
 """
 
 import time
@@ -19,7 +19,7 @@ from examples.c_lorae import learning, natural_report
 from examples.c_lorae.encoder import Encoder, Items
 from examples.common import evidence
 
-STEPS, BATCH, TRAIN, ASKED = 150, 32, 2000, 100  # TRAIN, ASKED: items of a task at most
+STEPS, BATCH, TRAIN, ASKED = 150, 32, 2000, 100  # TRAIN, ASKED: maximum items per task
 RATES = Path(__file__).with_name("natural_rates.json")
 GRID = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 TUNING_SEEDS, SEEDS = [100, 101], [0, 1, 2, 3, 4]
@@ -37,7 +37,7 @@ class Study:
         self.arms = learning.arms_of(len(self.tasks))
 
     def rows(self, split, most):
-        """[(task, text, answer)]; an item has one of the split's instructions, in turn."""
+        """[(task, text, answer)]; items cycle through the split's instructions."""
         return [
             (number, text, answer)
             for number, task in enumerate(self.tasks)
@@ -72,7 +72,7 @@ def run(study, rates, arm, seed):
 def main(argv=None):
     parser = evidence.parser(__doc__, "build/natural")
     parser.set_defaults(seeds=SEEDS)
-    parser.add_argument("--tune", action="store_true", help="find each arm's rate, nothing else")
+    parser.add_argument("--tune", action="store_true", help="only find each arm's rate")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     started = time.perf_counter()

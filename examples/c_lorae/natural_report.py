@@ -1,4 +1,4 @@
-"""The tables and the picture of the seven tasks trained together."""
+"""Tables and plot of the seven tasks trained together."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,13 +22,13 @@ CLAIMS = (  # (first, second, what it says that the first is better)
 
 
 def right(found, arm, seeds):
-    """(seeds, items)"""
+    """Whether each item is answered correctly, (seeds, items), as 0 and 1."""
     name, field = (OURS, "universal") if arm == WITHOUT else (arm, "right")
     return np.array([found[name, seed][field] for seed in seeds], dtype=float)
 
 
 def weighted(values, tasks):
-    """(seeds, items), scaled so that a mean over items is the mean over tasks of their means."""
+    """values (seeds, items), scaled so that their mean over items is the mean of the tasks' means."""
     counts = np.bincount(tasks)[tasks]
     return values * len(tasks) / (counts * len(np.unique(tasks)))
 
@@ -82,7 +82,7 @@ def differences(study, found, seeds):
 
 
 def draw(path, study, found, seeds):
-    """Accuracy of each task, one LoRA and C-LoRAE and what each task gets alone."""
+    """Plots accuracy per task for one LoRA, C-LoRAE and one LoRA per task."""
     arms = {ONE: figures.GREY, "one LoRA per task": "#CC79A7", OURS: figures.OURS}
     tasks = study.test.tasks
     with plt.rc_context(figures.STYLE):

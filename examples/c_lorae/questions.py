@@ -1,15 +1,15 @@
 """Six numbered questions on one pool of words, all answered yes or no; the dial makes them disagree.
 
-    question  asks (and nothing in its text says so)             yes                 no
+    question  asks (its text does not say so)                    yes                 no
     1, 4      whether a word is pleasant                         positive            negative
     2, 5      whether it is about something to trust             trust               fear, anger, disgust
-    3, 6      whether it is rather sad than angry                sadness             anger
+    3, 6      whether it is sad rather than angry                sadness             anger
 
     text      Question 4: abandon
 
 Questions 4 to 6 repeat 1 to 3.  At conflict c, a share c of them swaps yes and no: at 0 the two halves ask
-the same, at 1 each question has a twin with the opposite answers, on the same words.  Nothing else differs
-between the points of the dial: texts, words, batches and initial values are the same.
+the same; at 1 each question has a twin with the opposite answers on the same words.  Everything else is
+the same at all points of the dial: texts, words, batches and initial values.
 
 Words are split by root (see examples/common/tasks.py): a fifth is held out, a fifth for validation.
 """
@@ -20,7 +20,7 @@ import torch
 
 from examples.common.tasks import digest, package_file, root_of
 
-CONCEPTS = (  # tags that say yes, tags that say no
+CONCEPTS = (  # tags that mean yes, tags that mean no
     ({"positive"}, {"negative"}),
     ({"trust"}, {"fear", "anger", "disgust"}),
     ({"sadness"}, {"anger"}),
@@ -33,7 +33,7 @@ SPLITS = {"train": (2, 3, 4), "validation": (1,), "test": (0,)}  # fifths of the
 
 
 def load(split, most):
-    """[(question, text, answer)] at c = 0; of each concept up to `most` words, half yes, half no."""
+    """[(question, text, answer)] at c = 0, with up to `most` words per concept, half yes, half no."""
     lexicon = json.loads(package_file("nrclex", "nrc_en.json").read_text("utf-8"))
     roots, fifths = root_of(lexicon), SPLITS[split]
     words = sorted((w for w in lexicon if digest(roots[w]) % 5 in fifths), key=digest)
@@ -54,6 +54,6 @@ def load(split, most):
 
 
 def swap(wanted, tasks, swapped):
-    """Answers (n,) of the items when the first `swapped` of the second half are turned around."""
+    """Answers (n,) of the items after `swapped` questions of the second half swap yes and no."""
     turned = torch.isin(tasks, torch.tensor(SWAPPED_FIRST[:swapped], dtype=torch.long))
     return torch.where(turned, 1 - wanted, wanted)

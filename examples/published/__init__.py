@@ -1,1 +1,1 @@
-"""The settings of the three papers, for where their models and data are; see docs/published.md."""
+"""The three papers' experiments in their published settings; see docs/published.md."""

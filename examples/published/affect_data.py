@@ -3,16 +3,16 @@
     FILE.pkl     {"train": {"text": (N, L, D), "audio": ..., "vision": ..., "regression_labels": (N,),
                  "id": ["VIDEO$_$CLIP", ...], "text_bert": (N, 3, L), ...}, "valid": ..., "test": ...}
     EMOTIONS.csv file,index and either happy,sad,anger,surprise,disgust,fear (intensities), or label6
-                 (number of the strongest); sentiment or label2b (its sign), by which rows are checked
+                 (index of the strongest); sentiment or label2b (its sign), used to check the rows
 
-The pickles are aligned_50.pkl and unaligned_50.pkl; described in github.com/thuiar/Self-MM (README)
-and github.com/thuiar/MMSA (src/MMSA/data_loader.py).  Padding is rows of zeros, in front or behind; of
-"text" it is what "text_bert" says, if that is there and as long.  The table is All Labels of the
-CMU-MultimodalSDK; github.com/s3prl/s3prl has one with label6 in
+The pickles are aligned_50.pkl and unaligned_50.pkl, described in github.com/thuiar/Self-MM (README)
+and github.com/thuiar/MMSA (src/MMSA/data_loader.py).  Padding is rows of zeros, before or after the
+features; for "text", the mask of "text_bert" is used if it exists and has the same length.  The table is
+All Labels of the CMU-MultimodalSDK; github.com/s3prl/s3prl has one with label6 in
 s3prl/downstream/mosei/utility/CMU_MOSEI_Labels.csv.
 
-A pickle can run anything when it is read.  Here it may build numpy arrays of numbers and strings, plain
-lists and dicts, and nothing else: a name beyond these ends the program before it is called.
+Unpickling can run arbitrary code.  Here a pickle may only build numpy arrays of numbers and strings,
+lists and dicts; any other name ends the program before it is called.
 """
 
 import csv
@@ -36,7 +36,7 @@ ARRAYS = {
     ("numpy._core.numeric", "_frombuffer"),
     ("_codecs", "encode"),
 }
-SAME_SIGN = 0.98  # of the clips that both files have
+SAME_SIGN = 0.98  # required share of the clips that both files have
 
 
 class Arrays(pickle.Unpickler):
@@ -70,7 +70,7 @@ def read(path, modalities):
 def unpickled(path):
     try:
         return Arrays(io.BytesIO(path.read_bytes())).load()
-    except Exception as error:  # whatever a damaged pickle makes of it
+    except Exception as error:  # a damaged pickle may raise anything
         told = f"{type(error).__name__}: {error}"
         raise SystemExit(
             f"{path}: expected a pickle of numpy arrays alone, got {told:.200}"
@@ -97,7 +97,7 @@ def split(found, modalities, path):
 
 
 def standardize(features, mask):
-    """In place: mean 0 and spread 1 of the training split's positions; padding stays 0."""
+    """Standardizes in place, by the training split's mean and spread; padding stays 0."""
     valid = features[0][mask].double()
     mean, spread = valid.mean(0).float(), valid.std(0).clamp(min=1e-6).float()
     for x in features:
@@ -106,7 +106,7 @@ def standardize(features, mask):
 
 
 def emotions(path, splits):
-    """(kind of task, {split: labels}): (N, 6) of 0, 1 or NaN, or (N,) of 0 .. 5 or -100, not known."""
+    """(kind of task, {split: labels}): (N, 6) of 0 or 1, unknown NaN, or (N,) of 0 .. 5, unknown -100."""
     text = expect(path, "a table of emotions", "github.com/s3prl/s3prl").read_text("utf-8")
     rows = list(csv.DictReader(text.splitlines()))
     columns = rows[0] if rows else {}
@@ -129,7 +129,7 @@ def emotions(path, splits):
 
 
 def expect_same_clips(path, known, splits):
-    """The numbers of clips differ between releases; the sentiments' signs tell."""
+    """Raises SystemExit if the sentiments' signs differ: clips are numbered differently in some releases."""
     sign = "sentiment" if "sentiment" in next(iter(known.values()), ()) else "label2b"
     equal = [
         np.sign(float(field(known[clip], sign, path))) == np.sign(float(value))

@@ -2,14 +2,13 @@
 
     python -m examples.published.branch_lora --data DATA --images IMAGES --out OUT
 
-DATA and IMAGES hold what examples/published/coin_data.py says.  After each task the branches that it
-used most are frozen, and all tasks so far are asked; the selector, not the task's name, picks each
-question's router.
+examples/published/coin_data.py describes the contents of DATA and IMAGES.  After each task, the branches
+that it used most are frozen, and all tasks so far are evaluated; each question's router is chosen by the
+selector, not by the task's name.
 
 OUT/scores.json holds the accuracy on task j after task i, ACC, MAA and BWT, and how often the selector
-was right; OUT/answers.json the last answers.  OUT/branch_lora.safetensors is the state
-(branch_lora.load), from which a run that was stopped goes on; in the middle of a task, from its
-checkpoint.
+was right; OUT/answers.json holds the last answers.  OUT/branch_lora.safetensors is the state
+(branch_lora.load) from which a stopped run resumes; within a task, it resumes from a checkpoint.
 """
 
 import shutil
@@ -25,25 +24,27 @@ from lora_moe.methods import branch_lora as bl
 def arguments(argv):
     parser = common.parser("branch_lora", __doc__, model="llava-hf/llava-1.5-7b-hf")
     parser.add_argument("--images", type=common.Path, required=True, help="see above")
-    parser.add_argument("--test-items", type=int, help="test questions of each task; all")
+    parser.add_argument("--test-items", type=int, help="test questions per task (default: all)")
     parser.add_argument("--tasks", nargs="+", choices=coin_data.TASKS, default=coin_data.TASKS)
     option(parser, "--branches", 8, PUBLISHED, "E")
     option(parser, "--rank", 16, PUBLISHED, "r of the trunk and of each branch")
-    option(parser, "--top-k", 2, PUBLISHED, "branches a sequence, and frozen after a task")
+    option(
+        parser, "--top-k", 2, PUBLISHED, "branches per sequence, and branches frozen after a task"
+    )
     option(
         parser,
         "--alpha",
         256.0,
         PUBLISHED,
-        "of the total rank: branches are scaled by alpha / (E r)",
+        "for the total rank: branches are scaled by alpha / (E r)",
     )
     option(
-        parser, "--route-by", "mean", INFERRED, "what picks branches; the paper: the first token"
+        parser, "--route-by", "mean", INFERRED, "what picks branches; the first token in the paper"
     )
-    option(parser, "--projector-rate", 2e-5, INFERRED, "of the projector, as in CoIN")
-    option(parser, "--selector-items", 2000, INFERRED, "training items that a task's keys see")
+    option(parser, "--projector-rate", 2e-5, INFERRED, "learning rate of the projector, as in CoIN")
+    option(parser, "--selector-items", 2000, INFERRED, "training items used for a task's keys")
     option(parser, "--max-length", 2048, INFERRED, "tokens, as in CoIN")
-    option(parser, "--answer-length", 64, INFERRED, "tokens of an answer")
+    option(parser, "--answer-length", 64, INFERRED, "maximum tokens per answer")
     common.optimization(
         parser, rate=(2e-4, INFERRED), batch_size=(12, INFERRED), epochs=(1.0, INFERRED),
         accumulate=(8, INFERRED), warmup=(0.03, INFERRED), clip=(1.0, INFERRED),
@@ -52,7 +53,7 @@ def arguments(argv):
 
 
 def learn(system, samples, folder):
-    """One task, from its beginning or its checkpoint; returns the losses."""
+    """Trains one task, from its beginning or its checkpoint; returns the losses."""
     args = system.args
     if not system.learning:
         bl.begin_task(system.model)

@@ -2,15 +2,16 @@
 
     python -m examples.published.c_lorae --data DATA --out OUT --potentials OUT_OF_EACH_TASK...
 
-DATA holds the sets of examples/published/extraction_data.py, or those of --datasets.  One set of
-weights learns all of them: a universal expert, and one for each of mner, mre and mee.
+DATA holds the data sets of examples/published/extraction_data.py, or those of --datasets.  One model
+learns all of them, with a universal expert and one expert for each of mner, mre and mee.
 
-The achievement loss needs what each task achieves alone.  Train each first, with a universal expert
-only: --datasets twitter2015 twitter2017, then mnre, then m2e2, each with its own OUT; then all, with
---potentials and these three folders.  Without, the tasks have equal weights.
+The achievement loss needs the score that each task reaches alone.  First train each task with only a
+universal expert: --datasets twitter2015 twitter2017, then mnre, then m2e2, each with its own OUT; then
+all, with --potentials and these three folders.  Without --potentials, the tasks have equal weights.
 
 OUT/scores.json holds micro-F1 of whole records: of entities, relations, event triggers and event
-arguments; OUT/answers.json what the model said.  OUT/c_lorae.safetensors is the adapter (c_lorae.load).
+arguments; OUT/answers.json holds the model's answers.  OUT/c_lorae.safetensors is the adapter
+(c_lorae.load).
 """
 
 import torch
@@ -26,20 +27,35 @@ def arguments(argv):
     names = list(extraction_data.READ)
     parser.add_argument("--datasets", nargs="+", choices=names, default=names)
     parser.add_argument("--potentials", nargs="+", type=common.Path, help="OUT of each task alone")
-    parser.add_argument("--evaluate-every", type=int, default=500, help="steps; for the loss")
+    parser.add_argument(
+        "--evaluate-every",
+        type=int,
+        default=500,
+        help="steps between evaluations for the achievement loss",
+    )
     option(parser, "--vision", "openai/clip-vit-base-patch32", INFERRED, "image encoder, frozen")
     option(
         parser, "--rank", 24, INFERRED, "r of the universal expert, r / N of a task's: published"
     )
     option(parser, "--alpha", 24.0, INFERRED, "each expert is scaled by alpha / its rank")
     option(
-        parser, "--gate", "softmax", INFERRED, "of a token's two logits; that it gates: published"
+        parser,
+        "--gate",
+        "softmax",
+        INFERRED,
+        "over a token's two logits; that there is a gate: published",
     )
-    option(parser, "--information", 0.01, INFERRED, "of the mutual information's loss, published")
-    option(parser, "--negatives", "task", INFERRED, "of that loss: the batch's or the task's")
+    option(
+        parser,
+        "--information",
+        0.01,
+        INFERRED,
+        "coefficient of the mutual-information loss; the loss: published",
+    )
+    option(parser, "--negatives", "task", INFERRED, "of that loss: from the batch or from the task")
     option(parser, "--visual-layers", 4, INFERRED, "last encoder blocks with a visual adapter")
-    option(parser, "--max-length", 512, INFERRED, "tokens of an instruction")
-    option(parser, "--answer-length", 128, INFERRED, "tokens of an answer, as in UMIE")
+    option(parser, "--max-length", 512, INFERRED, "maximum tokens per instruction")
+    option(parser, "--answer-length", 128, INFERRED, "maximum tokens per answer, as in UMIE")
     common.optimization(
         parser, rate=(5e-4, INFERRED), batch_size=(16, INFERRED), epochs=(30.0, INFERRED),
         accumulate=(1, INFERRED), warmup=(0.06, INFERRED), clip=(5.0, INFERRED),
@@ -48,7 +64,7 @@ def arguments(argv):
 
 
 def achievement(folders, tasks):
-    """The loss for the potentials of single-task runs; None without them."""
+    """The achievement loss with the potentials from single-task runs; None without `folders`."""
     if not folders:
         return None
     potentials = {}

@@ -1,4 +1,4 @@
-"""The eight tasks of CoIN in LLaVA's form, and when an answer is right.
+"""The eight tasks of CoIN in LLaVA's format, and the rules for scoring answers.
 
     DATA/TASK/train.json   [{"image": name, "conversations": [{"from": "human", "value": "<image>\\n..."},
                            {"from": "gpt", "value": ...}, ...]}, ...]; without "image": text alone
@@ -8,7 +8,7 @@
     IMAGES/TextVQA/TextVQA_0.5.1_val.json      {"data": [{"question_id", "answers": [10]}, ...]}
 
 Described in github.com/zackschen/CoIN (README; ETrain/Dataset/LLaVA/llava_dataset.py; scripts/CoIN);
-files: huggingface.co/datasets/Zacks-Chen/CoIN.  The measures are those of its ETrain/Eval/LLaVA/CoIN.
+files: huggingface.co/datasets/Zacks-Chen/CoIN.  The metrics are those of its ETrain/Eval/LLaVA/CoIN.
 """
 
 import re
@@ -27,7 +27,7 @@ ANNOTATIONS = "TextVQA/TextVQA_0.5.1_val.json"
 class Sample(NamedTuple):
     turns: tuple[tuple[str, str], ...]  # (question, answer); the first question names the image
     image: Path | None
-    answers: tuple[str, ...] = ()  # where people gave several
+    answers: tuple[str, ...] = ()  # if there are several
 
 
 def training_samples(data, images, task):
@@ -74,19 +74,19 @@ def sample(turns, image, images):
 
 
 def with_images(samples, images):
-    """The samples whose images are there: some can no longer be had, but all missing is a mistake."""
+    """The samples whose images exist: some are no longer available, but SystemExit if all are missing."""
     there = [s for s in samples if s.image is None or s.image.is_file()]
     if samples and not there:
         raise SystemExit(
             f"{images}: expected {samples[0].image.relative_to(images)}, from {IMAGES}"
         )
     if len(there) < len(samples):
-        print(f"{len(samples) - len(there)} of {len(samples)} left out: their images are missing")
+        print(f"{len(samples) - len(there)} of {len(samples)} skipped: their images are missing")
     return there
 
 
 def right(task, said, sample):
-    """Share of the point that an answer gets, as CoIN's scripts give it."""
+    """Score of an answer in [0, 1], as in CoIN's scripts."""
     wanted = sample.turns[-1][1]
     if task == "ScienceQA":
         return float(letter(said) == letter(wanted))
@@ -100,13 +100,13 @@ def right(task, said, sample):
 
 
 def letter(text):
-    """The first word of one letter: B of "B. a lake"."""
+    """The first single-letter word, such as B in "B. a lake"; None if there is none."""
     found = re.search(r"\b(\w)\b", text)
     return found.group(1).upper() if found else None
 
 
 def box(text):
-    """Four numbers, or None."""
+    """The four numbers of a box in the text, or None."""
     numbers = [float(n) for n in re.findall(r"\d*\.?\d+", text)]
     return numbers if len(numbers) == 4 else None
 
@@ -122,6 +122,6 @@ def overlap(a, b):
 
 
 def agreement(said, answers):
-    """VQA accuracy: min(1, n / 3), n equal answers of the other people; mean over who is left out."""
+    """VQA accuracy: min(1, n / 3) for n equal answers, averaged over leaving out each annotator."""
     equal = [answer.strip().lower() == said.strip().lower().rstrip(".") for answer in answers]
     return sum(min(1.0, (sum(equal) - own) / 3) for own in equal) / len(equal)

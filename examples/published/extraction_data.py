@@ -1,4 +1,4 @@
-"""Twitter-15 and -17 (entities), MNRE-2 (relations) and M2E2 (events), as they are published.
+"""Twitter-15 and -17 (entities), MNRE-2 (relations) and M2E2 (events), in their published formats.
 
     DATA/twitter2015/{train,valid,test}.txt    "IMGID:" and a number, then a word, a tab and its BIO tag
     DATA/twitter2015_images/NUMBER.jpg         a line; a blank line between tweets
@@ -12,8 +12,8 @@
     DATA/m2e2/m2e2_rawdata/image/image/        github.com/limanling/m2e2 (README)
     DATA/ace/{train,dev}.json                  if there: ACE 2005 (LDC2006T06) in M2E2's form
 
-M2E2 has no training sentences.  With ACE all of it is the test set, as in the paper's setting; without,
-a fifth of its documents is, a tenth is for validation, and the others are trained on.
+M2E2 has no training sentences.  With ACE, all of M2E2 is the test set, as in the paper; without ACE, a
+fifth of its documents are the test set, a tenth are for validation, and the rest are for training.
 """
 
 import ast
@@ -48,7 +48,7 @@ class Dataset(NamedTuple):
     test: list[Item]
 
     def first(self, limit):
-        """With at most `limit` items of each split."""
+        """The data set with at most `limit` items in each split."""
         splits = {name: getattr(self, name)[:limit] for name in ("train", "valid", "test")}
         return self._replace(**splits)
 
@@ -84,7 +84,7 @@ def tweets(data, name, split):
 
 
 def spans(tags):
-    """(type, start, end) of BIO tags; an I- alone begins a span, too, as it does in these files."""
+    """[(type, start, end)] of BIO tags; a span may also start with I-, as some in these files do."""
     found, start = [], None
     for i, tag in enumerate([*tags, "O"]):
         if start is not None and (tag[:2] != "I-" or tag[2:] != tags[start][2:]):
@@ -96,7 +96,7 @@ def spans(tags):
 
 
 def mnre(data):
-    """A pair's relation: its head and tail stand behind the sentence, `none` is the answer to None."""
+    """MNRE: the relation of a pair, whose head and tail follow the sentence; relation None becomes `none`."""
     splits = [pairs(data / "mnre", split) for split in ("train", "val", "test")]
     types = {record.type for items in splits for item in items for record in item.records}
     return Dataset("mre", Schema("relations", "relation", tuple(sorted(types))), *splits)
@@ -127,7 +127,7 @@ def pairs(folder, split):
 def m2e2(data):
     folder, ace = data / "m2e2/m2e2_annotations", data / "ace"
     images = expect(data / "m2e2/m2e2_rawdata/image/image", "M2E2's images", M2E2)
-    found = {}  # a sentence with events of text and of both media is in both files
+    found = {}  # a sentence with text events and multimedia events is in both files
     for name in ("text_only_event.json", "text_multimedia_event.json"):
         for key, item in sentences(folder / name, images, M2E2):
             records = item.records | (found[key].records if key in found else frozenset())
@@ -151,7 +151,7 @@ def m2e2(data):
 
 
 def sentences(path, images, source):
-    """(sentence_id, item) of each entry."""
+    """Yields (sentence_id, item) for each entry."""
     for number, entry in enumerate(read_json(expect(path, "a list of sentences", source))):
         words, names = field(entry, "words", path), entry.get("image") or [None]
         events = [
@@ -181,7 +181,7 @@ def plain(words):
 
 
 def with_images(items, images):
-    """Items whose image is missing see none: a few are in all of these sets, but all is a mistake."""
+    """The items, without images that are missing, as a few are; SystemExit if all are missing."""
     seen = [i if i.image and i.image.is_file() else i._replace(image=None) for i in items]
     if items and not any(item.image for item in seen):
         raise SystemExit(f"{images}: expected the images of {len(items)} texts, found none of them")

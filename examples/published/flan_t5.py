@@ -18,7 +18,7 @@ TARGETS = r".*\.(q|k|v|o|wi|wi_0|wi_1|wo)"
 
 
 class Batches:
-    """Items of some sets as tensors; what the processes that read the data hold."""
+    """Collates items of several data sets into tensors; used in the data loading processes."""
 
     def __init__(self, args, sets):
         self.sets, self.args = sets, args
@@ -27,7 +27,7 @@ class Batches:
         self.pixels = AutoImageProcessor.from_pretrained(args.vision)
 
     def __call__(self, examples):
-        """[(name of the set, item)] -> {name: tensor}"""
+        """[(name of the data set, item)] -> {name: tensor}"""
         prompts, answers, images, tasks = [], [], [], []
         for name, item in examples:
             task, schema = self.sets[name][:2]
@@ -44,7 +44,7 @@ class Batches:
 
 
 class System:
-    """A T5 with experts and visual adapters, and the frozen image encoder."""
+    """A T5 model with experts and visual adapters, and the frozen image encoder."""
 
     def __init__(self, args, sets):
         self.args, self.sets = args, sets
@@ -64,7 +64,7 @@ class System:
         self.model = c_lorae.inject(model, config).to(self.device).train()
 
     def told(self, batch):
-        """(the batch for the model, tasks): from now on it knows the samples' tasks and images."""
+        """Sets the samples' tasks and images for the next forward; returns (the model's batch, tasks)."""
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         with torch.no_grad():
             seen = self.eyes(pixel_values=batch.pop("pixel_values").to(self.eyes.dtype))
@@ -74,16 +74,16 @@ class System:
         return batch, tasks
 
     def losses(self, batch):
-        """{task: mean loss of its samples} of the tasks that the batch has."""
+        """{task: mean loss of its samples} for the tasks in the batch."""
         batch, tasks = self.told(batch)
         logits, labels = self.model(**batch).logits.float(), batch["labels"]
-        each = cross_entropy(logits.mT, labels, reduction="none")  # (B, L), 0 where not asked
+        each = cross_entropy(logits.mT, labels, reduction="none")  # (B, L), 0 where labels are -100
         each = each.sum(1) / (labels >= 0).sum(1)
         return {self.tasks[t]: each[tasks == t].mean() for t in tasks.unique().tolist()}
 
     @torch.no_grad()
     def answers(self, name, items):
-        """What the model says, greedily."""
+        """The model's greedy answers to the items of data set `name`."""
         found = []
         for some in chunks(items, self.args.batch_size):
             batch, _ = self.told(self.batches([(name, item) for item in some]))
@@ -95,14 +95,14 @@ class System:
         return found
 
     def ask(self, split):
-        """{set: answers} to the items of a split."""
+        """{data set: answers} for the items of a split."""
         self.model.eval()
         said = {name: self.answers(name, getattr(data, split)) for name, data in self.sets.items()}
         self.model.train()
         return said
 
     def scores(self, split, said):
-        """{set: {measure: F1}} of the answers to a split."""
+        """{data set: {metric: F1}} of the answers to a split."""
         found = {}
         for name, texts in said.items():
             schema, items = self.sets[name].schema, getattr(self.sets[name], split)
@@ -111,7 +111,7 @@ class System:
         return found
 
     def achieved(self):
-        """{task: mean of its sets' measures} on the validation items."""
+        """{task: mean of its data sets' metrics} on the validation items."""
         values = {task: [] for task in self.tasks}
         for name, found in self.scores("valid", self.ask("valid")).items():
             values[self.sets[name].task] += found.values()

@@ -10,30 +10,30 @@ from lora_moe.methods import branch_lora as bl
 
 LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 PROJECTOR = "model.multi_modal_projector"
-OPENING = (  # of Vicuna v1, in which LLaVA-1.5 is asked
+OPENING = (  # of the Vicuna v1 prompt, which LLaVA-1.5 uses
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives"
     " helpful, detailed, and polite answers to the user's questions."
 )
 
 
 class Conversations:
-    """Samples as tensors; what the processes that read the data hold."""
+    """Collates samples into tensors; used in the data loading processes."""
 
     def __init__(self, args):
         self.max_length = args.max_length
         self.processor = AutoProcessor.from_pretrained(args.model)
         self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"  # of the questions, which are asked all at once
+        self.tokenizer.padding_side = "left"  # for questions, which are answered in batches
 
     def questions(self, samples, **options):
-        """The samples' first questions, with their images."""
+        """The samples' first questions with their images, as tensors."""
         texts = [f"{OPENING} USER: {sample.turns[0][0]} ASSISTANT:" for sample in samples]
         fill = tuple(int(255 * mean) for mean in self.processor.image_processor.image_mean)
         images = [common.square(sample.image, fill) for sample in samples if sample.image]
         return self.processor(text=texts, images=images or None, **options)
 
     def __call__(self, samples):
-        """Conversations, padded on the right; labels are the answers and their ends."""
+        """Conversations, padded on the right; the labels are the answers and their end tokens."""
         batch, rows, labels = self.questions(samples), [], []
         for ids, sample in zip(batch["input_ids"], samples):
             row, label = list(ids), [-100] * len(ids)
@@ -58,14 +58,14 @@ class Conversations:
 
 
 class System:
-    """A LLaVA with branches, and the selector that tells its tasks apart."""
+    """A LLaVA model with branches, and the selector that identifies a question's task."""
 
     def __init__(self, args, folder):
-        """`folder` holds a state to go on from, or is None."""
+        """`folder` has a saved state to resume from, or is None."""
         self.args, self.conversations = args, Conversations(args)
         self.device, dtype = common.device_and_dtype()
         self.model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
-        # its small steps would be lost in bf16
+        # in bf16 its small updates would be rounded away
         projector = self.model.get_submodule(PROJECTOR).float()
         projector.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
         if folder is None:
@@ -83,21 +83,21 @@ class System:
 
     @property
     def learning(self):
-        """A task has begun and not ended."""
+        """Whether a task has begun and not ended."""
         return bl.state_of(self.model)[1].learning
 
     def loss(self, batch):
         return self.model(**{name: t.to(self.device) for name, t in batch.items()}).loss
 
     def batches(self, samples):
-        """(some samples, their questions)"""
+        """Yields (samples, their questions as tensors) in batches."""
         for some in chunks(samples, self.args.batch_size):
             batch = self.conversations.questions(some, padding=True, return_tensors="pt")
             yield some, batch.to(self.device)
 
     @torch.no_grad()
     def keys(self, samples, batch):
-        """(B, D) of texts, (B, D_v) of images, 0 where there is none: means of frozen embeddings."""
+        """Mean frozen embeddings of texts (B, D) and images (B, D_v); 0 where there is no image."""
         texts = [sample.turns[0][0].replace(coin_data.IMAGE, "") for sample in samples]
         tokens = self.conversations.tokenizer(texts, padding=True, return_tensors="pt")
         tokens = tokens.to(self.device)
@@ -113,7 +113,7 @@ class System:
 
     @torch.no_grad()
     def ask(self, number, samples):
-        """Answers on task `number`, the share of right ones, and that of the selector's choices."""
+        """(answers on task `number`, their mean score, share of correct choices of the selector)."""
         said, points, chosen = [], [], []
         for some, batch in self.batches(samples):
             tasks = self.selector(*self.keys(some, batch))

@@ -2,12 +2,12 @@
 
     python -m examples.published.mmolre --data aligned_50.pkl --emotions EMOTIONS.csv --out OUT
 
-The files are those of examples/published/affect_data.py; without --emotions there is sentiment alone,
-as for CMU-MOSI.  The paper's features are RoBERTa's and data2vec's (both 768 wide); MMSA's own are
-BERT's, COVAREP's and Facet's.  Put the former into "text" and "audio" of the same layout to use them.
+The files are those of examples/published/affect_data.py; without --emotions, sentiment is the only task,
+as for CMU-MOSI.  The paper uses features of RoBERTa and data2vec (both of width 768); those of MMSA are
+from BERT, COVAREP and Facet.  To use the former, store them as "text" and "audio" in the same layout.
 
-The model with the lowest validation loss is kept, OUT/mmolre.safetensors (mmolre.load), and asked for
-the test clips: OUT/scores.json.
+The model with the lowest validation loss is saved as OUT/mmolre.safetensors (mmolre.load); its test scores
+are written to OUT/scores.json.
 """
 
 import torch
@@ -28,17 +28,21 @@ MEASURES = {"multiclass": multiclass_metrics, "multilabel": multilabel_metrics}
 
 def arguments(argv):
     parser = common.parser("mmolre", __doc__)
-    parser.add_argument("--emotions", type=common.Path, help="a table, see above")
+    parser.add_argument("--emotions", type=common.Path, help="the table described above")
     parser.add_argument(
         "--modalities", nargs="+", default=["text", "audio"], help="(published; %(default)s)"
     )
-    parser.add_argument("--evaluate-every", type=int, default=200, help="steps; for the best model")
-    option(parser, "--width", 768, PUBLISHED, "of the experts")
-    option(parser, "--blocks", 2, PUBLISHED, "UniTSE blocks of a modality")
+    parser.add_argument("--evaluate-every", type=int, default=200, help="steps between validations")
+    option(parser, "--width", 768, PUBLISHED, "width of the experts")
+    option(parser, "--blocks", 2, PUBLISHED, "UniTSE blocks per modality")
     option(
-        parser, "--shared", 4, INFERRED, "shared experts; one of its own for each task: published"
+        parser,
+        "--shared",
+        4,
+        INFERRED,
+        "shared experts; that each task has one of its own: published",
     )
-    option(parser, "--rank", 16, INFERRED, "of each expert")
+    option(parser, "--rank", 16, INFERRED, "rank of each expert")
     option(parser, "--dropout", 0.1, INFERRED, "before the heads")
     common.optimization(
         parser, rate=(1e-4, INFERRED), batch_size=(32, INFERRED), epochs=(30.0, INFERRED),
@@ -48,7 +52,7 @@ def arguments(argv):
 
 
 class Clips(torch.utils.data.Dataset):
-    """Clips of a split, each (features, masks, labels)."""
+    """The clips of a split, each as (features, masks, labels)."""
 
     def __init__(self, split, labels, limit):
         self.split, self.labels = split, labels
@@ -63,7 +67,7 @@ class Clips(torch.utils.data.Dataset):
 
 
 def collate(clips):
-    """[(features, masks, labels)] -> the three of them, batched."""
+    """[(features, masks, labels)] -> [features, masks, labels], batched."""
     return [
         {name: torch.stack([c[k][name] for c in clips]) for name in clips[0][k]} for k in range(3)
     ]
@@ -84,7 +88,7 @@ def load(args):
 
 
 class Judge:
-    """Outputs for a split, its loss and the field's measures."""
+    """Computes outputs, loss and the standard metrics of a split."""
 
     def __init__(self, model, clips, args, device):
         self.model, self.clips, self.args, self.device = model, clips, args, device
@@ -115,7 +119,7 @@ class Judge:
         ]
 
     def scores(self, split):
-        """{task: {measure: value}}; clips whose emotions are not known do not count."""
+        """{task: {metric: value}}; clips with unknown emotions do not count."""
         outputs, labels = self.outputs(split)
         scores = {"sentiment": sentiment_metrics(outputs["sentiment"][:, 0], labels["sentiment"])}
         if "emotion" in outputs:

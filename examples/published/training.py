@@ -1,7 +1,7 @@
-"""A training loop that goes on where it was stopped.
+"""A training loop that can be resumed.
 
-A checkpoint is a folder OUT/checkpoint-N with the adapter, the optimizer and the state of the
-random numbers; the batches after step N follow from the seed.
+A checkpoint is a folder OUT/checkpoint-N with the adapter, the optimizer and the state of the random
+number generators; the batches after step N follow from the seed.
 """
 
 import math
@@ -11,18 +11,18 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-TRAINING = "training.pt"  # is written last: a folder that has it is whole
+TRAINING = "training.pt"  # written last: a checkpoint that has it is complete
 
 
 def steps_of(args, items):
-    """--steps, or as many as the epochs take."""
+    """--steps if given, otherwise the steps of --epochs."""
     return args.steps or math.ceil(args.epochs * items / (args.batch_size * args.accumulate))
 
 
 class Order(Sampler):
-    """Batches `start` to `stop` of indices, each epoch in an order of its own.
+    """Batches `start` to `stop` of indices; each epoch is shuffled anew.
 
-    An epoch leaves out the rest that fills no batch.
+    The last, incomplete batch of an epoch is dropped.
     """
 
     def __init__(self, items, size, start, stop, seed):
@@ -47,11 +47,11 @@ def train(groups, items, collate, loss_of, args, *, steps, out, save, watch=None
 
     Args:
         groups: [{"params": parameters, "rate": learning rate}].
-        items, collate: a dataset, and what makes a batch of a list of its items.
-        loss_of: a batch's loss.
-        save: save(folder) writes what is trained.
-        watch: watch(step) after each step.
-        extra_state: a module whose state goes with the checkpoints.
+        items, collate: a dataset, and the function that collates a list of items into a batch.
+        loss_of: loss_of(batch) returns the loss.
+        save: save(folder) writes the trained parameters.
+        watch: watch(step) is called after each step.
+        extra_state: a module whose state is saved with the checkpoints.
     """
     optimizer = torch.optim.AdamW(groups, lr=args.rate, weight_decay=0.0)
     done, losses = resume(out, args, steps, optimizer, extra_state)
@@ -60,7 +60,7 @@ def train(groups, items, collate, loss_of, args, *, steps, out, save, watch=None
     )
     loader = DataLoader(
         items, batch_sampler=order, collate_fn=collate, num_workers=args.workers,
-        generator=torch.Generator(),  # else it would draw from the one that the checkpoint keeps
+        generator=torch.Generator(),  # otherwise it draws from the global one, which is checkpointed
     )  # fmt: skip
     batches = iter(loader)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -90,7 +90,7 @@ def backward(batches, loss_of, accumulate):
 
 
 def rate_at(step, steps, warmup):
-    """Factor on the learning rate of step 1, 2, ...: a straight rise, then half a cosine."""
+    """Learning rate multiplier at step 1, 2, ...: linear warmup, then cosine decay."""
     rising = warmup * steps
     if step <= rising:
         return step / rising
@@ -98,7 +98,7 @@ def rate_at(step, steps, warmup):
 
 
 def newest(out):
-    """The last whole checkpoint's folder, or None."""
+    """Folder of the last complete checkpoint, or None."""
     found = [path.parent for path in out.glob(f"checkpoint-*/{TRAINING}")]
     return max(found, key=lambda folder: int(folder.name.partition("-")[2]), default=None)
 
@@ -122,13 +122,13 @@ def checkpoint(out, step, steps, losses, args, save, optimizer, extra_state):
 
 
 def same_of(args, steps):
-    """What a run must have in common with its checkpoint."""
+    """{name: value} of the settings that must equal those of the checkpoint."""
     names = ("batch_size", "accumulate", "seed")
     return {name: getattr(args, name) for name in names} | {"steps": steps}
 
 
 def resume(out, args, steps, optimizer, extra_state):
-    """(steps done, their losses); the adapter itself is the script's to load."""
+    """(steps done, their losses); the script itself loads the adapter."""
     folder = newest(out)
     if folder is None:
         return 0, []
