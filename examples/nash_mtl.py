@@ -1,8 +1,8 @@
-"""Nash-MTL over the experts: the tasks bargain for each step, by the package torchjd.
+"""Nash-MTL over the experts: the tasks bargain over each update, using the package torchjd.
 
     d = sum_t a_t g_t   with   G G^T a = 1 / a          G (N, P): a row of gradients g_t for each task
 
-A task whose loss is a hundred times larger does not win by that.  Needs `pip install torchjd[nash_mtl]`.
+A task gains nothing from a loss a hundred times larger.  Requires `pip install torchjd[nash_mtl]`.
 
     python -m examples.nash_mtl
 
@@ -21,7 +21,7 @@ SCALES = (1.0, 100.0)  # of the tasks' losses
 
 
 def nash_step(optimizer, losses, aggregator) -> list[float]:
-    """One update along the bargain of the tasks' gradients; returns the losses before it.
+    """One update along the Nash bargaining direction of the tasks' gradients; returns the losses before it.
 
     aggregator is torchjd.aggregation.NashMTL(n_tasks=len(losses)).  One gradient at a time
     (parallel_chunk_size=1), as torch.func's transforms do not reach the experts' operators.
@@ -37,7 +37,7 @@ def nash_step(optimizer, losses, aggregator) -> list[float]:
 
 
 def problem(seed=0):
-    """A frozen linear map with one expert for both tasks and one for each, and each task's target."""
+    """A frozen linear with one shared expert and one expert per task; returns (model, x, targets)."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(D, D))
     inject(model, LoraMoeConfig(num_experts=1 + TASKS, r=4, target_modules=("0",)))

@@ -1,1 +1,1 @@
-"""What the examples share: models, data, training steps, peers, statistics, pictures."""
+"""Code shared by the examples: models, data, training steps, peers, statistics and plots."""

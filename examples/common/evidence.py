@@ -1,8 +1,8 @@
-"""What the three papers' examples share: a store of finished runs, paired intervals, a table.
+"""Shared by the examples of the three papers: a store of finished runs, paired intervals, tables.
 
-An example trains several arms (ways to do it) from several seeds.  All arms of a seed see the same
-data and the same initial values, so differences are taken item by item, and two arms that answer
-alike differ by exactly nothing.
+An example trains several arms (methods or variants) from several seeds.  All arms of a seed see the
+same data and the same initial values, so differences are computed item by item, and two arms with
+identical answers differ by exactly zero.
 """
 
 import argparse
@@ -23,25 +23,25 @@ RESAMPLES = 4000
 
 
 def parser(description, out):
-    """--out, --quick and --seeds, the same for each example."""
+    """An ArgumentParser with the options of every example: --out, --quick, --seeds and --processes."""
     parser = argparse.ArgumentParser(
         prog=f"python -m examples.{Path(out).name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=Path(out), help="folder for what is written")
-    parser.add_argument("--quick", action="store_true", help="seconds: shows that it runs, no more")
+    parser.add_argument("--out", type=Path, default=Path(out), help="output folder")
+    parser.add_argument("--quick", action="store_true", help="a smoke test that takes seconds")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     return parser
 
 
 def runs(out, arms, seeds, run, processes=1, file="runs.jsonl", setting=None):
-    """{(arm, seed): run(arm, seed)}; each result is kept in out/file, where a restart finds it.
+    """{(arm, seed): run(arm, seed)}; results are saved in out/file, and a restart reuses them.
 
-    A result is what JSON holds; "seconds" is added to it.  Processes are forked: what `run` holds is
-    shared, and each should compute in one thread.  `setting` is what else decides a result (sizes,
-    rates), as JSON: results of another setting are refused, not mixed in.
+    A result is a JSON object; "seconds" is added to it.  Processes are forked, so they share what `run`
+    references, and each should compute in one thread.  `setting` is everything else that determines a
+    result (sizes, rates), as JSON: if the file has results of another setting, SystemExit is raised.
     """
     out.mkdir(parents=True, exist_ok=True)
     path, head = out / file, json.dumps({"setting": setting})
@@ -69,7 +69,7 @@ def _timed(run, arm, seed):
 
 
 def _each(call, keys, processes):
-    """call(*key) of each, as they are finished."""
+    """Yields call(*key) for each key, in the order in which they finish."""
     if processes < 2:
         yield from (call(*key) for key in keys)
         return
@@ -84,12 +84,12 @@ def _call_forked(key):
 
 
 def tune(out, path, arms, grid, seeds, run, processes=1, setting=None):
-    """Every arm at every rate of the grid, from seeds of their own: the same budget for each.
+    """Runs every arm at every rate of the grid with separate tuning seeds; all arms get the same budget.
 
     Args:
-        path: the JSON file, kept with the protocol, that `rates` and `tuning` read.
-        run: run(arm, rate, seed) -> {"score": of the validation items, higher is better}.
-        setting: as of runs.
+        path: the JSON file to write, stored with the protocol; `rates` and `tuning` read it.
+        run: run(arm, rate, seed) -> {"score": score on the validation items, higher is better}.
+        setting: see `runs`.
     """
     keys = {f"{arm} at {rate:g}": (arm, rate) for arm in arms for rate in grid}
 
@@ -109,7 +109,7 @@ def tune(out, path, arms, grid, seeds, run, processes=1, setting=None):
 
 
 def rates(path):
-    """{arm: its best rate}, by the mean over the tuning seeds."""
+    """{arm: best rate}, by the mean score over the tuning seeds."""
     if not path.exists():
         raise SystemExit(f"{path} is missing: find the rates with --tune first")
     scores = json.loads(path.read_text())["scores"]
@@ -117,7 +117,7 @@ def rates(path):
 
 
 def tuning(path, scale=100.0, digits=1):
-    """The grid as a table, with the budget; an arm's best rate is bold."""
+    """The tuning grid as a Markdown table, followed by the budget; each arm's best rate is bold."""
     found, best = json.loads(path.read_text()), rates(path)
     grid = list(next(iter(found["scores"].values())))
     rows = []
@@ -132,9 +132,9 @@ def tuning(path, scale=100.0, digits=1):
 def interval(values):
     """(mean, low, high): 95 % bootstrap interval of the mean of (seeds, items), or of (seeds,) alone.
 
-    Items are drawn anew within each draw of seeds: the interval speaks of other items and other
-    seeds of the same kind.  Three seeds bound the second coarsely, so tables show each seed too.
-    Any axis before them, such as (orders, seeds, items), is drawn anew likewise.
+    Items are resampled within each resample of seeds, so the interval covers both other items and
+    other seeds.  Three seeds give only a coarse bound on the latter, so tables also show each seed.
+    Any leading axis, as in (orders, seeds, items), is resampled in the same way.
     """
     values = np.asarray(values, dtype=np.float64)
     values = values[:, None] if values.ndim == 1 else values
@@ -152,19 +152,19 @@ def difference(first, second):
 
 
 def shown(found, scale=100.0, digits=1):
-    """`mean [low, high]`; scale 100 for shares as points."""
+    """The interval as `mean [low, high]`; scale=100 shows shares in points."""
     mean, low, high = (scale * value for value in found)
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def verdict(found):
-    """What an interval of a difference says."""
+    """Whether the interval of a difference lies above zero, below zero, or contains it, in words."""
     _, low, high = found
     return "yes" if low > 0 else "**no: the reverse**" if high < 0 else "**not shown**"
 
 
 def table(head, rows):
-    """A Markdown table; the first column is text, the others are numbers."""
+    """A Markdown table; the first column is left-aligned text, the others are right-aligned numbers."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 

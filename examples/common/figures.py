@@ -1,4 +1,4 @@
-"""The demos' pictures. Colours tell apart to every eye; labels stand where the data is."""
+"""The demos' plots. The colors are safe for color-blind readers; labels are placed next to the data."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ STYLE = {
 
 
 def draw_accuracy(path, rows):
-    """rows: (task, untuned, tuned, majority), shares of held-out items."""
+    """Plots accuracy before and after training; rows: (task, untuned, tuned, majority), as shares."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.95 * len(rows) + 1.3), layout="constrained")
         for y, (task, before, after, majority) in enumerate(reversed(rows)):
@@ -70,7 +70,7 @@ def _arrow():
 
 
 def draw_loss(path, ours, loop, flips):
-    """Losses a step, ours and (fewer steps) the loop's; flips: share of decisions that differ."""
+    """Plots our loss per step and the loop's (fewer steps); flips: share of routing decisions that differ."""
     with plt.rc_context(STYLE):
         figure, (top, low) = plt.subplots(
             2, 1, figsize=(8, 4.9), height_ratios=(3, 1), sharex=True, layout="constrained"
@@ -96,7 +96,7 @@ def draw_loss(path, ours, loop, flips):
             arrowprops={"arrowstyle": "-", "color": LOOP, "lw": 1, "shrinkB": 4},
         )
         top.set(ylim=(0, None), ylabel="loss on the answers")
-        top.set_title("Same curve, though every step rounds differently")
+        top.set_title("The loss curves match, despite different rounding")
         low.bar(steps[: len(flips)], flips, color=GREY, width=0.7)
         low.yaxis.set_major_formatter(PercentFormatter(1, decimals=_decimals(max(flips))))
         low.set(ylabel="routing\nthat differs", xlabel="training step", xlim=(0.4, len(ours) + 0.6))
@@ -108,7 +108,7 @@ def _decimals(largest):
 
 
 def draw_load(path, load, tasks, module):
-    """load (layers, tasks, E): the share of each task's token slots that an expert received."""
+    """Plots load (layers, tasks, E), the share of each task's slots that an expert received."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(
             1, len(tasks), figsize=(8, 5.6), sharey=True, layout="constrained"
@@ -127,7 +127,7 @@ def draw_load(path, load, tasks, module):
         bar.set_ticks([0, even, most], labels=["0%", f"{even:.1%}, even", f"{most:.0%}"])
         bar.outline.set_visible(False)
         figure.suptitle(
-            f"Who works where: load of the experts of {module}",
+            f"Load of the experts of {module}, by layer and task",
             x=0.01,
             ha="left",
             weight="bold",
@@ -137,7 +137,7 @@ def draw_load(path, load, tasks, module):
 
 
 def draw_cost(path, panels):
-    """panels: (title, {contender: value}, format of a value); the first contender is ours."""
+    """Plots bars; panels: (title, {contender: value}, formatter of a value); the first contender is ours."""
     with plt.rc_context(STYLE):
         figure, columns = plt.subplots(
             1, len(panels), figsize=(8, 2.9), sharey=True, layout="constrained"

@@ -1,4 +1,4 @@
-"""What a training step costs in memory: bytes saved for the backward, and the peak."""
+"""Memory cost of a training step: bytes saved for the backward, and the peak."""
 
 import ctypes
 import gc
@@ -18,9 +18,9 @@ def median(values):
 
 
 def saved_bytes(model, batch):
-    """Bytes of the storages autograd keeps for the backward, each once, parameters excluded."""
+    """Bytes of the storages that autograd saves for the backward, each counted once, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved, alive = {}, []  # alive: or the address of a freed storage could be counted again
+    saved, alive = {}, []  # alive: otherwise the address of a freed storage could be reused
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -35,7 +35,7 @@ def saved_bytes(model, batch):
 
 
 def saved_bytes_unadapted(model, batch):
-    """The same for the frozen model; its embeddings require grad, or there would be no graph."""
+    """saved_bytes of the frozen model; its embeddings require grad, or there would be no graph."""
     hook = model.model.embed_tokens.register_forward_hook(lambda *args: args[-1].requires_grad_())
     try:
         return saved_bytes(model, batch)
@@ -44,9 +44,9 @@ def saved_bytes_unadapted(model, batch):
 
 
 def return_memory_at_once():
-    """Makes glibc give every large block back when it is freed, so that resident means in use.
+    """Makes glibc return every large block as soon as it is freed, so that resident memory is memory in use.
 
-    Slows allocation down: call it after the timing.
+    This slows down allocation: call it after the timing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -55,7 +55,7 @@ def return_memory_at_once():
 
 
 def peak_bytes(step, rounds=3):
-    """How far resident memory rises above its level before `step`; None where Linux is missing."""
+    """Peak rise of resident memory during `step`, in bytes (median of `rounds`); None if not on Linux."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return None
@@ -69,7 +69,7 @@ def peak_bytes(step, rounds=3):
 
 
 def resident_bytes():
-    """Resident memory without what is garbage already; None where Linux is missing."""
+    """Resident memory after a garbage collection, in bytes; None if not on Linux."""
     if not Path("/proc/self/status").exists():
         return None
     gc.collect()
@@ -78,6 +78,6 @@ def resident_bytes():
 
 
 def _status(field):
-    """A line of /proc/self/status, in bytes."""
+    """The given field of /proc/self/status, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(field + ":")[1].split()[0]) * 1024

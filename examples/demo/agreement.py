@@ -1,11 +1,12 @@
-"""Does one pass over x compute what the loop over experts computes?  Asked in three ways.
+"""Does one pass over x compute the same as the loop over experts?  Three comparisons.
 
-    locked    the loop trains; at each of its steps ours takes over its weights: the losses agree
-    replayed  at some of these steps the loop takes our routing decisions: the gradients agree
+    locked    the loop trains, and ours copies its weights before each step: the losses agree
+    replayed  at some of these steps the loop uses our routing decisions: the gradients agree
     free      both train from the same start, each with its own rounding: the losses stay close
 
-A decision is the set of K experts per token gets in one of the 210 linears; where two logits nearly
-tie, rounding may flip it.  Freely running, flips feed back into the weights; locked, they cannot.
+A decision is the set of K experts that a token gets in one of the 210 linears; if two logits nearly
+tie, rounding may flip it.  In free training, flips feed back into the weights; in locked training,
+they cannot.
 """
 
 import torch
@@ -16,10 +17,10 @@ from examples.common.training import loss_of
 
 
 def follow(loop, twin, batches, train, trace, checked):
-    """Trains the loop on `batches` and compares as above; `trace`: (loss, decisions) of our run.
+    """Trains the loop on `batches` and makes the three comparisons; `trace`: (loss, decisions) of our run.
 
-    twin: ours, with any weights.  train(step, batch): one training step of the loop, its loss.
-    checked: the steps with a comparison of gradients.
+    twin: our model, with any weights.  train(step, batch): a training step of the loop, returns the loss.
+    checked: the steps at which gradients are compared.
     """
     found = {
         "locked": [],
@@ -43,12 +44,12 @@ def follow(loop, twin, batches, train, trace, checked):
         found["locked_flips"].append(flips(twin_ids, loop_ids))
         found["free"].append(abs(loss / loop_loss - 1))
         found["free_flips"].append(flips(ids, loop_ids))
-    found["decisions"] = sum(len(chosen) for chosen in loop_ids.values())  # of a step
+    found["decisions"] = sum(len(chosen) for chosen in loop_ids.values())  # per step
     return found
 
 
 def flips(ids, others):
-    """Decisions that differ; the order of the K experts does not matter."""
+    """Number of decisions that differ; the order of the K experts does not matter."""
     return sum(
         (chosen.sort(dim=1).values != others[name].sort(dim=1).values).any(dim=1).sum().item()
         for name, chosen in ids.items()
@@ -56,7 +57,7 @@ def flips(ids, others):
 
 
 def _gradient_error(loop, twin, batch):
-    """||ours - loop|| / ||loop|| (Frobenius): of all gradients as one vector, of the worst tensor."""
+    """||ours - loop|| / ||loop|| (Frobenius) of all gradients as one vector, and of the worst tensor."""
     loss_of(twin, *batch).backward()
     peers.replay(loop, peers.decisions(twin))
     loss_of(loop, *batch).backward()

@@ -1,4 +1,4 @@
-"""What one training step costs: ours, dense stacked matmuls, a loop over experts, PEFT LoRA."""
+"""Cost of a training step: ours, dense stacked matmuls, a loop over experts, PEFT LoRA."""
 
 import math
 from functools import partial
@@ -11,7 +11,7 @@ from examples.demo.learning import LEARNING_RATE, SEED
 
 
 def cost(model, start, batch, rounds):
-    """{contender: seconds, saved bytes above the un-adapted model, peak bytes} of a training step."""
+    """Seconds, saved bytes above the un-adapted model, and peak bytes of each contender's training step."""
     contenders = {
         "ours": peers.ours(model, start),
         "dense stacked": peers.stacked(model, start),

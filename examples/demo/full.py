@@ -2,10 +2,9 @@
 
     python -m examples.demo.full --out build/demo-full
 
-trains, then puts our layer beside a loop over experts, dense stacked matmuls and PEFT LoRA: the
-same losses and gradients, step time, memory.  Writes OUT/report.md, OUT/results.json, four pictures
-and the adapter.  Ends with an error that names the claim if a claim of correctness fails; times are
-printed and decide nothing.
+trains, then compares our layer with a loop over experts, dense stacked matmuls and PEFT LoRA: losses,
+gradients, step time and memory.  Writes OUT/report.md, OUT/results.json, four plots and the adapter.
+Exits with an error that names the claim if a claim of correctness fails; times are reported only.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from examples.demo.learning import PER_TASK, SEED, look, train, trainer
 from examples.demo.load import expert_load, most_telling
 from examples.demo.reload import logits_of
 
-COMPARED = 20  # steps that the loop trains beside ours
+COMPARED = 20  # steps in which the loop is trained and compared
 
 
 def main():
@@ -87,7 +86,7 @@ def describe(task):
 
 
 def compare(model, start, twin, batches, trace, args):
-    """The loop's training beside ours; `twin` lends its layers, its weights are overwritten."""
+    """The results of agreement.follow; the weights of `twin` are overwritten."""
     loop = peers.loop(model, start)
     compared = batches[:COMPARED]
     checked = {0, len(compared) // 2, len(compared) - 1}
@@ -96,7 +95,7 @@ def compare(model, start, twin, batches, trace, args):
 
 
 def save_and_reload(model, tokenizer, three, args):
-    """Saves the adapter, loads it in a new process, compares the logits bit by bit."""
+    """Saves the adapter, loads it in a new process, and compares the logits bit for bit."""
     adapter = args.out / "adapter"
     lora_moe.save_adapter(model, adapter)
     (adapter / "README.md").write_text(report.model_card())
@@ -117,7 +116,7 @@ def save_and_reload(model, tokenizer, three, args):
 
 
 def draw(out, found, load):
-    """The four pictures."""
+    """Writes the four plots."""
     names = [task["name"] for task in found["tasks"]]
     before, after = found["before"]["accuracy"], found["after"]["accuracy"]
     majority = [task["majority"] for task in found["tasks"]]

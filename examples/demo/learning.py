@@ -1,4 +1,4 @@
-"""What both demos do: train with a progress bar, and ask held-out items before and after."""
+"""Shared by both demos: training with a progress bar, and held-out accuracy before and after."""
 
 from tqdm import tqdm
 
@@ -7,11 +7,11 @@ from examples.common import training
 
 SEED = 0
 LEARNING_RATE = 1e-3
-PER_TASK = 8  # items of each task in a step: about 500 tokens
+PER_TASK = 8  # items of each task per step, about 500 tokens
 
 
 def look(model, tokenizer, learned, when, items=(2,)):
-    """Held-out accuracy of each task, and what the model says to some of its items."""
+    """Held-out accuracy of each task, and the model's answers to some of its items."""
     bar = tqdm(learned, f"held-out, {when}")
     right = [training.accuracy(model, tokenizer, task) for task in bar]
     shown = [
@@ -27,7 +27,7 @@ def _of(task, items):
 
 
 def train(model, batches):
-    """The loss of each step, as the steps are made."""
+    """Trains on the batches, yielding the loss after each step."""
     step = trainer(model, len(batches), lora_moe.aux_loss)
     bar = tqdm(batches, "training")
     for number, batch in enumerate(bar):
@@ -37,7 +37,7 @@ def train(model, batches):
 
 
 def trainer(model, steps, penalty):
-    """step(number, batch) -> loss; every contender is trained by this same function."""
+    """Returns step(number, batch) -> loss, the training step used for every contender."""
     optimizer = training.optimizer_of(model, LEARNING_RATE)
 
     def step(number, batch):

@@ -1,4 +1,4 @@
-"""Which experts work where: the load of each expert, by layer and task."""
+"""The load of each expert, by layer and task."""
 
 import torch
 
@@ -7,7 +7,7 @@ from examples.common import peers, tasks
 
 @torch.no_grad()
 def expert_load(model, tokenizer, three):
-    """{kind of linear: (layers, tasks, E)}: the share of the slots of a task's tokens, padding left out."""
+    """{kind of linear: load (layers, tasks, E)}, the share of a task's slots, without padding."""
     layers = peers.mixtures(model)
     load = {kind: [] for kind in peers.TARGETS}
     for task in three:
@@ -23,7 +23,7 @@ def expert_load(model, tokenizer, three):
 
 
 def share(indices):
-    """(E,): which share of the slots each expert has."""
+    """(E,): each expert's share of the slots."""
     return torch.bincount(indices.flatten(), minlength=peers.NUM_EXPERTS) / indices.numel()
 
 

@@ -2,10 +2,10 @@
 
     python -m examples.demo --out build/demo
 
-Eight experts of rank 8, two per token, around each linear of the last ten of 30 layers; below them
-nothing needs a gradient, which saves half of a step.  Prints held-out accuracy and answers before
-and after, writes OUT/adapter and OUT/accuracy.png.  The third task of the full demo, emoji, takes
-more training than that.
+Eight experts of rank 8, two per token, on each linear of the last ten of 30 layers; nothing below
+needs a gradient, which halves the time of a step.  Prints held-out accuracy and answers before and
+after training, and writes OUT/adapter and OUT/accuracy.png.  The third task of the full demo, emoji,
+needs more training than that.
 """
 
 import argparse
@@ -25,13 +25,13 @@ CONFIG = LoraMoeConfig(
     top_k=2,
     alpha=16,
     target_modules=r"model\.layers\.2\d\.(self_attn|mlp)\..*_proj",
-    balance_coef=1.0,  # high, since the routers have a few dozen steps only
+    balance_coef=1.0,  # high, since the routers have only a few dozen steps
 )
-ASKED = range(3)  # of each task's held-out items
-NEXT = """  accuracy.png  this table as a picture
-  adapter/      for lora_moe.load_adapter, and for `make demo-vllm`, which serves it; its README.md
-                names model and data, and their licenses
-Next: README.md, and `make demo-full`: experts in every layer, beside other implementations"""
+ASKED = range(3)  # indices of each task's held-out items
+NEXT = """  accuracy.png  this table as a plot
+  adapter/      for lora_moe.load_adapter and `make demo-vllm`, which serves it; its README.md names
+                the model, the data and their licenses
+Next: README.md, and `make demo-full`: experts in every layer, compared with other implementations"""
 
 
 def main():
@@ -45,7 +45,7 @@ def main():
     inject(model, CONFIG)
     print(_experts(model))
     batches = list(tasks.batches(learned, tokenizer, args.steps, PER_TASK, SEED))
-    list(train(model, batches))  # takes the steps
+    list(train(model, batches))  # runs the steps
     after = look(model, tokenizer, learned, "tuned", ASKED)
     save_adapter(model, args.out / "adapter")
     (args.out / "adapter/README.md").write_text(report.model_card())
@@ -66,7 +66,7 @@ def parse():
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="where to write")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="output folder")
     parser.add_argument("--steps", type=int, default=60, help="training steps")
     parser.add_argument("--heldout", type=int, default=100, help="held-out items of each task")
     return parser.parse_args()
@@ -82,7 +82,7 @@ def _experts(model):
 
 
 def _summary(rows, before, after):
-    """rows: (task, untuned, tuned, majority), as in figures.draw_accuracy; and the answers."""
+    """The accuracies and some answers as text; rows: (task, untuned, tuned, majority)."""
     lines = ["", f"{'held-out accuracy':<18}{'untuned':>9}{'tuned':>9}{'majority class':>17}"]
     for name, untuned, tuned, majority in rows:
         lines.append(f"{name:<18}{untuned:>9.1%}{tuned:>9.1%}{majority:>17.1%}")

@@ -1,4 +1,4 @@
-"""A fresh process: `python -m examples.demo.reload ADAPTER IDS OUT [LAYERS]` writes the logits."""
+"""`python -m examples.demo.reload ADAPTER IDS OUT [LAYERS]`: loads an adapter and writes its logits."""
 
 import sys
 
@@ -10,7 +10,7 @@ from examples.common.smollm2 import load_model
 
 
 def logits_of(model, ids):
-    """(N, V): logits after the last token of each row."""
+    """Logits (N, V) after the last token of each row."""
     with torch.no_grad():
         return model(input_ids=ids, logits_to_keep=1).logits[:, -1].contiguous()
 

@@ -1,4 +1,4 @@
-"""What the demo found, in words: one table, the claims, the answers, the sources."""
+"""The demo's report in Markdown: a table, the claims, the answers, the sources."""
 
 from examples.common.measure import median
 from examples.common.tasks import SOURCES
@@ -10,7 +10,7 @@ PEAK = (
 
 
 def claims(found, learned):
-    """[{text, measured, holds, decides}]: holds is None where not asked; only `decides` fails a run."""
+    """[{text, measured, holds, decides}]; holds is None if not checked; a run fails only by decides."""
     rows = found["cost"]["contenders"]
     return [
         *_of_learning(found, learned),
@@ -25,7 +25,7 @@ def _claim(text, measured, holds, decides=True):
 
 
 def _of_learning(found, learned):
-    """Two steps of a smoke test teach nothing: `learned` says whether to ask."""
+    """Claims about accuracy, not checked unless `learned`: the few steps of a smoke test teach nothing."""
     before, after = found["before"]["accuracy"], found["after"]["accuracy"]
     for task, untuned, tuned in zip(found["tasks"], before, after):
         majority = task["majority"]
@@ -33,7 +33,7 @@ def _of_learning(found, learned):
         measured = f"{tuned:.1%} against {untuned:.1%} and {majority:.1%}"
         yield _claim(text, measured, tuned > max(untuned, majority) if learned else None)
     rise = 100 * (sum(after) - sum(before)) / len(after)
-    text = "accuracy rises by at least 15 points in the mean"
+    text = "accuracy rises by at least 15 points on average"
     yield _claim(text, f"{rise:.1f} points", rise >= 15 if learned else None)
 
 
@@ -56,7 +56,7 @@ def _of_reload(reload):
 
 
 def _of_cost(ours, dense, loop):
-    """Reported, but no reason to fail: they depend on the machine and what else runs on it."""
+    """Claims that are reported but never fail a run: they depend on the machine and its other load."""
     saved = ours["saved_bytes"] / loop["saved_bytes"]
     text = "bytes saved for backward: at most 0.15 times the loop's"
     yield _claim(text, f"{saved:.3f} times", saved <= 0.15, False)
@@ -69,7 +69,7 @@ def _of_cost(ours, dense, loop):
 
 
 def cost_panels(rows):
-    """For figures.draw_cost; peak memory is left out where it could not be measured."""
+    """Panels for figures.draw_cost; peak memory is left out if it could not be measured."""
     columns = {
         "step time": ({n: median(row["seconds"]) for n, row in rows.items()}, _time),
         "saved for backward": ({n: row["saved_bytes"] for n, row in rows.items()}, _size),
@@ -98,8 +98,8 @@ def markdown(found):
 def model_card():
     return (
         "# Adapter: a mixture of LoRA experts for SmolLM2-135M-Instruct\n\n"
-        "Trained by lora-moe's demo; load it with `lora_moe.load_adapter`. It knows the words of the "
-        "lexicon below, whose terms (research use) therefore matter for it.\n\n" + _sources() + "\n"
+        "Trained by lora-moe's demo; load it with `lora_moe.load_adapter`. It was trained on the lexicon "
+        "below, whose terms (research use) therefore apply to it.\n\n" + _sources() + "\n"
     )
 
 
@@ -129,15 +129,15 @@ def _notes(found):
     return (
         f"Accuracy on held-out items (training / held out: {sizes}); no held-out word shares its root with "
         "a training word of either word task or with an emoji's name. Step time: median of "
-        f"{len(found['cost']['contenders']['ours']['seconds'])} rounds in which the contenders take turns, "
-        "forward, backward and update on the same batch from the same weights. Saved for backward: unique "
+        f"{len(found['cost']['contenders']['ours']['seconds'])} interleaved rounds; a step is forward, "
+        "backward and update on the same batch from the same weights. Saved for backward: unique "
         "storages, without parameters, above the "
         f"{_size(found['cost']['unadapted_saved_bytes'])} of the un-adapted model. {PEAK}"
     )
 
 
 def _claims(listed):
-    verdict = {True: "yes", False: "**no**", None: "not asked"}
+    verdict = {True: "yes", False: "**no**", None: "not checked"}
     lines = ["| claim | measured | holds |", "|---|---|---|"]
     lines += [f"| {c['text']} | {c['measured']} | {verdict[c['holds']]} |" for c in listed]
     return "\n".join(lines)
@@ -147,10 +147,10 @@ def _flips(a):
     locked, free = a["locked_flips"], a["free_flips"]
     worst = ", ".join(f"{worst:.1e} at step {step}" for step, (_, worst) in a["replayed"].items())
     return (
-        f"Routing decisions that differ between ours and the loop, of {a['decisions']:,} a step: with the "
-        f"same weights {sum(locked)} in {len(locked)} steps (most in one: {max(locked)}); running freely "
-        f"{sum(free)} (first step {free[0]}, last {free[-1]}). Gradient of the tensor that differs most, "
-        f"decisions replayed: {worst}."
+        f"Routing decisions that differ between ours and the loop, of {a['decisions']:,} per step: with the "
+        f"same weights {sum(locked)} in {len(locked)} steps (most in one step: {max(locked)}); running "
+        f"freely {sum(free)} (first step {free[0]}, last {free[-1]}). Gradient error of the worst tensor, "
+        f"with replayed decisions: {worst}."
     )
 
 
@@ -167,7 +167,7 @@ def _cell(text):
 
 def _sources():
     listed = "\n".join(f"- {source}" for source in SOURCES)
-    return f"Weights and data, none of which is part of this package:\n\n{listed}"
+    return f"Weights and data, none of which are part of this package:\n\n{listed}"
 
 
 def _percent(values):

@@ -1,9 +1,9 @@
-"""Our layers beside others' code: the same weights and tokens, the same loss and gradients.
+"""Compares our layers with other packages: the same weights and tokens, the same loss and gradients.
 
     python -m examples.parity                          # prints the table of docs/parity.md
-    python -m examples.parity --into docs/parity.md    # and puts it there
-    python -m examples.parity peft mixlora             # of these packages alone
+    python -m examples.parity --into docs/parity.md    # updates the table in the file
+    python -m examples.parity peft mixlora             # only these packages
 
-A package that wants other versions than this environment has goes into a folder of its own, which only its
-comparisons see; the table names the command of each that is missing.
+A package that needs other versions than those of this environment is installed into a separate folder, on
+the path of its own comparisons only; for each missing package the table gives the install command.
 """

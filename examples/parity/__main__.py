@@ -1,4 +1,4 @@
-"""Prints the table: a process for each package, which alone sees the package's folder."""
+"""Prints the table; each package is compared in a separate process with its own search path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARK = "found: "
 
 
 def rows(package: Package) -> list[list[str]]:
-    """Its rows of the table, found by another process."""
+    """The package's rows of the table, computed in another process."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths(package))}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __package__, "--one", package.name],
@@ -51,7 +51,7 @@ def shown(package: Package, found: dict) -> list[list[str]]:
 
 
 def paths(package: Package) -> list[str]:
-    """Where its process finds modules: its own folder first, if it has one."""
+    """Search path of the package's process: its own folder first, if it exists."""
     folder = Path(FOLDER, package.module)
     return [*([str(folder)] if folder.is_dir() else []), ".", os.environ.get("PYTHONPATH", "")]
 
@@ -66,7 +66,7 @@ def cells(found: Found) -> list[str]:
 
 
 def one(package: Package) -> None:
-    """What the process of a package prints."""
+    """Runs the package's comparisons in this process and prints the results."""
     logging.disable(logging.WARNING)
     found = {"missing": package.missing(), "pairs": {}}
     if not found["missing"]:
@@ -91,7 +91,7 @@ def main() -> None:
     known = {package.name: package for package in PACKAGES}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("packages", nargs="*", metavar="PACKAGE", help=", ".join(known))
-    parser.add_argument("--into", type=Path, help="a page whose table this replaces")
+    parser.add_argument("--into", type=Path, help="a Markdown file whose table is replaced")
     parser.add_argument("--one", choices=known, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := set(args.packages) - known.keys():

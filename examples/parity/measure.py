@@ -1,8 +1,8 @@
-"""Loss, dx and the gradients of everything that trains, of two implementations, and how far they are apart.
+"""Errors between two implementations: loss, dx and the gradients of all trained parameters.
 
-    |ours - theirs| / max |theirs|       the largest entry of a tensor, the largest tensor of a model
+    |ours - theirs| / max |theirs|       maximum over the entries of a tensor and the tensors of a model
 
-x is the input of a layer (B, L, D), or of a model, the embedded tokens.
+x (B, L, D) is the input of a layer, or the embedded tokens of a model.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
 class Side:
     """One implementation.
 
-    loss        of x, 0-dim
-    gradients   after a backward, of all that trains, by name; shapes are ours
+    loss        loss(x), 0-dim
+    gradients   gradients() after a backward: {name: gradient of each trained parameter}, in our shapes
     """
 
     loss: Callable[[torch.Tensor], torch.Tensor]
@@ -32,7 +32,7 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """bound is None for that of the dtype; otherwise `why` says what theirs has that costs more."""
+    """Both sides and x; bound None uses the bound of the dtype, otherwise `why` explains the larger one."""
 
     ours: Side
     theirs: Side
@@ -89,11 +89,11 @@ def distance(a: torch.Tensor, b: torch.Tensor, name="dx") -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# --- what the pairs have alike ---------------------------------------------------------------------
+# --- shared by the pairs ---------------------------------------------------------------------------
 
 
 def fill(module: nn.Module, seed=1, std=0.5) -> nn.Module:
-    """All parameters that train are normal, so that each of them matters."""
+    """Fills all trained parameters with normal values, so that each affects the result."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -103,7 +103,7 @@ def fill(module: nn.Module, seed=1, std=0.5) -> nn.Module:
 
 
 def tokens(D: int, dtype=torch.float64) -> torch.Tensor:
-    """(2, 9, D)"""
+    """Random input (2, 9, D)."""
     return torch.randn(2, 9, D, dtype=dtype, generator=torch.Generator().manual_seed(2))
 
 
@@ -112,7 +112,7 @@ def mean_square(layer: Callable) -> Callable:
 
 
 def causal(model: nn.Module, ids: torch.Tensor) -> Callable:
-    """The cross entropy of the next token of the embedded ones; transformers' own is in fp32."""
+    """Returns loss(x), the next-token cross entropy of embedded tokens; that of transformers is fp32."""
 
     def loss(x):
         logits = model(inputs_embeds=x).logits[:, :-1].flatten(0, 1)
@@ -122,7 +122,7 @@ def causal(model: nn.Module, ids: torch.Tensor) -> Callable:
 
 
 def gradients_of(model: nn.Module) -> Callable:
-    """Of our layers in the model, {path.name: gradient}."""
+    """Returns a function that gives {path.name: gradient} for our layers in the model."""
     return lambda: {
         f"{path}.{name}": tensor.grad
         for path, layer in injected(model).items()
@@ -132,9 +132,9 @@ def gradients_of(model: nn.Module) -> Callable:
 
 
 def llama(seed=0):
-    """A tiny decoder whose layers have a say beside the residual stream, all of it in fp64.
+    """A tiny fp64 decoder whose layers contribute noticeably to the residual stream.
 
-    transformers' own norms round to fp32, which would hide small differences or enlarge them.
+    The norms of transformers round to fp32, which would hide or amplify small differences.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -151,6 +151,6 @@ def llama(seed=0):
 
 
 def embedded(model: nn.Module):
-    """ids (2, 9) and x (2, 9, D)"""
+    """Random ids (2, 9) and their embeddings x (2, 9, D)."""
     ids = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(3))
     return ids, model.get_input_embeddings()(ids).detach()

@@ -1,4 +1,4 @@
-"""The packages that are compared, and which of our layers with what of theirs."""
+"""The packages that are compared, and the pairs of our layers and theirs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import warnings
 
 from .measure import Found, compare
 
-FOLDER = "build/parity"  # of the packages that want other versions than this environment has
+FOLDER = "build/parity"  # for packages that need other versions than those of this environment
 
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-    """One distribution of PyPI.
+    """A PyPI distribution.
 
-    module   what Python imports; with_<module>.py has a function for each pair
-    by       whose it is
+    module   the name to import; with_<module>.py has a function for each pair
+    by       its authors
     needs    what pip installs, with exact versions
     pairs    {function: (ours, theirs)}
-    apart    installed without its dependencies into a folder of its own
+    apart    installed without its dependencies into a separate folder
     """
 
     name: str
@@ -41,7 +41,7 @@ class Package:
         return f"{self.name} {importlib.metadata.version(self.name)}"
 
     def missing(self) -> str:
-        """Why it cannot be imported here, or nothing."""
+        """Why the package cannot be imported; empty if it can."""
         try:
             with warnings.catch_warnings(action="ignore"):
                 importlib.import_module(self.module)

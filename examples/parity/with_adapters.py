@@ -1,4 +1,4 @@
-"""MTL-LoRA of the package adapters: a module for each task, which share A and B; its cores are diagonal."""
+"""MTL-LoRA of the package adapters: one module per task, with shared A and B and diagonal cores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def mtl_lora() -> Pair:
         return base(x) + torch.cat([modules[t](None, x[b, None])[0] for b, t in enumerate(TASKS)])
 
     def own():
-        """Of the cores what theirs has: the diagonals."""
+        """Our gradients, reduced to the diagonals of the cores, as theirs are diagonal."""
         found = gradients_of(ours)()
         cores = found.pop("0.middle_core").diagonal(dim1=1, dim2=2)
         return found | {"0.middle_core": cores}

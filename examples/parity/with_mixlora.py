@@ -34,7 +34,7 @@ def mixlora() -> Pair:
         moe = layer.mlp.mixlora_moes["default"]
         moe.gate_.requires_grad_()
         for expert in (*moe.experts_.values(), *layer.self_attn.children()):
-            expert.eval()  # experts are no submodules: model.eval() leaves their dropout on
+            expert.eval()  # experts are not submodules: model.eval() leaves their dropout on
     ids, x = embedded(ours)
     return Pair(
         Side(causal(ours, ids), gradients_of(ours)),
@@ -44,7 +44,7 @@ def mixlora() -> Pair:
 
 
 def weights_of(model) -> dict:
-    """Our tensors under the names of its checkpoints; B is (D_out, r)."""
+    """Our tensors under the names in MixLoRA's checkpoints, with B as (D_out, r)."""
     found = {}
     for path, layer in injected(model).items():
         name = path.replace("model.", "mixlora.", 1)

@@ -1,6 +1,6 @@
-"""MoE-PEFT, of MixLoRA's authors: LoRAMoE, MoLA and the three routers of MixLoRA, with their losses.
+"""MoE-PEFT, by MixLoRA's authors: LoRAMoE, MoLA and the three routers of MixLoRA, with their losses.
 
-Its experts and routers are fp32, and it asks for a dropout, which is off here.
+Its experts and routers are fp32.  It requires a dropout rate; dropout is disabled here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def loramoe() -> Pair:
 
 
 def mola() -> Pair:
-    """Its balance loss is K where ours is 1."""
+    """MoLA; its balance loss is K times ours, which is 1 for an even load."""
     config = presets.mola(E, R, 2, 6, target_modules=("0",), balance_coef=2 * 0.5)
     return linear(config, "mola", top_k=2, router_loss=True, router_aux_loss_coef=0.5)
 
@@ -60,13 +60,13 @@ def mixlora() -> Pair:
 
 
 def mixlora_dynamic() -> Pair:
-    """Without its balance loss, which counts otherwise."""
+    """MixLoRA with top-p, without its balance loss, which is defined differently."""
     config = presets.mixlora(E, R, 6, top_p=0.6, target_modules=FFN, balance_coef=0.0)
     return ffn(config, "mixlora-dynamic", top_p=0.6, router_loss=False)
 
 
 def mixlora_switch() -> Pair:
-    """In training, and with room for all tokens: ours drops none."""
+    """MixLoRA-Switch in training mode, with enough capacity for all tokens, since ours drops none."""
     config = presets.mixlora(E, R, 6, switch=True, target_modules=FFN, balance_coef=0.5, z_coef=0.2)
     return ffn(
         config, "mixlora-switch", router_aux_loss_coef=0.5, router_z_loss_coef=0.2,

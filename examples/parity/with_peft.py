@@ -19,12 +19,12 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 def lora() -> Pair:
-    """One expert without a choice is a LoRA."""
+    """A single expert, which needs no routing, is a LoRA."""
     return one_expert(llama, ["q_proj", "up_proj", "down_proj"])
 
 
 def lora_of_t5() -> Pair:
-    """In fp32, to which T5's attention rounds anyway."""
+    """LoRA on T5 in fp32, since T5's attention rounds to it anyway."""
 
     def base():
         torch.manual_seed(0)
@@ -53,7 +53,7 @@ def one_expert(base, targets) -> Pair:
 
 
 def mixed_batch() -> Pair:
-    """A LoRA for each sample of a batch: theirs by adapter_names, ours by task_ids."""
+    """One LoRA per sample of a batch, chosen by adapter_names in PEFT and by task_ids in ours."""
     ranks, alphas, names = (2, 3), (8, 5), ["first", "second"]
     configs = [
         peft.LoraConfig(r=r, lora_alpha=a, target_modules=TARGETS) for r, a in zip(ranks, alphas)
@@ -76,7 +76,7 @@ def mixed_batch() -> Pair:
 
 
 def xlora() -> Pair:
-    """Three frozen LoRAs, mixed per token and layer by what the base says in a first pass."""
+    """Three frozen LoRAs, mixed per token and layer with weights from a first pass through the base."""
     names = ["0", "1", "2"]  # as PEFT calls them inside
     with tempfile.TemporaryDirectory() as folder:
         folders = {name: str(Path(folder, name)) for name in names}
@@ -88,7 +88,7 @@ def xlora() -> Pair:
             layerwise_scalings=True, softmax_temperature=0.6,
         )  # fmt: skip
         base = llama()
-        base.config.use_cache = False  # PEFT asks for it
+        base.config.use_cache = False  # required by PEFT
         theirs = fill(wrapped(base, config), std=2.0)
         ours = presets.xlora(16, adapters=folders.values(), temperature=0.6)
         ours = inject(llama(), ours).eval()
@@ -156,9 +156,9 @@ def qwen3_moe() -> Pair:
 
 
 def own_experts(family: str) -> Pair:
-    """LoRA on the fused experts of a tiny MoE model with its own router: target_parameters.
+    """LoRA on the fused experts of a tiny MoE model with its own router, through target_parameters.
 
-    In fp32, as torch's grouped products have no fp64.
+    In fp32, as torch's grouped products do not support fp64.
     """
     targets, E, r = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), 4, 2
 
@@ -186,7 +186,7 @@ def own_experts(family: str) -> Pair:
                 module = module.base_layer
 
     def arranged(name, t):
-        """PEFT's B (D_out, r E), expert fastest, as ours (E r, D_out); A is the same."""
+        """PEFT's B (D_out, r E), with the expert index fastest, as our (E r, D_out); A is unchanged."""
         return t.view(len(t), r, E).permute(2, 1, 0).flatten(0, 1) if ".lora_B_" in name else t
 
     fill(theirs)
@@ -199,19 +199,19 @@ def own_experts(family: str) -> Pair:
 
 
 def without_routers(model):
-    """Nothing asks them."""
+    """Freezes the routers, which are not used."""
     for layer in injected(model).values():
         layer.router_weight.requires_grad_(False)
     return model
 
 
 def wrapped(base, config, name="default"):
-    with warnings.catch_warnings(action="ignore"):  # what PEFT asks transformers is out of date
+    with warnings.catch_warnings(action="ignore"):  # PEFT uses deprecated functions of transformers
         return peft.get_peft_model(base, config, adapter_name=name).eval()
 
 
 def stacked(ours, theirs, names, of=lambda p: p) -> dict:
-    """Theirs as ours has them: the rows of all experts, one expert under the other."""
+    """Their parameters in our layout: the rows of all experts, concatenated."""
     found = {}
     for path in injected(ours):
         module = theirs.base_model.model.get_submodule(path)

@@ -20,7 +20,7 @@ args = DPOConfig(
     "out/dpo", max_steps=4, per_device_train_batch_size=2, logging_steps=1,
     use_cpu=not torch.cuda.is_available(),
 )  # fmt: skip
-# without ref_model: the reference is the model with its experts off
+# without ref_model, the reference is the model with its experts disabled
 trainer = MoeDPOTrainer(model=model, args=args, train_dataset=Dataset.from_list([rows] * 16))
 trainer.train()
 trainer.save_model()

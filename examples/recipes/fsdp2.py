@@ -22,5 +22,5 @@ for ids in data:
     optimizer.step()
     optimizer.zero_grad()
     accelerator.print(f"loss {task_loss.item():.3f}")
-save_adapter(model, "out/fsdp2")  # every process calls it, rank 0 writes whole tensors
+save_adapter(model, "out/fsdp2")  # every rank must call it; rank 0 writes full tensors
 accelerator.end_training()

@@ -16,7 +16,7 @@ four_bit = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
 )
 model = AutoModelForCausalLM.from_pretrained(base, quantization_config=four_bit)
-# no prepare_model_for_kbit_training: inject freezes the base, and experts are fp32
+# prepare_model_for_kbit_training is not needed: inject freezes the base, and experts are fp32
 inject(model, LoraMoeConfig(num_experts=8, r=8, top_k=2, target_modules="all-linear"))
 
 texts = ["the cat sees a red bird", "a dog likes the small house and the tree"] * 16

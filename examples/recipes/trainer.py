@@ -23,5 +23,5 @@ trainer = LoraMoeTrainer(
     router_learning_rate=1e-3,
     router_heatmap=True,  # out/trainer/router_history.png
 )
-trainer.train()  # resume_from_checkpoint=True goes on from out/trainer/checkpoint-*
+trainer.train()  # resume_from_checkpoint=True resumes from out/trainer/checkpoint-*
 trainer.save_model()  # out/trainer/lora_moe.safetensors

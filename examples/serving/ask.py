@@ -1,8 +1,8 @@
-"""Starts `vllm serve` and asks it what examples.serving.export asked transformers; streams the answers.
+"""Starts `vllm serve`, asks it the questions of examples.serving.export, and streams the answers.
 
     python -m examples.serving.ask build/demo-vllm
 
-Ends with an error if an answer differs from transformers'.
+Exits with an error if an answer differs from that of transformers.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from examples.serving.server import serving
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("vllm", nargs="*", help="more for vllm serve, after --")
+    parser.add_argument("vllm", nargs="*", help="further arguments for vllm serve, after --")
     args = parser.parse_args()
     told = json.loads((args.folder / "asked.json").read_text())
     options = ("--dtype", "float32", "--max-model-len", "512", "--served-model-name", "mixture")
@@ -29,7 +29,7 @@ def main():
         print(f"the server answers after {time.perf_counter() - began:.0f} s\n")
         client = OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
         equal = [ask(client, question, told["new"]) for question in told["questions"]]
-    print(f"\n{sum(equal)} of {len(equal)} streamed answers are transformers', token by token")
+    print(f"\n{sum(equal)} of {len(equal)} streamed answers equal transformers' token for token")
     sys.exit(not all(equal))
 
 
@@ -45,7 +45,7 @@ def ask(client, question, new) -> bool:
             print(choice.text, end="", flush=True)
             ids += choice.token_ids or []
     said = ids[: len(question["answer"])]
-    equal = said == question["answer"] and len(ids) <= len(said) + 1  # and the token that ends it
+    equal = said == question["answer"] and len(ids) <= len(said) + 1  # + 1 for the end token
     print(
         f"  ({question['wanted']})"
         + ("" if equal else f"  transformers: {question['answer']}, not {ids}")

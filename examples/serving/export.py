@@ -1,8 +1,8 @@
-"""What a server needs, and what transformers says: the base, an adapter of it, questions with answers.
+"""Writes what a server needs: the base model, an adapter, and questions with the answers of transformers.
 
     python -m examples.serving.export --adapter build/demo/adapter --out build/demo-vllm
 
-takes the adapter that `make demo` saved, or trains one for a few steps where there is none.
+uses the adapter that `make demo` saved, or trains one for a few steps if there is none.
 """
 
 import argparse
@@ -17,14 +17,16 @@ from examples.common import peers, smollm2, tasks
 from examples.demo.learning import PER_TASK, SEED, train
 
 ASKED = 6  # held-out items of each of the three tasks
-NEW = 8  # tokens of an answer
+NEW = 8  # tokens per answer
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--adapter", type=Path, default=Path("build/demo/adapter"))
     parser.add_argument("--out", type=Path, default=Path("build/demo-vllm"))
-    parser.add_argument("--steps", type=int, default=20, help="of training without an adapter")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="training steps if there is no adapter"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer, model = smollm2.load_tokenizer(), smollm2.load_model()
@@ -37,7 +39,7 @@ def main():
             print(f"no adapter in {args.adapter}: training one for {args.steps} steps")
             batches = list(tasks.batches(three, tokenizer, args.steps, PER_TASK, SEED))
             tuned = peers.ours(model, peers.start_weights(model, SEED))
-            list(train(tuned, batches))  # takes the steps
+            list(train(tuned, batches))  # runs the steps
             lora_moe.save_adapter(tuned, adapter)
     model = lora_moe.load_adapter(smollm2.load_model(), adapter).eval()
     questions = [
@@ -57,7 +59,7 @@ def main():
 
 
 def save_base(model, tokenizer, folder):
-    """As a plain Llama: the file that the weights came from is of a kind that vLLM does not read."""
+    """Saves the model as a plain Llama checkpoint: vLLM cannot read the file the weights came from."""
     fields = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     plain = LlamaForCausalLM(LlamaConfig(**fields)).to(torch.float32)
     plain.load_state_dict(model.state_dict())
@@ -67,7 +69,7 @@ def save_base(model, tokenizer, folder):
 
 @torch.no_grad()
 def answer(model, tokenizer, prompt):
-    """The ids of a greedy answer."""
+    """Token ids of the greedy answer, without the end token."""
     ids = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=NEW, do_sample=False)
     ids = out[0, ids["input_ids"].shape[1] :].tolist()

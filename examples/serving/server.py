@@ -1,4 +1,4 @@
-"""`vllm serve` in a process of its own, until a block ends."""
+"""`vllm serve` in a separate process, as a context manager."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-# what vLLM needs to start on a small machine, on CPUs and without a network
+# lets vLLM start on a small machine, on CPUs and without a network
 ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def command(base, adapter, port, *more) -> list[str]:
-    """As docs/serving.md says it, on loopback."""
+    """The command line of docs/serving.md, bound to the loopback address."""
     return [
         str(Path(sys.executable).parent / "vllm"), "serve", str(base), "--load-format", "lora_moe",
         "--additional-config", json.dumps({"lora_moe": {"adapter": str(adapter)}}),
@@ -42,7 +42,7 @@ def command(base, adapter, port, *more) -> list[str]:
 
 @contextlib.contextmanager
 def serving(base, adapter, log: Path, *more, limit: float = 300):
-    """The address of a server that answers, stopped at the end; RuntimeError if it does not start."""
+    """Yields the address of a running server and stops it afterwards; RuntimeError if it does not start."""
     port = free_port()
     with open(log, "w") as out:
         server = subprocess.Popen(
@@ -68,7 +68,7 @@ def _wait(server, health, log, limit):
 
 
 def _stop(server):
-    """With what it started: they are one process group."""
+    """Stops the server and its child processes, which form one process group."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, how)
