@@ -1,1 +1,1 @@
-"""The evidence of docs/branch_lora.md: `python -m examples.branch_lora`."""
+"""The experiments of docs/branch_lora.md: `python -m examples.branch_lora`."""

@@ -1,4 +1,4 @@
-"""The arms of BranchLoRA's example, and the settings that the validation items chose for each."""
+"""The arms of BranchLoRA's example, and the settings tuned on the validation items."""
 
 import json
 import statistics
@@ -18,11 +18,11 @@ BRANCHED = {
     "trunk held": Rung(trunk_held=True),
     "growing": Rung(grows=True),
 }
-MAIN = ("lora", "EWC", "LwF", "LoRA per task", "moelora", "BranchLoRA")  # and "joint"
+MAIN = ("lora", "EWC", "LwF", "LoRA per task", "moelora", "BranchLoRA")  # plus "joint"
 LADDER = ("lora", "moelora", "shared A", "sparse", "freezing", "BranchLoRA")
 ABLATIONS = ("no freezing", "trunk held", "growing")
 IN_A_ROW = tuple(dict.fromkeys([*MAIN[:-1], *LADDER, *ABLATIONS]))
-ARMS = (*IN_A_ROW, "joint")  # joint knows no order
+ARMS = (*IN_A_ROW, "joint")  # joint training has no order
 STRENGTHS = {"EWC": (1e4, 1e5, 1e6), "LwF": (0.1, 1.0, 10.0)}
 GRID = (1e-4, 3e-4, 1e-3, 3e-3)  # learning rates, the same for every arm
 RATES = Path(__file__).with_name("rates.json")  # written by --tune
@@ -30,7 +30,7 @@ OF_STRENGTH = " of strength "
 
 
 def make(arm, targets, tasks, strength=None, whole=False):
-    """The arm's learner, in the upper layers or in the `whole` encoder."""
+    """The arm's learner, with adapters in the upper layers, or in all layers if `whole`."""
     encoder = minilm.load_model()
     model = encoder if whole else minilm.Upper(encoder, FIRST)
     if arm in BRANCHED:
@@ -43,19 +43,19 @@ def make(arm, targets, tasks, strength=None, whole=False):
 
 
 def tuned():
-    """What is tuned over the grid: every arm, at each of its strengths."""
+    """Names of what is tuned over the grid: every arm, at each of its strengths."""
     names = [[arm + OF_STRENGTH + f"{s:g}" for s in STRENGTHS.get(arm, ())] for arm in ARMS]
     return [name for arm, of_arm in zip(ARMS, names) for name in of_arm or [arm]]
 
 
 def parsed(name):
-    """(arm, strength) of a name of `tuned`; without one the strength is None."""
+    """(arm, strength) of a name from `tuned`; strength is None if the arm has none."""
     arm, _, strength = name.partition(OF_STRENGTH)
     return arm, float(strength) if strength else None
 
 
 def settings(path):
-    """{arm: (its best rate, its best strength)}, by the mean over the tuning seeds."""
+    """{arm: (best rate, best strength)}, by the mean score over the tuning seeds."""
     best = {}
     for name, of in json.loads(path.read_text())["scores"].items():
         arm, strength = parsed(name)

@@ -1,14 +1,14 @@
-"""Sequential LoRA with a loss against forgetting: EWC and LwF, as the paper compares them.
+"""Sequential LoRA with a loss against forgetting: EWC and LwF, the paper's baselines.
 
     EWC   L + strength / 2 * sum_p F_p (p - p*)^2     F_p = sum over tasks of  E (d log p(a | x) / dp)^2
 
-p* is the parameter after the task before, x a training item of a task and a an answer drawn from the
-model itself after that task: F is the diagonal of the Fisher information.  One p* for all tasks, with
-their F summed, is the correction by Huszar.
+p* is the parameter after the previous task, x a training item of a task, and a an answer sampled from the
+model after that task: F is the diagonal of the Fisher information.  A single p* for all tasks, with their
+F summed, is the correction by Huszar.
 
     LwF   L - strength * sum_a  q_a log softmax(z / 2)_a          q = softmax(z* / 2)
 
-z are the scores of the new task's items, z* those by the model before it, over the answers seen so far.
+z are the scores of the new task's items, z* those of the model before it, over the answers seen so far.
 
 Sources: Kirkpatrick et al. 2017 (EWC), arXiv 1612.00796; Huszar 2018, arXiv 1712.03847; Li and Hoiem
 2016 (LwF), arXiv 1606.09282.
@@ -28,7 +28,7 @@ class Ewc(Learner):
         self.strength = strength
         self.learned = [p for p in model.parameters() if p.requires_grad]
         self.fisher = [torch.zeros_like(p) for p in self.learned]
-        self.anchor = None  # parameters after the task before
+        self.anchor = None  # parameters after the previous task
 
     def loss(self, number, batch):
         return super().loss(number, batch) + self.strength / 2 * self.penalty()
@@ -46,10 +46,10 @@ class Ewc(Learner):
             self._observe(batch, share=1 / len(batches))
 
     def _observe(self, batch, share):
-        """Add a share of a batch's mean squared gradient.
+        """Adds a share of a batch's mean squared gradient to the Fisher information.
 
-        With answers drawn from the model gradients have mean zero.  The square of the batch's mean,
-        times its items, is then an unbiased estimate of the mean of the squares.
+        With answers sampled from the model, gradients have mean zero.  The squared mean over the batch,
+        times the number of items, is then an unbiased estimate of the mean of the squares.
         """
         scores = self.scores(batch)
         answers = torch.multinomial(scores.detach().softmax(1), 1).squeeze(1)
@@ -66,7 +66,7 @@ class Lwf(Learner):
     @torch.no_grad()
     def begin(self, batches):
         self.before = [self._softened(self.scores(batch)) for batch in batches if self.seen]
-        super().begin(batches)  # what the old model says is recorded without dropout
+        super().begin(batches)  # records the old model's outputs without dropout
 
     def loss(self, number, batch):
         scores = self.scores(batch)
@@ -82,5 +82,5 @@ class Lwf(Learner):
         self.seen = sorted({*self.seen, *found})
 
     def _softened(self, scores):
-        """(B, answers seen so far)"""
+        """Probabilities at temperature SOFTENED, (B, answers seen so far)."""
         return (scores[:, self.seen] / SOFTENED).softmax(1)

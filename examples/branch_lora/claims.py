@@ -1,4 +1,4 @@
-"""The claims of BranchLoRA's abstract, each with the measure that was fixed for it beforehand."""
+"""The claims of BranchLoRA's abstract, each with its predefined metric."""
 
 import statistics
 
@@ -7,8 +7,8 @@ import numpy as np
 from examples.branch_lora.report import Found
 from examples.common.evidence import interval, shown, table, verdict
 
-MARGIN = 0.02  # ACC that sharing A may cost and still count as no loss
-SURE = 0.9  # how often the selector should be right at least
+MARGIN = 0.02  # largest loss of ACC for which sharing A still counts as equal
+SURE = 0.9  # required accuracy of the selector
 
 
 def claims(data, runs, seeds, seconds):
@@ -59,7 +59,7 @@ def claims(data, runs, seeds, seconds):
 
 
 def costs(found, seconds):
-    """Efficiency: counted, and timed in turns."""
+    """Rows on efficiency: parameters counted, and interleaved step times."""
     ours, theirs = (found.of(arm)[0][1]["trained"][0] for arm in ("BranchLoRA", "moelora"))
     saved = 1 - np.divide(seconds["BranchLoRA"], seconds["moelora"])
     low, high = np.quantile(saved, (0.25, 0.75))

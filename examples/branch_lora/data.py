@@ -1,4 +1,4 @@
-"""The items as the arms see them: encoded once, and shared by all arms, orders and processes."""
+"""The items, encoded once and shared by all arms, orders and processes."""
 
 import random
 from typing import NamedTuple
@@ -10,19 +10,19 @@ from examples.branch_lora.tasks import load_tasks
 from examples.common import minilm
 from examples.common.training import chunks
 
-FIRST = 4  # layer with experts: its [CLS] has read the sentence; what lies below is computed once
-BATCH, ASKED = 16, 40  # items a step, and items asked at once
+FIRST = 4  # first layer with experts: its [CLS] has seen the sentence; lower layers run only once
+BATCH, ASKED = 16, 40  # items per training step and per evaluation batch
 
 
 class Batch(NamedTuple):
     hidden: torch.Tensor  # (B, L, D), below the first layer with experts
     mask: torch.Tensor  # (B, L), padding on the right
     wanted: torch.Tensor  # (B,), ids of the answers
-    frozen: torch.Tensor  # (B, D), embeddings by the untuned encoder
+    frozen: torch.Tensor  # (B, D), embeddings of the untuned encoder
 
 
 class Data:
-    """The training batches of each task from each seed, and the items that all arms are asked."""
+    """The training batches of each task for each seed, and the evaluation items of all arms."""
 
     def __init__(self, split, items, steps, seeds, tasks=None):
         self.split, self.items = split, items
@@ -34,7 +34,7 @@ class Data:
         self.batches = {seed: [self.lesson(t, steps, seed) for t in self.tasks] for seed in seeds}
 
     def questions(self, task):
-        """The held-out items, those of equal length together: less padding."""
+        """Batches of the held-out items, grouped by length to reduce padding."""
         pairs = sorted(task.fixed(self.split, self.items), key=lambda pair: len(pair[0]))
         return [self.encode(some) for some in chunks(pairs, ASKED)]
 
@@ -56,7 +56,7 @@ class Data:
 
 
 def mixed(lessons, seed):
-    """The items of all lessons in one lesson of as many batches, each item in a batch drawn anew."""
+    """The items of all lessons, shuffled, as one lesson with as many batches."""
     items = []
     for batch in (batch for lesson in lessons for batch in lesson):
         for hidden, mask, wanted, frozen in zip(*batch):

@@ -1,12 +1,12 @@
-"""BranchLoRA and its baselines on seven tasks in a row, answered in words by a sentence encoder.
+"""BranchLoRA and its baselines on a sequence of seven tasks, answered in words by a sentence encoder.
 
     python -m examples.branch_lora --tune                        writes examples/branch_lora/rates.json
     python -m examples.branch_lora --out build/branch_lora
 
-Each arm learns the tasks of examples/branch_lora/tasks.py one after the other, in each of three
-orders, and is asked, after each of them, all that it has learned so far; nobody tells it which task
-an item belongs to.  Writes OUT/ORDER.jsonl (a restart goes on from it), OUT/report.md and pictures.
-The protocol stands in docs/branch_lora.md.
+Each arm learns the tasks of examples/branch_lora/tasks.py one after another, in each of three orders.
+After each task it is evaluated on all tasks learned so far, without being told which task an item
+belongs to.  Writes OUT/ORDER.jsonl (a restart resumes from it), OUT/report.md and plots.
+The protocol is in docs/branch_lora.md.
 """
 
 import functools
@@ -26,14 +26,14 @@ from examples.common.training import optimizer_of, rate_at
 from lora_moe.methods import branch_lora as bl
 from lora_moe.methods.branch_lora.continual import TaskSelector
 
-STEPS, ITEMS = 40, 80  # a task's training steps and held-out items
+STEPS, ITEMS = 40, 80  # training steps and held-out items per task
 SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], [100, 101]
 
 
 def run(data, order, settings, arm, seed, course=True):
-    """Learn the tasks in a row; right[i][j] says which items of the j-th are right after the i-th.
+    """Trains on the tasks in sequence; right[i][j]: which items of task j are correct after task i.
 
-    Without `course` it is only asked in the end.
+    Without `course`, the learner is evaluated only after the last task.
     """
     torch.manual_seed(seed)
     rate, strength = settings[arm]
@@ -60,7 +60,7 @@ def run(data, order, settings, arm, seed, course=True):
 
 
 def train(learner, batches, rate):
-    """A task's steps, by an optimizer of their own; returns the mean loss of the last ten."""
+    """Trains on one task with a new optimizer; returns the mean loss of the last ten steps."""
     optimizer, losses = optimizer_of(learner.model, rate), []
     for number, batch in enumerate(batches):
         for group in optimizer.param_groups:
@@ -75,7 +75,7 @@ def train(learner, batches, rate):
 
 @torch.no_grad()
 def ask(learner, batches, task_of):
-    """Which items are answered right, the answer being the nearest of all tasks'."""
+    """Which items are answered correctly; an answer is the nearest among those of all tasks."""
     right = []
     for batch in batches:
         if learner.routes:
@@ -85,7 +85,7 @@ def ask(learner, batches, task_of):
 
 
 def who_knows(learner, asked, selector):
-    """Whether the selector is right, and what a perfect one would give."""
+    """Whether the selector is right for each item, and the correct answers with a perfect selector."""
     selected = [
         [int(task == j) for batch in of_task for task in selector(batch.frozen).tolist()]
         for j, of_task in enumerate(asked)
@@ -99,7 +99,7 @@ def who_knows(learner, asked, selector):
 
 
 def tune(args, path, size, grid, seeds):
-    """Each arm's setting by ACC on the validation items, in the first order."""
+    """Tunes each arm's settings by ACC on the validation items, in the first order."""
     items, steps, tasks = size
     data = Data("validation", items, steps, seeds, tasks)
     order = next(iter(orders(data.tasks).values()))
@@ -115,7 +115,7 @@ def tune(args, path, size, grid, seeds):
 
 
 def every_run(args, data, settings):
-    """{order: {(arm, seed): run}}; joint training knows no order and stands in the first."""
+    """{order: {(arm, seed): run}}; joint training has no order and is stored under the first."""
     found = {}
     for name, order in orders(data.tasks).items():
         learned = arms.IN_A_ROW if found else arms.ARMS
@@ -130,13 +130,13 @@ def every_run(args, data, settings):
 def main():
     parser = evidence.parser(__doc__, "build/branch_lora")
     parser.set_defaults(seeds=SEEDS)
-    parser.add_argument("--tune", action="store_true", help="choose the rates, nothing else")
-    parser.add_argument("--times", action="store_true", help="measure the step times, nothing else")
+    parser.add_argument("--tune", action="store_true", help="only tune the rates")
+    parser.add_argument("--times", action="store_true", help="only measure step times")
     args = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
     path, size = arms.RATES, (ITEMS, STEPS, None)
-    if args.quick:  # also tunes, into its own folder
+    if args.quick:  # also tunes, writing to its own folder
         path, size, args.seeds = args.out / "rates.json", (8, 1, 3), args.seeds[:1]
     if args.tune or args.quick:
         grid, seeds = (arms.GRID[-1:], [100]) if args.quick else (arms.GRID, TUNING_SEEDS)

@@ -1,4 +1,4 @@
-"""What an arm does before, in and after a task: one LoRA or MoELoRA, a LoRA per task, branches."""
+"""The learners: one LoRA or MoELoRA, one LoRA per task, branches."""
 
 import warnings
 from dataclasses import dataclass
@@ -12,61 +12,61 @@ from lora_moe.methods import branch_lora as bl
 from lora_moe.routers import TaskRouter
 
 LINEARS = r".*\.(attention\.self\.(query|key|value)|(attention\.output|intermediate|output)\.dense)"
-BRANCHES, RANK, TOP_K, ALPHA = 8, 16, 2, 256.0  # the paper's
-TOTAL = BRANCHES * RANK  # rank of every arm, all experts together
+BRANCHES, RANK, TOP_K, ALPHA = 8, 16, 2, 256.0  # as in the paper
+TOTAL = BRANCHES * RANK  # rank of every arm, over all experts
 SCALE = ALPHA / TOTAL  # of every arm
 TEMPERATURE = 0.05
 
 
 def scores(hidden, mask, targets):
-    """(B, A) cosines of the mean tokens and the answers of all tasks, over the temperature."""
+    """Cosines (B, A) of the pooled tokens and the answers of all tasks, divided by the temperature."""
     return minilm.pool(hidden, mask) @ targets.T / TEMPERATURE
 
 
 class Learner:
-    """Adapters that learn on, task after task, with nothing done about forgetting: MoELoRA's experts.
+    """Trains the same adapters on task after task, without protection against forgetting.
 
-    One expert is one LoRA.
+    Several experts are MoELoRA; one expert is a LoRA.
     """
 
-    routes = False  # whether the selector's choice matters
+    routes = False  # whether the learner uses the selector's choice
 
     def __init__(self, model, targets, experts=1):
         self.model, self.targets = model, targets
         config = bl.moelora(experts, TOTAL, ALPHA, target_modules=LINEARS)
         for layer in lora_moe.injected(lora_moe.inject(model, config)).values():
-            layer.router_weight.requires_grad_(experts > 1)  # one expert has nothing to choose
+            layer.router_weight.requires_grad_(experts > 1)  # one expert needs no router
 
     def begin(self, batches):
         self.model.train()
 
     def loss(self, number, batch):
-        """Of the task's batch `number`."""
+        """Loss of the task's batch `number`."""
         return cross_entropy(self.scores(batch), batch.wanted)
 
     def end(self, batches):
         self.model.eval()
 
     def choose(self, tasks):
-        """Tasks (B,) of the items to be asked, numbered as they were learned."""
+        """Sets the tasks (B,) of the next items, numbered in the order of learning."""
 
     def scores(self, batch):
         return scores(self.model(batch.hidden, batch.mask), batch.mask, self.targets)
 
     def trained(self):
-        """Parameters that the task at hand trains."""
+        """Number of parameters that the current task trains."""
         held = sum(_held(layer) for layer in lora_moe.injected(self.model).values())
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad) - held
 
 
 def _held(layer):
-    """Parameters of the frozen experts; a trunk is nobody's."""
+    """Number of parameters of the frozen experts; a shared A belongs to none of them."""
     ranks = sum(layer.config.ranks[e] for e in layer.frozen)
     return ranks * (layer.out_features + (0 if layer.config.shared_a else layer.in_features))
 
 
 class PerTask(Learner):
-    """A LoRA of its own for each task, all of them together as large as the one; nothing is shared."""
+    """One LoRA per task, with nothing shared; together they have the rank of the single LoRA."""
 
     routes = True
 
@@ -92,18 +92,18 @@ class PerTask(Learner):
 
 @dataclass(frozen=True)
 class Rung:
-    """What an arm takes of BranchLoRA."""
+    """The parts of BranchLoRA that an arm uses."""
 
     route_by: str = "first"
     top_k: int = TOP_K
-    routers: bool = True  # one per task, and the selector to pick it
+    routers: bool = True  # one per task, chosen by the selector
     freeze: int = TOP_K
-    trunk_held: bool = False  # A trains in the first task only
-    grows: bool = False  # by top_k branches once a layer has fewer than that to train
+    trunk_held: bool = False  # A is trained only in the first task
+    grows: bool = False  # adds top_k branches once a layer has fewer trainable ones
 
 
 class Branched(Learner):
-    """BranchLoRA, or what `rung` takes of it."""
+    """BranchLoRA, or the parts of it that `rung` uses."""
 
     def __init__(self, model, targets, rung):
         self.model, self.targets, self.rung, self.routes = model, targets, rung, rung.routers

@@ -1,4 +1,4 @@
-"""BranchLoRA's pictures: what the main arms keep in each order, task by task, and of which task."""
+"""BranchLoRA's plots: final accuracy and forgetting, accuracy after each task, and accuracy per task."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,7 +28,7 @@ def draw(out, data, runs, seeds):
 
 
 def draw_orders(path, found):
-    """ACC and BWT of the main arms in each order: a dot for each seed, a bar at their mean."""
+    """Plots ACC and BWT of the main arms in each order: a dot per seed, a bar at the mean."""
     with plt.rc_context(figures.STYLE):
         figure, panels = plt.subplots(2, 1, figsize=(8, 6.4), sharex=True, layout="constrained")
         for axes, (metric, label) in zip(panels, LABELS.items()):
@@ -47,13 +47,13 @@ def draw_orders(path, found):
         panels[0].legend(
             frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1)
         )
-        panels[0].set_title("What is known in the end, and what was forgotten", pad=44)
+        panels[0].set_title("Final accuracy and forgetting", pad=44)
         panels[1].set_xticks(range(len(found.orders)), [f"{name} order" for name in found.orders])
         figures.save(figure, path)
 
 
 def course_of(found, arm):
-    """(orders, seeds, tasks): mean accuracy on the tasks so far, after each task."""
+    """Mean accuracy on the tasks so far, after each task: (orders, seeds, tasks)."""
     each = [
         [np.mean([np.mean(row) for row in rows]) for rows in run["right"]]
         for _, run in found.of(arm)
@@ -62,7 +62,7 @@ def course_of(found, arm):
 
 
 def draw_course(path, found):
-    """The course of the main arms; the band spans the orders."""
+    """Plots accuracy over the tasks for the main arms; the band spans the orders."""
     with plt.rc_context(figures.STYLE):
         figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
         at = range(1, len(found.data.tasks) + 1)
@@ -77,12 +77,12 @@ def draw_course(path, found):
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(ylabel="accuracy on the tasks so far", xlabel="tasks learned")
         axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
-        axes.set_title("Tasks in a row; mean and span of three orders", pad=44)
+        axes.set_title("Accuracy after each task; mean and range of three orders", pad=44)
         figures.save(figure, path)
 
 
 def draw_matrices(path, found):
-    """A_ij of MoELoRA and of BranchLoRA in the first order: known after task i about task j."""
+    """Plots A_ij, the accuracy on task j after task i, of MoELoRA and BranchLoRA in the first order."""
     order = next(iter(found.orders))
     names = [found.data.tasks[t].name for t in found.orders[order]]
     with plt.rc_context(figures.STYLE):
@@ -101,5 +101,5 @@ def draw_matrices(path, found):
             axes.set_yticks(range(len(names)), names)
             axes.spines[:].set_visible(False)
         panels[0].set_ylabel("after learning")
-        figure.suptitle("Right answers in each task, %", x=0.01, ha="left", weight="bold", size=13)
+        figure.suptitle("Accuracy on each task, %", x=0.01, ha="left", weight="bold", size=13)
         figures.save(figure, path)

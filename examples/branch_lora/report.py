@@ -1,4 +1,4 @@
-"""BranchLoRA's tables from the finished runs, {order: {(arm, seed): run}}."""
+"""Tables of BranchLoRA's example from the finished runs, {order: {(arm, seed): run}}."""
 
 import statistics
 from itertools import pairwise
@@ -29,10 +29,10 @@ NAMES = {
 
 
 def by_item(right, order):
-    """{metric: (items,)}, whose means are ACC, MAA and BWT; items in the tasks' given order.
+    """{metric: (items,)} with means ACC, MAA and BWT; items are in the given order of tasks.
 
-    The task learned last cannot be forgotten: its items are 0 in BWT, the others count n / (n - 1).
-    Joint training learns no task before another: ACC alone.
+    The last task cannot be forgotten: its items are 0 in BWT, and the others are scaled by n / (n - 1).
+    Joint training has no order of tasks, so it has only ACC.
     """
     n = len(order)
     rows = [[np.asarray(row, dtype=float) for row in rows] for rows in right]
@@ -45,19 +45,19 @@ def by_item(right, order):
 
 
 class Found:
-    """The runs as the tables and pictures ask for them."""
+    """Access to the runs for tables and plots."""
 
     def __init__(self, data, runs, seeds):
         self.data, self.seeds, self.orders = data, seeds, orders(data.tasks)
         joint = {("joint", seed): next(iter(runs.values()))["joint", seed] for seed in seeds}
-        self.runs = {order: of | joint for order, of in runs.items()}  # it knows no order
+        self.runs = {order: of | joint for order, of in runs.items()}  # joint training has no order
 
     def of(self, arm):
-        """(order, run) of each order and seed."""
+        """[(order, run)] for each order and seed."""
         return [(o, self.runs[o][arm, seed]) for o in self.orders for seed in self.seeds]
 
     def items(self, arm, metric):
-        """(orders, seeds, items)"""
+        """The metric item by item, (orders, seeds, items)."""
         each = [by_item(run["right"], self.orders[order])[metric] for order, run in self.of(arm)]
         return np.stack(each).reshape(len(self.orders), len(self.seeds), -1)
 
@@ -65,7 +65,7 @@ class Found:
         return METRICS[:1] if arm == "joint" else METRICS
 
     def tasks(self, arm, read):
-        """(orders, seeds, tasks, items) of read(run): (tasks, items) in the order of learning."""
+        """(orders, seeds, tasks, items) of read(run), which is (tasks, items) in the order of learning."""
         given = range(len(self.data.tasks))
         each = [[read(run)[self.orders[o].index(t)] for t in given] for o, run in self.of(arm)]
         return np.asarray(each, float).reshape(

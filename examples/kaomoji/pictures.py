@@ -8,7 +8,7 @@ import torch
 from fontTools.ttLib import TTCollection
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, CELLS = 16, 20  # pixels of a cell's side; characters of a drawing at most
+CELL, CELLS = 16, 20  # side of a cell in pixels; maximum characters per drawing
 FONT_FOLDERS = (
     "/usr/share/fonts/opentype/noto",
     "/usr/share/fonts/noto-cjk",
@@ -17,9 +17,9 @@ FONT_FOLDERS = (
 
 
 class Eye:
-    """Drawings as features (CELLS, width): each cell's pixels and its neighbours', whitened, and its place.
+    """Features (CELLS, width) of drawings: whitened pixels of each cell and its neighbors, and its position.
 
-    The basis is the principal components of the training drawings' cells; nothing here is trained.
+    The basis is the principal components of the training drawings' cells; nothing is trained.
     """
 
     COMPONENTS, PLACES = 64, 16
@@ -45,7 +45,7 @@ class Eye:
 
 
 def cells(drawing):
-    """(CELLS, CELL * CELL) in [0, 1]: one character a row, empty ones at the end."""
+    """Pixels (CELLS, CELL * CELL) in [0, 1]: one character per row, empty rows at the end."""
     drawn = np.zeros((CELLS, CELL * CELL), np.float32)
     for row, character in zip(drawn, drawing):
         row[:] = _glyph(character)

@@ -1,4 +1,4 @@
-"""What the kaomoji experiment writes: tables of scores and of paired differences, and a picture."""
+"""Report of the kaomoji experiment: tables of scores and of paired differences, and a plot."""
 
 from collections import Counter
 
@@ -65,7 +65,7 @@ def scores(study, seeds, found):
 
 
 def near(study):
-    """How close the held-out drawings are to the training ones, of whatever task."""
+    """A sentence on how close the held-out drawings are to the training drawings of all tasks."""
     trained = [item for task in study.tasks for item in task.train]
     shares = [data.nearly_equal(task.heldout, trained) for task in study.tasks]
     listed = ", ".join(f"{share:.1%} ({name})" for name, share in zip(TASKS, shares))
@@ -73,7 +73,7 @@ def near(study):
 
 
 def majority(task):
-    """Set F1 of one and the same answer, the commonest set of the training items."""
+    """Set F1 of always answering with the most common set of the training items."""
     best = Counter(item.wanted for item in task.train).most_common(1)[0][0]
     same = [2 * len(best & i.wanted) / (len(best) + len(i.wanted)) for i in task.heldout]
     return float(np.mean(same))
@@ -106,7 +106,7 @@ def ablations(seeds, found):
 
 
 def draw_items(path, study):
-    """Two held-out items of each task as the model sees them, with what is asked."""
+    """Draws two held-out items of each task as the model sees them, with their prompts."""
     side = pictures.CELL
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(3, 2, figsize=(9, 2.6), layout="constrained")

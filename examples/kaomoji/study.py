@@ -1,4 +1,4 @@
-"""What the kaomoji experiment trains on and is asked, prepared once for every arm, rate and seed."""
+"""Training and evaluation data of the kaomoji experiment, prepared once for every arm, rate and seed."""
 
 import random
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from examples.kaomoji.arms import TASKS
 from examples.kaomoji.upper import Lower, generate, upper
 from lora_moe.methods.c_lorae import extraction, visual
 
-MAX_TEXT, MAX_ANSWER = 8, 8  # tokens; of the wanted answers none has more than 7
+MAX_TEXT, MAX_ANSWER = 8, 8  # tokens; no correct answer has more than 7
 
 
 @dataclass(frozen=True)
 class Size:
-    layers: int | None  # of the model; None: all
-    adapted: int  # of them, the upper ones
+    layers: int | None  # of the model, from the bottom; None: all
+    adapted: int  # upper layers that are adapted
     train: tuple[int, int, int]  # items of each task
-    validation: int  # items a task, as the held-out ones
+    validation: int  # items per task, as in the held-out split
     heldout: int
-    batch: tuple[int, int, int]  # items of each task in a step
+    batch: tuple[int, int, int]  # items of each task per step
     steps: int
 
 
@@ -35,7 +35,7 @@ QUICK = Size(4, 2, (60, 12, 60), 6, 6, (6, 2, 6), 3)
 
 
 class Study:
-    """Data, and what the lower layers made of it."""
+    """The data and its hidden states below the adapted layers."""
 
     def __init__(self, size, dtype):
         self.tasks = data.load(size.train, size.validation, size.heldout)
@@ -62,7 +62,7 @@ class Study:
         return list(zip(hidden, targets, *self.eye([item.drawing for item in items])))
 
     def _questions(self, items):
-        """[(task, item)] of all tasks, and their Prompts."""
+        """([(task, item)] of all tasks, their Prompts)."""
         asked = [(t, item) for t, of_task in enumerate(items) for item in of_task]
         return asked, self.lower.prompts([self.prompt(*question) for question in asked])
 
@@ -79,7 +79,7 @@ class Study:
     def answers(self, model, questions, shown=True, expert=lambda t: t):
         """[(task, item, text)] of greedy generation.
 
-        `shown=False`: from the text alone; `expert`: which task's expert a task is given.
+        `shown=False` hides the pictures; `expert` maps a task to the task whose expert is used.
         """
         asked, prompts = questions
         said = [None] * len(asked)
@@ -109,12 +109,12 @@ class Study:
 
 
 def tell(model, tasks, images, rows):
-    """Which of the samples the following forwards have; `images`: features and mask, or nothing."""
+    """Sets the samples of the next forwards, by rows; `images`: (features, mask), or ()."""
     set_tasks(model, tasks[rows])
     visual.set_images(model, *([given[rows] for given in images] or [None]))
 
 
 def set_tasks(model, tasks):
-    """Which task each sample (B,) has; an arm with one expert for all has nothing to be told."""
+    """Sets the task of each sample (B,); does nothing for arms without task experts."""
     if any(layer.config.num_tasks for layer in lora_moe.injected(model).values()):
         lora_moe.set_routing(model, task_ids=tasks)

@@ -1,7 +1,7 @@
-"""The upper layers of a decoder as the part that trains; the lower ones run once, without a gradient.
+"""Splits a decoder: the upper layers are trained, the lower ones run once, without gradients.
 
-Nothing is adapted below layer `n`, so what the lower layers make of a prompt is the same in every arm, at
-every step and for every seed: it is computed once and kept.  The two parts in a row are the whole model.
+Nothing is adapted below layer `n`, so the hidden states of a prompt are the same in every arm, at every
+step and for every seed: they are computed once and stored.  The two parts together are the whole model.
 """
 
 import copy
@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 @dataclass
 class Prompts:
-    """Prompts of equal length: what the lower layers made of them, and which items they are."""
+    """Prompts of equal length: their item indices, and the lower layers' hidden states and cache."""
 
     items: list[int]
     hidden: torch.Tensor  # (B, L, D)
@@ -31,7 +31,7 @@ class Lower:
 
     @torch.no_grad()
     def hidden(self, rows, batch_size=64):
-        """[(L, D)] of rows of token ids."""
+        """[(L, D)]: hidden states of rows of token ids."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found = [None] * len(rows)
         for start in range(0, len(order), batch_size):
@@ -44,7 +44,7 @@ class Lower:
 
     @torch.no_grad()
     def prompts(self, rows, batch_size=64):
-        """[Prompts]: rows of equal length together, so that nothing is padded."""
+        """[Prompts]: rows grouped by length, so that no padding is needed."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         found = []
         for i in order:
@@ -61,12 +61,12 @@ class Lower:
         return self.step(ids, cache), cache
 
     def step(self, ids, cache):
-        """ids (B, L) -> (B, L, D), after what the cache holds."""
+        """ids (B, L) -> hidden states (B, L, D), appended to the cache."""
         return self.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
 
 
 def upper(model, n):
-    """The layers from n on, and the head, around the very same weights; takes inputs_embeds."""
+    """The layers from n on and the head, sharing the weights; takes inputs_embeds."""
     part = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     part.model.layers = part.model.layers[n:]
     for index, layer in enumerate(part.model.layers):
@@ -76,13 +76,13 @@ def upper(model, n):
 
 @torch.no_grad()
 def generate(lower, model, prompts, end, max_tokens, tell=lambda rows: None):
-    """Greedy answers to Prompts: token ids (B, up to max_tokens); `end` after an answer's end.
+    """Greedy answers to Prompts: token ids (B, up to max_tokens), filled with `end` after an answer.
 
-    tell(rows) says which of the prompts the following forwards have.
+    tell(rows) is called with the rows of the prompts in the next forwards.
     """
     below, above = copy.deepcopy(prompts.cache), DynamicCache()
     hidden, answer = prompts.hidden, []
-    alive = torch.arange(len(hidden))  # rows whose answer has not ended; the others cost nothing
+    alive = torch.arange(len(hidden))  # rows whose answer has not ended; only these are computed
     for _ in range(max_tokens):
         tell(alive)
         out = model.model(inputs_embeds=hidden, past_key_values=above, use_cache=True)

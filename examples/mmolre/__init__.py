@@ -1,1 +1,1 @@
-"""The evidence of docs/mmolre.md: `python -m examples.mmolre`."""
+"""The experiments of docs/mmolre.md: `python -m examples.mmolre`."""

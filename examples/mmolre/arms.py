@@ -1,4 +1,4 @@
-"""What MMoLRE's example compares: the models of each arm."""
+"""The models of each arm of MMoLRE's example."""
 
 from dataclasses import dataclass, replace
 
@@ -22,18 +22,18 @@ OURS = MMoLREConfig(
     width=WIDTH,
     shared_ranks=(RANK,) * SHARED,
     task_rank=RANK,
-    dropout=0.3,  # without it, intent and subject are learnt by heart in 300 steps
+    dropout=0.3,  # without it, intent and subject are overfitted within 300 steps
 )
-# as many experts, all of them shared: streams and routers stay each task's own
+# as many experts, all shared; each task keeps its own streams and routers
 ONLY_SHARED = replace(OURS, shared_ranks=(RANK,) * (SHARED + len(TASKS)), task_rank=0)
-# three fusions and three routers fewer, so the experts get their parameters
+# three fewer fusions and three fewer routers, whose parameters go to the experts
 HARD = replace(ONLY_SHARED, shared_ranks=(12,) * 4 + (11,) * 4, hard_sharing=True)
 SMALL = replace(OURS, width=64, shared_ranks=(5,) * SHARED, task_rank=6)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Models that are trained apart, each with its own tasks; together they have all."""
+    """Models that are trained separately; together they cover all tasks."""
 
     models: tuple[MMoLREConfig, ...]
     one_fusion: bool = False  # all tasks read the same fused vector
@@ -41,7 +41,7 @@ class Arm:
 
 
 def with_rank(rank):
-    """OURS with another rank of all experts."""
+    """OURS with another rank for all experts."""
     return Arm((replace(OURS, shared_ranks=(rank,) * SHARED, task_rank=rank),))
 
 
@@ -69,7 +69,7 @@ ARMS = {
 
 
 def build(config, one_fusion=False, in_plain=False):
-    """The model with linear heads: a deep head of its own would hide what sharing costs a task."""
+    """The model with linear heads; deep heads would hide the cost of sharing for a task."""
     model = plain(MMoLRE(config)) if in_plain else MMoLRE(config)
     for name, task in config.tasks.items():
         head = nn.Linear(config.width, task.outputs)

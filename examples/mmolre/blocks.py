@@ -1,4 +1,4 @@
-"""Time of one block's forward and backward: low-rank and full-rank experts, ours and plain PyTorch."""
+"""Forward and backward time of one block: low-rank and full-rank experts, ours and plain PyTorch."""
 
 import copy
 import statistics
@@ -14,7 +14,7 @@ from lora_moe.methods.mmolre import UniTSE
 
 
 def step_times(width, rank, items, length, turns):
-    """{block: (parameters, seconds of each turn)} of forward and backward, interleaved."""
+    """{block: (parameters, seconds of each turn)} of interleaved forwards and backwards."""
     x = torch.randn(items, length, width)
     contenders, sizes = {}, {}
     for kind, r in (("low-rank", rank), ("full-rank", width)):

@@ -1,4 +1,4 @@
-"""Which of MMoLRE's claims the runs show: differences of normalized test losses, with intervals."""
+"""The claims of MMoLRE as differences of normalized test losses, with intervals."""
 
 import statistics
 
@@ -26,7 +26,7 @@ MEAN = "mean"
 
 
 def losses(found, arm, seeds):
-    """(seeds, items, tasks), normalized; NaN where a label is missing."""
+    """Normalized losses (seeds, items, tasks); NaN where a label is missing."""
     return np.array(
         [np.transpose([found[arm, s]["tasks"][t]["losses"] for t in TASKS]) for s in seeds],
         dtype=np.float64,
@@ -36,12 +36,12 @@ def losses(found, arm, seeds):
 def gains(found, first, second, seeds):
     """{"mean" or task: (mean, low, high)} of the loss that the first arm saves against the second.
 
-    As evidence.interval, but a task's mean is over the labelled ones of the drawn items, and the
-    tasks' mean is drawn with them.
+    Like evidence.interval, but each task's mean is over the labeled items of a resample, and the mean
+    over tasks is computed from the same resample.
     """
     saved = losses(found, second, seeds) - losses(found, first, seeds)  # (seeds, items, tasks)
     (count, items, _), there = saved.shape, ~np.isnan(saved[0])
-    draw = np.random.default_rng(0)  # how often each seed and each item is drawn
+    draw = np.random.default_rng(0)  # draws how often each seed and each item is counted
     rows, columns = (
         draw.multinomial(n, np.full(n, 1 / n), evidence.RESAMPLES) for n in (count, items)
     )
@@ -52,12 +52,12 @@ def gains(found, first, second, seeds):
 
 
 def _with_mean(each):
-    """(..., tasks) -> (..., 1 + tasks): the tasks' mean before them."""
+    """(..., tasks) -> (..., 1 + tasks), with the mean over tasks first."""
     return np.concatenate([each.mean(-1, keepdims=True), each], -1)
 
 
 def claims(found, arms, seeds):
-    """Points of the constant predictor's loss that the first arm of each comparison saves."""
+    """Table of the loss that each comparison's first arm saves, in points of the constant predictor's."""
     rows = []
     for claim, first, second in COMPARED:
         if {first, second} <= set(arms):
@@ -92,7 +92,7 @@ def full_rank(found, arms, seeds):
 
 
 class Conflict:
-    """The tasks' gradients under hard sharing, (seeds, looks, tasks, tasks) of inner products."""
+    """Inner products of the tasks' gradients under hard sharing, (seeds, looks, tasks, tasks)."""
 
     def __init__(self, found, seeds):
         inner = np.array([found[HARD, seed]["gradients"] for seed in seeds])
@@ -105,7 +105,7 @@ class Conflict:
         self.ratio = norm / others
 
     def table(self):
-        """A row for each task: cosine with the others, and with their sum, by thirds of training."""
+        """A row per task: cosines with the others and with their sum, by thirds of training."""
         rows = []
         for t, task in enumerate(TASKS):
             pairs = [
@@ -121,5 +121,5 @@ class Conflict:
 
 
 def _thirds(values, form):
-    """The means of three parts of the looks (axis 1)."""
+    """Formatted means over each third of the looks (axis 1)."""
     return [f"{part.mean():{form}}" for part in np.array_split(values, 3, axis=1) if part.size]

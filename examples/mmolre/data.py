@@ -6,19 +6,19 @@
     intent      what the kaomoji is for (greeting, kiss, shrug), any of 12; missing where none
     subject     what it shows (animal, heart, music), any of 8; missing where none
 
-A word's polarity (1 positive, -1 negative, 0 both or neither) and emotions are the lexicon's.  A
-kaomoji's are the lexicon's too, looked up for the emotion words that the data set labels it with
-(happy, smile, glad, cheerful, joy): the mean polarity of those that the lexicon knows, and the
-emotions of more than half of them; with fewer than two known words it is neutral.  Its intents and
-subjects are the data set's.  No label word is an input: the model sees the drawing alone.
+A word's polarity (1 positive, -1 negative, 0 both or neither) and emotions come from the lexicon.  So do
+a kaomoji's, through the emotion words that the data set labels it with (happy, smile, glad, cheerful,
+joy): its polarity is the mean over the words that the lexicon has, and its emotions are those of more
+than half of them; with fewer than two such words it is neutral.  Intents and subjects come from the data
+set.  No label word is an input: the model sees only the drawing.
 
-Text features are MiniLM's last states of each word's tokens, frozen; image features are the pixels
-of each character, drawn in a cell of its own.
+Text features are MiniLM's frozen last states of each word's tokens; image features are the pixels of
+each character, drawn in a separate cell.
 
-Words are held out by root and kaomoji by face (what stands in the brackets), so that neither
-`abandoned` nor `\\(^o^)/` is known from `abandon` or `(^o^)`.  A hash decides: tenths 0 to 2 of the
-families are the test's, 3 is the validation's, the others train.  A held-out word, or kaomoji, is in
-one item only.
+Words are held out by root and kaomoji by face (the part in brackets), so that neither `abandoned` nor
+`\\(^o^)/` is known from `abandon` or `(^o^)`.  Families are split by a hash: tenths 0 to 2 are for
+testing, 3 is for validation, the rest are for training.  A held-out word or kaomoji occurs in only one
+item.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from examples.common.tasks import root_of
 from examples.mmolre.features import CELL, glyph, package, token_states
 from examples.mmolre.kaomoji import EMOTIONS, SETS, drawable, face_of, meaning, picked, polarity
 
-WORDS = 2  # an item
+WORDS = 2  # per item
 TEXT, IMAGE = 384, CELL * CELL  # features
 TEST, VALIDATION = (0, 1, 2), (3,)  # of ten
 
@@ -49,7 +49,7 @@ SOURCES = (
 
 @dataclass
 class Parts:
-    """Words or kaomoji: P of them."""
+    """P words or kaomoji."""
 
     names: list[str]
     states: torch.Tensor  # (P, L, features)
@@ -62,7 +62,7 @@ class Parts:
 
 @dataclass
 class Items:
-    """What MMoLRE takes: B items."""
+    """Inputs and labels of B items."""
 
     features: dict[str, torch.Tensor]  # (B, L, features)
     masks: dict[str, torch.Tensor]  # (B, L)
@@ -70,7 +70,7 @@ class Items:
 
 
 def load(seed=0, most_words=None):
-    """(words, kaomoji); `most_words` takes some of the lexicon only."""
+    """(words, kaomoji); `most_words` limits the words taken from the lexicon."""
     lexicon = json.loads((package("nrclex") / "data/nrc_en.json").read_text("utf-8"))
     words = {w: tags for w, tags in lexicon.items() if re.fullmatch("[a-z]{2,}", w)}
     if most_words:
@@ -79,7 +79,7 @@ def load(seed=0, most_words=None):
 
 
 def held_out(words, kaomoji, split, most):
-    """Items of a held-out split; no word and no kaomoji stands in two of them."""
+    """Items of a held-out split; no word or kaomoji occurs in two of them."""
     rng = random.Random(0)
     first, faces = (rng.sample(p.split[split], len(p.split[split])) for p in (words, kaomoji))
     count = min(most, len(first) // WORDS, len(faces))
@@ -88,14 +88,14 @@ def held_out(words, kaomoji, split, most):
 
 
 def training(words, kaomoji, steps, size, seed):
-    """`steps` batches of `size` items put together anew from the training words and kaomoji."""
+    """`steps` batches of `size` items, composed at random from the training words and kaomoji."""
     rng = random.Random(seed)
     for _ in range(steps):
         yield compose(words, kaomoji, *_drawn(words, kaomoji, size, rng))
 
 
 def training_labels(words, kaomoji, size=20_000):
-    """Of many training items, the labels alone."""
+    """Labels of `size` random training items."""
     return _labels(words, kaomoji, *_drawn(words, kaomoji, size, random.Random(0)))
 
 
@@ -105,10 +105,10 @@ def _drawn(words, kaomoji, size, rng):
 
 
 def compose(words, kaomoji, pairs, faces):
-    """Items of word pairs and faces, given by their numbers."""
+    """Items composed of word pairs and faces, given as indices."""
     pairs, faces = torch.as_tensor(pairs), torch.as_tensor(faces)  # (B, 2), (B,)
     text, mask = words.states[pairs].flatten(1, 2), words.mask[pairs].flatten(1, 2)
-    order = (~mask).long().argsort(stable=True, dim=1)  # the second word moves up to the first
+    order = (~mask).long().argsort(stable=True, dim=1)  # moves the second word next to the first
     text, mask = text.gather(1, order[..., None].expand_as(text)), mask.gather(1, order)
     image, there = kaomoji.states[faces], kaomoji.mask[faces]
     longest, widest = (int(m.sum(1).max()) for m in (mask, there))
@@ -153,7 +153,7 @@ def _kaomoji(lexicon):
 
 
 def _scaled(states, mask):
-    """Features of mean square 1, as a whole: neither labels nor splits enter."""
+    """Features scaled to mean square 1 over all items; uses neither labels nor splits."""
     return states / states[mask].square().mean().sqrt()
 
 

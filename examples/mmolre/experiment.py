@@ -1,8 +1,8 @@
-"""Does MMoLRE do what its paper claims?  Four tasks on words and drawn kaomoji.
+"""Tests the claims of MMoLRE's paper on four tasks with words and drawn kaomoji.
 
-    python -m examples.mmolre --tune     each arm's learning rate, into rates.json beside this file
-    python -m examples.mmolre            the arms at these rates, judged on the test items
-    python -m examples.mmolre --times    time of one block
+    python -m examples.mmolre --tune     tunes each arm's learning rate, writes rates.json next to this file
+    python -m examples.mmolre            trains the arms at these rates, evaluates them on the test items
+    python -m examples.mmolre --times    measures the time of one block
 
 Protocol and results: docs/mmolre.md; the arms: examples/mmolre/arms.py; the data: data.py.
 """
@@ -30,8 +30,8 @@ RATES = Path(__file__).with_name("rates.json")
 class Sizes:
     steps: int = 600
     batch: int = 64
-    held_out: int = 1000  # of a split, at most
-    probe: int = 512  # training items whose gradients are looked at
+    held_out: int = 1000  # maximum items per held-out split
+    probe: int = 512  # training items used for gradient statistics
     words: int | None = None
     timed: tuple[int, int, int, int, int] = (768, 16, 8, 32, 9)  # width, rank, items, length, turns
 
@@ -55,7 +55,7 @@ class Study:
         self.labelled = {n: float(1 - of.isnan().float().mean()) for n, of in labels.items()}
 
     def train(self, arm, rate, seed, probe=None):
-        """[(model, what happened)] of an arm."""
+        """[(model, record of its training)] for the models of an arm."""
         arm, sizes = ARMS[arm], self.sizes
         rest = sizes.steps, rate, seed, self.scale, self.validation, probe
         return [
@@ -68,7 +68,7 @@ class Study:
         ]
 
     def judge(self, outputs):
-        """{task: normalized losses of its labelled items, their mean, the field's metrics}"""
+        """{task: normalized losses of its labeled items, their mean, and the standard metrics}"""
         found, labels = {}, self.test.labels
         for name, losses in item_losses(outputs, labels).items():
             there = ~losses.isnan()
@@ -80,7 +80,7 @@ class Study:
 
 
 def run(study, rates, arm, seed):
-    """One arm from one seed, judged on the test items."""
+    """Trains one arm from one seed and evaluates it on the test items."""
     probe = study.probe if arm == report.HARD else None
     started = time.process_time()
     trained = study.train(arm, rates[arm], seed, probe)
@@ -104,7 +104,7 @@ def run(study, rates, arm, seed):
 
 
 def own_gates(model, items):
-    """{task: the mean gate of its own expert}, over positions, blocks and modalities."""
+    """{task: mean gate of the task's own expert} over positions, blocks and modalities."""
     shares = [
         block.gates[:, items.masks[name]].mean(1)[:, block.shared :].diagonal()
         for name, blocks in model.encoders.items()
@@ -114,7 +114,7 @@ def own_gates(model, items):
 
 
 def tuning_run(study, arm, rate, seed):
-    """What an arm saves of the constant predictor's validation loss, mean over the tasks."""
+    """Share of the constant predictor's validation loss that an arm saves, mean over the tasks."""
     losses = {}
     for _, happened in study.train(arm, rate, seed):
         losses |= dict(happened["validation"])[happened["step"]]
@@ -125,13 +125,13 @@ def main(argv=None):
     parser = evidence.parser(__doc__, "build/mmolre")
     parser.set_defaults(seeds=SEEDS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM")
-    parser.add_argument("--tune", action="store_true", help="find the rates, nothing else")
-    parser.add_argument("--times", action="store_true", help="time one block, nothing else")
+    parser.add_argument("--tune", action="store_true", help="only tune the rates")
+    parser.add_argument("--times", action="store_true", help="only measure the time of one block")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     sizes, path = (QUICK, args.out / RATES.name) if args.quick else (Sizes(), RATES)
     if not (args.quick or args.tune or args.times or path.exists()):
-        parser.error(f"{path.name} is missing: --tune writes it")
+        parser.error(f"{path.name} is missing: run with --tune first")
     if args.times:
         print(blocks.report(*sizes.timed))
     elif args.tune:

@@ -1,4 +1,4 @@
-"""What MMoLRE's example sees of a word and of a character: MiniLM's states, and pixels."""
+"""Features of words (MiniLM's states) and of characters (pixels) for MMoLRE's example."""
 
 from functools import cache
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ INSTALL = (
 
 @torch.no_grad()
 def token_states(words, size=256):
-    """MiniLM's last states of each word's own tokens, (W, 5, 384), and their mask; longer words are out."""
+    """(states, mask, words): MiniLM's last states of each word's tokens, (W, 5, 384); drops longer words."""
     from examples.common import minilm
 
     tokenizer, model = minilm.load_tokenizer(), minilm.load_model()
@@ -37,12 +37,12 @@ def token_states(words, size=256):
             for i, m in zip(padded.split(size), there.split(size))
         ]
     )
-    mask = there[:, 2:]  # as many as there are tokens, without [CLS] and [SEP]
+    mask = there[:, 2:]  # one per token, without [CLS] and [SEP]
     return states.masked_fill(~mask[..., None], 0), mask, words
 
 
 def glyph(character):
-    """(256,) in [0, 1]: the character in a cell, its baseline where all have it."""
+    """Pixels (256,) in [0, 1] of a character in a cell, with the same baseline for all characters."""
     from PIL import Image, ImageDraw
 
     image = Image.new("L", (CELL, CELL))

@@ -1,9 +1,9 @@
-"""The kaomoji that can be drawn here, and what the data set's labels say of each.
+"""The kaomoji that can be drawn here, and their labels in the data set.
 
-Kept are those with an emotion that are not marked as verbose, whose characters, in Unicode's
-compatible form, the font Noto Sans CJK has, and whose duplicates agree.  A label of the data set
-comes with its synonyms (kiss, kissing, smooch); SETS has the first of each kind that at least 50 of
-them have.  Of those with neither an intent nor a subject, as many are kept as there are others.
+A kaomoji is kept if it has an emotion, is not marked as verbose, the font Noto Sans CJK has all its
+characters in Unicode's compatible form, and its duplicates agree.  A label of the data set comes with
+its synonyms (kiss, kissing, smooch); SETS has the first of each kind that at least 50 kaomoji have.
+Those with neither an intent nor a subject are subsampled to the number of the others.
 """
 
 import gzip
@@ -24,7 +24,7 @@ SETS = {
 }
 MOST_GLYPHS = 16
 BROWS = "\N{ACUTE ACCENT}\N{DIAERESIS}\N{MACRON}"
-ENOUGH = 2  # emotion words that the lexicon must know
+ENOUGH = 2  # emotion words that must be in the lexicon
 
 
 def drawable():
@@ -49,13 +49,13 @@ def _rows():
 
 
 def plain(text):
-    """Unicode's compatible form without spaces; the accents that serve as brows stay as they are."""
+    """Unicode's compatible form without spaces; accents that serve as eyebrows are unchanged."""
     kept = (c if c in BROWS else unicodedata.normalize("NFKC", c) for c in text)
     return "".join("".join(kept).split()).replace("・", "·")
 
 
 def face_of(text):
-    """What near-duplicates share: the longest part in brackets, without sweat and blush at its ends."""
+    """The face that near-duplicates share: the longest part in brackets, without sweat or blush marks."""
     inside = re.findall(r"\(([^()]+)\)", text) or [text]
     return max(inside, key=len).strip("*~.'\"#+;:,") or text
 
@@ -74,6 +74,6 @@ def polarity(tags):
 
 
 def picked(words, labels):
-    """Of each label, 1 where the words have it, else 0; all NaN (missing) where they have none."""
+    """For each label, 1 if the words have it, otherwise 0; all NaN (missing) if they have none."""
     there = [float(label in words) for label in labels]
     return there if any(there) else [float("nan")] * len(labels)

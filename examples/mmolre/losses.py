@@ -1,6 +1,6 @@
-"""Losses relative to the constant predictor's, so that 1 is worth nothing in every task.
+"""Losses relative to the constant predictor's loss, which is 1 in every task.
 
-The constant predictor puts out the training labels' median (sentiment) or base rates (the others).
+The constant predictor outputs the training labels' median (sentiment) or base rates (the others).
 """
 
 import torch
@@ -11,7 +11,7 @@ from lora_moe.methods import mmolre
 
 
 def constants(labels):
-    """{task: (outputs,)} of the constant predictor: the median, or log-odds of the base rates."""
+    """{task: (outputs,)} of the constant predictor: the median, or the log-odds of the base rates."""
     return {
         name: labels[name].nanmedian(0, keepdim=True).values
         if task.loss == "mae"
@@ -21,7 +21,7 @@ def constants(labels):
 
 
 def scales(labels):
-    """{task: the constant predictor's mean loss on these, the training, labels}"""
+    """{task: mean loss of the constant predictor on the training labels}"""
     return {
         name: float(of[~of.isnan()].mean())
         for name, of in item_losses(spread(constants(labels), labels), labels).items()
@@ -34,7 +34,7 @@ def spread(constant, labels):
 
 
 def item_losses(outputs, labels):
-    """{task: (B,)}; NaN where the label is missing."""
+    """{task: losses (B,)}; NaN where the label is missing."""
     found = {}
     for name, output in outputs.items():
         label = labels[name].view_as(output)
@@ -46,7 +46,7 @@ def item_losses(outputs, labels):
 
 
 def normalized(model, items, scale):
-    """{task: its mean loss over the labelled items, divided by the constant predictor's}"""
+    """{task: mean loss over the labeled items, divided by the constant predictor's}"""
     losses = mmolre.task_losses(model.config, forward(model, items), items.labels)
     return {name: loss / scale[name] for name, loss in losses.items()}
 

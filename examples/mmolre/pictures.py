@@ -1,4 +1,4 @@
-"""The picture of docs/mmolre.md."""
+"""The plot of docs/mmolre.md."""
 
 import matplotlib
 
@@ -10,7 +10,7 @@ from examples.common.figures import GREY, INK, OURS, STYLE, save
 
 
 def draw_gains(path, rows):
-    """rows: (task, interval of its gradient's cosine with the rest's, interval of the loss saved)."""
+    """Plots rows of (task, interval of its gradient's cosine with the rest, interval of the loss saved)."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
         axes.axhline(0, color=INK, lw=1)

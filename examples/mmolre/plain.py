@@ -1,4 +1,4 @@
-"""MMoLRE's block in plain PyTorch: what ours is timed against, and the faster one at full rank."""
+"""MMoLRE's block in plain PyTorch: the baseline of the timings, and faster than ours at full rank."""
 
 import torch
 from torch.nn.functional import conv1d
@@ -8,7 +8,7 @@ from lora_moe.methods.mmolre.config import ACTIVATIONS
 
 
 class PlainUniTSE(UniTSE):
-    """UniTSE with the same parameters: one Conv1d and one product for all experts together."""
+    """UniTSE with the same parameters, computed with one Conv1d and one matmul for all experts."""
 
     def forward(self, x, mask=None):
         x = self._streams(x, mask)  # (S, B, L, D)
@@ -23,7 +23,7 @@ class PlainUniTSE(UniTSE):
 
 
 def plain(module: torch.nn.Module) -> torch.nn.Module:
-    """The module, its blocks in plain PyTorch from now on."""
+    """Converts the module's blocks to PlainUniTSE in place; returns the module."""
     for block in module.modules():
         if type(block) is UniTSE:
             block.__class__ = PlainUniTSE

@@ -1,4 +1,4 @@
-"""What the runs of examples/mmolre/experiment.py say: tables in Markdown, and a picture."""
+"""Results of the runs of examples/mmolre/experiment.py: tables in Markdown, and a plot."""
 
 import math
 import statistics
@@ -23,7 +23,7 @@ COLUMNS = (  # (head, task, metric, format)
 
 
 def write(args, study, found, rates, setting):
-    """results.md and the picture into args.out; prints the former."""
+    """Writes results.md and the plot to args.out; prints the former."""
     seeds, arms = args.seeds, args.arms
     minutes = sum(run["trained"] for run in found.values()) / 60
     parts = [
@@ -60,7 +60,7 @@ def described(study):
 
 
 def quality(study, found, arms, seeds):
-    """The field's metrics, means over seeds."""
+    """Table of the standard metrics, means over seeds."""
     head = ["arm", "parameters", *(name for name, *_ in COLUMNS), "CPU seconds to train"]
     constant = [{"tasks": _constant(study)}]
     rows = [["constant predictor", "", *_metrics(constant), ""]]
@@ -84,7 +84,7 @@ def _metrics(runs):
 
 
 def normalized(study, found, arms, seeds):
-    """Validation and test losses at the best look, means over seeds; 1 is the constant predictor."""
+    """Table of validation and test losses at the best look, means over seeds; constant predictor: 1."""
     test = losses({("constant", 0): {"tasks": _constant(study)}}, "constant", [0])
     rows = [["constant predictor", *_pairs([1.0] * len(TASKS), _mean(test)), ""]]
     for arm in arms:
@@ -98,19 +98,19 @@ def normalized(study, found, arms, seeds):
 
 
 def _pairs(validation, test):
-    """ "validation / test" of the mean over tasks, and of each task."""
+    """["validation / test"] for the mean over tasks and for each task."""
     return [
         f"{v:.3f} / {t:.3f}" for v, t in zip(*([np.mean(of), *of] for of in (validation, test)))
     ]
 
 
 def _mean(values):
-    """(seeds, items, tasks) -> each task's mean over its labelled items."""
+    """(seeds, items, tasks) -> mean over the labeled items of each task."""
     return np.nanmean(values, (0, 1)).tolist()
 
 
 def each_seed(found, arms, seeds):
-    """The mean over tasks of the normalized test loss."""
+    """Table of the normalized test loss per seed, mean over tasks."""
     rows = [
         [arm, *(f"{statistics.mean(_mean(losses(found, arm, [s]))):.3f}" for s in seeds)]
         for arm in arms

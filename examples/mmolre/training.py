@@ -1,4 +1,4 @@
-"""Training of one model, stopped by the validation items; what its tasks' gradients look like."""
+"""Trains one model with early stopping on the validation items; records its tasks' gradients."""
 
 import copy
 
@@ -7,15 +7,15 @@ import torch
 from examples.mmolre.losses import normalized
 
 WEIGHT_DECAY = 0.01
-LOOKS = 24  # at the validation items in a run
+LOOKS = 24  # validations per run
 
 
 def train(build, batches, steps, rate, seed, scale, validation, probe=None):
-    """(the model as it was at its best look, what happened); the mean of the normalized losses counts.
+    """(model at its best look, record of the training); best by the mean of the normalized losses.
 
-    AdamW, warm-up, then down to zero in a straight line.
-    build: makes the model.
-    probe: training items, on which every second look takes the tasks' gradients.
+    AdamW with warmup, then linear decay to zero.
+    build: builds the model.
+    probe: training items; every second look records the tasks' gradients on them.
     """
     torch.manual_seed(seed)
     model = build()
@@ -46,7 +46,7 @@ def mean(losses):
 
 
 class Best:
-    """A model's state at the look at the validation items where it was best."""
+    """A model's state at its best look."""
 
     def __init__(self, model):
         self.trained, self.loss, self.losses = model, float("inf"), []
@@ -65,7 +65,7 @@ class Best:
 
 
 def gradients(model, losses):
-    """(tasks, tasks): inner products of the tasks' gradients over all that they share, heads excluded."""
+    """Inner products (tasks, tasks) of the tasks' gradients over all shared parameters, heads excluded."""
     shared = [p for name, p in model.named_parameters() if not name.startswith("heads.")]
     rows = [
         torch.cat([g.flatten() for g in torch.autograd.grad(loss, shared, retain_graph=True)])

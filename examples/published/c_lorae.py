@@ -34,9 +34,7 @@ def arguments(argv):
         help="steps between evaluations for the achievement loss",
     )
     option(parser, "--vision", "openai/clip-vit-base-patch32", INFERRED, "image encoder, frozen")
-    option(
-        parser, "--rank", 24, INFERRED, "r of the universal expert, r / N of a task's: published"
-    )
+    option(parser, "--rank", 24, INFERRED, "r of the universal expert; r / N for tasks: published")
     option(parser, "--alpha", 24.0, INFERRED, "each expert is scaled by alpha / its rank")
     option(
         parser,

@@ -165,7 +165,7 @@ def test_samples_without_their_image_are_left_out(place, capsys):
         json.dumps([{**entries[0], "image": "no.png"}, *entries])
     )
     assert len(coin_data.training_samples(data, place["images"], "TextVQA")) == 4
-    assert capsys.readouterr().out == "1 of 5 left out: their images are missing\n"
+    assert capsys.readouterr().out == "1 of 5 skipped: their images are missing\n"
 
 
 def test_a_bf16_model_has_fp32_adapters(place, tmp_path, monkeypatch):
