@@ -1,6 +1,6 @@
 """pytest benchmarks/bench_routed_lora.py --benchmark-enable: ours and the eager peers on the claims' shapes.
 
-For reported numbers use `lora-moe bench`, where the contenders take turns.
+For numbers to report, use `lora-moe bench`, which interleaves the contenders.
 """
 
 import pytest

@@ -48,13 +48,13 @@ def main(argv=None):
     for name in (
         "_subclasses.fake_tensor",
         "_dynamo",
-    ):  # the report lists their failures, one per line
+    ):  # the report lists failures, one per line
         logging.getLogger(f"torch.{name}").setLevel(logging.CRITICAL)
     if args.threads:
         torch.set_num_threads(args.threads)
     options = options_of(args)
     if options.device == "cpu":
-        print("No GPU that torch can use: this is the CPU part.", file=sys.stderr)
+        print("No usable GPU found: only the CPU is timed.", file=sys.stderr)
     result = measure(args, options)
     if args.json:
         args.json.write_text(json.dumps(result))
@@ -75,17 +75,17 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--set", choices=[*SETS, "scaling"], default="claims", help="which shapes")
-    add("--quick", action="store_true", help="tiny shapes, eager peers: does it run at all?")
+    add("--quick", action="store_true", help="a smoke test: tiny shapes, eager peers")
     add("--only", metavar="TEXT", default="", help="only shapes with TEXT in their name")
     add("--dtype", choices=DTYPES, nargs="+", default=["fp32", "bf16"])
     add("--pass", dest="passes", choices=suite.PASSES, nargs="+", default=suite.PASSES)
-    add("--device", choices=["cpu", "cuda"], help="the GPU by default, if there is one")
-    add("--threads", type=int, metavar="N", help="of the CPU; torch's own choice by default")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if available")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--repeats", type=int, metavar="N", default=7, help="interleaved turns")
-    add("--no-compile", action="store_true", help="eager peers only; done much sooner")
-    add("--json", type=Path, metavar="FILE", help="all samples, for compare")
-    add("--markdown", type=Path, metavar="FILE", help="the tables")
-    add("--png", type=Path, metavar="FOLDER", help="the pictures; needs matplotlib")
+    add("--no-compile", action="store_true", help="only eager peers; much faster")
+    add("--json", type=Path, metavar="FILE", help="write all samples, for compare")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables")
+    add("--png", type=Path, metavar="FOLDER", help="write the plots; needs matplotlib")
     return parser.parse_args(argv)
 
 

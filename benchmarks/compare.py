@@ -1,4 +1,4 @@
-"""Compares two runs: did ours get slower relative to the best peer by more than the spread over turns?
+"""Compares two runs: did ours get slower relative to the best peer, beyond the spread over turns?
 
 Ratios within a run are compared, so that a slower machine does not count as a regression.
 """
@@ -29,7 +29,7 @@ def key(row):
 
 
 def verdict(old, new):
-    """regression or improvement: beyond the tolerance, and the quartiles do not overlap."""
+    """ "regression" or "improvement" if beyond the tolerance and the quartiles do not overlap, else ""."""
     if new.median < old.median * (1 - TOLERANCE) and new.high < old.low:
         return "regression"
     if new.median > old.median / (1 - TOLERANCE) and new.low > old.high:

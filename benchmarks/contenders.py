@@ -33,7 +33,7 @@ class Contender:
     adapters: torch.dtype | None = None  # of A, B and router; x's by default
 
     def differs(self, dtype):
-        """Whether it differs from another contender for an x of this dtype."""
+        """Whether it differs from the contender with x's dtype."""
         return self.adapters != dtype
 
 
@@ -117,7 +117,7 @@ def copies_for(shape, inputs, cache):
 
 
 def truth(contender, shape, inputs, backward):
-    """The same in fp64 on the same rounded inputs, by the loop, which tests compare with single tokens."""
+    """The fp64 outputs of the loop for the same rounded inputs; tests check the loop token by token."""
     tensors = [t.double() for t in vars(inputs).values() if t.is_floating_point()]
     double = Inputs(*tensors, inputs.ids)
     judge = peers.PEERS[0] if contender.same else contender
@@ -127,7 +127,7 @@ def truth(contender, shape, inputs, backward):
 
 
 def joined(outputs, layout, shape):
-    """y and, after a backward, dx, drouter, da, db: separate parts joined, missing ones as zeros."""
+    """y and, after a backward, dx, drouter, da, db; per-expert parts are concatenated, missing ones are 0."""
     if len(outputs) == 1 or layout is not peers.separate:
         return outputs
     y, dx, drouter, *parts = outputs

@@ -73,7 +73,7 @@ def parse(argv):
     parser.add_argument("--repeats", type=int, default=7, help="interleaved turns")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument(
-        "--layers", type=int, help="only the model's first layers, for a quick look"
+        "--layers", type=int, help="only the model's first layers, for a quick test"
     )
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--threads", type=int)
@@ -114,7 +114,7 @@ def tell(text):
 
 
 def saved_bytes(models, batch):
-    """More than the unadapted model."""
+    """{name: bytes saved for the backward in excess of the un-adapted model}."""
     plain = measure.saved_bytes_unadapted(models["no adapter"], batch)
     adapted = {name: model for name, model in models.items() if name != "no adapter"}
     return {name: measure.saved_bytes(model, batch) - plain for name, model in adapted.items()}
@@ -144,14 +144,14 @@ def random_batch():
 
 @torch.no_grad()
 def check(models, batch, agree):
-    """The mixtures compute the same function: their losses agree, or nothing is timed."""
+    """Raises SystemExit unless the losses of the mixtures agree."""
     ours, *others = (training.loss_of(models[name], *batch).item() for name in MIXTURES)
     if not all(abs(ours - other) <= agree * abs(other) for other in others):
         raise SystemExit(f"the mixtures differ: losses {ours}, {others}")
 
 
 def stepper(model, batch):
-    """A training step; forward and backward for a model with nothing to train."""
+    """Returns a training step, or forward and backward for a model without trainable parameters."""
     if any(p.requires_grad for p in model.parameters()):
         return partial(training.train_step, model, training.optimizer_of(model, 1e-4), batch)
     model.model.embed_tokens.register_forward_hook(
@@ -161,7 +161,7 @@ def stepper(model, batch):
 
 
 def generator(model):
-    """Greedy decoding of some tokens after a prompt, with a key-value cache."""
+    """Returns a function that decodes some tokens greedily after a prompt, with a key-value cache."""
     ids = random_batch()[0].view(1, -1)[:, :PROMPT]
     with torch.no_grad():
         start = model(input_ids=ids, use_cache=True)
@@ -173,7 +173,7 @@ def generator(model):
         for _ in range(GENERATED):
             out = model(input_ids=token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-        cache.crop(PROMPT - cache.get_seq_length())  # negative: this many tokens are dropped
+        cache.crop(PROMPT - cache.get_seq_length())  # negative: drops this many tokens
 
     return generate
 
@@ -190,13 +190,13 @@ def peak_in_a_process(name, args, dtype):
 
 
 def peak_of(name, layers, dtype):
-    """Bytes by which a step rises above the level between steps, and above the bare model."""
+    """Peak bytes of a step above the level between steps, above the bare model, and of the process."""
     model = smollm2.load_model(layers, dtype)
     measure.return_memory_at_once()
     bare = measure.resident_bytes()
     (adapted,) = contenders(model, [name]).values()
     step = stepper(adapted, random_batch())
-    step()  # from now on the optimizer has its state
+    step()  # initializes the optimizer's state
     if bare is None:
         return None
     level = measure.resident_bytes()

@@ -15,7 +15,7 @@ MMAP_MAX, TRIM_THRESHOLD = -4, -1  # glibc's numbers for mallopt
 
 
 def describe(device="cpu"):
-    """The processor's name, the threads torch uses, torch's version."""
+    """The processor's name, the number of torch threads and the torch version."""
     if device != "cpu":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     cpuinfo = Path("/proc/cpuinfo")

@@ -62,7 +62,7 @@ def draw_scaling(path, rows):
                 panel.tick_params(axis="x", labelsize=7)
             line[0].set_ylabel(f"{name}, ms")
         grid[-1, 0].legend(frameon=False, fontsize=8)
-        title = f"Cost of a layer's experts, {dtype}; what is not on the axis: {rows[0]['base']}"
+        title = f"Cost of a layer's experts, {dtype}; sizes not on the axis: {rows[0]['base']}"
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=11)
         figure.savefig(path)
         plt.close(figure)

@@ -27,10 +27,10 @@ CONTENDERS = ("base", "mixture", "plain LoRA")
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "folder", type=Path, help="of make demo-vllm: asked.json names base and adapter"
+        "folder", type=Path, help="written by make demo-vllm; asked.json names base and adapter"
     )
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--new", type=int, default=64, help="tokens of each sequence")
+    parser.add_argument("--new", type=int, default=64, help="tokens per sequence")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")
@@ -49,7 +49,7 @@ def main():
             for name, engine in engines.items():
                 print("go", file=engine.stdin, flush=True)
                 measured = answer_of(engine)
-                if round_:  # after one to warm up
+                if round_:  # the first is a warmup
                     found[name].append(measured)
     finally:
         for engine in engines.values():
@@ -117,12 +117,12 @@ def contend(args):
 
 
 def rank_of(adapter):
-    """The mixture's active rank: the sum over its largest experts, as many as a token uses."""
+    """The mixture's active rank, summed over its K largest experts, rounded up to a power of two."""
     from lora_moe import adapter_info
 
     configs = [a["config"] for a in adapter_info(adapter)["adapters"]]
     active = max(sum(sorted(c.ranks)[-c.top_k :]) for c in configs)
-    return 1 << (active - 1).bit_length()  # vLLM takes powers of two
+    return 1 << (active - 1).bit_length()  # vLLM requires a power of two
 
 
 def plain_lora(base, adapter, folder):
@@ -147,13 +147,13 @@ def table(found, args):
     lines = [
         f"decoding {args.batch} x {args.new} tokens, {args.dtype}, {args.rounds} rounds in turn,"
         f" {os.environ.get('OMP_NUM_THREADS', '1')} thread(s)",
-        "| | tokens/s | of the base | first token |",
+        "| | tokens/s | / base | first token |",
         "|---|---|---|---|",
     ]
     for name, measured in found.items():
         rate = statistics.median(m["rate"] for m in measured)
         first = [m["first"] for m in measured if m["first"] is not None]
-        seen = f"{1000 * statistics.median(first):.0f} ms" if first else "not told"
+        seen = f"{1000 * statistics.median(first):.0f} ms" if first else "not measured"
         lines.append(f"| {name} | {rate:.0f} | {rate / base:.2f} | {seen} |")
     return "\n".join(lines)
 

@@ -17,12 +17,12 @@ import torch
 from . import __version__
 from .backend import BACKENDS, backend_info
 
-TIMEOUT_S = 300  # of one backend's checks
+TIMEOUT_S = 300  # for the checks of one backend
 _DOCTOR_ROW = "{:<10} {:<15} {:<9} {:>10} {:>10} {:>9}  {}"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0 where all is right, 1 where not, 2 for wrong usage."""
+    """Run a command and return the exit status: 0 on success, 1 on failure, 2 for wrong usage."""
     parser = argparse.ArgumentParser(
         prog="lora-moe",
         description="Fast mixtures of LoRA experts for PyTorch.",
@@ -35,39 +35,37 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("info", help=about, description=about)
     command.set_defaults(run=lambda _: info())
 
-    about = "show the configuration and the tensors of a saved adapter, without reading the weights"
+    about = "show the configuration and tensors of a saved adapter without reading the weights"
     command = commands.add_parser("inspect", help=about, description=about)
-    command.add_argument("directory", metavar="DIR", help="the folder that save_adapter wrote")
-    about = "draw how training spread tokens over experts, from DIR/router_history.json (needs matplotlib)"
+    command.add_argument("directory", metavar="DIR", help="folder written by save_adapter")
+    about = "plot expert load over training from DIR/router_history.json (needs matplotlib)"
     command.add_argument("--png", metavar="FILE", help=about)
     command.set_defaults(run=lambda args: inspect(args.directory, args.png))
 
-    about = "turn another package's checkpoint into an adapter, or an adapter into folders of PEFT"
+    about = "convert another package's checkpoint to an adapter, or an adapter to PEFT folders"
     command = commands.add_parser("convert", help=about, description=about)
-    command.add_argument("source", metavar="SOURCE", help="a folder or a file of tensors")
-    command.add_argument(
-        "directory", metavar="DIR", help="where to write; created if it does not exist"
-    )
+    command.add_argument("source", metavar="SOURCE", help="folder or tensor file")
+    command.add_argument("directory", metavar="DIR", help="output folder, created if missing")
     formats = "mixlora, loramoe, mola, hydralora, meteora, coin, poly, peft or lora_moe"
-    command.add_argument("--format", help=f"format of SOURCE: {formats} (default: recognized)")
-    about = "for meteora: the folders of its LoRAs, in the order in which they were loaded"
+    command.add_argument("--format", help=f"format of SOURCE: {formats} (default: detected)")
+    about = "for meteora: the folders of its LoRAs, in loading order"
     command.add_argument("--adapters", metavar="DIR", nargs="+", default=(), help=about)
-    about = "for meteora (default: 2) and peft: experts per token"
+    about = "experts per token, for meteora (default: 2) and peft"
     command.add_argument("--top-k", metavar="K", type=int, help=about)
     command.set_defaults(run=convert)
 
-    about = "check forward and gradients of every backend on this machine against fp64"
+    about = "compare forward and gradients of every backend on this machine with fp64"
     command = commands.add_parser("doctor", help=about, description=about)
     command.add_argument(
         "backends",
         metavar="BACKEND",
         nargs="*",
-        help=f"which to check: {', '.join(BACKENDS)} (default: all)",
+        help=f"backends to check: {', '.join(BACKENDS)} (default: all)",
     )
     command.set_defaults(run=lambda args: doctor(args.backends))
 
-    about = "time the layers beside plain PyTorch and the machine's limit (needs a checkout)"
-    command = commands.add_parser("bench", help=about, add_help=False)  # has options of its own
+    about = "time the layers, plain PyTorch and the machine's limit (needs a checkout)"
+    command = commands.add_parser("bench", help=about, add_help=False)  # parses its own options
     command.set_defaults(run=None)
 
     args, rest = parser.parse_known_args(argv)
@@ -146,12 +144,12 @@ def _draw(directory, png):
     except (ImportError, OSError, ValueError) as error:
         print(f"lora-moe inspect: {error}", file=sys.stderr)
         return 1
-    print(f"\nload of every expert over training: {png}")
+    print(f"\nexpert load over training: {png}")
     return 0
 
 
 def _plain(text):
-    """What an untrusted file says, without the control characters that a terminal would obey."""
+    """Text from an untrusted file, with the control characters escaped."""
     return ascii(text)[1:-1]
 
 
@@ -164,16 +162,16 @@ def _print_tensors(tensors):
 
 
 def doctor(backends) -> int:
-    """Each backend in a process of its own: it is chosen at import, and its crash is survived."""
+    """Check each backend in a separate process, since it is chosen at import and may crash."""
     print(_DOCTOR_ROW.format("backend", "check", "dtype", "output", "gradients", "limit", ""))
     results = [_examine(name) for name in backends or BACKENDS]
     print("errors against fp64, in units of each dtype's rounding error u")
-    # None: not to be had on this machine, which is only wrong where it was asked for by name
+    # None: unavailable on this machine, which is an error only if it was requested by name
     return 0 if all(passed or (passed is None and not backends) for passed in results) else 1
 
 
 def _examine(name):
-    """Print a backend's rows; whether it is right, None where it is not to be had."""
+    """Print a backend's rows; return whether it passed, or None if it is unavailable."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     environment = {**os.environ, "LORA_MOE_BACKEND": name, "PYTHONPATH": path}
     if name == "triton" and not torch.cuda.is_available():
@@ -184,14 +182,14 @@ def _examine(name):
             command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
         )
     except subprocess.TimeoutExpired:
-        print(f"{name:<10} FAIL: not done after {TIMEOUT_S} s")
+        print(f"{name:<10} FAIL: timed out after {TIMEOUT_S} s")
         return False
     passed = [_print_check(name, *json.loads(line)) for line in run.stdout.splitlines()]
     if run.returncode == 0:
         return bool(passed) and all(passed)
     reason = (run.stderr.splitlines() or [f"ended with status {run.returncode}"])[-1]
     _, _, why = reason.partition("BackendUnavailable: ")
-    print(f"{name:<10} {'not here: ' + why if why else 'FAIL: ' + reason}")
+    print(f"{name:<10} {'unavailable: ' + why if why else 'FAIL: ' + reason}")
     return None if why else False
 
 
@@ -203,7 +201,7 @@ def _print_check(name, check, dtype, output, gradients, limit):
 
 
 def bench(argv) -> int:
-    """The suite is no part of the wheel: its peers, plots and models are nothing that a layer needs."""
+    """Run the benchmark suite, which is in a checkout but not in the wheel."""
     checkout = Path(__file__).resolve().parent.parent
     if not (checkout / "benchmarks/command.py").exists():
         print(

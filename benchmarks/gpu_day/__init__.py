@@ -1,1 +1,1 @@
-"""The first day with a GPU: driver.py runs the stages of stages.py, each in a process of its own."""
+"""The first day with a GPU: driver.py runs the stages of stages.py, each in a separate process."""

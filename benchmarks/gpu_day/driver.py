@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 CALL_S = 9 * 60
 NO_GPU = (
     "no GPU that this PyTorch can use: run this where torch.cuda.is_available() is true,"
-    " or with --dry-run to play the stages without one"
+    " or use --dry-run to run the stages without one"
 )
 NO_TORCH = (
     f"{sys.executable} has no PyTorch: name the Python that has one,"
@@ -36,35 +36,35 @@ NO_TORCH = (
 
 class Stage(NamedTuple):
     name: str
-    seconds: int  # after which it is stopped
+    seconds: int  # timeout
     proves: str
     backend: str = "triton"
 
 
 STAGES = [
-    Stage("environment", 60, "what is there, and which kernels serve it", "auto"),
-    Stage("compile", 180, "every kernel compiles for this GPU; all later stages find it compiled"),
+    Stage("environment", 60, "versions, tools, and which kernels serve the device", "auto"),
+    Stage("compile", 180, "every kernel compiles for this GPU; later stages use the cache"),
     Stage(
         "tiles",
         180,
-        "the tiles of thousands of tokens, every plan, against fp64; the same bits again",
+        "tiles for thousands of tokens, every plan, compared with fp64; the same bits twice",
     ),
     Stage("tests-triton", 300, "kernels and public functions of the Triton backend, on the GPU"),
     Stage("build-cuda", 240, "nvcc builds the CUDA kernels for this GPU", "auto"),
     Stage("tests-cuda", 240, "the public functions of the CUDA backend, on the GPU", "cuda"),
-    Stage("sanitizer", 240, "no access out of bounds, no race, nothing read before it is written"),
+    Stage("sanitizer", 240, "no out-of-bounds access, no race, no uninitialized read"),
     Stage(
-        "graphs", 120, "CUDA graphs and torch.compile, unequal ranks and frozen experts among them"
+        "graphs", 120, "CUDA graphs and torch.compile, also with unequal ranks and frozen experts"
     ),
-    Stage("bench", 300, "times in a graph, beside the base product and stacked matmuls", "auto"),
-    Stage("traffic", 180, "bytes that Nsight Compute counts, beside the accounting's", "auto"),
+    Stage("bench", 300, "times in a graph, next to the base matmul and stacked matmuls", "auto"),
+    Stage("traffic", 180, "bytes counted by Nsight Compute, compared with the accounting", "auto"),
     Stage("train", 180, "a step of four Llama-7B-shaped blocks: time and peak memory", "auto"),
     Stage("doctor", 120, "lora-moe doctor, as a user runs it", "auto"),
 ]
 
 
 def run(stage, out, dry_run, limit):
-    """The findings that it printed before it ended or was stopped."""
+    """{"seconds", "findings"}: the findings printed before the stage ended or was stopped."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "LORA_MOE_BACKEND": stage.backend,
@@ -89,18 +89,18 @@ def run(stage, out, dry_run, limit):
     found = read_findings(out / f"{stage.name}.jsonl")
     if status is None:
         found.append(
-            finding("ended in time", False, f"stopped after {limit:.0f} s; see {log.name}")
+            finding("finished in time", False, f"stopped after {limit:.0f} s; see {log.name}")
         )
     elif status:
         last = log.read_text().strip().splitlines()[-1:] or [f"exit status {status}"]
-        found.append(finding("ran to its end", False, f"{last[0]} ({log.name})"))
+        found.append(finding("ran to completion", False, f"{last[0]} ({log.name})"))
     elif not found:
-        found.append(finding("found anything", False, f"printed no finding; see {log.name}"))
+        found.append(finding("reported findings", False, f"printed no finding; see {log.name}"))
     return {"seconds": round(time.monotonic() - start, 1), "findings": found}
 
 
 def finding(what, ok, detail=""):
-    """ok: True, False, or None for a fact that proves nothing."""
+    """ok: True, False, or None for a fact that is not a check."""
     return {"what": what, "ok": ok, "detail": detail}
 
 
@@ -114,14 +114,14 @@ def wrong(result):
 
 
 def report(results, dry_run):
-    """Markdown: what is wrong first, then one line per stage, then all findings."""
-    kind = "a dry run without one; nothing here is evidence" if dry_run else "what was checked"
+    """Markdown lines: failures first, then one line per stage, then all findings."""
+    kind = "a dry run without one, which is no evidence" if dry_run else "results"
     yield f"# lora-moe on a GPU: {kind}\n"
     failures = [(name, f) for name, result in results.items() for f in wrong(result)]
     for name, f in failures:
-        yield f"- **wrong** in {name}: {f['what']}: {f['detail']}"
+        yield f"- **failed** in {name}: {f['what']}: {f['detail']}"
     if not failures:
-        yield "Nothing is wrong in the stages that ran."
+        yield "All checks passed in the stages that ran."
     yield "\n| stage | proves | seconds | result |\n|---|---|---:|---|"
     for stage in STAGES:
         result = results.get(stage.name)
@@ -130,7 +130,7 @@ def report(results, dry_run):
     for name, result in results.items():
         yield f"\n## {name}\n\n| finding | | |\n|---|---|---|"
         for f in result["findings"]:
-            mark = {True: "right", False: "**wrong**", None: ""}[f["ok"]]
+            mark = {True: "passed", False: "**failed**", None: ""}[f["ok"]]
             yield f"| {f['what']} | {mark} | {f['detail'].replace('|', '/')} |"
 
 
@@ -138,7 +138,7 @@ def verdict(result):
     failed, checked = len(wrong(result)), sum(f["ok"] is not None for f in result["findings"])
     if failed:
         return f"{failed} of {checked} wrong"
-    return "1 check, right" if checked == 1 else f"{checked} checks, all right"
+    return "1 check passed" if checked == 1 else f"{checked} checks passed"
 
 
 def chosen(names, results):
@@ -165,7 +165,7 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="small, interpreted, without a GPU")
     parser.add_argument("--stages", default="", help=", ".join(stage.name for stage in STAGES))
     parser.add_argument(
-        "--out", type=Path, help="default build/gpu_day, of a dry run build/gpu_day_dry"
+        "--out", type=Path, help="default: build/gpu_day, or build/gpu_day_dry in a dry run"
     )
     args = parser.parse_args(argv)
     if not args.dry_run and (why := why_no_gpu()):
@@ -180,7 +180,7 @@ def main(argv=None):
     for n, stage in enumerate(todo):
         left = end - time.monotonic()
         if left < (30 if args.dry_run else min(stage.seconds, CALL_S / 2)):
-            print(f"{len(todo) - n} stages are left: call again to continue")
+            print(f"{len(todo) - n} stages are left: run again to continue")
             return 1 if any(map(wrong, results.values())) else 2
         results[stage.name] = run(stage, out, args.dry_run, min(stage.seconds, left))
         kept.write_text(json.dumps(results, indent=1))

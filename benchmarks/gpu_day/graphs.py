@@ -22,7 +22,7 @@ CASES = {  # ranks, options
 
 
 class Replay:
-    """Stands in for a CUDA graph without a GPU: replaying calls again."""
+    """Replaces a CUDA graph if there is no GPU: a replay calls the function again."""
 
     def __init__(self, call):
         self.replay = call
@@ -69,7 +69,7 @@ def inputs(T, D, ranks, device, seed):
 
 
 def check_graph(tell, name, call, new):
-    """Warms up on a side stream, as PyTorch requires, then captures, then replays on other data."""
+    """Warms up on a side stream, as PyTorch requires, captures a graph, and replays it on other data."""
     held, other = new(1), new(2)
     want = call(*other)
     try:
@@ -99,7 +99,7 @@ def capture(call, held):
 
 
 def check_compile(tell, name, ranks, options, new, mode):
-    """Forward under torch.compile and its backward, on two sets of data, one of them twice."""
+    """Checks forward and backward under torch.compile on two sets of data, one of them twice."""
 
     def forward(x, w, a, b):
         return F.routed_lora(x, w, a, b, K, rank_offsets=[0, *accumulate(ranks)], **options)[0]

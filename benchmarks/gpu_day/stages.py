@@ -26,7 +26,7 @@ BLACK_BOX = [f"tests/public/test_{name}.py" for name in (
     "functional", "routing", "top_k", "exactness", "errors", "ops", "ops_arguments")]  # fmt: skip
 TRITON = [f"tests/kernels/test_triton_{name}.py" for name in (
     "kernels", "bits", "arguments", "sort", "launching")]  # fmt: skip
-TESTS = {  # of these files what -k selects in a dry run
+TESTS = {  # backend: (test files, the selection for a dry run)
     "triton": ([*TRITON, *BLACK_BOX],
                ["tests/kernels/test_triton_sort.py", "-k", "tile and not past"]),
     "cuda": (BLACK_BOX, ["tests/tools/test_on_device.py", "-k", "wrong_ids or asked"]),
@@ -62,7 +62,7 @@ def environment():
 
 
 def compile_kernels():
-    """All scenarios on the device, with one process per core; Triton's cache keeps what they compile."""
+    """Runs all scenarios on the device, with one process per core; Triton caches the compiled kernels."""
     parts = 2 if DRY else max(1, min(16, os.cpu_count() or 1))
     command = [sys.executable, "-m", "benchmarks.gpu_day.work", "scenarios"]
     running = {
@@ -97,7 +97,7 @@ def pytest_of(backend):
 
 
 def build_cuda():
-    """In the checkout, for this GPU only; a dry run compiles one kernel with the tests' CUDA shim."""
+    """Builds in the checkout, for this GPU only; a dry run compiles one kernel with the tests' CUDA shim."""
     if DRY:
         from tests.support.cuda_shim import build
 
@@ -108,7 +108,7 @@ def build_cuda():
         tell("a CUDA kernel compiles for the CPU", made.exists(), made.name)
         return
     if not shutil.which("nvcc") and "CUDA_HOME" not in os.environ:
-        tell("nvcc", None, "not there: the CUDA kernels are left out")
+        tell("nvcc", None, "not found: the CUDA kernels are skipped")
         return
     major, minor = torch.cuda.get_device_capability()
     environment = os.environ | {
@@ -124,14 +124,14 @@ def build_cuda():
 
 
 def sanitizer():
-    """Small calls of every operator under each tool; a dry run uses the interpreter's own sanitizer."""
+    """Small calls of every operator under each tool; a dry run uses the sanitizer of the interpreter."""
     work = [sys.executable, "-m", "benchmarks.gpu_day.work", "small"]
     if DRY:
         done = subprocess.run(work, cwd=ROOT, capture_output=True, text=True)
         tell("the interpreter's sanitizer", done.returncode == 0, last_line(done))
         return
     if not shutil.which("compute-sanitizer"):
-        tell("compute-sanitizer", None, "not on the PATH: left out")
+        tell("compute-sanitizer", None, "not on the PATH: skipped")
         return
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -146,7 +146,7 @@ def last_line(done):
 
 
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum"
-SAMPLE = (  # what ncu prints, for the dry run
+SAMPLE = (  # sample output of ncu, for the dry run
     '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
     '"0","_rank_dense_kernel","dram__bytes_read.sum","Mbyte","135.2"\n'
     '"0","_rank_dense_kernel","dram__bytes_write.sum","byte","67,108,864"\n'
@@ -155,9 +155,9 @@ UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
 
 def traffic():
-    """A kernel must not move much more than its arguments hold; it may move less thanks to caches."""
+    """Checks that a kernel moves little more than its arguments' bytes; caches may make it less."""
     if not DRY and not shutil.which("ncu"):
-        tell("ncu", None, "not on the PATH: left out")
+        tell("ncu", None, "not on the PATH: skipped")
         return
     counted = read_counters(SAMPLE if DRY else profile())
     expected = {"_rank_dense_kernel": 202e6} if DRY else accounting()

@@ -79,7 +79,7 @@ def ours(x, w, a, b, base, dy):
 
 
 def truth(x, w, a, b, base, dy, picked):
-    """Logits, ids and, for the experts that were picked, y and the gradients, all in fp64 with autograd."""
+    """Logits, ids, and y and the gradients for the picked experts, all in fp64 with autograd."""
     leaves = [v.double().requires_grad_() for v in (x, w, a, b)]
     x, w, a, b = leaves
     logits = x @ w.T

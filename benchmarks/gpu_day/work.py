@@ -65,7 +65,7 @@ def small():
 
 
 def layer():
-    """What static/accounting.py counts, on the device."""
+    """Runs the calls that static/accounting.py counts, on the device."""
     from lora_moe import LoraMoeConfig, LoraMoeLinear
 
     bf16 = {"dtype": torch.bfloat16, "device": DEVICE}

@@ -1,1 +1,1 @@
-"""What is read from compiled kernels and counted from launches: no clock, and no GPU."""
+"""Costs read from compiled kernels and counted from launches, without a clock or a GPU."""

@@ -42,7 +42,7 @@ OVERWRITES = (
     "zeros_like",
     "ones_like",
     "full_like",
-)  # not reading the first
+)  # these do not read their first argument
 
 
 class Moved(NamedTuple):
@@ -58,7 +58,7 @@ class Moved(NamedTuple):
 
 
 def count(events):
-    """What each of the launches moves."""
+    """Yields Moved for each launch."""
     for event in events:
         moved = COUNTED[type(event)](event)
         if moved is not None:
@@ -186,7 +186,7 @@ def table(s, plan=None):
         back = schemes.total(back(s)) if back else None
         if name == "MeteoRA":
             name += f" (and {schemes.meteora_in_l2(s) / 1e9:.0f} GB of L2)"
-        yield cells(f"{name}, modelled", schemes.total(there(s)), back)
+        yield cells(f"{name}, modeled", schemes.total(there(s)), back)
 
 
 def cells(name, *sides):
@@ -211,11 +211,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for letter, default in {"T": 8192, "D": 4096, "E": 8, "r": 16, "K": 2}.items():
         parser.add_argument(f"--{letter}", type=int, default=default)
-    parser.add_argument("--plan", help="instead of the one that the cost model picks")
+    parser.add_argument("--plan", help="overrides the cost model's choice")
     parser.add_argument(
         "--slots", choices=("apart", "sum"), help="grouped_lora with a row per slot instead"
     )
-    parser.add_argument("--details", action="store_true", help="and every launch of ours")
+    parser.add_argument("--details", action="store_true", help="also list every launch of ours")
     parser.add_argument("--json", action="store_true", help="only ours: [name, read, written], ...")
     args = parser.parse_args()
     s = schemes.Shape(args.T, args.D, args.E, args.r, args.K)

@@ -77,7 +77,7 @@ def run(*command) -> str:
 
 
 def functions(code):
-    """Every kernel's name and machine code."""
+    """(name, machine code) of every kernel."""
     parts = re.split(r"^\.text\.(\S+):$", code, flags=re.M)
     return zip(parts[1::2], parts[2::2])
 
@@ -139,7 +139,7 @@ def instructions(code):
 
 
 def violations(row):
-    """The project's guarantees for every kernel that this one violates."""
+    """Yields the guarantees that the kernel violates."""
     if row["spills"]:
         yield f"{row['spills']} spills"
     if row["shared_bytes"] > row["shared_limit"]:
@@ -185,12 +185,12 @@ def cells(row):
 
 
 def page(found):
-    """All rows."""
+    """Lines of the page with all rows."""
     return [TITLE, READ, *report.table([cells(row) for row in found])]
 
 
 def summary(found):
-    """The page that a person reads first."""
+    """Lines of the summary page."""
     tables = report.summary([cells(row) for row in found])
     link = "All rows: [generated/cuda_static.md](generated/cuda_static.md)."
     return [TITLE, READ, PROMISES.strip(), "", *tables, "", link]
@@ -200,8 +200,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path, help="all rows")
-    parser.add_argument("--summary", type=Path, help="the extremes of each target and kernel")
+    parser.add_argument("--markdown", type=Path, help="write all rows")
+    parser.add_argument("--summary", type=Path, help="write the extremes of each target and kernel")
     args = parser.parse_args()
     if shutil.which("nvcc") is None:
         parser.exit(2, "cuda_static: nvcc is not in PATH\n")

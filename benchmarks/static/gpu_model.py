@@ -49,7 +49,7 @@ TOKENS = range(1024, 16384 + 1, 256)
 
 
 def seconds(gpu, moved, l2, flops, programs=None):
-    """Of one launch; if the number of programs is not given, they fill the device evenly."""
+    """Seconds of one launch; without `programs`, they are assumed to fill the device evenly."""
     time = max(moved / gpu.bytes_per_s, l2 / gpu.l2_bytes_per_s, flops / gpu.flops)
     if not programs:
         return time
@@ -124,7 +124,7 @@ def products_back(gpu, s):
 
 
 def in_one(gpu, s):
-    """The same with the router's rows stacked below A's, in one bf16 product: a router rounded to bf16."""
+    """As `stacked`, with the router's rows below A's in one bf16 product, which rounds the router."""
     R, x = s.E * s.r, s.activation
     wide, gate = 2 * s.T * R, 4 * s.T * s.E
     forward = (
@@ -170,9 +170,9 @@ def table(gpu, E, r=16, K=2, D=4096, tokens=TOKENS):
 
 def document(gpus, E):
     rule = " ".join(Gpu.__doc__.split())
-    yield "# Modelled time that the experts add to a layer, beside dense products\n"
+    yield "# Modeled time that the experts add to a layer, compared with dense matmuls\n"
     yield "A model (`python -m benchmarks.gpu_model`), not a measurement: whole waves, no launch cost, the"
-    yield f"rival at its best tile. Rates: {rule} A ratio above 1 is a loss."
+    yield f"baseline at its best tile. Rates: {rule} A ratio above 1 means that ours is slower."
     for gpu in gpus:
         yield from table(gpu, E, tokens=TOKENS if gpu == "H100" else TOKENS[::12])
 
@@ -180,9 +180,9 @@ def document(gpus, E):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--E", type=int, default=8)
-    parser.add_argument("--gpus", default=",".join(GPUS), help="of the data sheets here")
-    parser.add_argument("--markdown", type=Path, help="write the tables there")
-    parser.add_argument("--json", action="store_true", help="only of --T tokens, by gpu")
+    parser.add_argument("--gpus", default=",".join(GPUS), help="names, separated by commas")
+    parser.add_argument("--markdown", type=Path, help="write the tables to a file")
+    parser.add_argument("--json", action="store_true", help="only --T tokens, by GPU")
     parser.add_argument("--T", type=int, default=8192)
     args = parser.parse_args()
     gpus = args.gpus.split(",")

@@ -32,7 +32,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def compile_for(target, dtypes, scenarios):
-    """Print one JSON row for every kernel and configuration that a scenario adds."""
+    """Print a JSON row for every new kernel and configuration of each scenario."""
     import torch
 
     from .launches import TARGETS, Launch, launches
@@ -42,7 +42,7 @@ def compile_for(target, dtypes, scenarios):
     for name in dtypes:
         known = set()
         for scenario in scenarios or SCENARIOS:
-            # twice: a different number of tokens must not compile anything
+            # run twice: another number of tokens must not compile anything
             for T in (SCENARIOS[scenario].T, SCENARIOS[scenario].T - 3):
                 with launches(target) as seen:
                     operands = SCENARIOS[scenario].run(getattr(torch, name), T)
@@ -62,7 +62,7 @@ def compiled_key(launch):
 
 
 def rows(targets, dtypes=DTYPES, scenarios=(), jobs=2):
-    """All rows, `jobs` targets at a time."""
+    """All rows, compiling for `jobs` targets at a time."""
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
 
@@ -79,7 +79,7 @@ def rows(targets, dtypes=DTYPES, scenarios=(), jobs=2):
 
 
 def violations(row):
-    """The project's guarantees for every default configuration that this row violates."""
+    """Yields the guarantees for default configurations that the row violates."""
     if "error" in row:
         yield f"does not compile: {row['error']}"
     if row["spills"]:
@@ -96,7 +96,7 @@ def violations(row):
     if row["float_atomics"]:
         yield f"{row['float_atomics']} float atomics"
     if row["another_T"]:
-        yield "compiled anew for another number of tokens"
+        yield "recompiled for another number of tokens"
 
 
 def check(rows):
@@ -110,30 +110,30 @@ def check(rows):
     import triton
 
     print(
-        f"Triton {triton.__version__}: {len(rows)} kernels compiled, {len(broken)} with something to mend"
+        f"Triton {triton.__version__}: {len(rows)} kernels compiled, {len(broken)} with violations"
     )
     return bool(rows) and not broken
 
 
-TITLE = "# The Triton kernels, compiled for GPUs that need not be there"
+TITLE = "# The Triton kernels, compiled without a GPU"
 READ = """
 Read from the machine code that Triton {version} compiles ahead of time, without a GPU: `make gpu-static`.
 """
 PROMISES = """
 A row is a kernel in one configuration and dtype. Each promises: no spills, no float atomics, shared
 memory within the GPU's limit, tensor cores in every loop with a 16-bit product, loads of 128 bits of
-wide operands, and no new compilation for another number of tokens. Nothing here ran on a GPU, and no
+wide operands, and no recompilation for another number of tokens. Nothing here ran on a GPU, and no
 speed is claimed.
 """
 LEGEND = """
 Configuration: tile sizes (tokens T, columns D and N, ranks R, experts E), warps and pipeline stages.
-Occupancy: of a multiprocessor's warps, and what limits it.  Tensor-core ops and fp32 FMAs: instructions in
-loops.  Load bits: of x, dy, A and B, the narrowest; of the widest load where a kernel reads none of them.
+Occupancy: share of a multiprocessor's warps, and its limit.  Tensor-core ops and fp32 FMAs: instructions in
+loops.  Load bits: the narrowest load of x, dy, A and B; the widest load if a kernel reads none of them.
 """
 
 
 def cells(row):
-    """A row of the table."""
+    """{column: cell} of a row."""
     return {
         "target": row["target"],
         "kernel": row["kernel"],
@@ -153,13 +153,13 @@ def cells(row):
 
 
 def page(rows):
-    """All rows, and what breaks a promise at the end."""
+    """Lines of the page with all rows, violations last."""
     table = report.table([cells(row) for row in rows])
     return [TITLE, _read(), LEGEND.strip(), "", *table, *_broken(rows)]
 
 
 def summary(rows):
-    """The page that a person reads first."""
+    """Lines of the summary page."""
     found = report.summary([cells(row) for row in rows])
     link = "All rows: [generated/gpu_static.md](generated/gpu_static.md)."
     return [TITLE, _read(), PROMISES.strip(), "", *found, *_broken(rows), "", link]
@@ -174,13 +174,13 @@ def _read():
 def _broken(rows):
     broken = [(row, list(violations(row))) for row in rows]
     broken = [(row, words) for row, words in broken if words]
-    yield f"\n{len(rows)} kernels and configurations, {len(broken)} with something to mend."
+    yield f"\n{len(rows)} kernels and configurations, {len(broken)} with violations."
     for row, words in broken:
         yield f"- {row['target']} {row['dtype']} {row['kernel']}, {row['scenario']}: {'; '.join(words)}"
 
 
 def tile(config):
-    """A tile in short, such as T=64 D=64, 8 warps, 3 stages."""
+    """A short description of a tile, such as T=64 D=64, 8 warps, 3 stages."""
     options = dict(option.split("=") for option in config.split())
     sizes = [f"{name[6:]}={n}" for name, n in options.items() if name.startswith("BLOCK_")]
     return f"{' '.join(sizes)}, {options['num_warps']} warps, {options['num_stages']} stages"
@@ -190,15 +190,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--targets", default=",".join(DEFAULT), help=f"also {', '.join(SMALL)}")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
-    parser.add_argument("--scenarios", default="", help="names, separated by ;")
-    parser.add_argument("--jobs", type=int, default=2, help="targets at a time")
+    parser.add_argument("--scenarios", default="", help="names, separated by semicolons")
+    parser.add_argument("--jobs", type=int, default=2, help="targets compiled at a time")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path, help="all rows")
-    parser.add_argument("--summary", type=Path, help="the extremes of each target and kernel")
+    parser.add_argument("--markdown", type=Path, help="write all rows")
+    parser.add_argument("--summary", type=Path, help="write the extremes of each target and kernel")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="each kernel once, bf16, sm_90; fails if a promise is broken",
+        help="compile each kernel once, bf16, sm_90; fail if a guarantee is violated",
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()

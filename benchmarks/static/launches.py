@@ -63,7 +63,7 @@ class Driver:
 
 @contextlib.contextmanager
 def launches(target, *, compiled=True):
-    """A list that collects every Launch and every Operator, in order."""
+    """Yields a list that collects every Launch and Operator, in order."""
     triton.runtime.driver.set_active(Driver(TARGETS[target]))
     run, seen = JITFunction.run, []
 
@@ -84,7 +84,7 @@ def launches(target, *, compiled=True):
 
 
 class Operators(TorchDispatchMode):
-    """Ours run through their Triton launchers; all others are noted."""
+    """Runs our operators through their Triton launchers and records all others."""
 
     def __init__(self, seen):
         super().__init__()

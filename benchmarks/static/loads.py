@@ -1,4 +1,4 @@
-"""How wide the global loads of a compiled kernel are, operand by operand.
+"""Width of the global loads of a compiled kernel, by operand.
 
 PTX and amdgcn carry the source line of every instruction and of the call where it was inlined; TTIR has
 the same for every load, and also which argument it reads.

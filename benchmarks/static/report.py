@@ -1,6 +1,6 @@
-"""Markdown of what gpu_static.py and cuda_static.py read: a table of all rows, and a summary.
+"""Markdown for gpu_static.py and cuda_static.py: a table of all rows, and a summary.
 
-A row is {column: cell}; `read` takes a written table back, so that a summary can be checked against it.
+A row is {column: cell}; `read` parses a written table, so that a summary can be checked against it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def read(text: str) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> Iterator[str]:
-    """The extremes of each target, and of each kernel on all targets."""
+    """Yields the extremes of each target, and of each kernel on all targets."""
     for number, key in enumerate(("target", "kernel")):
         groups: dict[object, list[Row]] = {}
         for row in rows:

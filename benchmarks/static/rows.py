@@ -74,7 +74,7 @@ def loads_by_operand(launch, operands):
 
 
 def operand_of(launch, argument, operands):
-    """x, dy, A, … if the argument is in their memory."""
+    """The operand (x, dy, A, …) whose memory the argument is in, otherwise the argument."""
     value = launch.args.get(argument)
     if value is None:
         return argument

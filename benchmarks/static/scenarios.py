@@ -60,7 +60,7 @@ def experts(scenario):
 
 
 def backward(inputs, outputs, dy):
-    """For all outputs that have a gradient; not .backward(), which copies when it accumulates."""
+    """Backward for all outputs that require grad; not .backward(), which copies when it accumulates."""
     outputs = [v for v in outputs if v is not None and v.requires_grad]
     grads = [dy] + [torch.empty_like(v).detach() for v in outputs[1:]]
     torch.autograd.grad(outputs, inputs, grads)

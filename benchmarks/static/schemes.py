@@ -1,4 +1,4 @@
-"""Bytes moved by other ways to run a mixture of LoRA experts: a small model of each, without their code.
+"""Bytes moved by other implementations of a mixture of LoRA experts: a small model of each.
 
 A step is (what it does, launches, bytes).  Most bytes are passes over a (T, D) activation, or over K
 of them if a step works on slots.
@@ -54,7 +54,7 @@ def minimum_backward(s):
 def eager(s):
     """for e in experts: y.index_add_(0, rows, x[rows] @ A[e] @ B[e] * gate * scale)"""
     return [
-        ("router, softmax, top-k, renormalise, cast", 8, s.activation + s.router),
+        ("router, softmax, top-k, renormalize, cast", 8, s.activation + s.router),
         ("zeros for the sum", 1, s.activation),
         ("eq, nonzero, gather of gates", 6 * s.E, 0),
         ("gather x", s.E, 2 * s.slots),
@@ -101,7 +101,7 @@ def scattermoe_backward(s):
 
 
 def vllm(s):
-    """Its MoE LoRA kernels on a plain linear: one row per slot, outputs accumulated into a zeroed buffer."""
+    """vLLM's MoE LoRA kernels on a plain linear: one row per slot, outputs summed in a zeroed buffer."""
     return [
         ("router, softmax, top-k", 3, s.activation + s.router),
         ("align the blocks of experts", 2, 4 * s.T * s.K * 8),
@@ -126,7 +126,7 @@ def meteora(s):
 
 
 def meteora_in_l2(s, block_n=128):
-    """A's rows and x again for every tile of y; B's once."""
+    """Bytes from L2: A's rows and x are read again for every tile of y, B's rows once."""
     a = s.r * s.D * s.itemsize
     return s.T * s.K * (s.D // block_n * (a + s.D * s.itemsize) + a)
 
@@ -141,5 +141,5 @@ SCHEMES = {  # forward, and backward if there is one
 
 
 def total(steps):
-    """Launches and bytes."""
+    """(launches, bytes)."""
     return sum(n for _, n, _ in steps), sum(size for _, _, size in steps)

@@ -41,7 +41,7 @@ class Access(NamedTuple):
 
 
 def accesses(text):
-    """All of a kernel's, in order."""
+    """All accesses of a kernel, in order."""
     locations, roots, found = where_table(text), {}, []
     for line in text.splitlines():
         line = line.strip()
@@ -61,7 +61,7 @@ def accesses(text):
 
 
 def where(line, locations):
-    """A location is in a table, or in the line itself if nothing else uses it."""
+    """The location of a line, from the table, or from the line itself if nothing else uses it."""
     if match := re.search(r"loc\((#loc\d*)\)$", line):
         return locations.get(match.group(1), ())
     inline = re.search(r'"([^"]*)":(\d+):(\d+)\)+$', line)
@@ -69,7 +69,7 @@ def where(line, locations):
 
 
 def follow(line, roots):
-    """Assign to an operation's results the argument that its pointer operands derive from."""
+    """Records for an operation's results the argument that its pointer operands derive from."""
     results, _, right = line.partition(" = ")
     for inner, outer in re.findall(rf"({NAME}) = ({NAME})", right):  # iter_args(%p = %start)
         if root_name(outer) in roots:
@@ -82,7 +82,7 @@ def follow(line, roots):
 
 
 def root_name(value):
-    """%p#1, the second result of an operation with several, counts as %p: loops carry one pointer each."""
+    """%p#1, one of several results of an operation, counts as %p: loops carry one pointer each."""
     return value.split("#")[0]
 
 

@@ -69,7 +69,7 @@ def test_doctor_passes_the_reference(capsys):
 def test_doctor_fails_where_a_named_backend_is_not_here(capsys, monkeypatch):
     monkeypatch.setenv("LORA_MOE_ISA", "none")
     assert cli.main(["doctor", "cpp"]) == 1
-    assert "not here: LORA_MOE_BACKEND=cpp" in capsys.readouterr().out
+    assert "unavailable: LORA_MOE_BACKEND=cpp" in capsys.readouterr().out
 
 
 def test_doctor_reports_a_process_that_breaks(capsys):
@@ -80,7 +80,7 @@ def test_doctor_reports_a_process_that_breaks(capsys):
 @pytest.mark.parametrize("states", [(True, False), (False, True), (None, True), (True, None)])
 @pytest.mark.parametrize("named", [True, False])
 def test_doctor_ends_with_1_if_one_of_several_fails(monkeypatch, states, named):
-    """One that is not here fails where it was named; None is what _examine says of it."""
+    """An unavailable backend, for which _examine returns None, fails only if it was named."""
     found = dict(zip(cli.BACKENDS, [*states, *[True] * len(cli.BACKENDS)]))
     monkeypatch.setattr(cli, "_examine", found.get)
     failed = False in states or (named and None in states)

@@ -55,7 +55,7 @@ def test_all_right(day):
     status, ran, report = day()
     assert (status, ran) == (0, ["one", "two"])
     assert "Nothing is wrong" in report
-    assert report.count("1 check, right") == 2
+    assert report.count("1 check passed") == 2
 
 
 def test_what_is_wrong_comes_first_and_in_the_exit_status(day):
@@ -96,9 +96,9 @@ SAYS = """print('{"what": "a", "ok": true, "detail": ""}')"""
     ("command", "expected"),
     [
         (SAYS, []),
-        (f"{SAYS}; raise ValueError('too bad')", ["ran to its end"]),
-        (f"import time; {SAYS}; time.sleep(60)", ["ended in time"]),
-        ("pass", ["found anything"]),
+        (f"{SAYS}; raise ValueError('too bad')", ["ran to completion"]),
+        (f"import time; {SAYS}; time.sleep(60)", ["finished in time"]),
+        ("pass", ["reported findings"]),
     ],
     ids=["right", "raises", "hangs", "silent"],
 )
@@ -111,9 +111,9 @@ def test_a_stage_that_ends_badly_is_a_finding(command, expected, tmp_path, monke
     monkeypatch.setattr(driver.subprocess, "run", run)
     result = driver.run(Stage("one", 5, "x"), tmp_path, True, 3)
     assert [f["what"] for f in driver.wrong(result)] == expected
-    if expected == ["ran to its end"]:
+    if expected == ["ran to completion"]:
         assert "too bad" in result["findings"][-1]["detail"]
-    if expected == ["ended in time"]:  # what it had found by then is kept
+    if expected == ["finished in time"]:  # findings before the timeout are kept
         assert result["findings"][0]["what"] == "a"
 
 
