@@ -28,7 +28,7 @@ def markdown(study, found, potentials, seeds):
     parts = [
         "**Accuracy** on held-out items and instructions, points; in brackets each seed's mean.",
         accuracies(study, found, potentials, seeds),
-        "**Differences**, item by item, every task as heavy as any other: 95 % intervals; points.",
+        "**Differences**, item by item, with tasks weighted equally: 95 % intervals; points.",
         differences(study, found, seeds),
         "**Weights**: mean over seeds at the first, the middle and the last update.",
         weights(study, found, seeds),

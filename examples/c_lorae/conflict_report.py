@@ -76,7 +76,7 @@ def markdown(found, arms, seeds):
         accuracies(found, arms, seeds),
         "**Gain over one LoRA**, item by item: mean and 95 % interval over seeds and items; points.",
         differences(found, arms, seeds),
-        "**Gain over one LoRA at its best rate for each c**, chosen on these very words.",
+        "**Gain over one LoRA at its best rate for each c**, chosen on the same words.",
         differences(found, arms, seeds, BEST),
         "**Course**: accuracy on the validation words, points, after each fifth of the steps.",
         courses(found, arms, seeds),

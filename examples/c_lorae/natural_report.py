@@ -38,7 +38,7 @@ def markdown(study, found, seeds):
         described(study),
         "**Accuracy** on held-out items and instructions, points; in brackets each seed's mean.",
         accuracies(study, found, seeds),
-        "**Differences**, item by item, every task as heavy as any other: 95 % intervals; points.",
+        "**Differences**, item by item, with tasks weighted equally: 95 % intervals; points.",
         differences(study, found, seeds),
     ]
     return "\n\n".join(parts)
