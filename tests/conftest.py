@@ -1,7 +1,7 @@
 """Runs before anything imports triton: without a GPU, its kernels are interpreted.
 
-LORA_MOE_BACKEND=triton runs the public functions on them; the kernels' own tests always do.
-With a GPU, LORA_MOE_BACKEND=triton or cuda runs them there.
+LORA_MOE_BACKEND=triton runs the public functions on these kernels; the tests of the kernels always use them.
+With a GPU, LORA_MOE_BACKEND=triton or cuda runs the public functions on it.
 """
 
 import os
@@ -39,12 +39,12 @@ if torch.cuda.is_available() and on_device.requested() in on_device.GPU_BACKENDS
     on_device.serve_cpu_tensors(library, on_device.requested())
 
 
-# in an environment of their own: make test-vllm
+# run in a separate environment: make test-vllm
 collect_ignore = [] if os.environ.get("LORA_MOE_VLLM") else ["stack/vllm"]
 
 
 def pytest_sessionstart(session):
-    """A suite that would test another backend than it was asked to must not pass."""
+    """Fails if the suite would test another backend than the requested one."""
     import lora_moe
 
     if reason := on_device.wrong_backend(lora_moe.backend_info()["serving"]["cpu"]):
@@ -52,7 +52,7 @@ def pytest_sessionstart(session):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What takes minutes waits for the night."""
+    """Skips tests that take minutes unless this is a nightly run."""
     if os.environ.get("LORA_MOE_NIGHTLY"):
         return
     left = [item for item in items if item.get_closest_marker("nightly")]

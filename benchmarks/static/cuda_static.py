@@ -161,8 +161,9 @@ Read from what nvcc 13.0 compiles, without a GPU: `python -m benchmarks.cuda_sta
 8 warps; bf16 needs sm_80. Instructions are counted in the loops that multiply.
 """
 PROMISES = """
-Each kernel promises: no spills, no float atomics, shared memory within the GPU's limit, and in the products
-tensor cores for 16-bit dtypes and loads of 128 bits. Nothing here ran on a GPU, and no speed is claimed.
+Guaranteed for each kernel: no spills, no float atomics, shared memory within the GPU's limit, and in the
+products tensor cores for 16-bit dtypes and loads of 128 bits. Nothing here ran on a GPU, and no speed is
+claimed.
 """
 
 

@@ -120,7 +120,7 @@ READ = """
 Read from the machine code that Triton {version} compiles ahead of time, without a GPU: `make gpu-static`.
 """
 PROMISES = """
-A row is a kernel in one configuration and dtype. Each promises: no spills, no float atomics, shared
+A row is a kernel in one configuration and dtype. Guaranteed for each: no spills, no float atomics, shared
 memory within the GPU's limit, tensor cores in every loop with a 16-bit product, loads of 128 bits of
 wide operands, and no recompilation for another number of tokens. Nothing here ran on a GPU, and no
 speed is claimed.

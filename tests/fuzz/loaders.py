@@ -1,4 +1,4 @@
-"""Every loader of the package with the saver of its files, small and wide, for suites that damage files.
+"""Every loader of the package, paired with the saver of its files, for tests that damage files.
 
 A loader may raise ValueError or OSError, and nothing else, whatever the file contains.
 """
@@ -24,10 +24,10 @@ DOCUMENTED = (ValueError, OSError)
 
 
 class Loader(NamedTuple):
-    """What is saved into a folder, and a model of one width into which it can be loaded."""
+    """A loader, the saver of its files, and constructors of the models they take."""
 
     file: str
-    key: str  # of the description in the metadata
+    key: str  # metadata key of the description
     model: Callable  # width -> a model with experts, to save
     save: Callable  # model, folder
     fresh: Callable  # width -> a model to load into
@@ -120,13 +120,13 @@ def raw(header: dict | bytes, data: bytes = b"") -> bytes:
 
 
 def parts(content: bytes) -> tuple[dict, bytes]:
-    """The header and the data of a file."""
+    """(header, data) of a file."""
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), content[start:]
 
 
 def described(content: bytes, key: str, change: Callable) -> bytes:
-    """The file with another description: change(description), in place or returned."""
+    """The file with its description changed by change(description), in place or by returning a new one."""
     header, data = parts(content)
     found = json.loads(header["__metadata__"][key])
     new = change(found)

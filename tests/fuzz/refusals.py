@@ -1,4 +1,4 @@
-"""Loaders under a bound of time and memory, and what they may raise."""
+"""Runs loaders within bounds of time and memory, and checks which exceptions they raise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ every_loader = pytest.mark.parametrize("name", LOADERS)
 
 
 def refuse(loader, path, width=8):
-    """The loader refuses the file within the bounds, and the model is as it was."""
+    """The loader's error message; asserts that it stays within the bounds and leaves the model unchanged."""
     model = loader.fresh(width)
     before = state(model)
     error = read_or_refuse(loader, path, model)
@@ -24,7 +24,7 @@ def refuse(loader, path, width=8):
 
 
 def read_or_refuse(loader, path, model):
-    """Within the bounds; returns the exception, which must be a documented one."""
+    """Loads within the bounds; returns the exception, if any, which must be a documented one."""
     error = None
     with measured() as cost:
         try:

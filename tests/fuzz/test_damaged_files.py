@@ -89,7 +89,7 @@ def any_value_in_the_header(content, rng):
 
 
 def another_shape(content, rng):
-    """With the bytes that it asks for: only the model can say that it is wrong."""
+    """A wrong shape with matching data, which only the model can detect."""
     header, data = parts(content)
     entry = header[rng.choice([k for k in header if k != "__metadata__"])]
     shape = [rng.choice([0, 1, 2, 3, 5, 8, 64]) for _ in range(rng.randint(0, 4))]
@@ -129,7 +129,7 @@ def anything_in_the_description(content, rng, key=None):
 
 
 def put(found, rng):
-    """A random place of it gets a random value."""
+    """Replaces a random element with a random value."""
     places = [found]
     while isinstance(places[-1], (dict, list)) and places[-1] and rng.random() < 0.8:
         here = places[-1]
@@ -148,7 +148,7 @@ DAMAGE = [
 
 
 def damaged(content, seed, key):
-    """Once or several times; what no longer can be taken apart stays as it is."""
+    """The file damaged once or several times; if it can no longer be parsed, it is returned as is."""
     rng = random.Random(seed)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         damage = rng.choice(DAMAGE)
@@ -156,7 +156,7 @@ def damaged(content, seed, key):
         try:
             content = damage(content, rng, **more)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError):
-            return content  # an earlier damage is in the way
+            return content  # earlier damage made the file unparsable
     return content
 
 
@@ -165,7 +165,7 @@ def test_damaged_files(name, tmp_path):
     loader = LOADERS[name]
     path = saved(loader, tmp_path)
     whole, refused = path.read_bytes(), 0
-    model = loader.fresh(8)  # a load that fails must leave it as it was: usable for the next
+    model = loader.fresh(8)  # a failed load must leave the model unchanged and usable
     with measured() as cost:
         for seed in range(FILES):
             path.write_bytes(damaged(whole, seed, loader.key))
@@ -177,7 +177,7 @@ def test_damaged_files(name, tmp_path):
                 assert str(error)
             except Exception as error:
                 raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
-    assert FILES * 0.3 < refused < FILES  # some damage does not show: a number among the weights
+    assert FILES * 0.3 < refused < FILES  # some damage cannot be detected, such as a changed weight
     assert cost.seconds < 0.1 * FILES
     assert cost.rise < 64 << 20
     path.write_bytes(whole)

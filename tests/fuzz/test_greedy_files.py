@@ -1,4 +1,4 @@
-"""Files that ask for much memory or time, and large files that may."""
+"""Files that demand excessive memory or time, and large files that legitimately need it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensors(shapes: dict, data: int = 0, dtype: str = "F32") -> tuple[dict, byte
 
 
 def with_tensors(path, shapes, change=lambda header: None):
-    """A file whose tensors are others, with the same description."""
+    """Writes a file with other tensors and the same description."""
     header, _ = parts(path.read_bytes())
     new, data = tensors(shapes)
     new["__metadata__"] = header["__metadata__"]
@@ -37,7 +37,7 @@ def with_tensors(path, shapes, change=lambda header: None):
 )
 @pytest.mark.parametrize("key", ["text_keys", "image_keys", "both"])
 def test_a_selector_of_any_shape(shape, key, tmp_path):
-    """A loader that believes it would make so many keys, one after the other."""
+    """A loader that trusts the shape would create that many keys, one after another."""
     loader = LOADERS["branch_lora"]
     path = saved(loader, tmp_path)
     shapes = dict.fromkeys(["selector.text_keys", "selector.image_keys"], shape)
@@ -91,7 +91,7 @@ def test_a_configuration_that_asks_for_much_allocates_nothing(name, tmp_path):
 
 
 def test_many_blocks_of_many_parts(tmp_path):
-    """As many tensors as a header holds, none of which fits."""
+    """As many tensors as a header can hold, none of which fits."""
     loader = LOADERS["mmolre"]
     path = saved(loader, tmp_path)
 
@@ -130,7 +130,7 @@ PATTERNS = {
     "name", ["load_adapter", "load_adapter, into experts", "adapter_info", "branch_lora"]
 )
 def test_patterns_of_a_file_are_not_compiled(name, pattern, tmp_path, monkeypatch):
-    """They have done their work when the file was saved; a header of too many brackets is refused."""
+    """Patterns are only used before saving; a header with too many brackets is refused."""
     loader = LOADERS[name]
     path = saved(loader, tmp_path)
 
@@ -165,7 +165,7 @@ def test_compiling_a_pattern_is_noticed(monkeypatch):
 @every_loader
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_large_file_is_read_within_the_bounds(name, dtype, tmp_path):
-    """Half the data in one tensor; refused for its last value, and read."""
+    """A file with half its data in one tensor, refused for its last value, and then read."""
     loader = LOADERS[name]
     width = 1 << 20 if name != "mmolre" else 1 << 10
     torch.manual_seed(0)
@@ -177,7 +177,7 @@ def test_a_large_file_is_read_within_the_bounds(name, dtype, tmp_path):
     del model
     fresh = loader.fresh(width)
     fresh = fresh if dtype == torch.float32 or fresh is None else fresh.to(dtype)
-    with measured() as plain:  # what this machine takes for that many bytes now
+    with measured() as plain:  # this machine's cost of reading that many bytes
         torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).clone()
     with measured() as cost:
         loader.load(fresh, tmp_path)

@@ -54,7 +54,7 @@ def test_a_version_that_only_looks_like_ours(name, value, tmp_path):
 
 
 def paths_into(value, path=()):
-    """Every place in a description."""
+    """Yields the path of every value in a description."""
     yield path
     parts = enumerate(value) if isinstance(value, list) else getattr(value, "items", list)()
     for key, part in parts:
@@ -81,7 +81,7 @@ WRONG = [
 
 @every_loader
 def test_every_field_of_a_description_may_be_anything(name, tmp_path):
-    """Whatever it is, it is refused, or it fits: nothing but a documented exception comes out."""
+    """A field with any value is accepted or refused with a documented exception."""
     loader = LOADERS[name]
     path = saved(loader, tmp_path)
     content = path.read_bytes()
@@ -121,7 +121,7 @@ DEEP = {
 @pytest.mark.parametrize("kind", DEEP)
 @pytest.mark.parametrize("where", ["description", "a field", "modules"])
 def test_descriptions_that_are_deep_or_long(name, kind, where, tmp_path):
-    """Brackets may hide from a count of them as escapes."""
+    """Descriptions that are deep or long are refused, even if their brackets are written as escapes."""
     loader = LOADERS[name]
     path = saved(loader, tmp_path)
     header, data = parts(path.read_bytes())
@@ -138,4 +138,4 @@ def test_descriptions_that_are_deep_or_long(name, kind, where, tmp_path):
     for written in (json.dumps(text), hidden):
         metadata = f'{{"__metadata__": {{"{loader.key}": {written}}}, '
         path.write_bytes(raw((metadata + json.dumps(header)[1:]).encode(), data))
-        read_or_refuse(loader, path, loader.fresh(8))  # a field more is no fault everywhere
+        read_or_refuse(loader, path, loader.fresh(8))  # not every loader refuses an extra field

@@ -31,11 +31,11 @@ LIMIT = {
     torch.float64: 1e-12,
     torch.float32: 64 * UNIT[torch.float32],
 }  # of a norm, in small shapes
-MARGIN = 1e-3  # between the last picked gate and the next: nearer ones may go either way
+MARGIN = 1e-3  # between the last picked gate and the next: closer ones may go either way
 
 
 def memory(tensor, rng):
-    """The same values, laid out in one of the ways in which a caller may have them."""
+    """A tensor with the same values in a random memory layout."""
     how = rng.choice(["contiguous", "transposed", "sliced rows", "sliced columns", "offset"])
     if how == "transposed":
         return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
@@ -52,7 +52,7 @@ def memory(tensor, rng):
 
 
 def incoming(output, rng):
-    """A gradient for an output in some layout; None: the loss does not ask for it."""
+    """A gradient for an output in a random layout, or None if the loss does not depend on it."""
     how = rng.choice(["any", "any", "expanded", "missing"])
     if how == "missing":
         return None
@@ -101,13 +101,13 @@ def draw(seed):
 
 
 def leaves(tensors, trained, dtype=None):
-    """Leaves of the same memory, or of the same values in another dtype."""
+    """Leaf tensors that share memory, or have the same values in another dtype."""
     kept = {k: t if t is None else t.detach().to(dtype or t.dtype) for k, t in tensors.items()}
     return {k: t if t is None else t.requires_grad_(k in trained) for k, t in kept.items()}
 
 
 def close_call(gates, K):
-    """Whether rounding may decide on a pick."""
+    """Whether a pick is so close that rounding may decide it."""
     if gates.shape[1] <= K or not len(gates):
         return False
     best = gates.sort(1, descending=True)[0]
@@ -115,9 +115,9 @@ def close_call(gates, K):
 
 
 def compare(seed, name, got, want, dtype, plain=(), terms=None):
-    """Within a few units, or where terms cancel a few times the error of PyTorch's own, in fp32 or eager.
+    """Asserts an error of a few units, or, if terms cancel, a few times that of eager PyTorch or of fp32.
 
-    A few times, as both are roundings of few numbers; `terms`: see terms_of.
+    The factor allows for chance, as few numbers are rounded in both; `terms`: see terms_of.
     """
     if want is None or got is None:
         assert got is None or not got.any(), f"seed {seed}: {name}: a gradient where none is due"
@@ -135,7 +135,7 @@ def compare(seed, name, got, want, dtype, plain=(), terms=None):
 
 
 def backward(outputs, gradients, inputs):
-    """The incoming gradients keep their layout where the dtypes agree."""
+    """Gradients of the inputs; incoming gradients keep their layout if the dtypes agree."""
     pairs = [
         (o, g.to(o.dtype)) for o, g in zip(outputs, gradients) if g is not None and o.requires_grad
     ]
@@ -147,7 +147,7 @@ def backward(outputs, gradients, inputs):
 
 
 def formula(t, ids, ranks, shared, choice):
-    """y and the weights of the picked experts, by PyTorch's autograd; and all gates."""
+    """((y, weights of the picked experts), all gates), differentiable by autograd."""
     logits = t["x"] @ t["w"].to(t["x"].dtype).T
     gates = logits.softmax(1) if choice["gate"] == "softmax" else logits.sigmoid()
     picked = gates.gather(1, ids.long())
@@ -169,7 +169,7 @@ def usual(t, ids, ranks, shared, choice):
 
 
 def terms_of(t, weights, ids, ranks, shared):
-    """|base| + |H| |B|: what y may err by, in units, where its terms cancel and H is rounded."""
+    """|base| + |H| |B|: bound on the error of y, in units, if its terms cancel and H is rounded."""
     case = SimpleNamespace(E=len(ranks), offsets=[0, *accumulate(ranks)], shared_a=shared)
     s = (t["x"] @ t["a"].T).abs()
     base = None if t["base"] is None else t["base"].abs()

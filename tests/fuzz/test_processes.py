@@ -28,7 +28,7 @@ interpreted = os.environ.get("LORA_MOE_BACKEND") == "triton"
 
 
 def step(case):
-    """y and every gradient of a call."""
+    """[y, gradients...] of a call."""
     v = sample(case)
     leaves = [v[k].requires_grad_() for k in ("x", "router_weight", "lora_A", "lora_B")]
     y, routing = F.routed_lora(
@@ -43,9 +43,9 @@ def same(got, want):
     return all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
-@pytest.mark.skipif(interpreted, reason="Triton's interpreter is no kernel, and holds global state")
+@pytest.mark.skipif(interpreted, reason="Triton's interpreter has global state")
 def test_many_threads_at_once():
-    """Forward and backward, from Python threads beside PyTorch's own: the bits of a call alone."""
+    """Forward and backward from several Python threads give the same bits as a single call."""
     alone = [step(case) for case in CASES]
 
     def work(thread):
@@ -56,9 +56,9 @@ def test_many_threads_at_once():
         assert all(pool.map(work, range(THREADS)))
 
 
-@pytest.mark.skipif(interpreted, reason="Triton's interpreter is no kernel, and holds global state")
+@pytest.mark.skipif(interpreted, reason="Triton's interpreter has global state")
 def test_loading_and_saving_in_many_threads(tmp_path):
-    """Each load sees one save's values throughout."""
+    """All values of a load come from the same save."""
     config = lora_moe.LoraMoeConfig(num_experts=3, r=2, top_k=2, target_modules=("0",))
     models = []
     for value in (1.0, 2.0):
@@ -112,7 +112,7 @@ def child(body):
     )
 
 
-@pytest.mark.skipif(interpreted, reason="slow there, and nothing of ours differs")
+@pytest.mark.skipif(interpreted, reason="slow, and the same code as without the interpreter")
 def test_an_interrupt_ends_in_keyboard_interrupt():
     process = child(LOOP)
     assert process.stdout.readline() == "ready\n"

@@ -15,11 +15,11 @@ import torch
 from .loaders import LOADERS, NIGHTLY, SAVERS, saved
 
 STOPS = 8 * NIGHTLY
-INTERRUPTED = 42  # a child's status
+INTERRUPTED = 42  # exit status of an interrupted child
 
 
 def save_over_and_over(loader, models, folder):
-    """In a process of its own, forked: a new interpreter for each would take most of the time."""
+    """Saves repeatedly in a forked process, which starts faster than a new interpreter; returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -36,9 +36,9 @@ def save_over_and_over(loader, models, folder):
 @pytest.mark.parametrize("name", SAVERS)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_saves_that_are_stopped(name, how, tmp_path):
-    """At a random time; each leaves a file that loads, and the next save leaves nothing beside it.
+    """A save stopped at a random time leaves a file that loads, and the next save removes temporary files.
 
-    An interrupt leaves nothing either, unless it falls into the few lines that clean up.
+    An interrupted save also removes them, unless the interrupt hits the cleanup itself.
     """
     loader, rng, width = LOADERS[name], random.Random(name), 4000
     saved(loader, tmp_path, width)
@@ -63,7 +63,7 @@ def test_saves_that_are_stopped(name, how, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real file system of 256 KB."""
+    """A mounted file system of 256 KB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(folder)]
@@ -76,7 +76,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_full_disk(name, small_disk):
-    """The new file does not fit beside the old one, which stays, and can be saved over again."""
+    """If the new file does not fit, the old one is kept, and saving works again later."""
     loader = LOADERS[name]
     path = saved(loader, small_disk)
     old, whole = path.read_bytes(), set(os.listdir(small_disk))

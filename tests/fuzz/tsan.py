@@ -30,7 +30,7 @@ void parallel_for_threads(int64_t begin, int64_t end, int64_t, const F& f) {
 }  // namespace torch::stable
 #define parallel_for parallel_for_threads
 """
-# each of for_tasks' threads takes the next task; planted: two of them may do the same one
+# each thread of for_tasks takes the next task; with the planted race, two may take the same one
 PLANTED = ("f(i);", "f(i & ~int64_t(1));")
 CALLS = """
 import torch
@@ -68,7 +68,7 @@ def build(folder: Path, planted: bool) -> None:
 
 
 def races(folder: Path) -> int:
-    """How many the sanitizer reports in calls of every operator."""
+    """Number of races that the sanitizer reports in calls of every operator."""
     compiler = os.environ.get("CXX") or "g++"
     library = subprocess.run(
         [compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True, check=True

@@ -3,8 +3,8 @@
     make mutate                                      12 mutants of each language
     make mutate MUTATE="--sample 300 cpp"            300 of the C++ kernels
     make mutate MUTATE="--since main --sample 12"    12 in the files that differ from main
-    make mutate MUTATE="--sample 200 --first 120 python"    the last 80 of 200: a sample in several sessions
-    make mutate MUTATE="--names FILE python"         those named in FILE, one per line: survivors once more
+    make mutate MUTATE="--sample 200 --first 120 python"    the last 80 of 200, to split a sample
+    make mutate MUTATE="--names FILE python"         those named in FILE, one per line, such as survivors
 
 Each mutant is one small change (see python_source.py and cpp_source.py).  The tests of its file run
 with -x, starting with those that killed the last mutants; a mutant that passes all of them survives.  The
@@ -26,19 +26,20 @@ from .workspace import Workspace
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation")
-    parser.add_argument("languages", nargs="*", help=f"of {', '.join(LANGUAGES)}; all by default")
-    parser.add_argument("--sample", type=int, default=12, help="mutants, of each language")
-    parser.add_argument("--first", type=int, default=0, help="of the sample to begin with")
-    parser.add_argument("--names", type=Path, help="a file of mutants' names, in place of a sample")
+    parser.add_argument("languages", nargs="*", help=f"{', '.join(LANGUAGES)} (default: all)")
+    parser.add_argument("--sample", type=int, default=12, help="mutants per language")
+    parser.add_argument("--first", type=int, default=0, help="index in the sample to start from")
+    parser.add_argument("--names", type=Path, help="file of mutants' names, overrides --sample")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--files", default="", help="a regular expression for their paths")
+    parser.add_argument("--files", default="", help="a regular expression for the paths of files")
     parser.add_argument(
-        "--since", help="only files that differ from this commit; one sample for all"
+        "--since",
+        help="only files that differ from this commit, with one sample over all languages",
     )
     parser.add_argument("--isa", default="portable", help="instruction set of the C++ build")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds of one mutant's tests")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds per mutant")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/mutation")
-    parser.add_argument("--no-baseline", action="store_true", help="the tests are known to pass")
+    parser.add_argument("--no-baseline", action="store_true", help="skip the run without a mutant")
     args = parser.parse_args(argv)
     unknown = set(args.languages) - LANGUAGES.keys()
     if unknown:
@@ -57,7 +58,7 @@ def main(argv=None) -> int:
             elif not verdict.killed:
                 alive.append(mutant)
             elif mutant.name in known:
-                state += " (listed in survivors.txt: take it out)"
+                state += " (listed in survivors.txt: remove it)"
             print(
                 f"{language:<7} {verdict.seconds:5.0f} s  {mutant.name}\n{'':17}{state}", flush=True
             )
@@ -68,7 +69,7 @@ def main(argv=None) -> int:
 
 
 def pick(args) -> dict[str, tuple[list[Mutant], list[Mutant]]]:
-    """{language: (the sample, the rest in the order in which it would come)}."""
+    """{language: (the sample, the other mutants in sampling order)}."""
     languages = args.languages or list(LANGUAGES)
     changed = changed_since(args.since) if args.since else None
     found = {}
@@ -107,7 +108,7 @@ def mutants(language: str, files) -> list[Mutant]:
 
 
 def hunt(args, language, wanted, spare):
-    """(mutant, verdict), one after the other."""
+    """Yields (mutant, verdict) for each mutant."""
     space = Workspace(args.folder / language, language, args.isa, args.timeout)
     chosen = dict(enumerate(wanted, 1))
     if language == "cpp":

@@ -1,4 +1,4 @@
-"""Mutants of C++, many in one build: an environment variable chooses at run time which one lives.
+"""Mutants of C++, many in one build: an environment variable selects the active one at run time.
 
     i < n      becomes   (lora_moe_mutant == 17 ? (i <= n) : (i < n))
 
@@ -7,10 +7,10 @@ arithmetic    + and -, * and +, / and *, % and *, += and -=
 logic         && and ||, ! dropped, the branches of a ternary exchanged
 constant      n + 1 and n - 1
 bound         std::min and std::max
-statement     an expression on its own dropped
+statement     an expression statement dropped
 
-Where the language wants a constant (template arguments, constexpr, case, array sizes, attributes) there
-are none: they would each need a build of their own.
+There are none where the language requires a constant (template arguments, constexpr, case, array sizes,
+attributes): each of those would need a separate build.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _of(file, node, source) -> Iterator[Mutant]:
 
 
 def instrumented(source: bytes, chosen: dict[int, Mutant]) -> bytes:
-    """The source with all of a file's chosen mutants in it, on the lines where they were."""
+    """The source with all chosen mutants of the file; line numbers are unchanged."""
     spans = defaultdict(list)
     for number, mutant in chosen.items():
         spans[(mutant.begin, mutant.end)].append((number, mutant))

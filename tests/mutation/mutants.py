@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
 
 
 def named(mutants: Iterable[Mutant], source: bytes) -> list[Mutant]:
-    """With names made of the changed line before and after; the n-th of its kind says so."""
+    """The mutants with names made of the changed line before and after; duplicates are numbered."""
     seen, out = Counter(), []
     for mutant in sorted(mutants, key=lambda m: (m.begin, m.end, m.new)):
         begin = source.rfind(b"\n", 0, mutant.begin) + 1
@@ -45,7 +45,7 @@ def one_line(text: bytes) -> str:
 
 
 def sample(mutants: list[Mutant], n: int, seed: int) -> list[Mutant]:
-    """n of them, or all; the same for the same seed, and kinds and files as they come."""
+    """A random sample of n mutants, or all; it depends only on the seed."""
     shuffled = sorted(mutants, key=lambda m: m.name)
     random.Random(seed).shuffle(shuffled)
     return shuffled[:n]

@@ -1,13 +1,13 @@
-"""Mutants of Python and of `@triton.jit` bodies, from the syntax tree: texts and annotations stay.
+"""Mutants of Python and of `@triton.jit` bodies, from the syntax tree, except strings and annotations.
 
 compare       < and <=, > and >=, == and !=, in and not in, is and is not
 arithmetic    + and -, * and +, / and *, // and *, % and //, & and |, << and >>
 logic         and and or; not dropped; the test of an if, a while or a ternary negated
 constant      n + 1 and n - 1, True and False
 bound         min and max
-statement     a call on its own, a raise or an augmented assignment dropped
+statement     a call statement, a raise or an augmented assignment dropped
 argument      a keyword argument dropped (mask=, other=)
-cast          .to(dtype) dropped, which 64-bit offsets hang on
+cast          .to(dtype) dropped, which 64-bit offsets depend on
 stride        another stride of the same function
 """
 
@@ -29,7 +29,7 @@ OPERATOR = re.compile(r"not\s+in|is\s+not|in|is|and|or|//|\*\*|<<|>>|[<>=!]=|[-+
 
 
 class Source:
-    """A file's text, its tree, and where the tree's nodes stand in it, in bytes."""
+    """A file's text, its syntax tree, and the byte positions of the nodes."""
 
     def __init__(self, file: str, source: bytes):
         self.file, self.bytes = file, source
@@ -54,7 +54,7 @@ class Source:
 
 
 def mutants(file: str, source: bytes) -> list[Mutant]:
-    """All of a file's; each still is Python."""
+    """All mutants of a file that are valid Python."""
     whole = Source(file, source)
     found = [mutant for node in _nodes(whole.tree) for mutant in _of(node, whole)]
     return named((m for m in found if _parses(m.apply(source))), source)
@@ -69,7 +69,7 @@ def _parses(source):
 
 
 def _nodes(node, strides=()) -> Iterator:
-    """All but annotations, decorators, texts, __all__ and what only raises an error's text."""
+    """Nodes, without annotations, decorators, strings, __all__ and error messages."""
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns", "decorator_list", "type_comment"):
             continue
@@ -100,7 +100,7 @@ def _operators(node, source):
     else:
         return
     if any(isinstance(o, ast.Constant) and isinstance(o.value, str) for o in operands[:1]):
-        return  # a text that is put together
+        return  # string concatenation
     for left, right in pairwise(operands):
         begin, end = source.span(left)[1], source.span(right)[0]
         found = OPERATOR.search(source.bytes[begin:end].decode())

@@ -81,7 +81,7 @@ MORE = {
         *_of("fuzz", "operators"),
     ),
 }
-NAMING = 12  # test files that name most of a module
+NAMING = 12  # number of test files that name a module's definitions most often
 
 
 class Language(NamedTuple):
@@ -109,7 +109,7 @@ def sources(language: str) -> list[str]:
 
 
 def tests_of(file: str) -> list[str]:
-    """Those that exist, the nearest first."""
+    """The existing test files for a source file, the most specific first."""
     path = Path(file)
     mirror = [test for group in GROUPS for test in _mirror(group, path.stem)]
     listed = TESTS.get(file) or TESTS.get(str(path.parent)) or (*mirror, *COMMON)
@@ -127,14 +127,14 @@ def _mirror(group, stem):
 
 
 def more_tests_of(file: str) -> list[str]:
-    """Further ones, for what these accept."""
+    """Further test files, for mutants that survive those of tests_of."""
     folder = str(Path(file).parent)
     listed = MORE.get(folder) or _naming(file)
     return [t for t in listed if t not in tests_of(file) and (ROOT / t).exists()]
 
 
 def _naming(file):
-    """Test files that name what a module defines, those that do so most often first."""
+    """Test files that name definitions of a module, ordered by how often they do."""
     defined = [
         node.name for node in ast.parse((ROOT / file).read_text()).body if hasattr(node, "name")
     ]

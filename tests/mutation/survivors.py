@@ -14,7 +14,7 @@ PATH = Path(__file__).with_name("survivors.txt")
 
 
 def read(path: Path = PATH) -> dict[str, str]:
-    """{mutant's name: reason}; raises ValueError for a name without a reason or one that comes twice."""
+    """{mutant's name: reason}; raises ValueError for a missing reason or a duplicate name."""
     reasons: dict[str, str] = {}
     name = None
     for line in path.read_text().splitlines():

@@ -19,7 +19,7 @@ import torch  # noqa: F401
 
 
 def main() -> None:
-    del sys.path[0]  # this folder, whose names the tests may know
+    del sys.path[0]  # this folder, whose module names may clash with those of the tests
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def run(request) -> None:
-    """As `python -m pytest` in the folder; never returns."""
+    """Runs `python -m pytest` in the folder; never returns."""
     status = 1
     try:
         os.setsid()

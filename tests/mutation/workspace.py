@@ -31,12 +31,12 @@ class Verdict(NamedTuple):
 
 
 class Workspace:
-    """Mutants of one language, one after the other.
+    """Judges mutants of one language, one after another.
 
     Args:
-        folder: is emptied first, but for compiled objects.
+        folder: emptied first, except for compiled objects.
         language: a key of LANGUAGES.
-        isa: of the C++ build.
+        isa: instruction set of the C++ build.
     """
 
     def __init__(self, folder: Path, language: str, isa: str, timeout: float):
@@ -67,7 +67,7 @@ class Workspace:
             if not errors:
                 return chosen
             bad = [n for n, m in chosen.items() if n in errors or (m.file, m.line) in errors]
-            if not bad and self.crashed:  # in what was inlined: comparisons of vectors, as a rule
+            if not bad and self.crashed:  # usually in inlined vector comparisons
                 bad = [n for n, m in chosen.items() if m.file.endswith(".h") and m.kind in VECTORS]
             if not bad:
                 raise RuntimeError(f"no mutant is to blame for {sorted(errors, key=str)[:5]}")
@@ -86,7 +86,7 @@ class Workspace:
                 (self.folder / file).write_bytes(new)
 
     def _compile(self):
-        """(file, line) of every error, line being that of the original: none is added."""
+        """{(file, line)} of the compiler errors; lines are those of the original source."""
         environment = {
             "CXXFLAGS": f"-include {self.folder}/csrc/mutant.h -w",
             "LORA_MOE_BUILD_ISA": self.isa,
@@ -110,14 +110,14 @@ class Workspace:
         return errors if done.returncode else set()
 
     def _function_at(self, file, line):
-        """Lines of the function that starts here: a crash of the compiler says no more."""
+        """Lines of the function that starts here: a compiler crash only reports its beginning."""
         lines = (ROOT / file).read_text().splitlines()[line - 1 :]
         indent = len(lines[0]) - len(lines[0].lstrip())
         last = next((n for n, text in enumerate(lines) if text == " " * indent + "}"), 0)
         return range(line, line + last + 1)
 
     def _absent(self, chosen):
-        """Numbers that the preprocessor left out: code of another instruction set."""
+        """Numbers of mutants that the preprocessor removed: code for another instruction set."""
         command = [os.environ.get("CXX") or "g++", "-E", "-P", *self._flags()]
         seen = set()
         for source in sorted((self.folder / "csrc/cpu").glob("*.cpp")):
@@ -136,10 +136,10 @@ class Workspace:
         python = Path(sys.base_prefix, "include", f"python3.{sys.version_info[1]}")
         return [*arguments, *(f"-I{folder}" for folder in (*folders, python))]
 
-    # --- a mutant's life --------------------------------------------------------------------------
+    # --- verdicts ---------------------------------------------------------------------------------
 
     def judge(self, mutant: Mutant | None, number: int = 0, tests=()) -> Verdict:
-        """What the tests say of it; of the unchanged sources if it is None."""
+        """The tests' verdict on the mutant, or on the unchanged sources if it is None."""
         if mutant is None:
             return self._run(mutant, tests)
         if self.language == "cpp":
@@ -158,7 +158,7 @@ class Workspace:
         if not more:
             return verdict
         second = self._run(mutant, more, number)
-        late = second.by == "timeout"  # of many tests: says nothing of the mutant
+        late = second.by == "timeout"  # with many tests, a timeout says nothing about the mutant
         return second._replace(
             killed=second.killed and not late, seconds=verdict.seconds + second.seconds
         )
@@ -189,7 +189,7 @@ class Workspace:
         return Verdict(True, by if mutant else said[-3000:], seconds)
 
     def _pytest(self, arguments, environment):
-        """Its exit status, None after the timeout, and what it printed."""
+        """(exit status or None after a timeout, output) of pytest."""
         output = self.folder / "output"
         request = {"arguments": arguments, "environment": environment}
         request |= {"folder": str(self.folder), "output": str(output)}
@@ -212,7 +212,7 @@ class Workspace:
         status = int(self.worker.stdout.readline())
         timer.cancel()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what the tests started and left
+            os.killpg(child, signal.SIGKILL)  # processes that the tests left running
         return None if late.is_set() else status, output.read_text(errors="replace")
 
     def _likely(self, mutant):
