@@ -90,7 +90,7 @@ def reentrant(layer, x, tasks):
 
 
 def test_a_recompute_that_cannot_know_uses_the_open_block_or_raises(monkeypatch):
-    monkeypatch.setattr(lora_moe.context, "_reentrant_around", list)
+    monkeypatch.setattr(lora_moe.context, "reentrant_around", list)
     layer = first_layer(with_experts()).train()
     x = torch.randn(2, 3, 16, requires_grad=True)
     with use_routing(layer, task_ids=ids(1, 2)):
@@ -122,7 +122,7 @@ def test_a_recompute_that_cannot_know_uses_the_open_block_or_raises(monkeypatch)
 
 
 def test_checkpoint_context_for_a_pytorch_that_hides_its_checkpoints(monkeypatch):
-    monkeypatch.setattr(lora_moe.context, "_checkpoints_around", list)
+    monkeypatch.setattr(lora_moe.context, "checkpoints_around", list)
     layer = first_layer(with_experts()).train()
     x = torch.randn(2, 3, 16, requires_grad=True)
 
@@ -139,17 +139,17 @@ def test_checkpoint_context_for_a_pytorch_that_hides_its_checkpoints(monkeypatch
 
 
 def test_this_pytorch_shows_its_checkpoints():
-    """context._checkpoints_around reads a private closure: notice when PyTorch changes it."""
+    """recompute.checkpoints_around reads a private closure: notice when PyTorch changes it."""
     seen = []
 
     def function(x):
-        seen.extend(lora_moe.context._checkpoints_around())
+        seen.extend(lora_moe.recompute.checkpoints_around())
         return x.sin()
 
     x = torch.randn(3, requires_grad=True)
     checkpoint(function, x, use_reentrant=False).sum().backward()
     assert len(seen) == 2 and seen[0] is seen[1] is not None
-    assert lora_moe.context._checkpoints_around() == []
+    assert lora_moe.recompute.checkpoints_around() == []
 
 
 def test_copies_and_pickles_have_contexts_of_their_own():
