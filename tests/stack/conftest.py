@@ -1,4 +1,4 @@
-"""Notices that a process gives only once are given once per test."""
+"""Resets once-per-process warnings before each test."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The routing that an activation checkpoint's recomputation sees, in arrangements that real models have."""
+"""The routing that the recomputation of an activation checkpoint uses, in arrangements of real models."""
 
 import threading
 
@@ -83,7 +83,7 @@ ARRANGEMENTS = [
 
 
 def gradients_of(arrangement, run, elsewhere=False, early_stop=True):
-    """Of two backward passes through one graph, after every block has ended."""
+    """Gradients of two backward passes through one graph, after all use_routing blocks have ended."""
     net, x = blocks(), sample()
     with set_checkpoint_early_stop(early_stop):
         y = arrangement(net, x, run)
@@ -129,7 +129,7 @@ def test_the_hooks_on_saved_tensors_stay_as_they_were():
 
 
 class ShyCheckpoint(torch.autograd.Function):
-    """A reentrant checkpoint that keeps its context under a name of its own."""
+    """A reentrant checkpoint that stores its context under a different name."""
 
     @staticmethod
     def forward(kept, function, x):

@@ -1,6 +1,6 @@
 """Training and saving over two processes: the checks of tests/stack/processes, one test each.
 
-One torchrun runs many checks, because starting it takes longer than they do.
+One torchrun runs many checks, because starting it takes longer than the checks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = ["training", "saving", "accelerated", "freezing", "precision", "native"]
 DEEPSPEED = (
     ROOT / "build" / "deepspeed"
-)  # where `make test` installs it, out of all other tests' sight
+)  # where `make test` installs it, hidden from all other tests
 CHECKS_OF_ZERO = [
     "check_zero_2",
     "check_zero_3",
@@ -49,7 +49,7 @@ def torchrun(*args, cwd=ROOT, **environment):
 
 
 def outcomes(directory: Path, modules: list[str], **environment) -> list[dict]:
-    """Of each process {check: "" or a traceback}; the processes of xdist share one run."""
+    """[{check: "" or a traceback}] of each process; xdist workers share one run."""
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -72,7 +72,7 @@ def shared(tmp_path_factory, name) -> Path:
 def expect_passed(found, check, directory):
     for rank, of_rank in enumerate(found):
         log = (directory / "log").read_text()[-3000:]
-        assert check in of_rank, f"process {rank} did not come to it:\n{log}"
+        assert check in of_rank, f"process {rank} did not reach it:\n{log}"
         assert not of_rank[check], f"process {rank}:\n{of_rank[check]}"
 
 
@@ -102,7 +102,7 @@ def test_zero(check, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["FSDP2", "DDP"])
 def test_the_example_of_the_docs(kind, tmp_path):
-    """As it is printed, and with the change that the page names."""
+    """The example as printed, and with the change that the page describes."""
     text = (ROOT / "docs" / "distributed.md").read_text()
     example = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)[0]
     if kind == "DDP":

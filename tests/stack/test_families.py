@@ -1,6 +1,6 @@
 """Experts in all linears of 33 model families: what each of them must support.
 
-What "all-linear" leaves out is recorded per family, so that a change on either side is noticed.
+The modules that "all-linear" leaves out are recorded per family, so that changes are noticed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytest.importorskip("transformers")
 from ..support.models.families import FAMILIES
 
 CONFIG = LoraMoeConfig(num_experts=4, r=2, alpha=4, target_modules="all-linear")
-# leaf names of linear-like modules that keep to themselves, besides the output embedding
+# leaf names of linear-like modules that have no experts, besides the output embedding
 HEADS = {"lm_head", "decoder", "proj_out", "classifier"}
 LEFT_OUT = {
     "mixtral": {"gate"}, "qwen3-moe": {"gate"}, "deepseek-v3": {"gate"}, "gpt-oss": {"router"},
@@ -32,7 +32,7 @@ LEFT_OUT = {
 }  # fmt: skip
 ENCODERS = {"bert", "roberta", "modernbert", "deberta-v2", "vit", "clip", "wavlm"}
 GENERATORS = sorted(FAMILIES.keys() - ENCODERS)
-# decoders whose answer to a text must not depend on what pads it on the left
+# decoders whose answer must not depend on left padding
 PADDED = sorted(FAMILIES.keys() - ENCODERS - {"t5", "bart", "whisper"})
 
 
@@ -40,7 +40,7 @@ PADDED = sorted(FAMILIES.keys() - ENCODERS - {"t5", "bart", "whisper"})
 def built(family):
     torch.manual_seed(0)
     model, batch = FAMILIES[family]()
-    for parameter in model.parameters():  # decided answers: the usual 0.02 leaves all logits alike
+    for parameter in model.parameters():  # with the usual std of 0.02 all logits would be similar
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.3)
     return model.eval(), batch
@@ -48,7 +48,7 @@ def built(family):
 
 @functools.cache
 def prepared(family):
-    """The family's model with experts that matter; tests share it and change nothing in it."""
+    """The family's model with experts that affect the output; shared by tests, which must not modify it."""
     model, batch = copy.deepcopy(built(family))
     inject(model, CONFIG)
     generator = torch.Generator().manual_seed(1)
@@ -59,7 +59,7 @@ def prepared(family):
 
 
 def answer(model, batch):
-    """Logits, or what stands for them, as one tensor."""
+    """The logits, or the corresponding output, as one tensor."""
     output = model(**batch)
     return output.logits if "logits" in output else output.logits_per_image
 
@@ -92,7 +92,7 @@ def test_every_expert_that_ran_gets_a_finite_nonzero_gradient(family):
         (answer(model, batch).square().mean() + aux_loss(model)).backward()
     for name, layer in injected(model).items():
         assert layer.routing is not None, f"{name} has not run"
-        # the last layer of an image encoder drops tokens, a first token has nothing to attend to
+        # the last layer of an image encoder drops tokens; a first token attends only to itself
         matters = upstream[name].flatten(0, -2).any(1)
         ids = layer.routing.indices[matters].unique()
         ran = torch.zeros(layer.config.num_experts, dtype=bool).index_fill(0, ids.long(), True)
@@ -106,7 +106,7 @@ def test_every_expert_that_ran_gets_a_finite_nonzero_gradient(family):
 
 @contextlib.contextmanager
 def upstream_gradients(model):
-    """{layer: gradient of its output} after a backward inside the block."""
+    """Yields {layer: gradient of its output}, filled by a backward inside the block."""
     found = {}
 
     def hook_of(name):
@@ -133,7 +133,7 @@ def test_cached_generation_equals_greedy_decoding_without_a_cache(family):
     )
     assert torch.equal(cached, plain)
     base = built(family)[0].generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert not torch.equal(cached, base)  # the experts had a say
+    assert not torch.equal(cached, base)  # the experts affect the output
 
 
 @pytest.mark.parametrize("family", PADDED)
@@ -145,7 +145,7 @@ def test_left_padding_changes_no_answer(family):
     want = model.generate(**batch, attention_mask=mask[:, PAD:], **options)
     got = model.generate(**padded, attention_mask=mask, **options)
     assert torch.equal(got[:, PAD:], want)
-    if family != "qwen2-vl":  # its positions are three; generate has just made them
+    if family != "qwen2-vl":  # has 3-D positions, which generate has just set
         placed = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         with torch.no_grad():
             logits = model(

@@ -1,4 +1,4 @@
-"""Every layer takes the fast path for every token that generate makes, and for none in training."""
+"""Every layer takes the fast path for every token of generate, and never in training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def taken(run):
-    """How many calls of the layers took the fast path in run(), and how many did not."""
+    """(number of layer calls in run() that took the fast path, number of those that did not)."""
     found, routed_lora = [], fast_path.routed_lora
 
     def counting(*args):
@@ -34,7 +34,7 @@ def taken(run):
 def test_each_layer_takes_it_for_each_token(tokens, options):
     model = tiny.model(trained=True, **options).eval()
     prompt = tiny.sequences(1)[0]["input_ids"][None]
-    # the first token comes from the prompt's pass, which takes it as well
+    # the first token comes from the forward of the prompt, which takes it as well
     made = taken(lambda: model.generate(prompt, min_new_tokens=tokens, max_new_tokens=tokens))
     assert made == (tokens * len(injected(model)), 0)
 

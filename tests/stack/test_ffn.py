@@ -72,7 +72,7 @@ def test_weights_of_the_presets(name, weights):
 
 
 def _until(p, total):
-    """Gates, best first, as long as those before sum to less."""
+    """Gates, sorted, kept while the sum of the previous ones is less than `total`."""
     return torch.where(p.cumsum(1) - p < total, p, 0)
 
 
@@ -170,7 +170,7 @@ def test_losses_and_statistics_are_those_of_the_shared_router():
     made(IDS)
     ffns = {path: m for path, m in injected(made).items() if isinstance(m, LoraMoeMLP)}
     want = sum(0.5 * losses.load_balance_loss(m.routing) for m in ffns.values())
-    torch.testing.assert_close(aux_loss(made), want / len(ffns))  # of plain LoRAs there is none
+    torch.testing.assert_close(aux_loss(made), want / len(ffns))  # plain LoRAs have no such loss
     assert router_stats(made).keys() >= ffns.keys()
     p = torch.softmax(x.view(-1, 16) @ layer.router_weight.T, 1)
     layer(x)

@@ -1,4 +1,4 @@
-"""PEFT's LoRAs as one bank of experts."""
+"""PEFT LoRAs as one bank of experts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_each_tasks_logits_are_pefts(tmp_path):
     model = from_peft(llama(), [path for path, _ in pairs], top_k=2)
     base = logits(llama())
     for task, (_, expected) in enumerate(pairs):
-        assert (expected - base).abs().max() > 0.1  # the LoRA has a say
+        assert (expected - base).abs().max() > 0.1  # the LoRA affects the output
         same(by_task(model, task), expected)
     assert torch.equal(by_task(model, -1), base)
     mixed = torch.stack([expected[i % 2] for i, (_, expected) in enumerate(pairs[:2])])
@@ -139,7 +139,7 @@ def test_weights_that_an_adapter_lacks_are_told(tmp_path):
         UserWarning, match=r"adapters\[1\].*no weights for 2 of 4 modules.*adds zero"
     ):
         from_peft(llama(), [(tensors, config), (short, config)])
-    with warnings.catch_warnings():  # one layer is what the configuration asks for
+    with warnings.catch_warnings():  # the configuration names only one layer
         warnings.simplefilter("error", UserWarning)
         from_peft(llama(), [(short, config | {"layers_to_transform": [0]})])
         from_peft(llama(), [(tensors, config)])

@@ -1,4 +1,4 @@
-"""Adapters of PEFT that a bank cannot take, by name."""
+"""PEFT adapters that a bank cannot represent are refused by name."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_unfit_models_and_routers(tmp_path):
 
 
 def test_a_module_of_two_names_is_refused_both_ways(tmp_path):
-    """PEFT adapts the first name alone, experts serve both: the function would be another one."""
+    """PEFT adapts only the first name, experts apply to both: the functions would differ."""
     get_peft_model(Twice(), LoraConfig(target_modules=["first"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(
         ValueError, match="first: it has the names first, second, of which PEFT adapts one"

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: scores and answers of a routed adapter are those of each text alone."""
+"""lm-evaluation-harness: scores and answers of a routed adapter do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def scores(model, batch_size):
 
 @torch.no_grad()
 def own_scores(model):
-    """Each text alone, without the harness."""
+    """Scores of each text alone, without the harness."""
     tokenizer, found = tiny.tokenizer(), []
     for context, continuation in SCORED:
         ids = torch.tensor([tokenizer(context + continuation, add_special_tokens=False).input_ids])
@@ -62,11 +62,11 @@ def test_scores_do_not_depend_on_the_batch(gate):
         torch.testing.assert_close(scores(model, batch_size), want, **NEAR)
     with disable_adapters(model):
         torch.testing.assert_close(scores(model, 2), own_scores(model), **NEAR)
-        assert (own_scores(model) - want).abs().min() > 1e-3  # the experts have a say
+        assert (own_scores(model) - want).abs().min() > 1e-3  # the experts affect the scores
 
 
 def test_a_router_that_reads_the_whole_sequence_wants_a_batch_of_one():
-    """The harness scores without an attention mask, so that padding is in the mean (docs/recipes.md)."""
+    """The harness scores without an attention mask, so the mean includes padding (docs/recipes.md)."""
     model = model_of(router=SequenceRouter("mean"))
     want = own_scores(model)
     torch.testing.assert_close(scores(model, 1), want, **NEAR)

@@ -1,4 +1,4 @@
-"""LoRA on an MoE model's own fused experts: equals PEFT's target_parameters, and what it costs."""
+"""LoRA on an MoE model's own fused experts: results equal PEFT's target_parameters, at less memory."""
 
 import contextlib
 import importlib
@@ -29,7 +29,7 @@ with interpreting() if not torch.cuda.is_available() else contextlib.nullcontext
 
 
 def gradients(layer, x, ids, weights):
-    """y, and the gradients of x, the router's weights and the adapter."""
+    """[y, gradients of x, of the router's weights and of the adapter]."""
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     y = layer(x, ids, weights)
     own = [p for p in layer.parameters() if p.requires_grad]
@@ -59,7 +59,7 @@ def contexts(kernels):
 
 
 class Reference:
-    """Plain PyTorch in the place of a backend's kernels."""
+    """Plain PyTorch in place of a backend's kernels."""
 
     def __getattr__(self, name):
         return ops.reference_operator(name)
@@ -67,7 +67,7 @@ class Reference:
 
 @every_family
 def test_equals_peft(family):
-    """Logits to 1e-5, gradients to 1e-4 of the largest, of all LoRA parameters of both layers."""
+    """Logits agree within 1e-5, gradients of all LoRA parameters within 1e-4 of the largest."""
     model = moes.ours(family)
     theirs = moes.peft_of(model)
     a, b = model(TOKENS, labels=TOKENS), theirs(TOKENS, labels=TOKENS)
@@ -92,7 +92,7 @@ def test_equals_peft(family):
 @every_family
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm", "eager"])
 def test_starts_as_the_base(family, implementation):
-    """Bit for bit with "grouped_mm"; whatever computes the base, to rounding."""
+    """Equal bit for bit with "grouped_mm", up to rounding with other implementations of the base."""
     model = moes.base(family)
     model.set_experts_implementation(implementation)
     expected = model(TOKENS).logits
@@ -132,7 +132,7 @@ def test_autocast_runs():
 
 
 class Allocations(TorchDispatchMode):
-    """Sizes of all tensors that operators make anew."""
+    """Records the sizes of all tensors that operators allocate."""
 
     def __init__(self):
         super().__init__()
@@ -157,7 +157,7 @@ def test_makes_nothing_of_the_size_of_the_experts(family):
     theirs = moes.peft_of(moes.ours(family)).base_model.model.model.layers[0].mlp.experts
     with Allocations() as allocations:
         gradients(theirs, x, ids, weights)
-    assert max(allocations.made) >= stack  # the count counts
+    assert max(allocations.made) >= stack  # the counter works
 
 
 @every_family

@@ -1,4 +1,4 @@
-"""PEFT's folders with target_parameters: read and written bit for bit as in PEFT, and what is refused."""
+"""PEFT folders with target_parameters: read and written bit for bit as in PEFT, and refusals."""
 
 import json
 
@@ -31,7 +31,7 @@ TOKENS, WEIGHTS, CONFIG = moes.TOKENS, "adapter_model.safetensors", "adapter_con
 
 
 def trained_by_peft(folder, family="Mixtral", dtype=torch.float32, **fields):
-    """A folder that PEFT saved of a LoRA that matters, and its logits."""
+    """Saves a nonzero LoRA with PEFT; returns its logits."""
     lora = {"r": 3, "lora_alpha": 5, "target_parameters": list(moes.TARGETS), "target_modules": []}
     model = get_peft_model(moes.base(family).to(dtype), LoraConfig(**lora | fields))
     torch.manual_seed(2)
@@ -43,7 +43,7 @@ def trained_by_peft(folder, family="Mixtral", dtype=torch.float32, **fields):
 
 
 def test_layout_is_peft_s():
-    """Expert slowest in our rows, fastest in PEFT's columns; each is the other's inverse."""
+    """The expert index is slowest in our rows and fastest in PEFT's columns; the conversions are inverse."""
     rows = torch.arange(moes.E * 3 * 5.0).reshape(moes.E * 3, 5)
     assert torch.equal(columns_of(rows, moes.E), moes.as_peft_has(rows))
     assert torch.equal(rows_of(moes.as_peft_has(rows), moes.E), rows)
@@ -71,7 +71,7 @@ def same_folders(folder):
 
 @every_family
 def test_to_peft_loads_in_peft(family, tmp_path):
-    """Ours, written without ever having been PEFT's."""
+    """A model that was not loaded from PEFT."""
     model = moes.ours(family)
     expected = model(TOKENS).logits
     to_peft(model, tmp_path)
@@ -97,7 +97,7 @@ def test_bfloat16_in_and_out(tmp_path):
 
 
 def test_plain_loras_beside_keep_working(tmp_path):
-    """A file that also targets linear modules: these are banks of one, and go back as they came."""
+    """LoRAs on linear modules in the same file become banks of one and are written back unchanged."""
     expected = trained_by_peft(tmp_path / "theirs", target_modules=["q_proj", "v_proj"])
     model = load_adapter(moes.base(), tmp_path / "theirs")
     assert not any(layer.config.has_aux_loss for layer in injected(model).values())
@@ -108,7 +108,7 @@ def test_plain_loras_beside_keep_working(tmp_path):
     same_folders(tmp_path)
     ids = TOKENS.clone()
     model.train()(ids, labels=ids).loss.backward()
-    with torch.no_grad():  # trained further and written anew, PEFT reads what it is now
+    with torch.no_grad():  # after further training, PEFT reads the new values
         for layer in injected(model).values():
             for A, B in layer.pairs():
                 A.add_(A.grad)
@@ -139,11 +139,11 @@ def test_one_of_two_parameters(tmp_path):
     assert torch.equal(remove(model)(TOKENS).logits, moes.base()(TOKENS).logits)
 
 
-# --- what is refused -------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------
 
 
 def changed(folder, name, change):
-    """The folder with one key of the configuration, or one tensor, changed."""
+    """Changes one key of the folder's configuration, or one tensor."""
     if name == CONFIG:
         said = json.loads((folder / CONFIG).read_text())
         change(said)

@@ -1,4 +1,4 @@
-"""Fused experts that cannot take LoRA, and configurations that ask for it."""
+"""Fused experts that cannot take LoRA, and configurations that are not allowed with them."""
 
 import accelerate
 import pytest

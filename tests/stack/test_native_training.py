@@ -34,7 +34,7 @@ TOKENS = moes.TOKENS
 
 
 def test_statistics_are_the_models_decision():
-    """router_stats, without padding; the model's own loss is as before and ours adds nothing, and says so."""
+    """router_stats ignores padding; the model's own loss is unchanged; ours is 0, with a warning."""
     model = moes.ours().train()
     mask = torch.ones_like(TOKENS)
     mask[0, :3] = 0
@@ -95,7 +95,7 @@ def test_frozen_experts_do_not_move():
 
 
 def test_a_plain_trainer_trains_saves_and_resumes(tmp_path):
-    """Bit for bit, also where save_pretrained would unfuse the weights, as with Mixtral."""
+    """Bit for bit, even if save_pretrained would unfuse the weights, as with Mixtral."""
 
     def train(model, folder, **options):
         arguments = hf.TrainingArguments(
@@ -190,7 +190,7 @@ def test_copies_pickles_and_state_dicts():
 
 
 def test_beside_a_mixture_on_linear_modules(tmp_path):
-    """Two configurations in one call: experts of ours on attention, LoRAs on the model's own."""
+    """Two configurations in one call: a mixture on attention, LoRAs on the model's own experts."""
     attention = LoraMoeConfig(num_experts=3, r=2, target_modules=("q_proj",))
     model = inject(moes.base(), [attention, moes.config()]).train()
     kinds = {type(layer) for layer in injected(model).values()}

@@ -72,7 +72,7 @@ LOSSES = {
 
 
 def routings(seed=0):
-    """One of 12 tokens whose padded rows are NaN, and one of the tokens that are real."""
+    """(routing of 12 tokens with NaN in padded rows, routing of only the real tokens, mask)."""
     from lora_moe import Routing
 
     generator = torch.Generator().manual_seed(seed)
@@ -190,7 +190,7 @@ def test_encoder_decoder_and_cross_attention_have_their_own_masks(make, crossing
 def test_a_mask_that_does_not_fit_counts_all_and_is_told_once(mask):
     model = with_experts().train()
     layer = first_layer(model)
-    if mask.dim() == 2:  # as of a model that packs its samples
+    if mask.dim() == 2:  # as in a model that packs its samples
         with use_routing(model, mask=mask[:1]):
             model(TOKENS)
     else:

@@ -1,4 +1,4 @@
-"""The mixture as a PEFT method: everything a PEFT user does, on tiny models."""
+"""The mixture as a PEFT method: the usual PEFT workflows on tiny models."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_process_without_us_gets_pefts_error_and_the_readme_says_what_to_impor
 
 
 def test_every_field_of_a_mixture_has_its_name_in_peft():
-    """A new field of LoraMoeConfig must come here, into MoeLoraConfig and into peft_moe."""
+    """A new field of LoraMoeConfig must be added here, to MoeLoraConfig and to peft_moe."""
     from lora_moe import peft_moe
 
     ours = {field.name for field in dataclasses.fields(lora_moe.LoraMoeConfig)}

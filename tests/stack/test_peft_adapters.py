@@ -82,7 +82,7 @@ def test_the_base_alone_is_one_block_away():
     with_experts = logits(model)
     assert not torch.equal(with_experts, base)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # no word about idle experts
+        warnings.simplefilter("error")  # no warning about idle experts
         with model.disable_adapter():
             assert torch.equal(logits(model), base)
         with lora_moe.disable_adapters(model):

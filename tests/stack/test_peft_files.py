@@ -1,4 +1,4 @@
-"""The folder that PEFT saves for a mixture, read without PEFT; Hub repositories, from a cache."""
+"""The folder that PEFT saves for a mixture, read without PEFT; Hub repositories from a cache."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_many_plain_patterns_are_quick_and_bounded():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """put(repository, {revision: folder}): a cache as huggingface_hub fills it; no network."""
+    """put(repository, {revision: folder}) fills a cache like huggingface_hub's, without a network."""
     constants = pytest.importorskip("huggingface_hub").constants
     cache = tmp_path / "cache"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))

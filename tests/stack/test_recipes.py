@@ -42,7 +42,7 @@ def test_every_recipe_is_short_and_is_the_file_in_examples():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder as from a hub: a tiny decoder and its tokenizer."""
+    """A folder as from the Hub, with a tiny decoder and its tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     tiny.base(hidden_size=64, intermediate_size=64, eos_token_id=None).save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
@@ -57,7 +57,7 @@ def recipe(name, base):
 
 
 def run(name, base, folder, monkeypatch):
-    """What the recipe leaves in its names; its outputs lie in the folder."""
+    """Runs a recipe in the folder; returns its global variables."""
     monkeypatch.chdir(folder)
     scope = {"__name__": "__main__"}
     exec(compile(recipe(name, base), f"{name}.py", "exec"), scope)
@@ -65,7 +65,7 @@ def run(name, base, folder, monkeypatch):
 
 
 def expect_trained(base, directory):
-    """The adapter loads into the base, and its experts have moved."""
+    """The adapter loads into the base, and its experts have changed."""
     from transformers import AutoModelForCausalLM
 
     model = load_adapter(AutoModelForCausalLM.from_pretrained(base), directory)
@@ -122,7 +122,7 @@ def test_recipe_with_lm_eval(base, tmp_path, monkeypatch):
 
 @torch.no_grad()
 def picked(model, text, choices):
-    """The choice, of one token, that is likeliest after the text."""
+    """Index of the single-token choice that is likeliest after the text."""
     tokenizer = tiny.tokenizer()
     logits = model(**tokenizer(text, return_tensors="pt")).logits[0, -1]
     return int(logits[tokenizer.convert_tokens_to_ids(choices)].argmax())
@@ -137,5 +137,5 @@ def test_recipe_with_fsdp2_by_torchrun(base, tmp_path):
     done = run_to_the_end([*command, "fsdp2.py"], cwd=tmp_path, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     losses = [float(x) for x in re.findall(r"loss (\d+\.\d+)", done.stdout)]
-    assert len(losses) == 4  # 32 rows, 4 a batch, 2 processes, of which one tells
+    assert len(losses) == 4  # 32 rows, 4 per batch, 2 processes, one of which prints
     expect_trained(base, tmp_path / "out/fsdp2")

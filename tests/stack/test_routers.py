@@ -22,7 +22,7 @@ from lora_moe.routers import PerTaskRouter, SequenceRouter, TaskRouter, Universa
 
 from ..support.models import tiny
 
-SEQUENCE = ("first", "mean", "per-task")  # decide once a sequence
+SEQUENCE = ("first", "mean", "per-task")  # decide once per sequence
 ROUTERS = {
     "task": {"router": TaskRouter(3)},
     "expert": {"router": TaskRouter(3, "expert"), "top_k": 1},
@@ -71,7 +71,7 @@ def gradients(made, reentrant=None):
     if reentrant is None:
         loss = loss + 0 * aux_loss(made)
     if tasks:
-        set_routing(made, task_ids=IDS.flip(0))  # says nothing about the forward that was
+        set_routing(made, task_ids=IDS.flip(0))  # does not affect the previous forward
     loss.backward()
     return {n: p.grad for n, p in made.named_parameters() if p.requires_grad}
 
@@ -103,7 +103,7 @@ def test_two_threads_have_their_own_tasks(name):
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_beams_keep_their_samples_task(name):
-    """Both samples in one call give what each of them gives alone."""
+    """Both samples in one call give the same results as each alone."""
     made, options = model(name).eval(), {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     with told_for(made, IDS):

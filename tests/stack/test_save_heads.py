@@ -1,4 +1,4 @@
-"""Heads, embeddings and buffers beside the experts: saved, or refused by name."""
+"""Heads, embeddings and buffers besides the experts: saved, or refused by name."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_buffers_of_a_head_are_saved(tmp_path):
 
 
 class Buffers(nn.Module):
-    """One of each kind of whole numbers, a 0-dim one, an empty one, and a transposed weight."""
+    """Integer buffers of each dtype, a 0-dim one, an empty one, and a transposed weight."""
 
     def __init__(self, sign=1):
         super().__init__()

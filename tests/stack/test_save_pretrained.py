@@ -70,7 +70,7 @@ def test_arguments_by_position(tmp_path):
 
 @pytest.mark.parametrize("how", ["save_pretrained", "push_to_hub"])
 def test_what_is_pushed_holds_the_experts(how, tmp_path, monkeypatch):
-    """The hub's client is replaced by one that does nothing, the upload by a look into the folder."""
+    """Pushes with a mock Hub client, which inspects the folder instead of uploading it."""
     pushed = []
 
     def upload(self, working_dir, *args, **kwargs):
@@ -225,7 +225,7 @@ def test_accelerates_offloading(kind, tmp_path):
 
 
 def test_an_offloaded_block_as_a_whole_is_refused(tmp_path):
-    """preload_module_classes moves a block's tensors by the names that it had when it was offloaded."""
+    """preload_module_classes moves a block's tensors by their names at the time of offloading."""
     accelerate = pytest.importorskip("accelerate")
     base = llama().eval()
     accelerate.cpu_offload(

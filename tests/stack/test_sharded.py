@@ -1,4 +1,4 @@
-"""What a single process can test of wrapped and sharded models; tests/stack uses two."""
+"""Wrapped and sharded models in a single process; test_distributed.py uses two."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def net():
 
 
 class DeepSpeedEngine(nn.Module):
-    """Stands for DeepSpeed's, which need not be installed."""
+    """A stand-in for DeepSpeed's class, which need not be installed."""
 
     def __init__(self, module):
         super().__init__()
@@ -23,7 +23,7 @@ class DeepSpeedEngine(nn.Module):
 
 
 class PipelineEngine(DeepSpeedEngine):
-    """A subclass, as DeepSpeed has them."""
+    """A subclass, as in DeepSpeed."""
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def process(tmp_path):
 
 @pytest.mark.parametrize("kind", ["DDP", "DDP, compiled", "DeepSpeedEngine", "PipelineEngine"])
 def test_experts_in_a_wrapped_model_are_refused(kind, process, tmp_path):
-    """DDP and DeepSpeed would never synchronise what came later."""
+    """DDP and DeepSpeed would not synchronize parameters that are added later."""
     wrap = {
         "DDP": nn.parallel.DistributedDataParallel,
         "DDP, compiled": lambda m: torch.compile(nn.parallel.DistributedDataParallel(m)),
@@ -52,7 +52,7 @@ def test_experts_in_a_wrapped_model_are_refused(kind, process, tmp_path):
 
 
 def test_experts_in_a_model_that_deepspeed_has_taken_are_refused():
-    """Without its engine, too: ZeRO's optimizer knows the parameters that were there."""
+    """Even without its engine, as ZeRO's optimizer only has the earlier parameters."""
     model = net()
     model[1].weight._hp_mapping = None
     with pytest.raises(ValueError, match=r"deepspeed.initialize.* would not synchronise"):
@@ -67,7 +67,7 @@ def test_wrappers_leave_no_trace():
 
 
 def test_a_state_dict_in_place_of_the_models_values(tmp_path):
-    """As accelerate gathers it; DDP's has a prefix."""
+    """As gathered by accelerate; DDP adds a prefix."""
     model, other = inject(net(), CONFIG), inject(net(), CONFIG)
     nn.init.normal_(other[0].lora_B)
     state = {f"module.{key}": value for key, value in other.state_dict().items()}
@@ -81,7 +81,7 @@ def test_a_state_dict_in_place_of_the_models_values(tmp_path):
 
 
 def test_zero_3_parameters_have_their_whole_shape():
-    """transformers' Conv1D has no in_features that would say it."""
+    """transformers' Conv1D has no in_features to read it from."""
     from transformers.pytorch_utils import Conv1D
 
     base = Conv1D(3, 5)

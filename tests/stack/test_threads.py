@@ -1,4 +1,4 @@
-"""A forward's routing is its own: per thread, and when a checkpoint reruns it in another thread."""
+"""Each forward has its own routing, per thread, and when a checkpoint recomputes it in another thread."""
 
 import asyncio
 import threading
@@ -18,7 +18,7 @@ KINDS = ["reentrant", "non-reentrant"]
 
 
 def in_a_thread(function):
-    """The result of a function that runs in a thread of its own, or what it raised."""
+    """Runs the function in a new thread; returns its result or raises its exception."""
     found = []
 
     def run():
@@ -42,7 +42,7 @@ def gradients(adapted, losses, backward):
 
 
 def two_forwards(adapted):
-    """With tasks, with other tasks, and one for the routers."""
+    """Losses of two forwards with different tasks and of one that the routers decide."""
     losses = []
     for tasks in TASKS:
         with use_routing(adapted, task_ids=tasks):
@@ -78,7 +78,7 @@ def test_a_recompute_sees_what_its_forward_was_told(kind, where):
 @pytest.mark.parametrize("inner", KINDS)
 @pytest.mark.parametrize("outer", KINDS)
 def test_nested_checkpoints(outer, inner):
-    """The inner checkpoint is made anew each time that the outer one runs again."""
+    """The inner checkpoint is created again each time the outer one is recomputed."""
     adapted = tiny.model()
     layer, x = adapted.model.layers[0].mlp.down_proj, torch.randn(2, 5, 24, requires_grad=True)
 
@@ -99,7 +99,7 @@ def test_nested_checkpoints(outer, inner):
 
 
 def test_a_forward_without_gradients_leaves_no_trace():
-    """It is no checkpoint's, so nothing is kept of it."""
+    """It belongs to no checkpoint, so nothing is stored for it."""
     from lora_moe import context
 
     adapted = tiny.model()
@@ -111,7 +111,7 @@ def test_a_forward_without_gradients_leaves_no_trace():
 
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_threads_have_tasks_of_their_own(how):
-    """Four threads, a hundred requests each, on one model: none gets another's answer."""
+    """Four threads with a hundred requests each on one model: none gets the answer of another."""
     adapted = tiny.model().eval()
     batch = {k: v for k, v in tiny.batch(0).items() if k != "labels"}
     run = adapted if how == "eager" else torch.compile(adapted, backend="eager", dynamic=False)

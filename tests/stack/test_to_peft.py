@@ -1,4 +1,4 @@
-"""Each expert of a bank as a LoRA of PEFT again."""
+"""Writes each expert of a bank as a PEFT LoRA."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..support.peft_mixtures import llama, logits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_files_are_equal_bit_for_bit_after_the_round_trip(tmp_path, dtype):
     paths = [path for path, _ in saved(tmp_path)]
-    for path in paths[:2]:  # the third stays fp32: dtypes are each adapter's own
+    for path in paths[:2]:  # the third stays fp32: each adapter keeps its dtype
         rewritten(path, lambda state: {k: v.to(dtype) for k, v in state.items()})
     model = from_peft(llama(), paths)
     folders = to_peft(model, tmp_path / "out")
@@ -109,7 +109,7 @@ def test_layers_of_different_ranks_and_scales(tmp_path):
 
 
 def test_a_name_inside_another_ones_path_gets_its_own_rank(tmp_path):
-    """PEFT's patterns match the end of a path: "first" is the end of "inner.first", too."""
+    """PEFT's patterns match the end of a path, so "first" also matches "inner.first"."""
 
     class Pair(nn.Module):
         def __init__(self):
@@ -148,7 +148,7 @@ def test_chosen_experts_and_nothing_beside_them(tmp_path):
     ]
     assert sorted(os.listdir(tmp_path / "a")) == ["expert_1", "expert_3"]
     assert to_peft(model, tmp_path / "b", experts=4) == [tmp_path / "b/expert_4"]
-    to_peft(model, tmp_path / "b", experts=4)  # over itself
+    to_peft(model, tmp_path / "b", experts=4)  # overwrites its own files
     assert sorted(files(tmp_path / "b/expert_4")) == FILES
     for wrong in ([5], [-1], "all", [0.5]):
         with pytest.raises(ValueError, match=r"experts: expected expert ids in \[0, 5\)"):

@@ -1,4 +1,4 @@
-"""Settings that have no effect are reported once, with what to do."""
+"""Settings without effect give a single warning that says what to do."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_one_that_is_read_is_no_news():
     model = with_experts().train()
     before = hooks_of(model)
     assert not told(lambda: train(model, 6, read=True))
-    assert hooks_of(model) == before - 1  # the watch is gone
+    assert hooks_of(model) == before - 1  # the hook is removed
 
 
 def test_an_evaluation_owes_nothing():
@@ -104,5 +104,5 @@ def test_a_layer_that_does_not_run_while_its_parent_does():
     assert "exclude_modules" in message
     assert not told(model, x)
     assert hooks_of(model) == before
-    (message,) = told(untouched, x)  # a copy watches for itself
+    (message,) = told(untouched, x)  # a copy has its own hook
     assert "always.read" in message

@@ -1,4 +1,4 @@
-"""lora_moe.hf.LoraMoeTrainer: the loss's scale, accumulation, processes, and what it tells."""
+"""lora_moe.hf.LoraMoeTrainer: scale of the loss, accumulation, processes, warnings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mean_loss(outputs, labels, num_items_in_batch=None):
 
 
 def router_gradients(folder, batch, accumulation, kind, data, **experts):
-    """Of the auxiliary loss alone: experts with B = 0 give the routers no gradient of the task."""
+    """Router gradients of only the auxiliary loss: experts with B = 0 give routers no task gradient."""
     model = tiny.model(**experts)
     model.accepts_loss_kwargs = kind != "without loss kwargs"
     gradients = GradientsBeforeTheStep()
@@ -85,7 +85,7 @@ def test_the_router_gradient_is_that_of_aux_loss(tmp_path):
 
 
 class OwnLoss:
-    """As people weigh classes or distill: compute_loss without a call of super()."""
+    """A custom compute_loss, as for class weights or distillation, that does not call super()."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
@@ -140,7 +140,7 @@ def test_the_last_step_of_an_epoch_with_fewer_micro_batches_counts_full(tmp_path
 
 
 def test_logged_losses_are_the_task_alone(tmp_path):
-    """With B = 0 the model is its base, and so are the losses, whatever the coefficients."""
+    """With B = 0 the model equals its base, and so do the losses, for any coefficients."""
     data = tiny.sequences(8)
     logged = []
     for coefficient in (0.0, 1000.0):
@@ -156,7 +156,7 @@ def test_logged_losses_are_the_task_alone(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_give_the_gradient_of_one(tmp_path):
-    """DDP, also where the processes' batches have unequal numbers of tokens."""
+    """DDP, even if the processes' batches have different numbers of tokens."""
     only_z = {"balance_coef": 0.0, "z_coef": 0.1}
     whole, _ = router_gradients(tmp_path, 8, 1, "with loss kwargs", tiny.padded(8), **only_z)
     torchrun("tests.stack.processes.trainer", tmp_path)
@@ -239,13 +239,13 @@ def test_a_model_without_experts_is_refused(tmp_path):
 
 def test_data_parallel_is_refused(tmp_path):
     args = arguments(tmp_path)
-    args._n_gpu = 2  # as two visible GPUs in one process give
+    args._n_gpu = 2  # as with two visible GPUs in one process
     with pytest.raises(ValueError, match="one GPU per process, got 2"):
         LoraMoeTrainer(tiny.model(), args, train_dataset=tiny.sequences(4))
 
 
 def test_what_we_take_from_transformers_is_there():
-    """Fails with the version of transformers that moves one of these: lora_moe/hf/private.py says what."""
+    """Fails if a transformers version changes a private API used in lora_moe/hf/private.py."""
     import inspect
 
     from transformers.trainer_utils import validate_quantization_for_training

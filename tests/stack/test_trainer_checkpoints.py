@@ -1,4 +1,4 @@
-"""lora_moe.hf.LoraMoeTrainer: resuming, the best model, what a folder holds."""
+"""lora_moe.hf.LoraMoeTrainer: resuming, the best model, contents of a folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STATEFUL = {
 
 
 def run(folder, steps, resume=None, **fields):
-    """Six steps at most, saved at the third."""
+    """Trains for up to six steps, saving at the third; returns the trainer."""
     model = tiny.model(trained=True, **STATEFUL)
     freeze_experts(model, [1])
     args = arguments(
@@ -102,7 +102,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     )
     trainer.train()
     best = trainer.state.best_model_checkpoint
-    assert not best.endswith("checkpoint-4")  # such a rate makes it worse
+    assert not best.endswith("checkpoint-4")  # such a high rate makes the model worse
     loaded = load_adapter(tiny.base(), best)
     batch = {"input_ids": torch.stack([e["input_ids"] for e in data[:2]])}
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 
 def test_a_full_checkpoint_of_a_plain_trainer_resumes(tmp_path):
-    """Its weights; its optimizer has other parameter groups."""
+    """The weights resume; the optimizer has different parameter groups."""
     data = tiny.sequences(16)
     fields = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
     plain = Trainer(tiny.model(trained=True), arguments(tmp_path, **fields), train_dataset=data)

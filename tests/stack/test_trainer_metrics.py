@@ -1,4 +1,4 @@
-"""lora_moe.hf.LoraMoeTrainer: router metrics, and the routers' own rate and decay."""
+"""lora_moe.hf.LoraMoeTrainer: router metrics, and the routers' learning rate and weight decay."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_a_4_bit_base_trains(tmp_path, kind):
 
 
 def test_a_quantised_base_is_its_own_again(tmp_path):
-    """Trainer refuses it before inject and after remove, and takes its copies in between."""
+    """Trainer refuses the base before inject and after remove, and accepts copies with experts."""
     pytest.importorskip("bitsandbytes")
     from lora_moe import LoraMoeConfig, inject, remove
 
@@ -66,7 +66,7 @@ def test_a_gguf_file_loads_and_trains(tmp_path, kind):
     write_llama(tmp_path / "tiny.gguf", tiny.base(hidden_size=64, intermediate_size=64))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
     if importlib.util.find_spec("transformers.quantizers.quantizer_gguf"):
-        assert model.is_quantized  # what makes a Trainer refuse it without experts
+        assert model.is_quantized  # a Trainer refuses it without experts
     inject(model, LoraMoeConfig(**tiny.EXPERTS))
     trainer = kind(model, arguments(tmp_path), train_dataset=tiny.sequences(8))
     trainer.train()

@@ -1,4 +1,4 @@
-"""Inside Hugging Face models: random weights, a few thousand parameters each, nothing from a hub."""
+"""Inside Hugging Face models with random weights and a few thousand parameters; no downloads."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_generation_with_a_cache_equals_generation_without(name):
     ]
     assert torch.equal(*texts)
     base = remove(model).generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert not torch.equal(texts[0], base)  # the experts had a say
+    assert not torch.equal(texts[0], base)  # the experts affect the output
 
 
 def test_generation_with_a_task_for_each_sample():
@@ -100,7 +100,7 @@ def test_generation_with_a_task_for_each_sample():
 def test_gradient_checkpointing_changes_no_gradient(name, dropout):
     model, batch = ready(name, dropout=dropout)
     model.train()
-    for module in model.modules():  # the base's own dropout is not what is tested
+    for module in model.modules():  # the base's own dropout is not tested here
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     torch.manual_seed(5)
@@ -109,8 +109,8 @@ def test_gradient_checkpointing_changes_no_gradient(name, dropout):
     calls = count_forwards(model)
     torch.manual_seed(5)
     saved = gradients(model, batch)
-    assert max(calls.values()) == 2  # it did recompute
-    limit = 1e-4 if name == "t5" else 0.0  # T5's own forward takes another path, its bits differ
+    assert max(calls.values()) == 2  # recomputation happened
+    limit = 1e-4 if name == "t5" else 0.0  # T5's own forward takes another path, so bits differ
     for key, grad in plain.items():
         assert relative_error(saved[key], grad) <= limit, key
 
@@ -169,7 +169,7 @@ def test_adapters_travel_to_a_fresh_model(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_bf16_models(name):
-    """Layer by layer, on the inputs it really gets: after rounding, later routers may disagree."""
+    """Compared layer by layer on actual inputs, since rounding may change later routers' decisions."""
     model, batch, config = build(name)
     inject(model.to(torch.bfloat16), config)
     randomise(model)
@@ -211,7 +211,7 @@ def test_a_language_pattern_leaves_the_vision_tower_alone():
 
 
 def test_t5_reads_the_dtype_of_wo():
-    """T5 keeps wo in fp32 beside fp16, and casts the activations to wo.weight.dtype."""
+    """T5 keeps wo in fp32 in an fp16 model, and casts the activations to wo.weight.dtype."""
     model, batch, config = build("t5")
     model = model.to(torch.bfloat16)
     for block in (*model.encoder.block, *model.decoder.block):

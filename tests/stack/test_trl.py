@@ -53,7 +53,7 @@ def test_sft_trains_saves_and_loads(tmp_path, mode):
     trainer = sft(tmp_path, model, save_strategy="steps", save_steps=2, **MODES[mode])
     trainer.train()
     assert len(numbers(trainer, "loss")) == len(numbers(trainer, "router/aux_loss")) == 2
-    assert len(numbers(trainer, "mean_token_accuracy")) == 2  # TRL's own metrics are there
+    assert len(numbers(trainer, "mean_token_accuracy")) == 2  # TRL's own metrics are logged
     for layer in injected(model).values():
         assert layer.lora_B.any()
     files = set(os.listdir(tmp_path / "checkpoint-2"))
@@ -87,7 +87,7 @@ def test_padding_free_counts_the_same_tokens(tmp_path):
         def make(model, callbacks, mode=mode, **fields):
             return sft(tmp_path, model, count=8, callbacks=callbacks, **MODES[mode] | fields)
 
-        # one sequence a batch: without Flash Attention nothing keeps those of a batch apart
+        # one sequence per batch: without Flash Attention, sequences would attend to each other
         fields = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
         found.append(aux_gradients(make, **fields))
     for name, gradient in found[0].items():
@@ -165,7 +165,7 @@ def test_sft_with_an_adapter_of_ours_by_peft(tmp_path):
 
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
 def test_peft_config_with_trls_own_trainer(tmp_path, kind):
-    """TRL makes the PeftModel; DPO's reference is that model with its adapter off."""
+    """TRL creates the PeftModel; DPO's reference is that model with its adapter disabled."""
     peft = pytest.importorskip("peft")
     methods = pytest.importorskip("lora_moe.peft")
     config = methods.MoeLoraConfig(

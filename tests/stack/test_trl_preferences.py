@@ -52,7 +52,7 @@ def test_dpo_refers_to_the_policy_at_the_start_without_a_second_model(tmp_path, 
     second = dpo(tmp_path, policy, ref_model=copied)
     second.train()
     assert numbers(ours, "loss")[0] == pytest.approx(0.6931, abs=1e-3)  # policy = reference
-    assert numbers(ours, "loss")[1] != numbers(ours, "loss")[0]  # and then it moves
+    assert numbers(ours, "loss")[1] != numbers(ours, "loss")[0]  # then it changes
     for key in ("loss", "rewards/margins", "router/aux_loss"):
         assert numbers(ours, key) == pytest.approx(numbers(second, key), rel=1e-5, abs=1e-6)
 

@@ -33,7 +33,7 @@ def test_blocks_nest_and_go_over_set_routing():
     each = answers(model)
     set_routing(model, task_ids=ids(1, 1))
     with use_routing(model, task_ids=ids(2, 2)):
-        with use_routing(model, mask=torch.ones(2, 6)):  # keeps the routing of the block around
+        with use_routing(model, mask=torch.ones(2, 6)):  # inherits the routing of the outer block
             assert torch.equal(model(TOKENS).logits, each[2])
         with use_routing(model, task_ids=ids(0, 0)):
             assert torch.equal(model(TOKENS).logits, each[0])

@@ -1,4 +1,4 @@
-"""Routing of a block of code in recomputations, copies and compiled models."""
+"""use_routing in recomputations, copies and compiled models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def in_thread(function):
 
 
 def two_tasks(model, decide):
-    """The gradients of two forwards with tasks of their own, whose backward comes afterwards."""
+    """The summed loss of two forwards with different tasks, for a backward after both."""
     losses = []
     for tasks in (ids(0, 1), ids(2, 3)):
         with decide(model, tasks):
@@ -37,7 +37,7 @@ def block(model, tasks):
 
 
 class Set:
-    """set_routing, whose effect lasts."""
+    """set_routing as a context manager; its effect lasts."""
 
     def __init__(self, model, tasks):
         set_routing(model, task_ids=tasks)
@@ -139,7 +139,7 @@ def test_checkpoint_context_for_a_pytorch_that_hides_its_checkpoints(monkeypatch
 
 
 def test_this_pytorch_shows_its_checkpoints():
-    """recompute.checkpoints_around reads a private closure: notice when PyTorch changes it."""
+    """recompute.checkpoints_around reads a private closure; fails if PyTorch changes it."""
     seen = []
 
     def function(x):

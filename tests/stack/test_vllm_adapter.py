@@ -1,4 +1,4 @@
-"""The adapter as a server reads it: in the dtypes that it serves, completely or not at all."""
+"""The adapter as read by a server: in its dtypes, either completely or not at all."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_the_folder_that_peft_saves(tmp_path):
 def test_nothing_imports_vllm_before_it_serves():
     code = """if True:
         import sys
-        sys.modules["vllm"] = None  # whoever imports it fails
+        sys.modules["vllm"] = None  # importing it fails
         import lora_moe, lora_moe.vllm.adapter, lora_moe.vllm.bank
         assert lora_moe.vllm.LOAD_FORMAT == "lora_moe"
         try:

@@ -1,6 +1,6 @@
-"""Serving without a server: the ranks' shards together equal the whole layer.
+"""Sharded serving without a server: the ranks' shards together equal the whole layer.
 
-Shapes, shards and operators are those that vLLM calls; tests/stack/vllm runs them in vLLM itself.
+Shapes, shards and operators are those that vLLM uses; tests/stack/vllm runs them in vLLM itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def experts(config, D_out, seed=0):
-    """A layer whose experts, routers and biases all matter."""
+    """A layer whose experts, routers and biases all affect the output."""
     torch.manual_seed(seed)
     layer = LoraMoeLinear(nn.Linear(D_IN, D_out), config).eval()
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_a_replicated_layer_is_whole_on_every_rank(ranks):
         torch.testing.assert_close(part, whole(layer, x, y))
 
 
-# query of 8 heads of 2 columns, key and value of 2: at 4 ranks two of them hold the same one
+# 8 query heads of 2 columns, 2 key and value heads: with 4 ranks, pairs of ranks hold the same head
 QKV = {1: ((16, 4, 4), ()), 2: ((8, 2, 2), ()), 4: ((4, 2, 2), (1, 2, 2))}
 
 
@@ -120,7 +120,7 @@ def test_key_and_value_heads_that_ranks_share(ranks, present):
     assert shards[0].wholes == (16, 4, 4)
 
     def held(rank, whole_outputs):
-        """By heads, in vLLM's words: key head h is on the ranks h * replicas and after."""
+        """The rank's part of the outputs, by heads: key head h is on ranks h * replicas and following."""
         every = replicas or (1, 1, 1)
         return [
             v[:, rank // n * w : (rank // n + 1) * w]
@@ -134,7 +134,7 @@ def test_key_and_value_heads_that_ranks_share(ranks, present):
 
 
 def test_one_bank_over_all_outputs_of_a_fused_layer():
-    """A base whose own checkpoint has qkv_proj as one linear."""
+    """A base whose checkpoint has qkv_proj as one linear."""
     layer = experts(CONFIGS["softmax"], 24)
     x, y = torch.randn(T, D_IN), torch.randn(T, 24)
     shards = shards_of("column", 4, *QKV[4])

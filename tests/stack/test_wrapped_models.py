@@ -26,7 +26,7 @@ IDS = torch.tensor([0, 3])
 
 
 class Scorer(nn.Module):
-    """As reward models, Lightning modules and sentence encoders are."""
+    """A wrapper like those of reward models, Lightning modules and sentence encoders."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ def llava():
 
 
 def test_patches_of_an_image_are_not_masked_by_the_text():
-    """Five patches, ten tokens of text: the mask's last five columns say nothing of the patches."""
+    """Five patches, ten text tokens: the last five columns of the mask do not apply to the patches."""
     model = inject(llava(), LoraMoeConfig(num_experts=4, r=2, target_modules=("q_proj",)))
     tokens = torch.cat([torch.full((2, 4), 39), TOKENS], 1)
     mask = torch.cat([torch.ones(2, 4, dtype=torch.long), MASK], 1)

@@ -19,7 +19,7 @@ def accelerator_of(plugin=None):
 
 
 def expect_states_to_travel(accelerator, place, plain):
-    """Three steps equal one process's; save_state and load_state bring the weights and moments back."""
+    """Three steps equal those of one process; save_state and load_state restore the weights and moments."""
     adapted = drawn()
     model, optimizer = accelerator.prepare(adapted, tiny.adamw(adapted))
     whole = accelerator.unwrap_model(model)

@@ -19,11 +19,11 @@ OPTIMIZERS = {
         tiny.trained(m).values(), lr=0.1, momentum=0.9, weight_decay=0.1
     ),
 }
-FROZEN = [0, 2]  # rows 0 and 3, 4 of 5: on both sides of the border between the shards
+FROZEN = [0, 2]  # rows 0 and 3, 4 of 5: on both sides of the shard boundary
 
 
 def rows(adapted) -> dict:
-    """Of the frozen experts."""
+    """{name: rows of the frozen experts}."""
     return {
         f"{path}.{name}": tiny.full(getattr(layer, name))[[0, 3, 4]]
         for path, layer in injected(adapted).items()
@@ -39,7 +39,7 @@ def moved(adapted, optimizer, steps, wrapped=None):
 
 
 def expect_still(wrap, make):
-    """The optimizer is made, and gathers momentum, before the experts are frozen."""
+    """Frozen rows stay unchanged even if the optimizer has momentum from before they were frozen."""
     adapted, whole = wrap(tiny.model()), tiny.model()
     optimizer, reference = make(adapted), make(whole)
     moved(adapted, optimizer, [0])
@@ -55,7 +55,7 @@ def expect_still(wrap, make):
     freeze_experts(adapted, None)
     moved(adapted, optimizer, [0])
     after = rows(adapted)
-    assert not any(torch.equal(after[name], before[name]) for name in after), "freed, they move"
+    assert not any(torch.equal(after[name], before[name]) for name in after), "unfrozen rows change"
 
 
 def check_every_optimizer(place):

@@ -38,7 +38,7 @@ def check_fsdp2(place):
 
 
 def check_ddp(place):
-    """An expert without a token gets a zero gradient, so that no parameter is missed."""
+    """An expert without tokens gets a zero gradient, so that DDP misses no parameter."""
     model = moes.ours().train()
     expected = gradients(copy.deepcopy(model))
     ddp = DDP(model)

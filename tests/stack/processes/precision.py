@@ -30,7 +30,7 @@ def check_bf16_base_without_a_policy(place):
 
 
 def shard_in_bf16(adapted, **options):
-    """The function that docs/distributed.md prints, run as it is there; options for each of its calls."""
+    """Runs the function printed in docs/distributed.md, with options for each of its calls."""
     scope = {"torch": torch}
     exec(BLOCKS[1], scope)
     scope["fully_shard"] = functools.partial(fully_shard, **options)
@@ -38,9 +38,9 @@ def shard_in_bf16(adapted, **options):
 
 
 def check_bf16_policy_with_experts_in_fp32(place):
-    """The losses of a bf16 base, and the gradients of one process with the same units.
+    """Losses equal those of a bf16 base, gradients those of one process with the same units.
 
-    Autograd sums the gradients of an input of several units in another order, in bf16, than without units.
+    With units, autograd sums the bf16 gradients of an input that several units share in another order.
     """
     adapted, plain = shard_in_bf16(tiny.model()), tiny.model()
     single = init_device_mesh("cpu", (2, 1), mesh_dim_names=("model", "shard"))["shard"]
@@ -71,7 +71,7 @@ def shard_1(adapted):
 
 
 def check_fsdp1(place):
-    """Trains, saves and loads; frozen rows cannot be found in its flat parameters."""
+    """FSDP1 trains, saves and loads; freezing rows is refused, as its parameters are flattened."""
     adapted, whole = tiny.model(), tiny.model()
     wrapped = shard_1(adapted)
     optimizer = tiny.adamw(wrapped)

@@ -1,7 +1,7 @@
 """torchrun --nproc-per-node 2 -m tests.stack.processes.run OUT MODULE...: run the modules' checks.
 
-A check is a function `check_*` that every process calls with a directory that all of them share.  The
-result of each process is written to OUT/RANK.json after each check: {check: "" or a traceback}.
+A check is a function `check_*` that every process calls with a shared directory.  The results of each
+process are written to OUT/RANK.json after each check: {check: "" or a traceback}.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# a collective that only one process has called ends after this
+# timeout of a collective that not all processes have called
 PATIENCE = datetime.timedelta(seconds=60)
 
 

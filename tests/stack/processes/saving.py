@@ -21,7 +21,7 @@ FIELDS = {"modules_to_save": ("lm_head",), "selection_bias": True, "router_bias"
 
 
 def drawn(seed=1):
-    """With something of everything that a file holds."""
+    """A model that has everything that a file can hold."""
     adapted = tiny.model(seed=seed, **FIELDS)
     freeze_experts(adapted, [seed % 3])
     with torch.no_grad():
@@ -33,7 +33,7 @@ def drawn(seed=1):
 
 
 def alone(adapted, place) -> tuple[dict, bytes]:
-    """What one process writes."""
+    """(header, data) of the file written by one process."""
     if dist.get_rank() == 0:
         save_adapter(adapted, place / "alone")
     dist.barrier()
@@ -41,14 +41,14 @@ def alone(adapted, place) -> tuple[dict, bytes]:
 
 
 def together(adapted, place, **options) -> tuple[dict, bytes]:
-    """What is there after every process has called."""
+    """(header, data) of the file after every process has called save_adapter."""
     save_adapter(adapted, place / "together", **options)
     dist.barrier()
     return content(place / "together")
 
 
 def content(directory) -> tuple[dict, bytes]:
-    """Header and data; the order of the header's metadata is the serializer's whim."""
+    """(header, data) of a file, independent of the order of its metadata."""
     with open(directory / "lora_moe.safetensors", "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         return header, file.read()
@@ -63,7 +63,7 @@ def logits(model):
 
 
 def expect_both_ways(wrap, place):
-    """A file of the wrapped model is that of the plain one, and each loads the other's."""
+    """The wrapped and the plain model write the same file, and each loads that of the other."""
     plain = drawn()
     wrapped = wrap(drawn())
     theirs = alone(plain, place)
@@ -130,11 +130,11 @@ def check_not_contiguous(place):
     expect_both_ways(transposed, place)
 
 
-# --- who calls, who writes -------------------------------------------------------------------------
+# --- which ranks call, which write -----------------------------------------------------------------
 
 
 def check_rank_0_alone_does_not_wait(place):
-    """Nothing is sharded, so no process needs another: this would time out."""
+    """Nothing is sharded, so rank 0 may call alone; waiting for the others would time out."""
     ddp = DDP(drawn())
     if dist.get_rank() == 0:
         save_adapter(ddp, place)
@@ -151,7 +151,7 @@ def check_every_rank_calls_and_one_writes(place):
 
 
 def check_mesh_without_rank_0(place):
-    """The second of two models, each on processes of its own: its first process writes."""
+    """A model on a mesh without rank 0 is written by the first process of its mesh."""
     mine = init_device_mesh("cpu", (2, 1), mesh_dim_names=("model", "shard"))["shard"]
     adapted = shard(drawn(seed=dist.get_rank() + 1), mesh=mine)
     save_adapter(adapted, place / str(dist.get_rank()))
@@ -160,7 +160,7 @@ def check_mesh_without_rank_0(place):
 
 
 def check_an_error_reaches_every_rank(place):
-    """Not a NaN on the writer and a barrier on the others."""
+    """An error on the writer is raised on every rank, instead of leaving the others in a barrier."""
     adapted = shard(drawn())
     with torch.no_grad():
         next(iter(injected(adapted).values())).lora_A.fill_(float("nan"))
@@ -188,7 +188,7 @@ def check_state_dict_keys_are_attribute_paths(place):
 
 
 def check_dcp(place):
-    """Saved sharded, loaded sharded by another layout, and whole."""
+    """Saved sharded, loaded with another sharding and unsharded."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -213,7 +213,7 @@ def check_dcp(place):
 
 
 def check_save_pretrained(place):
-    """The base under its own names, the experts beside it; also from a state dict on rank 0 alone."""
+    """Writes base under its own names and the experts; also with a state dict on only rank 0."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from transformers import LlamaForCausalLM
 

@@ -1,6 +1,6 @@
 """A tiny Llama with experts, its batches, and the steps of one process as the reference for all comparisons.
 
-The total rank of the experts, 1 + 2 + 2 rows, is not divisible by the number of processes: shards are uneven.
+The experts have 1 + 2 + 2 rank rows, which is not divisible by the number of processes: shards are uneven.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def base(dtype=torch.float32):
 
 
 def model(dtype=torch.float32, seed=1, **fields):
-    """Experts whose B is not zero, so that they have a say and every gradient flows."""
+    """A tiny Llama whose experts have a nonzero B, so that they affect the output and all gradients."""
     adapted = inject(base(dtype), LoraMoeConfig(**EXPERTS | {"target_modules": TARGETS} | fields))
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def model(dtype=torch.float32, seed=1, **fields):
 
 
 def batch(index: int) -> dict:
-    """Two rows of five tokens, one of them short."""
+    """A batch of two rows of five tokens, one of them padded."""
     ids = torch.randint(1, 32, (2, 5), generator=torch.Generator().manual_seed(100 + index))
     mask = torch.ones_like(ids)
     mask[0, 3:] = 0
@@ -51,7 +51,7 @@ def task_ids(index: int) -> torch.Tensor:
 
 
 def loss_of(wrapped, adapted, index: int, tasks: bool = False) -> torch.Tensor:
-    """The loss of batch `index`, with the routers' loss or else with task ids."""
+    """The loss of batch `index`, with the auxiliary loss, or with task ids if `tasks`."""
     if tasks:
         with use_routing(adapted, task_ids=task_ids(index)):
             return wrapped(**batch(index)).loss
@@ -68,7 +68,7 @@ def adamw(adapted, **options):
 
 
 def one_process(adapted, optimizer, steps: int = 3, ranks: int = 2, tasks: bool = False):
-    """[(losses of the micro-batches, gradients)] of each step: gradients of all, each loss halved."""
+    """[(losses of the micro-batches, gradients)] per step; gradients are accumulated from halved losses."""
     history = []
     for step in range(steps):
         losses = []
@@ -83,7 +83,7 @@ def one_process(adapted, optimizer, steps: int = 3, ranks: int = 2, tasks: bool 
 
 
 def full(tensor):
-    """A tensor of which this process may hold a part."""
+    """The full tensor, of which this process may hold a shard."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole.detach().clone()
 

@@ -8,7 +8,7 @@ GLOO = "terminate called without an active exception"  # of a thread that outliv
 
 
 def run_to_the_end(command, **options) -> subprocess.CompletedProcess:
-    """subprocess.run, once more where gloo aborted a process that was ending."""
+    """subprocess.run, repeated once if gloo aborted a process that was exiting."""
     for _ in range(3):
         done = subprocess.run(command, capture_output=True, text=True, **options)
         if done.returncode == 0 or GLOO not in done.stderr:

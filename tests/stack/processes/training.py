@@ -23,7 +23,7 @@ def shard(adapted, **options):
 
 
 def expect_as_one_process(wrap, tasks=False, prepare=None, **fields):
-    """Train a model that `wrap` spreads over the processes, and one that is whole, in each of them."""
+    """Trains a model wrapped by `wrap` and an unwrapped one in each process, and compares them."""
     adapted, whole = tiny.model(**fields), tiny.model(**fields)
     for each in (adapted, whole):
         if prepare:
@@ -47,7 +47,7 @@ def check_ddp_with_routers_and_aux_loss(place):
 
 
 def check_ddp_with_task_ids(place):
-    """No find_unused_parameters: the routers that nobody asked get a zero gradient."""
+    """Works without find_unused_parameters, as routers that are not used get a zero gradient."""
     expect_as_one_process(DDP, tasks=True, router_bias=True)
 
 
@@ -69,7 +69,7 @@ def check_ddp_with_checkpointing(place):
 
 
 def check_ddp_without_sync(place):
-    """Each process accumulates two micro-batches, and the gradients travel once."""
+    """Each process accumulates two micro-batches, and gradients are reduced once."""
     adapted, whole = tiny.model(), tiny.model()
     ddp, rank = DDP(adapted), dist.get_rank()
     with ddp.no_sync():
@@ -112,7 +112,7 @@ def check_fsdp2_with_weights_offloaded(place):
 
 
 def check_fsdp2_from_meta(place):
-    """Sharded before there are weights; scaling and routers come back whole."""
+    """A model sharded on the meta device; scaling and routers are initialized correctly."""
     with torch.device("meta"):
         adapted = tiny.model()
     shard(adapted)

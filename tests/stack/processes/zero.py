@@ -12,7 +12,7 @@ from lora_moe import freeze_experts, inject, injected, load_adapter
 from . import tiny
 from .saving import alone, content, drawn, logits, together
 
-# rounding apart: ZeRO adds the gradients of a flat bucket
+# allows for rounding: ZeRO sums gradients in flat buckets
 TOLERANCE = 1e-5
 
 
@@ -52,7 +52,7 @@ def check_zero_3(place):
 
 
 def check_saved_both_ways(place):
-    """Through the engine or the model in it; loaded into an engine, and into a plain model."""
+    """Saved through the engine or the model in it; loaded into an engine and into a plain model."""
     plain = drawn()
     theirs = alone(plain, place)
     for stage in (2, 3):
@@ -68,7 +68,7 @@ def check_saved_both_ways(place):
 
 
 def check_loaded_values_outlive_a_step(place):
-    """ZeRO's optimizer steps its own copies, which are loaded as well."""
+    """ZeRO's optimizer steps fp32 copies, which must be loaded as well."""
     plain = tiny.model()
     alone(plain, place)
     tiny.one_process(plain, tiny.adamw(plain), 1)
@@ -95,7 +95,7 @@ def check_save_pretrained(place):
 
 
 def check_frozen_experts_are_refused(place):
-    """ZeRO steps a flat copy, so the rows would move in silence."""
+    """ZeRO steps a flattened copy, so frozen rows would change silently."""
     for stage in (2, 3):
         adapted = tiny.model()
         freeze_experts(adapted, [1])

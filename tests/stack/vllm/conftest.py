@@ -17,5 +17,5 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def every_kind(base, tmp_path_factory):
-    """An adapter in which each layer has a configuration of another kind."""
+    """An adapter in which each layer has a different kind of configuration."""
     return models.save_adapter(base, tmp_path_factory.mktemp("adapter"), models.KINDS)

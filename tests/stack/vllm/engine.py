@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def fields(base, adapter, **more):
-    """Of vllm.LLM: small chunks, so that long prompts are prefilled in parts beside others' decoding."""
+    """Arguments of vllm.LLM; small chunks, so that prefill of long prompts overlaps with decoding."""
     own = {"load_format": "lora_moe", "additional_config": {"lora_moe": {"adapter": str(adapter)}}}
     return {
         "model": str(base), "dtype": "float32", "max_model_len": 256, "enforce_eager": True,
@@ -31,7 +31,7 @@ def environment(ranks=1, **more):
 
 
 def run(folder, job, limit=420, **variables):
-    """OUT of a job, or a failed process's output as RuntimeError."""
+    """Runs a job and returns its OUT; RuntimeError with the process's output if it fails."""
     engine = job["engine"]
     ranks = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
     asked, answered = folder / "job.json", folder / "out.json"
@@ -53,7 +53,7 @@ def main(asked, answered):
     job = json.loads(Path(asked).read_text())
     llm = LLM(**job["engine"])
     told = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    # without prompts' logprobs vLLM takes prefixes from its cache; with LoRAs it cannot make them
+    # without prompt logprobs vLLM uses cached prefixes; with LoRAs it does not support them
     lora = LoRARequest("plain", 1, job["lora"]) if "lora" in job else None
     rounds = []
     for of_prompts, request in ((None, None), (None, lora)) if lora else ((0, None), (None, None)):
@@ -73,7 +73,7 @@ def _read(output):
     known += [step[i] for i, step in zip(made.token_ids, made.logprobs)]
     return {
         "sequence": [*ids, *made.token_ids],
-        "logprobs": [k.logprob for k in known],  # of the last tokens, as many as there are
+        "logprobs": [k.logprob for k in known],  # of the last tokens, as many as available
         "cached": output.num_cached_tokens,
     }
 

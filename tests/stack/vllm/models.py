@@ -17,7 +17,7 @@ from lora_moe.routers import NoisyRouter, ThresholdRouter
 
 VOCABULARY = 128
 SIZES = {"num_experts": 4, "r": 4}
-# what stands in layer i; a linear that a pattern leaves out has no experts
+# configuration of layer i; a linear that no pattern matches has no experts
 KINDS = (
     LoraMoeConfig(**SIZES, target_modules=r".*\.0\.(self_attn|mlp)\..*_proj"),
     LoraMoeConfig(**SIZES, gate="sigmoid", target_modules=r".*\.1\.(self_attn|mlp)\..*_proj"),
@@ -40,7 +40,7 @@ KINDS = (
 
 
 def save_base(folder, **sizes):
-    """Heads of 32 columns, as vLLM's attention on a CPU asks for; two key heads, which four ranks share."""
+    """Saves a model with heads of 32 columns, as required by vLLM's CPU attention, and two key heads."""
     torch.manual_seed(0)
     fields = {
         "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 8,
@@ -61,7 +61,7 @@ def load_base(folder, dtype=torch.float32):
 
 
 def save_adapter(base, folder, configs, seed=1, scale=0.1):
-    """Experts and routers that matter: B of `scale`, routers that disagree about tokens."""
+    """Saves an adapter that affects the output: B of size `scale`, routers with varied decisions."""
     torch.manual_seed(seed)
     model = lora_moe.inject(load_base(base), configs)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def save_adapter(base, folder, configs, seed=1, scale=0.1):
 
 
 def prompts(count=16, longest=80, seed=0):
-    """Token ids of unequal lengths; the later half starts as the earlier, for caches of prefixes."""
+    """Token ids of various lengths; the second half has the prefixes of the first, for prefix caching."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (count, longest), generator=generator)
     half = count // 2
@@ -85,7 +85,7 @@ def prompts(count=16, longest=80, seed=0):
 
 @torch.no_grad()
 def log_probabilities(model, ids):
-    """Of each next token (len - 1,), and of each decision on the way how near it was (len, layers)."""
+    """(log-probabilities of the next tokens (len - 1,), gap of each decision (len, layers))."""
     logits = model(torch.tensor([ids])).logits[0].float()
     next_ones = torch.log_softmax(logits, -1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])
     gaps = [gap(layer) for layer in lora_moe.injected(model).values()]
@@ -93,7 +93,7 @@ def log_probabilities(model, ids):
 
 
 def gap(layer):
-    """(T,): how near a decision of the layer's last forward was to another one."""
+    """(T,): gap between each decision of the layer's last forward and the next alternative."""
     config, logits = layer.config, layer.routing.logits
     if isinstance(config.router, ThresholdRouter):  # gates go to zero where an expert leaves
         return torch.ones(len(logits))

@@ -1,4 +1,4 @@
-"""What is refused at startup, each with a clear message; what the loader leaves behind in vLLM's model."""
+"""What is refused at startup, each with a clear message; the state of vLLM's model after loading."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ vllm = pytest.importorskip(
 
 @pytest.fixture(scope="module", autouse=True)
 def world():
-    """The one rank that vLLM's layers ask for."""
+    """A process group of one rank, which vLLM's layers require."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state as state
 
@@ -60,7 +60,7 @@ def test_buffers_beside_the_base(base, every_kind):
     assert layer.lora_moe_0_w.dtype == torch.float32
     assert not [n for n, _ in model.named_parameters() if "lora_moe" in n]
     assert not [n for n in model.state_dict() if "lora_moe" in n]
-    # q and v of layer 4 are of one configuration, k of another; layer 7 has none around k and v
+    # q and v of layer 4 share a configuration, k has another; layer 7 has no experts on k and v
     assert model.model.layers[4].self_attn.qkv_proj.quant_method.banks.count == 3
     assert model.model.layers[7].self_attn.qkv_proj.quant_method.banks.count == 1
     assert type(model.lm_head.quant_method).__name__ == "UnquantizedEmbeddingMethod"
@@ -139,7 +139,7 @@ def test_a_truncated_file(base, every_kind, tmp_path):
 
 
 def test_another_base(every_kind, tmp_path):
-    """Fewer layers and another width: every misfit is listed."""
+    """Fewer layers and another width: every mismatch is listed."""
     other = models.save_base(tmp_path / "other", num_hidden_layers=7, intermediate_size=64)
     with pytest.raises(ValueError, match="around linear layers of this base") as refused:
         loaded(configured(other, every_kind))

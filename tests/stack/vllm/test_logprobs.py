@@ -16,15 +16,15 @@ pytest.importorskip(
 )
 
 NEW = 12
-# of logits, or of gates where a bias or a bound decides: nearer, two computations may take other experts
+# of logits, or of gates if a bias or bound decides: below it, two computations may pick other experts
 GAP = 1e-5
 
 
 def compare(model, rounds, most=1e-4):
-    """Asserts `most` wherever both took the same experts.
+    """Asserts a difference of at most `most` wherever both picked the same experts.
 
-    Elsewhere is after a decision within GAP of another one, of which at most 1 in 10,000 may have gone the
-    other way: a flip reaches every later token of its sequence.
+    They may differ only after a decision within GAP of an alternative, at most 1 in 10,000 of which may be
+    flipped; a flip affects all later tokens of its sequence.
     """
     worst = tokens = decisions = flips = 0
     for answer in (a for answers in rounds for a in answers):
@@ -57,21 +57,21 @@ RUNS = {
     "TP=2": {"tensor_parallel_size": 2},
     "TP=2, compiled": {"tensor_parallel_size": 2, "enforce_eager": False},
     "TP=4": {"tensor_parallel_size": 4},
-    # vLLM 0.32's CPU worker starts no pipeline of an eager model, with or without experts
+    # vLLM 0.32's CPU worker cannot run an eager model in a pipeline, with or without experts
     "PP=2, compiled": {"pipeline_parallel_size": 2, "enforce_eager": False},
 }
 
 
 @pytest.mark.parametrize("fields", RUNS.values(), ids=RUNS)
 def test_every_kind_of_experts(fields, base, every_kind, tmp_path):
-    """16 prompts of unequal lengths, prefilled in chunks; the second round reads prefixes from the cache."""
+    """16 prompts of various lengths, prefilled in chunks; the second round uses cached prefixes."""
     out = ask(tmp_path, base, every_kind, **fields)
     first, again = out["rounds"]
     model = lora_moe.load_adapter(models.load_base(base), every_kind)
     compare(model, out["rounds"])
     assert sum(a["cached"] > 0 for a in again) >= 8
     assert len(first[0]["logprobs"]) == 80 + NEW - 1 and len(again[0]["logprobs"]) == NEW
-    # the experts do something: the base alone says something else
+    # the experts affect the output: the base alone gives other values
     plain, _ = models.log_probabilities(models.load_base(base), first[0]["sequence"])
     assert (torch.tensor(first[0]["logprobs"]) - plain).abs().mean() > 0.05
 
@@ -96,16 +96,16 @@ def of_model(base, adapter, dtype, answers):
 
 
 def apart(a, b):
-    """The difference's mean and 95th percentile."""
+    """Mean and 95th percentile of the absolute difference."""
     difference = (a - b).abs().numpy()
     return np.array([difference.mean(), np.percentile(difference, 95)])
 
 
 def test_bf16_is_as_near_as_the_base_is(base, every_kind, tmp_path):
-    """To transformers in bf16 with experts of a usual size, and to the truth with those that say the most.
+    """Close to transformers in bf16 for experts of typical size, and to exact values for large experts.
 
-    Experts of the second kind outweigh the base, and each rounding may send a token to others: there the
-    measure is what transformers itself errs in bf16.
+    Large experts outweigh the base, and rounding may send a token to other experts: there the bound is the
+    error of transformers itself in bf16.
     """
     usual = models.save_adapter(base, tmp_path / "usual", models.KINDS, scale=0.005)
     found = {}
@@ -116,7 +116,7 @@ def test_bf16_is_as_near_as_the_base_is(base, every_kind, tmp_path):
         exact = of_model(base, adapter, torch.float32, answers)
         plain = of_model(base, None, torch.float32, answers)
         found[name] = apart(served, rounded), apart(served, exact), apart(rounded, exact)
-        print(name, *found[name], "experts say", apart(exact, plain))
+        print(name, *found[name], "effect of the experts", apart(exact, plain))
     assert (found["usual"][0] <= 2 * found["base"][0]).all()
     assert (found["large"][1] <= 2 * found["large"][2]).all()
 
@@ -137,6 +137,6 @@ def test_the_folder_that_peft_saves(base, tmp_path):
 
 
 def test_vllms_model_of_transformers_itself(base, every_kind, tmp_path):
-    """The backend for models that vLLM has no code for: its linears are as transformers has them."""
+    """vLLM's backend for models without vLLM code, which uses the linears of transformers."""
     out = ask(tmp_path, base, every_kind, model_impl="transformers")
     compare(lora_moe.load_adapter(models.load_base(base), every_kind), out["rounds"])

@@ -33,7 +33,7 @@ def client_of(address):
 
 
 def test_64_requests_at_once(base, every_kind, tmp_path):
-    """Nothing is lost, and answers are those of requests that come alone, and transformers'."""
+    """No request is lost, and answers equal those of single requests and of transformers."""
     asked = models.prompts(64, 40, seed=3)
     with serving(base, every_kind, tmp_path / "log", *OPTIONS) as address:
         client = client_of(address)
@@ -93,9 +93,9 @@ def plain_lora(base, folder):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_requests_with_a_plain_lora_beside_others(ranks, base, every_kind, tmp_path):
-    """vLLM's own LoRA of a request adds to the mixture, which all requests have.
+    """A request's vLLM LoRA is added to the mixture, which applies to all requests.
 
-    One batch after the other: on CPUs, vLLM 0.32 gives a LoRA to all of a batch, without experts too.
+    Batches run one after another: on CPUs, vLLM 0.32 applies a LoRA to a whole batch, even without experts.
     """
     peft = pytest.importorskip("peft")
     lora = plain_lora(base, tmp_path / "lora")
