@@ -60,7 +60,7 @@ def assert_unchanged(model, before):
 
 
 def rewrite(directory, change=None, metadata=None):
-    """The saved file again, with its tensors changed and its description replaced."""
+    """Rewrites the saved file with changed tensors and a new description."""
     path = Path(directory) / FILE
     with safetensors.safe_open(path, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -18,7 +18,7 @@ every_reading = pytest.mark.parametrize(**ids)
 
 
 class Host(nn.Module):
-    """A model of one linear that takes what Hugging Face's take."""
+    """A model of one linear that takes the arguments of Hugging Face models."""
 
     def __init__(self, dtype):
         super().__init__()
@@ -29,7 +29,7 @@ class Host(nn.Module):
 
 
 def host(route_by="first", *, tasks=1, seed=0, dtype=torch.float64, **fields):
-    """A Host whose task has begun, with branches of order one and routers that disagree."""
+    """A Host whose task has begun, with branches of order one and routers with varied decisions."""
     torch.manual_seed(seed)
     model = Host(dtype)
     sizes = {"num_branches": E, "r": R, "top_k": K, "alpha": 7.5, "target_modules": ("linear",)}
@@ -61,7 +61,7 @@ def step(model, optimizer, seed):
 
 
 def learn(model, steps=3, seed=0):
-    """A task with the optimizer that would move frozen rows most: momentum and weight decay."""
+    """Trains a task with momentum and weight decay, which would change frozen rows most; the optimizer."""
     trained = list(model.parameters())
     optimizer = torch.optim.SGD(trained, lr=0.05, momentum=0.9, weight_decay=0.1)
     for i in range(steps):

@@ -11,7 +11,7 @@ from lora_moe.methods import c_lorae
 from lora_moe.methods.c_lorae import CLoraeConfig, CollaborativeLinear
 
 fp64 = pytest.mark.skipif(
-    lora_moe.backend.serving("cpu") == "triton", reason="Triton serves no fp64"
+    lora_moe.backend.serving("cpu") == "triton", reason="Triton does not support fp64"
 )
 D_IN, D_OUT = 20, 14
 TASKS = torch.tensor([2, 0, -1, 1, 0])  # of five samples; the third has none
@@ -26,7 +26,7 @@ CONFIGS = {
 
 
 def make(config=CONFIGS["softmax"], dtype=torch.float64, seed=0):
-    """A layer whose B is of order one and whose gate is undecided about nothing."""
+    """A layer with a B of order one and a gate that is never close to undecided."""
     torch.manual_seed(seed)
     layer = CollaborativeLinear(nn.Linear(D_IN, D_OUT, dtype=dtype), config)
     nn.init.normal_(layer.lora_B, std=0.5)

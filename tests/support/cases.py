@@ -27,7 +27,7 @@ class Case:
     with_bias: bool = False
     with_router_bias: bool = False
     with_base: bool = True
-    skew: float = 0.0  # pulls every token towards expert 0
+    skew: float = 0.0  # pulls every token toward expert 0
 
     @property
     def offsets(self) -> list[int]:
@@ -104,7 +104,7 @@ def sample(case: Case, dtype=torch.float32, seed: int = 0, adapter_dtype=None) -
     rows_a = int(rank) if case.shared_a else case.R
     w = normal(case.E, case.D_in, scale=case.D_in**-0.5)
     x = normal(case.T, case.D_in)
-    if case.skew:  # a constant feature that only expert 0's router row looks at
+    if case.skew:  # a constant feature that only expert 0's router row reads
         x[:, 0] = 1
         w[0, 0] += case.skew
     adapter = adapter_dtype or dtype
@@ -121,7 +121,7 @@ def sample(case: Case, dtype=torch.float32, seed: int = 0, adapter_dtype=None) -
 
 
 def in_double(inputs: dict) -> dict:
-    """The same rounded numbers in fp64: the operands of the truth."""
+    """The same rounded numbers in fp64, the operands of the reference result."""
     return {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
 
 

@@ -1,4 +1,4 @@
-"""What can be verified of the CUDA build without a GPU (`make check-cuda`).
+"""Verifies the CUDA build as far as possible without a GPU (`make check-cuda`).
 
     LORA_MOE_BACKEND=cuda python -P tests/support/check_cuda.py
 
@@ -29,7 +29,7 @@ def registered() -> dict[str, bool]:
 
 
 def run_on_fake_tensors(dtype: torch.dtype) -> str:
-    """Forward and backward of both public functions, fp32 adapters; the shapes that come out."""
+    """Runs forward and backward of both public functions with fp32 adapters; returns the shapes as text."""
     with FakeTensorMode():
 
         def tensor(*shape, dtype=torch.float32):
@@ -49,7 +49,7 @@ def run_on_fake_tensors(dtype: torch.dtype) -> str:
 
 
 def backward(y, name):
-    """The gradients that y's node passes on.  Its own call: the engine would ask for a real GPU."""
+    """The gradients from y's node, which is called directly, as the engine needs a real GPU."""
     node = y.grad_fn
     while node.name() != name:
         node = node.next_functions[0][0]
@@ -58,7 +58,7 @@ def backward(y, name):
 
 
 def architectures(binary: str, cuobjdump: str) -> dict[str, list[str]]:
-    """Machine code and PTX in the binary."""
+    """{"machine code" or "PTX": architectures} in the binary."""
 
     def listed(what):
         said = subprocess.run([cuobjdump, what, binary], capture_output=True, text=True, check=True)
@@ -85,7 +85,7 @@ def main() -> None:
     print("in the binary:", found, f"{Path(module.__file__).stat().st_size / 2**20:.1f} MiB")
     wanted = facts["architectures"].split(";")
     assert found["machine code"] == [f"sm_{a.split('+')[0].replace('.', '')}" for a in wanted]
-    print("all is right")
+    print("all checks passed")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ MADE = {
 
 def lora_folders(folder):
     formulas, shapes = [], list(PATHS.items())
-    for i in (0, 1, 10, 2):  # in the order in which a directory may list them
+    for i in (0, 1, 10, 2):  # as a directory may list them
         tensors, own = {}, {}
         for path, (D_in, D_out) in shapes[: 3 + i % 4]:
             own[path] = values(2 + i % 2, D_in), values(D_out, 2 + i % 2)
@@ -168,7 +168,7 @@ def lora_folders(folder):
 
 
 def changed(source, change):
-    """The file of tensors again, changed by change(state)."""
+    """Rewrites a file of tensors after change(state)."""
     path = source if source.is_file() else source / "adapter_model.bin"
     state = torch.load(path, weights_only=True)
     inner = state.get("model", state)

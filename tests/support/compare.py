@@ -20,7 +20,7 @@ FLOOR = {torch.bfloat16: 0.8, torch.float16: 0.8, torch.float32: 4.0}
 
 
 def relative_error(out, truth) -> float:
-    """||out - truth||_F / ||truth||_F, infinite for a NaN or for another shape or dtype's rank."""
+    """||out - truth||_F / ||truth||_F, infinite for a NaN, None or another shape."""
     if out is None or out.shape != truth.shape:
         return float("inf")
     difference = (out.detach().double() - truth.detach().double()).norm()

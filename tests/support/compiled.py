@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_compiled(module, *args):
-    """What `python -m module` prints."""
+    """The output of `python -m module`."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["LORA_MOE_BACKEND"] = "reference"
     command = [sys.executable, "-m", module, *args]

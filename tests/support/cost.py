@@ -23,7 +23,7 @@ def _resident(field):
 
 @contextmanager
 def measured():
-    """Other threads' time counts too; skips where the kernel does not let the peak be reset."""
+    """Measures a block, all threads included; skips the test if the kernel cannot reset the peak."""
     cost = Cost()
     try:
         RESET.write_text("5")

@@ -52,7 +52,7 @@ def routed(ops, v, case, *plan, drop="all"):
 
 
 def routed_backward(ops, v, case, dy, aux, saved, *needs):
-    """With the gradient of router_bias, where `needs` are those of a kernel and do not name it."""
+    """routed_lora_backward with the gradient of router_bias, which the kernel's `needs` do not include."""
     ids, weights, logits, s = saved
     if len(needs) == 6:
         needs = (*needs[:5], True, needs[5])
@@ -67,14 +67,14 @@ def all_needed(frozen=(), chosen="rank_dense"):
 
 
 def cotangents(case):
-    """Of weights, logits, mean_prob, lse."""
+    """Incoming gradients of weights, logits, mean_prob, lse."""
     T, E = case.T, case.E
     shapes = (T, case.K), (T, E), (E,), (T,)
     return [noise(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
 def nasty_routing(case):
-    """Empty slots, ids out of range, repeated ids, negative and zero weights."""
+    """(ids, weights) with empty slots, ids out of range, repeated ids, negative and zero weights."""
     g = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
     ids[: case.T // 2, -1] = ids[: case.T // 2, 0]

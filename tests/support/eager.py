@@ -1,4 +1,4 @@
-"""What a user would write without this package: the stacked formulation, differentiable, in x's dtype.
+"""The stacked formulation that a user would write without this package, differentiable, in x's dtype.
 
 In fp64 it is the reference for values and, through autograd, for gradients: it shares no code with the
 package's own backward.
@@ -10,7 +10,7 @@ import torch
 
 
 def gates(x, router_weight, case, router_bias=None):
-    """p (T, E) and the router's other outputs, in fp32 (fp64)."""
+    """(p, logits), each (T, E), in fp32, or in fp64 for fp64 inputs."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     logits = x.to(wide) @ router_weight.to(wide).T
     if router_bias is not None:
@@ -20,7 +20,7 @@ def gates(x, router_weight, case, router_bias=None):
 
 
 def router_topk(x, router_weight, case, ids, router_bias=None):
-    """weights, logits, mean_prob, lse for ids already decided."""
+    """(weights, logits, mean_prob, lse) for given ids."""
     p, logits = gates(x, router_weight, case, router_bias)
     weights = p.gather(1, ids.long())
     if case.renormalize:
@@ -30,7 +30,7 @@ def router_topk(x, router_weight, case, ids, router_bias=None):
 
 
 def grouped_lora(x, lora_A, lora_B, ids, weights, case, base, scaling):
-    """y = base + (S * gate) @ B, every product rounded to x's dtype as eager PyTorch does."""
+    """y = base + (S * gate) @ B, with every product rounded to x's dtype, as in eager PyTorch."""
     lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     ids = ids.long()
     valid = ids >= 0
@@ -45,7 +45,7 @@ def grouped_lora(x, lora_A, lora_B, ids, weights, case, base, scaling):
 
 
 def routed_lora(inputs, case, ids):
-    """y and the router's outputs, experts given by ids so that rounding cannot flip a decision."""
+    """(y, router outputs...) for given expert ids, so that rounding cannot flip a decision."""
     weights, *rest = router_topk(
         inputs["x"], inputs["router_weight"], case, ids, inputs["router_bias"]
     )

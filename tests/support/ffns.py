@@ -10,14 +10,14 @@ from torch import nn
 from lora_moe import LoraMoeConfig, backend_info
 from lora_moe.mlp import LoraMoeMLP
 
-GPU = backend_info()["serving"]["cpu"] in ("triton", "cuda")  # whose kernels have no fp64
+GPU = backend_info()["serving"]["cpu"] in ("triton", "cuda")  # kernels without fp64
 DTYPE = torch.float32 if GPU else torch.float64
 D, F, E, R = 6, 10, 4, 3
 B, L = 2, 5
 
 
 class Gated(nn.Module):
-    """Llama's form."""
+    """An FFN as in Llama."""
 
     def __init__(self, bias=False):
         super().__init__()
@@ -29,7 +29,7 @@ class Gated(nn.Module):
 
 
 class Plain(nn.Module):
-    """BERT's and GPT's form, with biases, and dropout as T5 has it."""
+    """An FFN as in BERT and GPT, with biases, and with dropout as in T5."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ class Plain(nn.Module):
 
 
 class Fused(nn.Module):
-    """Phi-3's form: gate and up in one."""
+    """An FFN as in Phi-3, with gate and up in one linear."""
 
     def __init__(self):
         super().__init__()

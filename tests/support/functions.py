@@ -1,4 +1,4 @@
-"""The public functions with the operands of a case, and the backend that serves them."""
+"""Calls of the public functions with the operands of a case, and the backend that serves them."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def assert_picks_are_top_k(indices, inputs, case):
 
 
 def pinned():
-    """The same plan for every T, the one that is forced if any: bits are promised within a plan."""
+    """Forces one plan for every T, since equal bits are only guaranteed within a plan."""
     return plan.override(plan._forced or plan.BACKENDS[BACKEND][0])
 
 
 def assert_same_bits(got, want):
-    """The kernels' promise; the reference computes with BLAS, which promises it to the bit to nobody."""
+    """Asserts equal bits, which the kernels guarantee; the reference uses BLAS, which does not."""
     if BACKEND == "reference" and got.is_floating_point():
         assert_accurate("same", got, want.double(), units=12)
     else:

@@ -1,4 +1,4 @@
-"""A model with experts that grow, and its state, outputs and experts."""
+"""A model with experts for tests of `grow`, and its state, outputs and experts."""
 
 from __future__ import annotations
 
@@ -65,6 +65,6 @@ def by_expert(model, e):
 
 
 def close(got, expected, bound=1e-6):
-    """As a share of the largest output, which is some 30."""
+    """Asserts a difference of at most `bound` times the largest output, which is about 30."""
     error = (got - expected).abs().max() / expected.abs().max()
     assert error <= bound, float(error)

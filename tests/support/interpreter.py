@@ -15,9 +15,9 @@ import torch
 
 @contextlib.contextmanager
 def interpreting():
-    """What is imported inside, triton itself or a module of kernels, is interpreted for good.
+    """Modules imported inside, triton or kernels, are interpreted permanently.
 
-    The variable goes again: tests that start processes get the environment they were given.
+    The environment variable is removed afterwards, so that subprocesses of tests do not inherit it.
     """
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -31,10 +31,10 @@ def interpreting():
 
 
 def quicken():
-    """Leave out work the interpreter repeats, half of a kernel's time, and sum rows in one order.
+    """Removes repeated work of the interpreter, half of a kernel's time, and fixes the order of row sums.
 
-    Every call of a device function patches triton.language anew, and after a launch every CPU tensor is
-    copied onto itself, which also makes lazily mapped memory real.
+    The interpreter patches triton.language in every call of a device function, and copies every CPU tensor
+    onto itself after a launch, which also allocates lazily mapped memory.
     """
     from triton.runtime import interpreter
 
@@ -65,7 +65,7 @@ def quicken():
     dot = interpreter.InterpreterBuilder.create_dot
 
     def dot_of_rows(self, a, b, *rest):
-        """OpenBLAS sums products with a transposed matrix in another order in a small tile."""
+        """dot with contiguous b, as OpenBLAS sums small tiles of a transposed matrix in another order."""
         return dot(self, a, interpreter.TensorHandle(np.ascontiguousarray(b.data), b.dtype), *rest)
 
     interpreter.InterpreterBuilder.create_dot = dot_of_rows
@@ -75,7 +75,7 @@ def quicken():
 
 
 def tensors(args):
-    """All tensors among a kernel's arguments, those in tuples too."""
+    """All tensors among a kernel's arguments, including those in tuples."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
             yield arg
@@ -86,11 +86,11 @@ def tensors(args):
 class Sanitizer:
     """Inside `with Sanitizer():` a launch raises if a kernel
 
-    reads or writes an element that no view among its arguments holds (the gap between the rows of a slice
-    counts), writes an element that another program reads or writes, or overflows an int32.
+    reads or writes an element that is in no view among its arguments (including gaps between the rows of a
+    slice), writes an element that another program reads or writes, or overflows an int32.
 
-    What a masked load without `other` returns where the mask is off is undefined, and zero in the
-    interpreter; here it is NaN, or an integer that is no id or offset of anything.
+    Masked-off elements of a load without `other` are undefined, and zero in the interpreter; here they are
+    NaN, or an integer that is not a valid id or offset.
     """
 
     def __enter__(self):
@@ -144,7 +144,7 @@ class Sanitizer:
 
 
 def undefined(pointers):
-    """A tile of NaN, or of a large odd integer, where nothing was loaded; bf16 is held as its bits."""
+    """A tile of NaN, or of a large odd integer, for masked-off elements; bf16 is stored as bits."""
     from triton.runtime.interpreter import TensorHandle, _get_np_dtype
 
     element = pointers.get_element_ty()
@@ -158,7 +158,7 @@ def undefined(pointers):
 
 @contextlib.contextmanager
 def overflow_checked():
-    """The sanitizer's check of int32 alone, for memory too large to keep books on."""
+    """Only the sanitizer's int32 check, for memory that is too large to track."""
     from triton.runtime.interpreter import interpreter_builder
 
     before = interpreter_builder.options.debug
@@ -170,7 +170,7 @@ def overflow_checked():
 
 
 class Storage:
-    """Memory behind some of a kernel's arguments: which elements their views hold, and who touched them."""
+    """Memory of some arguments of a kernel: the elements in their views and the programs that use them."""
 
     MANY = -1
 
@@ -186,7 +186,7 @@ class Storage:
         self.reader, self.writer = np.zeros((2, size), np.int64)
 
     def check(self, addresses, program, writes, name):
-        """Take the addresses that fall in here; return the others."""
+        """Checks the addresses in this storage; returns the others."""
         elements = (addresses - self.start) // self.itemsize
         here = (elements >= 0) & (elements < len(self.held))
         at = elements[here]
@@ -207,7 +207,7 @@ class Storage:
 
 
 def span(view):
-    """Elements from a view's first to its last."""
+    """Number of elements from a view's first to its last, gaps included."""
     if view.numel() == 0:
         return 0
     return 1 + sum((n - 1) * stride for n, stride in zip(view.shape, view.stride()))

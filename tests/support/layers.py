@@ -22,7 +22,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def make(config=CONFIGS["defaults"], base=None, seed=0):
-    """A layer with a B of order one and routers that disagree about the tokens."""
+    """A layer with a B of order one and routers with varied decisions."""
     torch.manual_seed(seed)
     layer = LoraMoeLinear(base or nn.Linear(D_IN, D_OUT), config)
     nn.init.normal_(layer.lora_B)
@@ -37,7 +37,7 @@ def tokens(*shape, seed=1):
 
 
 def gates_by_loop(config, w, bias, x):
-    """[(expert, weight), ...] of each token, in fp64."""
+    """[[(expert, weight), ...] for each token], in fp64."""
     picked = []
     for row in x:
         logits = torch.stack([row @ w[e] for e in range(config.num_experts)])

@@ -1,4 +1,4 @@
-"""A model with experts whose mixture is fixed."""
+"""A model with experts and a fixed mixture of them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def with_experts(bank="equal", model=None, **fields):
 
 
 def mixture(model, c=C, x=X):
-    """The model with every token's experts weighted by c."""
+    """The model's output with the experts of every token weighted by c."""
     gates = torch.tensor(c, dtype=torch.float64).expand(len(x), -1)
     with torch.no_grad(), use_routing(model, routing=Routing.from_gates(gates)):
         return model(x)

@@ -20,7 +20,7 @@ def requested():
 
 
 def serve_cpu_tensors(library, backend, device="cuda", operators=torch.ops.lora_moe):
-    """From here on operators on CPU tensors run those of `device`, by kernels of this backend."""
+    """Makes operators on CPU tensors run on `device`, with the kernels of this backend."""
     from lora_moe import backend as backends
     from lora_moe import ops
 
@@ -47,9 +47,9 @@ def moved(values, device):
 
 
 def wrong_backend(serving):
-    """Why what serves CPU tensors is not what was asked for, or ""."""
+    """Error message if CPU tensors are not served by the requested backend, otherwise ""."""
     if requested() and serving != requested():
         return (
-            f"LORA_MOE_BACKEND={requested()}, but {serving} serves: these tests would show nothing"
+            f"LORA_MOE_BACKEND={requested()}, but {serving} serves: these tests would prove nothing"
         )
     return ""

@@ -29,7 +29,7 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
     needs = ([0], True, True, True, True, plan)
     partial = ([], True, False, False, True, plan)
     apart = () if case.shared_a or plan != SLOTS_PLAN else ("apart", "sum")
-    every, every_dy = (t.repeat_interleave(case.K, 0) for t in (x, dy))  # a row per slot
+    every, every_dy = (t.repeat_interleave(case.K, 0) for t in (x, dy))  # one row per slot
     return {
         "router_topk": [(x, w, v["bias"], v["router_bias"], *router)],
         "route_logits": [(logits, v["bias"], *router)],
@@ -70,7 +70,7 @@ def operator_calls(case, dtype=torch.float32, plan=PLAN):
 
 
 def banks_call(v, case, experts, router, plan):
-    """Two banks of one layer's operands, the second columns further on."""
+    """Arguments with two banks of the same operands, the second for later columns."""
     scaling, offsets, shared_a = experts
     twice = [[v[k]] * 2 for k in ("router_weight", "lora_A", "lora_B")]
     base = torch.cat([v["x"].new_ones(case.T, 2 * case.D_out + 1)], 1)

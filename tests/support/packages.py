@@ -35,7 +35,7 @@ NO_TRITON = "import sys; sys.modules['triton'] = None\n"
 
 
 def run(command, *, cwd, check=True, **environment):
-    """A command in an environment without our own variables, so that only what is given counts."""
+    """Runs a command without our environment variables, except those given."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORA_MOE_", "TRITON_"))}
     kept.pop("PYTHONPATH", None)
     done = subprocess.run(
@@ -51,7 +51,7 @@ def run(command, *, cwd, check=True, **environment):
 
 
 def make_venv(folder) -> Path:
-    """Its python sees our packages, but no .pth file beside them: no editable install of ourselves."""
+    """Creates an environment that sees our dependencies but no .pth files, so no editable install of ours."""
     venv.create(folder)
     (packages,) = (folder / "lib").glob("python*/site-packages")
     (packages / "outer.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")))
@@ -59,7 +59,7 @@ def make_venv(folder) -> Path:
 
 
 def copy_checkout(folder) -> Path:
-    """The sources alone: no build folder, no compiled extension, no kernels that are slow to compile."""
+    """Copies the sources without compiled files, and with empty C++ kernels, which compile quickly."""
     ignore = shutil.ignore_patterns("*.so", "__pycache__", "_not_built.json")
     folder.mkdir(exist_ok=True)
     for name in SHIPPED:

@@ -1,4 +1,4 @@
-"""LoRAs as PEFT saves them."""
+"""LoRAs saved by PEFT."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .peft_mixtures import IDS, llama, logits
 
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# unequal in every way that a bank can hold
+# different in every way that a bank supports
 TASKS = [
     {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
     {"r": 6, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "up_proj"], "use_rslora": True},
@@ -33,7 +33,7 @@ TASKS = [
 
 
 def lora(seed=0, base=llama, **fields):
-    """A model with a LoRA that matters."""
+    """A model with a nonzero LoRA."""
     model = get_peft_model(base(), LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | fields))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ def saved(folder, tasks=TASKS, **kwargs):
 
 
 def same(ours, pefts):
-    """Logits within 1e-5 of PEFT's; measured 3e-6 where all linears of both layers have a LoRA."""
+    """Asserts logits within 1e-5 of PEFT's; measured: 3e-6 with a LoRA on all linears of both layers."""
     error = relative_error(ours.detach(), pefts.detach())
     assert error <= 1e-5, error
 
@@ -70,7 +70,7 @@ def files(folder):
 
 
 def rewritten(folder, tensors=lambda t: t, **fields):
-    """Change a saved adapter's fields and tensors."""
+    """Changes fields and tensors of a saved adapter; returns its folder."""
     config = json.loads((folder / FILES[0]).read_text())
     (folder / FILES[0]).write_text(json.dumps(config | fields))
     state = tensors(safetensors.torch.load_file(folder / FILES[1]))

@@ -23,7 +23,7 @@ TARGETS = ["q_proj", "up_proj"]
 
 
 def llama(kind=hf.LlamaForCausalLM, **fields):
-    """The same weights at each call, drawn wide."""
+    """A tiny Llama with the same large random weights at each call."""
     torch.manual_seed(1)
     model = kind(hf.LlamaConfig(**SIZES | fields))
     for parameter in model.parameters():
@@ -38,7 +38,7 @@ def config(**fields):
 
 
 def drawn(model, seed=2):
-    """Values that matter in whatever trains: the experts of the active adapter."""
+    """Fills all trainable parameters, the experts of the active adapter, with nonzero values."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:

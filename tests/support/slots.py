@@ -1,4 +1,4 @@
-"""Slots kept apart and slots summed: inputs, the formula in fp64 expert by expert, and its gradients.
+"""Slots kept apart and slots summed: inputs, the formula in fp64 by expert, and its gradients.
 
 Kernel tests compare a backend's operators with these, forward and backward.
 
@@ -50,12 +50,12 @@ every_call = pytest.mark.parametrize(  # fp16 differs from bf16 in nothing that 
 
 
 def none(operators):
-    """The argument of operators without slots; the reference's functions have other names with them."""
+    """Arguments of operators without slots; the reference has separate functions instead."""
     return () if operators is reference else ("none",)
 
 
 def routing_of(case):
-    """Empty slots, whole tokens of them, ids out of range, repeated ids, negative and zero weights."""
+    """(ids, weights) with empty slots and tokens, invalid and repeated ids, negative and zero weights."""
     g = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
     ids[: case.T // 2, -1] = ids[: case.T // 2, 0]
@@ -67,7 +67,7 @@ def routing_of(case):
 
 
 def inputs_of(case, form, dtype, adapter_dtype=None):
-    """As the operators take them: rows of two dimensions, and dy."""
+    """{name: operand} as the operators take them, with 2-D rows, and dy."""
     by_slot = replace(case, T=case.T * case.K)
     v, wide = (sample(c, dtype, adapter_dtype=adapter_dtype) for c in (case, by_slot))
     v["ids"], v["weights"] = routing_of(case)
@@ -81,7 +81,7 @@ def inputs_of(case, form, dtype, adapter_dtype=None):
 
 
 def formula(v, case, form):
-    """y and S by slot (T, K r), by slices of every expert's rows; differentiable."""
+    """(y, S by slot (T, K r)), computed expert by expert; differentiable."""
     T, K = v["ids"].shape
     x = v["x"].view(T, K, -1) if form == "sum" and T else v["x"][:, None].expand(T, K, -1)
     r = max(b - a for a, b in pairwise(case.offsets))
@@ -99,7 +99,7 @@ def formula(v, case, form):
 
 
 def forward(operators, v, case, form):
-    """y, S"""
+    """(y, S)"""
     return operators.grouped_lora(
         *(v[name] for name in ("x", "lora_A", "lora_B", "base", "ids", "weights", "scaling")),
         *(case.offsets, False, form.partition(",")[0], "segmented"),
@@ -107,7 +107,7 @@ def forward(operators, v, case, form):
 
 
 def backward(operators, v, case, form, s, frozen=(), needs=(True,) * 4):
-    """dx, dweights, da, db"""
+    """(dx, dweights, da, db)"""
     return operators.grouped_lora_backward(
         *(v["dy"], v["x"], v["lora_A"], v["lora_B"], s, v["ids"], v["weights"], v["scaling"]),
         *(case.offsets, False, form.partition(",")[0], list(frozen), *needs, "segmented"),
@@ -120,7 +120,7 @@ def results(operators, v, case, form):
 
 
 def truth(v, case, form):
-    """The same in fp64, by autograd."""
+    """(y, S, gradients...) in fp64 by autograd."""
     exact = in_double(v)
     leaves = {name: exact[name].clone().requires_grad_() for name in LEAVES}
     y, s = formula(exact | leaves, case, form)
@@ -128,17 +128,17 @@ def truth(v, case, form):
 
 
 def compare(got, v, case, form, dtype):
-    """With what the formula gives, as accurate as the dtype demands."""
+    """Asserts that the results match the formula with the accuracy of the dtype."""
     for name, g, want in zip(NAMES, got, truth(v, case, form), strict=True):
         assert g.shape == want.shape, name
         kind = torch.float32 if name in ("S", "dweights") else dtype
-        # where few numbers were rounded to 16 bits, chance decides
+        # if few numbers are rounded to 16 bits, errors vary by chance
         few = kind != torch.float32 and (g.numel() <= 256 or case.T < 16)
         assert_accurate(name, g.cpu(), want, dtype=kind, units=UNITS[kind] * (1.5 if few else 1))
 
 
 def check(operators, case, form, dtype, device="cpu"):
-    """Forward and all gradients."""
+    """Checks forward and all gradients."""
     v = inputs_of(case, form, dtype)
     compare(results(operators, on(v, device), case, form), v, case, form, dtype)
 
@@ -148,7 +148,7 @@ def on(v, device):
 
 
 def check_layouts(operators, form, device="cpu"):
-    """Rows out of wider tensors and one row expanded: the bits of contiguous ones."""
+    """Slices of wider tensors and expanded rows give the same bits as contiguous ones."""
     case = Case("", 18, 4, 2, 16, 72, 40)
     v = on(inputs_of(case, form, torch.float32), device)
     v["dy"] = v["dy"][:1].expand_as(v["dy"])
@@ -165,7 +165,7 @@ def dense(t):
 
 
 def check_needs(operators, form, device="cpu"):
-    """What is not needed comes back empty, and frozen rows are zeros; all else keeps its bits."""
+    """Gradients that are not needed are empty, those of frozen rows zero; all others keep their bits."""
     case = BY_NAME["unequal ranks"]
     v = on(inputs_of(case, form, torch.bfloat16), device)
     _, s, *full = results(operators, v, case, form)
@@ -181,7 +181,7 @@ def check_needs(operators, form, device="cpu"):
 
 
 def check_empty(operators, form, device="cpu"):
-    """An empty slot leaves its base bit for bit, also one that is no number, or zeros."""
+    """An empty slot returns its base bit for bit, including NaN, or zeros without a base."""
     case = BY_NAME["odd"]
     v = on(inputs_of(case, form, torch.bfloat16), device)
     v["ids"] = torch.where(v["ids"] % 2 == 0, -1, v["ids"])

@@ -1,7 +1,7 @@
 """A model of tensor cores for the interpreter: products of 16-bit terms whose sums are truncated.
 
 An MMA instruction adds its products to the accumulator exactly and drops what does not fit into 24 bits, so
-a long sum loses up to one unit per step, always towards zero.  `modelled` makes the interpreted kernels
+a long sum loses up to one unit per step, always toward zero.  `modelled` makes the interpreted kernels
 multiply fp32 and 16-bit operands like the compiled ones, term by term, with such an accumulator.
 """
 
@@ -14,14 +14,14 @@ K_STEP = 16  # of an MMA instruction with 16-bit operands
 
 
 def truncated(exact):
-    """fp64 to the next fp32 towards zero."""
+    """fp64 rounded toward zero to fp32."""
     nearest = exact.astype(np.float32)
     inward = np.nextafter(nearest, np.float32(0))
     return np.where(np.abs(nearest.astype(np.float64)) > np.abs(exact), inward, nearest)
 
 
 def multiply(a, b, acc):
-    """acc + a @ b by MMA instructions."""
+    """acc + a @ b as computed by MMA instructions."""
     for k in range(0, a.shape[1], K_STEP):
         products = a[:, k : k + K_STEP].astype(np.float64) @ b[k : k + K_STEP].astype(np.float64)
         acc = truncated(acc.astype(np.float64) + products)
@@ -29,7 +29,7 @@ def multiply(a, b, acc):
 
 
 def modelled(monkeypatch, numerics):
-    """From here on; `numerics` is the module of the interpreted kernels."""
+    """Patches the interpreter and `numerics`, the module of the interpreted kernels."""
     triton = pytest.importorskip("triton")
     from triton.runtime import interpreter
 

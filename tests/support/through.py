@@ -1,4 +1,4 @@
-"""Runs public functions with given launchers for their operators, whatever the tensors would normally use."""
+"""Runs public functions with given launchers for their operators, regardless of the tensors' device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = ("y", "dx", "dw", "da", "db")
 
 @contextlib.contextmanager
 def through(kernels):
-    """Inside, operators of ours run through the launchers of `kernels`, by the plans of Triton's."""
+    """Runs our operators through the launchers of `kernels`, with Triton's plans."""
     with _Through(kernels), mock.patch.object(backend, "serving", lambda device_type: "triton"):
         yield
 
@@ -34,7 +34,7 @@ class _Through(TorchDispatchMode):
 
 
 def results(v, case, dtype):
-    """NAMES: y of routed_lora and all its gradients, for the same gradient of y in every dtype."""
+    """(y of routed_lora, all gradients), named by NAMES, for the same gradient of y in every dtype."""
     leaves = [
         v[name].detach().requires_grad_() for name in ("x", "router_weight", "lora_A", "lora_B")
     ]

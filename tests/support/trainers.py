@@ -1,4 +1,4 @@
-"""Arguments of a short run, and what is recorded of it."""
+"""Arguments of a short training run, and callbacks that record it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def arguments(folder, **fields):
 
 
 class GradientsBeforeTheStep(TrainerCallback):
-    """{name: gradient} of the first optimizer step."""
+    """Records {name: gradient} of the first optimizer step."""
 
     def __init__(self):
         self.found = None

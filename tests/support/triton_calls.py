@@ -56,9 +56,9 @@ def in_fp64(values):
 
 
 def compare(names, got, want, dtype, tokens=16):
-    """Integers exactly, the router's numbers as fp32, the others as dtype demands.
+    """Compares integers exactly, the router's outputs as fp32, all others with the accuracy of the dtype.
 
-    Where few numbers were rounded, those of H in few tokens among them, chance decides.
+    If few numbers are rounded, such as H for few tokens, errors vary by chance.
     """
     for name, g, w in zip(names, host(got), want, strict=True):
         assert g.shape == w.shape, name
@@ -96,7 +96,7 @@ def routed(ops, v, case, *plan):
 
 
 def routed_backward(ops, v, case, dy, aux, saved, *needs):
-    """With the gradient of router_bias, where `needs` are those of a kernel and do not name it."""
+    """routed_lora_backward with the gradient of router_bias, which the kernel's `needs` do not include."""
     ids, weights, logits, s = saved
     if len(needs) == 6:
         needs = (*needs[:5], True, needs[5])
@@ -111,7 +111,7 @@ def all_needed(frozen=(), plan="rank_dense"):
 
 
 def saved_as(plan, s, ids, case):
-    """The reference's S as a plan keeps it."""
+    """The reference's S in the layout that a plan saves."""
     by_slot = plan == "segmented" and not case.shared_a
     return reference.slots_of_rows(s, ids, case.offsets) if by_slot else s
 
@@ -140,7 +140,7 @@ def check_routed_lora(case, dtype, plan):
 
 
 def cotangents(case):
-    """Of weights, logits, mean_prob, lse."""
+    """Incoming gradients of weights, logits, mean_prob, lse."""
     T, E = case.T, case.E
     shapes = (T, case.K), (T, E), (E,), (T,)
     return [noise(*shape, seed=seed) for seed, shape in enumerate(shapes)]

@@ -29,7 +29,7 @@ def numbers(trainer, key):
 
 
 def aux_gradients(trainer_of, **fields):
-    """Of the routers in the first step; experts with B = 0 give them no gradient of the task."""
+    """Router gradients of the first step; experts with B = 0 give routers no task gradient."""
     gradients = GradientsBeforeTheStep()
     model = tiny.model(balance_coef=0.0, z_coef=0.1)
     trainer = trainer_of(model, [gradients], max_steps=1, max_grad_norm=0.0, **fields)

@@ -1,7 +1,7 @@
 """Compiles csrc/cuda with a C++ compiler against the headers in this folder: CUDA kernels on a CPU.
 
-The result is the same extension module that nvcc builds; its operators are registered for CUDA tensors,
-and run on CPU tensors if they are called past the dispatcher.
+The result is the extension module that nvcc would build; its operators are registered for CUDA tensors,
+and run on CPU tensors if they are called without the dispatcher.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 
 
 def build(csrc: Path = ROOT / "csrc", sanitize: bool = False) -> Path:
-    """The module built from csrc/cuda; what was built before from the same text is used again."""
+    """The module built from csrc/cuda; builds of the same sources are reused."""
     kernels, hosts = sorted((csrc / "cuda").glob("*.cu")), sorted((csrc / "cuda").glob("*.cpp"))
     runtime = sorted(SHIM.glob("*.cpp"))
     flags = SANITIZERS if sanitize else []
@@ -108,6 +108,6 @@ class Kernels:
         return lambda *args: operator.redispatch(keys, *args)
 
     def skip_barrier(self, file: str = "", line: int = 0):
-        """Leave out the barrier at this line of a source; without one, none."""
+        """Skips the barrier at this line of a source; without arguments, skips none."""
         self.skipped = file.encode()  # kept alive: the shim holds the pointer
         self.shim.cuda_shim_skip_barrier(self.skipped, line)

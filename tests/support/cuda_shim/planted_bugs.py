@@ -3,9 +3,9 @@
     LD_PRELOAD=libasan.so python -m tests.support.cuda_shim.planted_bugs [PATTERN] [--step N]
 
 Both are found in the sources.  A mask is any comparison that is evaluated at run time: without it, the
-guarded code always runs, or a loop goes one step further.  All bugs go into one build with sanitizers, each
-behind a number that is selected at run time; a barrier is removed by its line.  Every experiment runs in a
-fork: an abort counts as detected.  Prints one line for each: what it was, and whether it was detected.
+guarded code always runs, or a loop runs one step longer.  One build with sanitizers contains all bugs, each
+with a number that is selected at run time; a barrier is removed by its line.  Every experiment runs in a
+fork: an abort counts as detected.  Prints one line per bug with its name and whether it was detected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .. import slots
 from ..cases import Case, sample
 from .build import FOLDER, ROOT, Kernels, build
 
-# What no output shows here, and why.  Blocks and warps run one after the other: no race between them.
+# Bugs that no output shows here, and why.  Blocks and warps run one after another, without races.
 UNSEEN = {
     "expand.cu: p.R2 > 0": "sums of no second pair are zero",
     "gating.h: t < (group + 1) * kGroup": "backward, a warp does its neighbor's token again",
@@ -75,7 +75,7 @@ class Mask(NamedTuple):
 
 
 def masks(csrc: Path) -> list[Mask]:
-    """All of the kernels and of what launches them, in order."""
+    """All masks of the kernels and their launchers, in order."""
     return [
         mask
         for path in sorted((csrc / "cuda").iterdir())
@@ -112,7 +112,7 @@ def _inside(match, spans):
 
 
 def plant(csrc: Path, target: Path) -> list[Mask]:
-    """A copy of the sources with all bugs in it, switched off."""
+    """Writes a copy of the sources with all bugs, switched off; returns the masks."""
     shutil.copytree(csrc, target, dirs_exist_ok=True)
     found = masks(csrc)
     for number, mask in reversed(list(enumerate(found, 1))):
@@ -124,7 +124,7 @@ def plant(csrc: Path, target: Path) -> list[Mask]:
 
 
 def barriers(csrc: Path) -> list[tuple[str, int]]:
-    """File and line of every __syncthreads and __syncwarp."""
+    """[(file, line)] of every __syncthreads and __syncwarp."""
     return [
         (path.name, number)
         for path in sorted((csrc / "cuda").iterdir())
@@ -148,7 +148,7 @@ MANY = Case("two launches for the table of ranks", 1, 520, 2, (2, *[1] * 519), 8
 
 
 def outputs(kernels) -> Iterator[list[torch.Tensor]]:
-    """Of all operators, on every case and plan."""
+    """Yields the outputs of all operators for every case and plan."""
     for case, dtype in CASES:
         yield from outputs_of(kernels, case, dtype)
     case, ids = MANY, torch.tensor([[0, 519]], dtype=torch.int32)
@@ -194,10 +194,10 @@ def outputs_of(kernels, case, dtype):
 
 
 def is_seen(kernels, clean, orders=("forward",)) -> bool:
-    """Whether an output differs, or a sanitizer aborts, in one of these orders of threads."""
+    """Whether an output differs, or a sanitizer aborts, for one of these thread orders."""
     child = os.fork()
     if child == 0:
-        signal.alarm(900)  # so is a loop that does not end
+        signal.alarm(900)  # a loop that does not end is also detected
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         for order in orders:
             os.environ["CUDA_SHIM_ORDER"] = order
@@ -210,8 +210,8 @@ def is_seen(kernels, clean, orders=("forward",)) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.support.cuda_shim.planted_bugs")
-    parser.add_argument("pattern", nargs="?", default="", help="of the names of what is removed")
-    parser.add_argument("--step", type=int, default=1, help="every so-many-th only")
+    parser.add_argument("pattern", nargs="?", default="", help="a pattern for the names of bugs")
+    parser.add_argument("--step", type=int, default=1, help="run only every n-th bug")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty holds NaN
@@ -236,7 +236,7 @@ def main() -> None:
 
 
 def comment_at(csrc, file, line):
-    """Tells one barrier of a file from another."""
+    """The comment of a barrier, which distinguishes it from others in the file."""
     comment = (csrc / "cuda" / file).read_text().splitlines()[line - 1].partition("// ")[2]
     return f": {comment}" if comment else ""
 

@@ -16,6 +16,6 @@ from .build import Kernels, build
 
 
 def pytest_configure(config):
-    config.cuda_shim = torch.library.Library("lora_moe", "IMPL")  # held for as long as the run
+    config.cuda_shim = torch.library.Library("lora_moe", "IMPL")  # kept alive during the run
     with warnings.catch_warnings(action="ignore"):  # of kernels that are overridden
         serve_cpu_tensors(config.cuda_shim, "cuda", "cpu", Kernels(build()))

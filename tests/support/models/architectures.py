@@ -69,7 +69,7 @@ MODELS = {
 
 
 def build(name, seed=0, **fields):
-    """A model in eval mode, its batch, and the configuration that fits it."""
+    """(model in eval mode, batch, matching configuration)."""
     torch.manual_seed(seed)
     make, targets = MODELS[name]
     model, batch = make()

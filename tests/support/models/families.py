@@ -1,4 +1,4 @@
-"""Tiny models of the families that people fine-tune: random weights, nothing from a hub.
+"""Tiny models of commonly fine-tuned families, with random weights, without downloads.
 
 Each factory returns a model and a batch of two rows for it.  Weights have a large spread, so that the
 greedy choice of a token is clear and the experts matter for it.
@@ -138,7 +138,7 @@ def vit():
 
 def clip():
     text = {k: v for k, v in DECODER.items() if k not in ("num_key_value_heads", "head_dim")}
-    text["eos_token_id"] = 2  # where the text ends is what stands for it
+    text["eos_token_id"] = 2  # the text's embedding is taken at its end token
     config = hf.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)
     return hf.CLIPModel(config), {"input_ids": TOKENS, "pixel_values": draw(2, 3, 8, 8)}
 
@@ -164,7 +164,7 @@ def qwen2_vl():
         image_token_id=IMAGE_TOKEN, video_token_id=38, vision_start_token_id=2,
         vision_end_token_id=1, **IDS,
     )  # fmt: skip
-    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])  # 16 patches an image, merged by 4
+    grid = torch.tensor([[1, 4, 4], [1, 4, 4]])  # 16 patches per image, merged by 4
     image = torch.cat([torch.full((2, 1), 2), torch.full((2, 4), IMAGE_TOKEN)], 1)
     tokens = torch.cat([image, TOKENS], 1)
     batch = {

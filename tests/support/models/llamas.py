@@ -20,7 +20,7 @@ def llama(dtype=torch.float32, **fields):
 
 
 def with_experts(model=None, config=CONFIG, seed=1):
-    """The model with experts, whose B and routers hold arbitrary values."""
+    """The model with experts whose B and routers have random values."""
     model = inject(llama() if model is None else model, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -28,7 +28,7 @@ TOKENS = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0)
 
 
 def base(family="Mixtral", **fields):
-    """Weights wide enough that the experts have a say, biases that are not zero."""
+    """A base model with weights large enough for the experts to matter, and nonzero biases."""
     torch.manual_seed(0)
     config = getattr(hf, f"{family}Config")(**_SIZES | _FAMILIES[family] | fields)
     model = getattr(hf, f"{family}ForCausalLM")(config)
@@ -43,7 +43,7 @@ def config(**fields):
 
 
 def ours(family="Mixtral", *, model=None, **fields):
-    """With LoRAs that matter."""
+    """The base with nonzero LoRAs on its own experts."""
     model = inject(base(family) if model is None else model, config(**fields))
     g = torch.Generator().manual_seed(1)
     for layer in injected(model).values():
@@ -69,7 +69,7 @@ def peft_of(model, *, targets=TARGETS, **fields):
 
 
 def base_of(model):
-    """The same model without our experts, in memory of its own."""
+    """A copy of the model without our LoRAs."""
     from lora_moe import remove
 
     return remove(copy.deepcopy(model))
@@ -85,7 +85,7 @@ def wrappers_of(theirs, path) -> dict:
 
 
 def as_peft_has(B):
-    """(E r, D_out), expert slowest -> (D_out, r E), expert fastest, written out."""
+    """(E r, D_out) with the expert index slowest -> (D_out, r E) with it fastest, by loops."""
     r = B.shape[0] // E
     out = torch.empty(B.shape[1], B.shape[0], dtype=B.dtype)
     for e in range(E):
@@ -95,7 +95,7 @@ def as_peft_has(B):
 
 
 def layer(family="Mixtral", **fields):
-    """Experts outside of a model, an input and a decision for them."""
+    """(experts layer, x, ids, weights), outside of a model."""
     made = next(iter(injected(ours(family, **fields)).values()))
     g = torch.Generator().manual_seed(3)
     x = torch.randn(9, 16, generator=g)

@@ -15,7 +15,7 @@ def ids(*values):
 
 @torch.no_grad()
 def answers(model, tokens=TOKENS):
-    """The logits of each expert for all samples."""
+    """[logits of all samples] for each expert."""
     out = []
     for e in range(4):
         with use_routing(model, task_ids=ids(*[e] * len(tokens))):

@@ -1,4 +1,4 @@
-"""A tiny decoder, a tokenizer and texts, all created here: nothing from a hub."""
+"""A tiny decoder, a tokenizer and texts, created here without downloads."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ EXPERTS = {
 
 
 def model(seed=0, trained=False, **experts):
-    """With fresh experts (B = 0), or with such as matter."""
+    """The decoder with fresh experts (B = 0), or with nonzero ones if `trained`."""
     made = inject(base(seed), LoraMoeConfig(**EXPERTS | experts))
     if trained:
         train_by_hand(made)

@@ -15,7 +15,7 @@ from benchmarks.static.rows import row
 
 @triton.jit
 def matmul(x_ptr, b_ptr, out_ptr, K, BLOCK: tl.constexpr, N: tl.constexpr, WIDE: tl.constexpr):
-    """With WIDE the operands are made fp32 in front of the dot, which the tensor cores then cannot take."""
+    """With WIDE the operands are cast to fp32 before the dot, so tensor cores cannot be used."""
     row, column = tl.arange(0, BLOCK), tl.arange(0, N)
     total = tl.zeros((BLOCK, N), tl.float32)
     for k0 in range(0, K, BLOCK):
@@ -30,7 +30,7 @@ def matmul(x_ptr, b_ptr, out_ptr, K, BLOCK: tl.constexpr, N: tl.constexpr, WIDE:
 
 @triton.jit
 def add_up(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    """In whatever order the programs come."""
+    """Sums with float atomics, whose order is undefined."""
     at = tl.arange(0, BLOCK)
     tl.atomic_add(out_ptr + at, tl.load(x_ptr + tl.program_id(0) * BLOCK + at))
 

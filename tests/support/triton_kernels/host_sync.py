@@ -1,4 +1,4 @@
-"""Prints, as JSON, what in each call would synchronize the host with a GPU; see test_no_host_sync.py.
+"""Prints, as JSON, the operations of each call that would synchronize the host; see test_no_host_sync.py.
 
 A separate process, because the kernels are not interpreted here.  On the meta device there is no value to
 wait for: reading one raises, and a copy from or to the host shows up among the operators.
@@ -35,7 +35,7 @@ PLANTED = {
 
 
 def fused_layer(v):
-    """Two banks that decide by one rule, as a server calls them."""
+    """Two banks with the same router options, as called by a server."""
     serving.add_experts(v["x"].detach(), v["base"].detach(), *banks(v, 2), rules(v, 2))
 
 
@@ -45,14 +45,14 @@ def unlike_banks(v):
 
 
 def row_parallel(v):
-    """The experts of one rank's part of x; the logits' sum over the ranks is the server's own."""
+    """The experts for one rank's part of x; the server sums the logits over ranks."""
     (w,), (a,), *rest = banks(v, 1)
     s, logits = serving.shrink(v["x"].detach(), w, a)
     serving.add_gated(s, logits, v["base"].detach(), *(b for (b,) in rest), rules(v, 1))
 
 
 def banks(v, count):
-    """w, a, b, scaling, experts, bias, router_bias of each bank, bank after bank in memory."""
+    """[w, a, b, scaling, experts, bias, router_bias] with one entry per bank, contiguous in memory."""
     E, D = len(v["W"]), v["B"].shape[1] // count
     w, a = (v[name].detach().repeat(count, 1).chunk(count) for name in ("W", "A"))
     scaling, bias = (v["W"].new_empty(count * E).split(E) for _ in range(2))
@@ -75,7 +75,7 @@ SERVING = {"fused layer": fused_layer, "unlike banks": unlike_banks, "row parall
 
 
 class Names(TorchDispatchMode):
-    """Which operators of ours ran."""
+    """Records which of our operators ran."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ class Names(TorchDispatchMode):
 
 @contextlib.contextmanager
 def noting_constants(seen):
-    """Tensors made of Python's numbers on the device: each is a copy, and none shows as an operator."""
+    """Records tensors made from Python numbers on the device: each is a copy that is not an operator."""
     made = {name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray")}
 
     def note(name, *args, **kwargs):
@@ -108,7 +108,7 @@ def noting_constants(seen):
 
 
 def waits(call, ran=None):
-    """Of the first call already: it may be one that a CUDA graph captures."""
+    """([synchronizing operations], launches) of the first call, which a CUDA graph may capture."""
     try:
         with launches("sm_90", compiled=False) as seen, noting_constants(seen), ran or Names():
             call()
@@ -119,7 +119,7 @@ def waits(call, ran=None):
 
 
 def on_host(event):
-    """A number that became a tensor of no dimension goes to a kernel as its argument."""
+    """Whether an event involves the host; 0-dim tensors of numbers do not, as they are kernel arguments."""
     tensors, _ = (
         tree_flatten((event.args, event.result)) if isinstance(event, Operator) else ([], None)
     )

@@ -17,7 +17,7 @@ DOT = re.compile(r"(%\S+) = tt\.dot \S+, \S+, (%[^ ,]+)")
 
 
 def starts(ttir):
-    """ "zero", "dot" where it is another dot's result, or "carried": what a loop sums up."""
+    """[kind of each dot's accumulator]: "zero", "dot" (another dot's result) or "carried" by a loop."""
     results, kinds = set(), []
     for result, accumulator in DOT.findall(ttir):
         constant = re.search(rf"{re.escape(accumulator)} = arith\.constant dense<0", ttir)

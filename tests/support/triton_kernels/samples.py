@@ -32,7 +32,7 @@ def copy_without_other(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def shift(x_ptr, BLOCK: tl.constexpr):
-    """Every program writes what the one before has read."""
+    """Every program writes what the previous one reads."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + at)
     tl.store(x_ptr + at - tl.program_id(0) * BLOCK, x, mask=at >= BLOCK)

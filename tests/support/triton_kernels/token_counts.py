@@ -1,7 +1,7 @@
 """Prints, as JSON, how other token counts affect the launches; see test_token_counts.py.
 
 compiled  for every scenario and plan: kernels that a random T compiles after those of `warm_up`
-grids     the largest second and third axis of a grid with more tokens than 65,535 tiles hold
+grids     the largest second and third grid axes, for more tokens than fit into 65,535 tiles
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MILLIONS = 3 * 2**20 + 5
 
 @contextlib.contextmanager
 def keys_only():
-    """A list of the kernels that would be compiled; nothing is, and nothing is known from before."""
+    """Yields a list of the kernels that would be compiled, starting from an empty cache; compiles nothing."""
     compile_, seen, known = JITFunction._do_compile, [], set()
 
     def note(jit, key, signature, device, *rest):
@@ -45,7 +45,7 @@ def keys_only():
 
 
 def new_kernels(scenario, dtype, random_ts):
-    """Kernels of random numbers of tokens that those of warm_up do not cover, each with its T."""
+    """["T=...: kernel"] for random token counts whose kernels are not covered by warm_up."""
     with keys_only() as seen, launches(TARGET):
         for T in TOKENS:
             scenario.run(dtype, T)
