@@ -26,13 +26,13 @@ ASKED = ("validation", "without pictures", "without task experts", "another task
 def write(out, study, seeds, found, rates, started):
     """OUT/report.md and OUT/kaomoji.png; prints the report."""
     parts = [
-        "Set F1 of held-out items in points, mean over seeds, in brackets each seed.",
+        "Set F1 of held-out items in points, mean over seeds (each seed in parentheses).",
         scores(study, seeds, found),
         near(study),
         "Paired differences in points, 95 % intervals over items and seeds.",
         differences(seeds, found),
-        "What carries it: set F1 on the validation items, mean of tasks and seeds, and the training loss of"
-        " the last 50 steps.",
+        "Ablations: set F1 on the validation items, mean over tasks and seeds, and the training loss of the"
+        " last 50 steps.",
         ablations(seeds, found),
         "How each arm's rate was chosen: mean set F1 on the validation items, in points.",
         evidence.tuning(rates),
@@ -52,7 +52,7 @@ def scores(study, seeds, found):
     head += [f"{t} (n = {n})" for t, n in zip(TASKS, sizes)] + ["mean"]
     constant = [100 * majority(task) for task in study.tasks]
     constant = [f"{f:.1f}" for f in (*constant, np.mean(constant))]
-    rows = [["the commonest set", "", "", "", *constant]]
+    rows = [["most common set", "", "", "", *constant]]
     for arm in ARMS:
         runs = [found[arm, seed] for seed in seeds]
         each = 100 * np.array([[np.mean(r["heldout"][t]) for t in TASKS] for r in runs])

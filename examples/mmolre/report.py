@@ -54,7 +54,7 @@ def described(study):
     labelled = ", ".join(f"{task} {share:.0%}" for task, share in study.labelled.items())
     return (
         f"{len(study.words.split['train']):,} words and {len(study.kaomoji.split['train']):,} kaomoji"
-        f" to train from; {counts} items; labelled: {labelled}; {study.sizes.steps} steps of"
+        f" to train from; {counts} items; labeled: {labelled}; {study.sizes.steps} steps of"
         f" {study.sizes.batch} items."
     )
 

@@ -1,4 +1,4 @@
-"""BranchLoRA (arXiv 2506.02041): LLaVA-1.5-7B on the eight tasks of CoIN, one after the other.
+"""BranchLoRA (arXiv 2506.02041): LLaVA-1.5-7B on the eight tasks of CoIN, one after another.
 
     python -m examples.published.branch_lora --data DATA --images IMAGES --out OUT
 

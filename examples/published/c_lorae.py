@@ -34,21 +34,21 @@ def arguments(argv):
         help="steps between evaluations for the achievement loss",
     )
     option(parser, "--vision", "openai/clip-vit-base-patch32", INFERRED, "image encoder, frozen")
-    option(parser, "--rank", 24, INFERRED, "r of the universal expert; r / N for tasks: published")
+    option(parser, "--rank", 24, INFERRED, "r of the universal expert; published: r / N for tasks")
     option(parser, "--alpha", 24.0, INFERRED, "each expert is scaled by alpha / its rank")
     option(
         parser,
         "--gate",
         "softmax",
         INFERRED,
-        "over a token's two logits; that there is a gate: published",
+        "over a token's two logits; published: that there is a gate",
     )
     option(
         parser,
         "--information",
         0.01,
         INFERRED,
-        "coefficient of the mutual-information loss; the loss: published",
+        "coefficient of the mutual-information loss; published: the loss",
     )
     option(parser, "--negatives", "task", INFERRED, "of that loss: from the batch or from the task")
     option(parser, "--visual-layers", 4, INFERRED, "last encoder blocks with a visual adapter")

@@ -40,7 +40,7 @@ def arguments(argv):
         "--shared",
         4,
         INFERRED,
-        "shared experts; that each task has one of its own: published",
+        "shared experts; published: plus one expert per task",
     )
     option(parser, "--rank", 16, INFERRED, "rank of each expert")
     option(parser, "--dropout", 0.1, INFERRED, "before the heads")
