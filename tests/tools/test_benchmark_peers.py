@@ -132,3 +132,19 @@ def test_compiled_peers_are_among_the_contenders():
     names = [c.name for c in entry.contenders(compiled=True) if report.is_peer(c.name)]
     same = [p.name for p in peers.PEERS if p.same]
     assert names == [text for name in same for text in (name, f"{name}, compiled")]
+
+
+def test_gates_per_sample_are_timed_beside_poly(monkeypatch, capsys):
+    pytest.importorskip("peft")
+    from benchmarks import per_sample
+
+    monkeypatch.setattr(per_sample, "SHAPES", ((16, 12, 20),))
+    monkeypatch.setattr(per_sample, "SAMPLES", (4,))
+    per_sample.main(["--turns", "2", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    for name in (per_sample.THEIRS, *per_sample.ours()):
+        assert sum(line.startswith(f"  {name} ") for line in lines) == 4  # two kinds, two dtypes
+    grads = [
+        call() for call in per_sample.contenders("added", 16, 12, 20, 4, torch.float32).values()
+    ]
+    assert all(g.abs().max() > 0 for grad in grads for g in grad[:3])
