@@ -27,9 +27,9 @@ def draw_gains(path, result):
             axes.set_visible(False)
         for axes, (heading, gains) in zip(grid.flat, groups.items()):
             for y, (_, gain) in enumerate(gains):
-                colour = OURS if gain.median >= 1 else LOOP
-                axes.plot([gain.low, gain.high], [y, y], color=colour, lw=2)
-                axes.plot(gain.median, y, "o", color=colour, ms=5)
+                color = OURS if gain.median >= 1 else LOOP
+                axes.plot([gain.low, gain.high], [y, y], color=color, lw=2)
+                axes.plot(gain.median, y, "o", color=color, ms=5)
             axes.axvline(1, color=GREY, lw=1, zorder=0)
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}x")
@@ -71,9 +71,9 @@ def draw_scaling(path, rows):
 def _panel(panel, rows):
     rows = sorted(rows, key=lambda row: row["value"])
     at = [row["value"] for row in rows]
-    for name, colour in (("all", OURS), ("router", GREY), ("dA and dB", LOOP)):
+    for name, color in (("all", OURS), ("router", GREY), ("dA and dB", LOOP)):
         if name in rows[0]["seconds"]:
             values = [1e3 * statistics.median(row["seconds"][name]) for row in rows]
-            panel.plot(at, values, "o-", color=colour, label=name)
+            panel.plot(at, values, "o-", color=color, label=name)
     panel.set_xticks(at)
     panel.plot(at, [1e3 * scaling.rest(row) for row in rows], "--", color=OURS, label="the rest")

@@ -4,7 +4,7 @@
                     watch the first forwards for what would be lost in silence
     generate        marks that samples may stand several times in a row (beams, return sequences)
     save_pretrained writes the base's weights under the base's own names, and the experts beside them
-    hf_quantizer    of a quantised model tells Trainer that there is something to train
+    hf_quantizer    of a quantized model tells Trainer that there is something to train
 
 Everything is an object that holds its model, so that a copied or pickled model has its own.
 """

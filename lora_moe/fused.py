@@ -77,7 +77,7 @@ def why_unfit(module: nn.Module, names=None) -> str | None:
         plain = isinstance(weight, nn.Parameter) and type(weight.data) is torch.Tensor
         if not plain or weight.ndim != 3 or weight.dtype not in _DTYPES:
             dtype = getattr(weight, "dtype", type(weight).__name__)
-            return f"the weights of a {kind} are quantised ({dtype}): load the model in bfloat16"
+            return f"the weights of a {kind} are quantized ({dtype}): load the model in bfloat16"
     if getattr(module, "_is_expert_parallel", False):
         return "expert parallelism spreads its experts: shard with FSDP2 instead"
     if any(getattr(h, "offload", False) for h in _hooks(module)):

@@ -1,6 +1,6 @@
 """A picture of where tokens went over a training run: one heat map per expert, layers by time.
 
-Layers of a kind (q_proj of every block, say) lie together, the first block on top.  Colour is the expert's
+Layers of a kind (q_proj of every block, say) lie together, the first block on top.  Color is the expert's
 load over the mean load of its layer, on a logarithmic scale: white is 1, balanced; red takes more than its
 share; blue less, down to the darkest where it is dead.
 """
@@ -19,7 +19,7 @@ from .history import History
 MAX_PANELS = 32
 COLUMNS = 8
 MAX_LABELS = 32
-FLOOR = 1 / 16  # of the colour scale; a dead expert is below it
+FLOOR = 1 / 16  # of the color scale; a dead expert is below it
 
 
 def draw(history: History, path: str | os.PathLike) -> Path:
@@ -91,7 +91,7 @@ def _heat_maps(figure, grid, history, names, loads, experts, columns):
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    colours = colormaps["RdBu_r"].with_extremes(under="#021026", bad="#cccccc")
+    colors = colormaps["RdBu_r"].with_extremes(under="#021026", bad="#cccccc")
     norm = LogNorm(FLOOR, 1 / FLOOR)
     axes = []
     for i, e in enumerate(experts):
@@ -99,12 +99,12 @@ def _heat_maps(figure, grid, history, names, loads, experts, columns):
         axis = figure.add_subplot(grid[row, column])
         values = np.where(loads[:, :, e] == 0, FLOOR / 10, loads[:, :, e])
         image = axis.imshow(
-            np.ma.masked_invalid(values), aspect="auto", cmap=colours, norm=norm,
+            np.ma.masked_invalid(values), aspect="auto", cmap=colors, norm=norm,
             interpolation="nearest",
         )  # fmt: skip
         axis.set_title(f"expert {e}", fontsize=9)
         _time_axis(axis, history.steps)
-        _layer_axis(axis, names, labelled=column == 0)
+        _layer_axis(axis, names, labeled=column == 0)
         axes.append(axis)
     bar = figure.colorbar(image, ax=axes, extend="min", fraction=0.03, pad=0.01)
     bar.set_ticks([1 / 16, 1 / 4, 1, 4, 16], labels=["1/16", "1/4", "1", "4", "16"])
@@ -117,7 +117,7 @@ def _time_axis(axis, steps):
     axis.set_xticks(marks, [steps[t] for t in marks], fontsize=7)
 
 
-def _layer_axis(axis, names, labelled):
+def _layer_axis(axis, names, labeled):
     """Each layer by name while there is room, else each kind, with lines between them."""
     labels = _short(names)
     at = list(range(len(names)))
@@ -127,11 +127,11 @@ def _layer_axis(axis, names, labelled):
         ]
         at = [(band[0] + band[-1]) / 2 for band in bands]
         labels = [_kind(_short(names)[band[0]]).strip(".") for band in bands]
-        if labelled:
+        if labeled:
             axis.set_ylabel("layers, within each kind the first on top", fontsize=8)
         for band in bands[1:]:
             axis.axhline(band[0] - 0.5, color="#555555", linewidth=0.6)
-    if len(labels) > MAX_LABELS or not labelled:
+    if len(labels) > MAX_LABELS or not labeled:
         at, labels = [], []
     axis.set_yticks(at, labels, fontsize=7)
 

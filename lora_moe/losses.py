@@ -196,8 +196,8 @@ def router_stats(model: nn.Module, training: bool | None = None) -> dict[str, di
     Returns:
         {module path: statistics} of the layers that have run, without padding, with the statistics
             load           (E,), share of the slots that went to each expert
-            utilisation    (E,), load / ideal = load * E
-            max_over_mean  float, the largest utilisation
+            utilization    (E,), load / ideal = load * E
+            max_over_mean  float, the largest utilization
             dead           ids of the experts that got no token
             entropy        router_entropy in nats, None where the caller supplied the routing
     Raises:
@@ -251,11 +251,11 @@ def _ran(model):
 def _statistics(run):
     routing, mask = run.routing, run.tokens.counted()
     load = load_of(routing, mask).cpu()
-    utilisation = load * routing.num_experts
+    utilization = load * routing.num_experts
     return {
         "load": load,
-        "utilisation": utilisation,
-        "max_over_mean": float(utilisation.max()),
+        "utilization": utilization,
+        "max_over_mean": float(utilization.max()),
         "dead": torch.nonzero(load == 0).flatten().tolist(),
         "entropy": None if routing.logits is None else float(router_entropy(routing, mask)),
     }

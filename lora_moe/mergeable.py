@@ -49,8 +49,8 @@ class Weight:
         weight = base._parameters.get("weight")
         if _kind(base) is None or weight is None:
             return (
-                f"a {type(base).__name__} keeps its weight in a way of its own (quantised or custom): load"
-                " the base dequantised, or merge into='lora'"
+                f"a {type(base).__name__} keeps its weight in a way of its own (quantized or custom): load"
+                " the base dequantized, or merge into='lora'"
             )
         if base._forward_hooks or base._forward_pre_hooks:
             return (
@@ -61,7 +61,7 @@ class Weight:
         if weight.is_meta:
             return "its weight is on meta (offloaded or not loaded)"
         if type(weight.data) is not torch.Tensor or weight.dtype not in _DTYPES:
-            return f"its weight is quantised ({weight.dtype}): merge into='lora', or dequantise it"
+            return f"its weight is quantized ({weight.dtype}): merge into='lora', or dequantize it"
         if tuple(weight.shape) != self._shape(layer):
             return f"its weight is of shape {tuple(weight.shape)}, for {self._shape(layer)}"
         if other := self._same_memory(model, weight):

@@ -61,7 +61,7 @@ def merge(
     Raises:
         ValueError: a Routing differs between tokens, a number of coefficients is not E, one is not
             finite; the model is wrapped, has no experts or PEFT's; a layer's experts are no sum of B_e A_e
-            (a configuration with a middle); with into="base", the base is quantised, tied, sharded,
+            (a configuration with a middle); with into="base", the base is quantized, tied, sharded,
             offloaded or of a class whose weight's meaning is not known, or the result is not finite.
             Every misfit is listed, and the model is unchanged.
     Source:

@@ -269,7 +269,7 @@ def explain(
     ranked = candidates(T, D_in, D_out, tuple(ranks), k, dtype, gpu)
     R = sum(ranks)
     print(
-        f"T={T}  {D_in} x {D_out}  E={len(ranks)}  R={R}  k={k}  {dtype}  {gpu}, forward, modelled"
+        f"T={T}  {D_in} x {D_out}  E={len(ranks)}  R={R}  k={k}  {dtype}  {gpu}, forward, modeled"
     )
     print(f"{'plan':<12}{'launches':>9}{'MB':>10}{'GFLOP':>10}{'us':>10}")
     for c in ranked:

@@ -1,4 +1,4 @@
-"""A quantised model of transformers that has experts: Trainer takes it as one with something to train.
+"""A quantized model of transformers that has experts: Trainer takes it as one with something to train.
 
 Trainer asks model.hf_quantizer whether the weights themselves can be trained, and knows of no adapters but
 PEFT's.  While a model has experts, its hf_quantizer answers for these: they train where gradients pass

@@ -48,7 +48,7 @@ class Routing(NamedTuple):
             num_experts: E.
         Raises:
             ValueError, TypeError: on shapes or dtypes.  The ids themselves are checked by the
-            operators on a CPU and masked on a GPU, so that no host synchronisation is needed.
+            operators on a CPU and masked on a GPU, so that no host synchronization is needed.
         """
         _expect_integer("num_experts", num_experts)
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:

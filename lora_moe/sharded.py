@@ -47,7 +47,7 @@ def _synchronizes(model):
 
 
 def expect_no_wrapper(model: nn.Module) -> None:
-    """Before experts are added: raises ValueError where nobody would synchronise them."""
+    """Before experts are added: raises ValueError where nobody would synchronize them."""
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod
     kind = type(model).__name__ if _synchronizes(model) else None
@@ -55,7 +55,7 @@ def expect_no_wrapper(model: nn.Module) -> None:
         kind = "a model that deepspeed.initialize has taken"
     if kind is not None:
         raise ValueError(
-            f"model: expected one without experts to be plain, got {kind}, which would not synchronise"
+            f"model: expected one without experts to be plain, got {kind}, which would not synchronize"
             " experts that are added now: inject or load_adapter first, then wrap it"
         )
 

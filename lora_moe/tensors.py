@@ -54,7 +54,7 @@ def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
 
 
 def _dtype_beside(own, config):
-    own = own if own in _ADAPTER_DTYPES else torch.float32  # quantised
+    own = own if own in _ADAPTER_DTYPES else torch.float32  # quantized
     if config.adapter_dtype is None:
         return accumulator(own)
     return own if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)

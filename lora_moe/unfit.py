@@ -92,7 +92,7 @@ def _is_sharded(place):
     sharded = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     if any(isinstance(m, sharded) for m in place.chain):
         return (
-            "FSDP has sharded it, and experts added now would not be synchronised: inject"
+            "FSDP has sharded it, and experts added now would not be synchronized: inject"
             " first, then fully_shard"
         )
     if any(_TENSOR_PARALLEL.search(type(m).__name__) for m in place.chain) or _distributed(place):

@@ -104,7 +104,7 @@ def _first_experts(layer, x):
 
 
 def _dtype_of(base):
-    """Of its floating weights, bf16 where they are quantised."""
+    """Of its floating weights, bf16 where they are quantized."""
     dtypes = (p.dtype for p in base.parameters() if p.dtype.is_floating_point)
     return next(dtypes, torch.bfloat16)
 

@@ -8,7 +8,7 @@ from examples.branch_lora.arms import MAIN
 from examples.branch_lora.report import NAMES, Found
 from examples.common import figures
 
-COLOURS = {
+COLORS = {
     "lora": figures.GREY,
     "EWC": "#CC79A7",
     "LwF": "#E69F00",
@@ -35,15 +35,15 @@ def draw_orders(path, found):
             for k, arm in enumerate(MAIN):
                 means = found.items(arm, metric).mean(2)  # (orders, seeds)
                 at = np.arange(len(means)) + (k - (len(MAIN) - 1) / 2) * 0.13
-                axes.plot(at, means, "o", color=COLOURS[arm], ms=3.5, alpha=0.55, mew=0)
+                axes.plot(at, means, "o", color=COLORS[arm], ms=3.5, alpha=0.55, mew=0)
                 axes.hlines(
-                    means.mean(1), at - 0.055, at + 0.055, COLOURS[arm], lw=4, label=NAMES[arm]
+                    means.mean(1), at - 0.055, at + 0.055, COLORS[arm], lw=4, label=NAMES[arm]
                 )
             axes.axhline(0, color="#DADCE0", lw=1, zorder=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.set_ylabel(label)
         joint = found.items("joint", "ACC").mean()
-        panels[0].axhline(joint, color=COLOURS["joint"], lw=1.2, ls="--", label="joint training")
+        panels[0].axhline(joint, color=COLORS["joint"], lw=1.2, ls="--", label="joint training")
         panels[0].legend(
             frameon=False, fontsize=9, ncols=4, loc="lower left", bbox_to_anchor=(0, 1)
         )
@@ -68,11 +68,9 @@ def draw_course(path, found):
         at = range(1, len(found.data.tasks) + 1)
         for arm in MAIN:
             each = course_of(found, arm).mean(1)
-            width, colour = 3.2 if arm == "BranchLoRA" else 1.8, COLOURS[arm]
-            axes.fill_between(at, each.min(0), each.max(0), color=colour, alpha=0.1, lw=0)
-            axes.plot(
-                at, each.mean(0), "o-", color=colour, lw=width, ms=width + 2, label=NAMES[arm]
-            )
+            width, color = 3.2 if arm == "BranchLoRA" else 1.8, COLORS[arm]
+            axes.fill_between(at, each.min(0), each.max(0), color=color, alpha=0.1, lw=0)
+            axes.plot(at, each.mean(0), "o-", color=color, lw=width, ms=width + 2, label=NAMES[arm])
         axes.set_xticks(at)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         axes.set(ylabel="accuracy on the tasks so far", xlabel="tasks learned")

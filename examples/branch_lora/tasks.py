@@ -134,10 +134,10 @@ def _emoji_kinds():
     return kinds
 
 
-def _task(name, labelled, family):
+def _task(name, labeled, family):
     """A Task with a fifth of the families held out and a fifth for validation; a hash orders the items."""
     split_of = {0: "test", 1: "validation"}
     items = {split: [] for split in SPLITS}
-    for subject, answer in sorted(labelled.items(), key=lambda item: digest(name + item[0])):
+    for subject, answer in sorted(labeled.items(), key=lambda item: digest(name + item[0])):
         items[split_of.get(digest(family[subject]) % 5, "train")].append((subject, answer))
-    return Task(name, tuple(sorted(set(labelled.values()))), items)
+    return Task(name, tuple(sorted(set(labeled.values()))), items)

@@ -144,8 +144,8 @@ def draw_cost(path, panels):
         )
         for axes, (title, values, text) in zip(columns, panels):
             names = list(values)[::-1]
-            colours = [GREY] * (len(names) - 1) + [OURS]
-            axes.barh(names, [values[n] for n in names], color=colours, height=0.62)
+            colors = [GREY] * (len(names) - 1) + [OURS]
+            axes.barh(names, [values[n] for n in names], color=colors, height=0.62)
             for y, name in enumerate(names):
                 label = axes.text(values[name], y, " " + text(values[name]), va="center")
             label.set_weight("bold")  # the last drawn is ours

@@ -71,9 +71,9 @@ def load_tasks(num_heldout=200):
 
     def word_task(name, labels):
         fitting = {word: [tag for tag in tags if tag in labels] for word, tags in words.items()}
-        labelled = {word: tags[0] for word, tags in fitting.items() if len(tags) == 1}
+        labeled = {word: tags[0] for word, tags in fitting.items() if len(tags) == 1}
         question = f'What is the {name.split()[1]} of the word "{{}}"?'
-        return _split(name, question, labels, labelled, roots, num_heldout)
+        return _split(name, question, labels, labeled, roots, num_heldout)
 
     kin = kin_of_names(emoji, roots)
     question = 'Is the sentiment of the emoji "{}" high or low?'
@@ -132,9 +132,9 @@ def plain(name):
     return " ".join(re.findall("[a-z]+", name.lower()))
 
 
-def _split(name, question, labels, labelled, family, num_heldout):
+def _split(name, question, labels, labeled, family, num_heldout):
     """A Task with a third of the families held out, chosen by a hash, independent of order and seed."""
-    items = sorted(labelled.items(), key=lambda item: digest(item[0]))
+    items = sorted(labeled.items(), key=lambda item: digest(item[0]))
     apart = [digest(family[subject]) % 3 == 0 for subject, _ in items]
     heldout = [item for item, away in zip(items, apart) if away]
     train = [item for item, away in zip(items, apart) if not away]

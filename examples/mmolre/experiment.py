@@ -52,7 +52,7 @@ class Study:
         (self.probe,) = data.training(*parts, 1, sizes.probe, seed=1000)
         labels = data.training_labels(*parts)
         self.scale, self.constants = scales(labels), constants(labels)
-        self.labelled = {n: float(1 - of.isnan().float().mean()) for n, of in labels.items()}
+        self.labeled = {n: float(1 - of.isnan().float().mean()) for n, of in labels.items()}
 
     def train(self, arm, rate, seed, probe=None):
         """[(model, record of its training)] for the models of an arm."""

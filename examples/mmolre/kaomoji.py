@@ -36,9 +36,9 @@ def drawable():
         if fits and not any(map(unicodedata.combining, text)):
             readings.setdefault(text, []).append({name: row[name] for name in ("emotion", *SETS)})
     alike = {t: found[0] for t, found in readings.items() if all(r == found[0] for r in found)}
-    labelled = {t for t, r in alike.items() if any(set(r[n]) & set(of) for n, of in SETS.items())}
-    others = random.Random(0).sample(sorted(alike.keys() - labelled), len(labelled))
-    return {text: alike[text] for text in sorted(labelled.union(others))}
+    labeled = {t for t, r in alike.items() if any(set(r[n]) & set(of) for n, of in SETS.items())}
+    others = random.Random(0).sample(sorted(alike.keys() - labeled), len(labeled))
+    return {text: alike[text] for text in sorted(labeled.union(others))}
 
 
 def _rows():

@@ -17,10 +17,10 @@ def draw_gains(path, rows):
         axes.axvline(0, color="#DADCE0", lw=1, zorder=0)
         for task, (x, *xs), gain in rows:
             y, *ys = (100 * value for value in gain)
-            colour = OURS if ys[0] > 0 else GREY
-            axes.plot([x, x], ys, color=colour, lw=5, alpha=0.5, solid_capstyle="round")
-            axes.plot(xs, [y, y], color=colour, lw=1)
-            axes.plot(x, y, "o", color=colour, ms=9)
+            color = OURS if ys[0] > 0 else GREY
+            axes.plot([x, x], ys, color=color, lw=5, alpha=0.5, solid_capstyle="round")
+            axes.plot(xs, [y, y], color=color, lw=1)
+            axes.plot(x, y, "o", color=color, ms=9)
             axes.annotate(task, (x, y), (9, 7), textcoords="offset points", weight="bold")
         axes.margins(0.18, 0.1)
         axes.set(

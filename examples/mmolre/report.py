@@ -51,10 +51,10 @@ def described(study):
         f"{len(getattr(study, split).labels['sentiment'])} {split}"
         for split in ("validation", "test")
     )
-    labelled = ", ".join(f"{task} {share:.0%}" for task, share in study.labelled.items())
+    labeled = ", ".join(f"{task} {share:.0%}" for task, share in study.labeled.items())
     return (
         f"{len(study.words.split['train']):,} words and {len(study.kaomoji.split['train']):,} kaomoji"
-        f" to train from; {counts} items; labeled: {labelled}; {study.sizes.steps} steps of"
+        f" to train from; {counts} items; labeled: {labeled}; {study.sizes.steps} steps of"
         f" {study.sizes.batch} items."
     )
 

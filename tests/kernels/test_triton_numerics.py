@@ -25,7 +25,7 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str
 
 @pytest.fixture
 def mma(monkeypatch):
-    tensor_cores.modelled(monkeypatch, numerics)
+    tensor_cores.modeled(monkeypatch, numerics)
 
 
 def noise(*shape, seed=0):

@@ -23,7 +23,7 @@ def test_program_of_the_documentation(tmp_path, monkeypatch, capsys):
     labels = {"sentiment": torch.randn(6, generator=g), "emotion": torch.arange(6)}
     exec(block, {"batches": [(features, masks, labels)] * 12})
     printed = capsys.readouterr().out
-    assert "'mae': 0." in printed and "'accuracy': 1.0" in printed  # six items, learnt by heart
+    assert "'mae': 0." in printed and "'accuracy': 1.0" in printed  # six items, learned by heart
 
 
 def test_links_of_the_documentation():
@@ -132,7 +132,7 @@ def test_gains_are_means_over_labelled_items():
 
     draw = np.random.default_rng(0)
     base = draw.random((len(TASKS), 300))
-    base[2, 30:] = np.nan  # a tenth is labelled
+    base[2, 30:] = np.nan  # a tenth is labeled
     saved = dict(zip(TASKS, (0.0, 0.2, -0.2, 0.4)))
 
     def run(share):

@@ -178,7 +178,7 @@ def test_load_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="the tensors of its configuration"):
         mmolre.load(write({**tensors, "more": torch.zeros(1)}))
     with pytest.raises(ValueError, match="only the fields"):
-        mmolre.load(write(colour="red"))
+        mmolre.load(write(color="red"))
     with pytest.raises(ValueError, match="width: expected an integer"):
         mmolre.load(write(width=10**9))
     with pytest.raises(ValueError, match="activation: expected one of"):

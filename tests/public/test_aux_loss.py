@@ -134,7 +134,7 @@ def test_router_stats():
     stats = router_stats(model)
     given = stats["b"]
     assert given["load"].tolist() == pytest.approx([2 / 3, 0, 1 / 3, 0])
-    assert given["utilisation"].tolist() == pytest.approx([8 / 3, 0, 4 / 3, 0])
+    assert given["utilization"].tolist() == pytest.approx([8 / 3, 0, 4 / 3, 0])
     assert given["max_over_mean"] == pytest.approx(8 / 3)
     assert given["dead"] == [1, 3] and given["entropy"] is None
     free = stats["a"]

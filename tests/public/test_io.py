@@ -61,7 +61,7 @@ def test_into_a_model_with_the_same_experts(saved):
     assert not torch.allclose(other(X), model(X))
     load_adapter(other, saved)
     assert torch.equal(other(X), model(X))
-    assert injected(other) == layers  # the same objects: an optimiser's references stay good
+    assert injected(other) == layers  # the same objects: an optimizer's references stay good
     assert all(other.get_parameter(n) is p for n, p in parameters.items())
 
 

@@ -101,7 +101,7 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
-class Quantised(nn.Module):
+class Quantized(nn.Module):
     """An integer weight and a scale: nothing of it says which dtype an adapter should have."""
 
     def __init__(self):
@@ -125,7 +125,7 @@ class WeightOnly(nn.Module):
         return x @ self.weight.T * factor + shift
 
 
-@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, Quantised, WeightOnly])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D, Quantized, WeightOnly])
 def test_linear_like_bases(kind):
     base = kind(D_IN, D_OUT) if kind is nn.Linear else kind()
     layer, x = make(base=base), tokens(3, 2)

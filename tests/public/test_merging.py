@@ -158,7 +158,7 @@ REFUSED = {
     "int8": (lambda: replaced(Int8()), "Int8 keeps its weight in a way of its own"),
     "int8 with Linear's forward": (
         lambda: replaced(type("Packed", (Int8,), {"forward": nn.Linear.forward})()),
-        r"quantised \(torch.int8\)",
+        r"quantized \(torch.int8\)",
     ),
     "custom": (lambda: replaced(Fancy(12, 9)), "Fancy keeps its weight"),
     "tied": (tied, "its weight is tied to that of other"),

@@ -214,12 +214,12 @@ def test_a_missing_history(tmp_path):
 # --- the picture -----------------------------------------------------------------------------------
 
 
-def share_of(path, colour):
-    """Of the pixels near a colour."""
+def share_of(path, color):
+    """Of the pixels near a color."""
     from matplotlib.image import imread
 
     pixels = imread(path)[..., :3]
-    return float((abs(pixels - torch.tensor(colour).numpy()).max(-1) < 0.06).mean())
+    return float((abs(pixels - torch.tensor(color).numpy()).max(-1) < 0.06).mean())
 
 
 WHITE, DARK, RED = (0.97, 0.97, 0.97), (0.01, 0.06, 0.15), (0.73, 0.16, 0.20)

@@ -70,11 +70,11 @@ def test_what_cannot_take_experts_is_refused():
         with pytest.raises(ValueError, match=match):
             inject(model, moes.config())
 
-    def quantise(experts):
+    def quantize(experts):
         data = experts.down_proj.detach().to(torch.float8_e4m3fn)
         experts.down_proj = nn.Parameter(data, requires_grad=False)
 
-    refused(quantise, r"quantised \(torch.float8_e4m3fn\): load the model in bfloat16")
+    refused(quantize, r"quantized \(torch.float8_e4m3fn\): load the model in bfloat16")
     refused(lambda e: setattr(e, "_is_expert_parallel", True), "expert parallelism")
     model = moes.base()
     model.config._experts_implementation = "someones_own"

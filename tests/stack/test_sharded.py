@@ -45,7 +45,7 @@ def test_experts_in_a_wrapped_model_are_refused(kind, process, tmp_path):
     for attempt in (lambda m: inject(m, CONFIG), lambda m: load_adapter(m, tmp_path)):
         wrapped = wrap(net())
         before = set(wrapped.state_dict())
-        with pytest.raises(ValueError, match=r"would not synchronise .* first, then wrap it"):
+        with pytest.raises(ValueError, match=r"would not synchronize .* first, then wrap it"):
             attempt(wrapped)
         assert set(wrapped.state_dict()) == before
         load_adapter(wrap(inject(net(), CONFIG)), tmp_path)  # experts that were there before
@@ -55,7 +55,7 @@ def test_experts_in_a_model_that_deepspeed_has_taken_are_refused():
     """Even without its engine, as ZeRO's optimizer only has the earlier parameters."""
     model = net()
     model[1].weight._hp_mapping = None
-    with pytest.raises(ValueError, match=r"deepspeed.initialize.* would not synchronise"):
+    with pytest.raises(ValueError, match=r"deepspeed.initialize.* would not synchronize"):
         inject(model, CONFIG)
 
 

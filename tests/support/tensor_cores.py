@@ -1,7 +1,7 @@
 """A model of tensor cores for the interpreter: products of 16-bit terms whose sums are truncated.
 
 An MMA instruction adds its products to the accumulator exactly and drops what does not fit into 24 bits, so
-a long sum loses up to one unit per step, always toward zero.  `modelled` makes the interpreted kernels
+a long sum loses up to one unit per step, always toward zero.  `modeled` makes the interpreted kernels
 multiply fp32 and 16-bit operands like the compiled ones, term by term, with such an accumulator.
 """
 
@@ -28,7 +28,7 @@ def multiply(a, b, acc):
     return acc
 
 
-def modelled(monkeypatch, numerics):
+def modeled(monkeypatch, numerics):
     """Patches the interpreter and `numerics`, the module of the interpreted kernels."""
     triton = pytest.importorskip("triton")
     from triton.runtime import interpreter

@@ -118,6 +118,6 @@ def check_inject_comes_too_late(place):
             try:
                 inject(model, config)
             except ValueError as error:
-                assert "would not synchronise" in str(error), error
+                assert "would not synchronize" in str(error), error
             else:
                 raise AssertionError(f"ZeRO-{stage}: {type(model)} takes experts too late")
