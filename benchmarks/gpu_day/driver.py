@@ -137,7 +137,7 @@ def report(results, dry_run):
 def verdict(result):
     failed, checked = len(wrong(result)), sum(f["ok"] is not None for f in result["findings"])
     if failed:
-        return f"{failed} of {checked} wrong"
+        return f"{failed} of {checked} failed"
     return "1 check passed" if checked == 1 else f"{checked} checks passed"
 
 
@@ -180,7 +180,7 @@ def main(argv=None):
     for n, stage in enumerate(todo):
         left = end - time.monotonic()
         if left < (30 if args.dry_run else min(stage.seconds, CALL_S / 2)):
-            print(f"{len(todo) - n} stages are left: run again to continue")
+            print(f"stages left: {len(todo) - n}; run again to continue")
             return 1 if any(map(wrong, results.values())) else 2
         results[stage.name] = run(stage, out, args.dry_run, min(stage.seconds, left))
         kept.write_text(json.dumps(results, indent=1))

@@ -102,7 +102,7 @@ def test_quick_run_writes_everything(tmp_path, capsys):
     flags = ["--quick", "--repeats=2", "--device=cpu", "--dtype", "bf16", "fp32"]
     assert cli.main(["bench", *flags, *out, f"--png={tmp_path}"]) == 0
     printed = capsys.readouterr()
-    assert "No GPU" in printed.err
+    assert "No usable GPU found" in printed.err
     assert (tmp_path / "run.markdown").read_text() in printed.out
     assert "### Scaling" in printed.out
     result = json.loads((tmp_path / "run.json").read_text())

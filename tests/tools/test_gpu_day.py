@@ -54,7 +54,7 @@ def test_without_pytorch_it_says_which_python(monkeypatch, capsys, tmp_path):
 def test_all_right(day):
     status, ran, report = day()
     assert (status, ran) == (0, ["one", "two"])
-    assert "Nothing is wrong" in report
+    assert "All checks passed" in report
     assert report.count("1 check passed") == 2
 
 
@@ -62,8 +62,8 @@ def test_what_is_wrong_comes_first_and_in_the_exit_status(day):
     day.results["one"] = [finding("bits", False, "they differ"), finding("fact", None, "7")]
     status, ran, report = day()
     assert (status, ran) == (1, ["one", "two"])
-    assert report.index("**wrong** in one: bits: they differ") < report.index("| stage |")
-    assert "1 of 1 wrong" in report
+    assert report.index("**failed** in one: bits: they differ") < report.index("| stage |")
+    assert "1 of 1 failed" in report
 
 
 def test_a_second_call_repeats_what_failed_and_what_is_named(day):
@@ -81,7 +81,7 @@ def test_a_call_ends_in_time_and_asks_for_another(day, monkeypatch, capsys):
     status, ran, report = day()
     assert (status, ran) == (2, ["one"])
     assert "not run yet" in report
-    assert "1 stages are left: call again" in capsys.readouterr().out
+    assert "stages left: 1; run again to continue" in capsys.readouterr().out
 
 
 def test_unknown_stages_are_refused(day):

@@ -114,4 +114,4 @@ def test_pytest_itself_stops(asked):
         assert done.returncode == pytest.ExitCode.OK, done.stdout
     else:
         assert done.returncode == pytest.ExitCode.USAGE_ERROR, done.stdout
-        assert "these tests would show nothing" in done.stderr
+        assert "these tests would prove nothing" in done.stderr
