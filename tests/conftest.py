@@ -5,6 +5,7 @@ With a GPU, LORA_MOE_BACKEND=triton or cuda runs the public functions on it.
 """
 
 import os
+import sys
 from pathlib import Path
 
 # before numpy: with a second thread the interpreter's small matrix products take a hundred times as long
@@ -59,3 +60,13 @@ def pytest_collection_modifyitems(config, items):
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
+
+
+@pytest.fixture(autouse=True)
+def compiles_anew():
+    """torch.compile limits recompilations per function, over all tests of a process."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
