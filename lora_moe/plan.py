@@ -101,6 +101,11 @@ def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list
     return sorted(out, key=lambda c: c.seconds)
 
 
+def size_class(T) -> int:
+    """The number of tokens that stands for T's class in the cost model; T may be symbolic."""
+    return DECODE_T if T <= DECODE_T else 1024 if T <= PREFILL_T else 2 * PREFILL_T
+
+
 def experts_in_a_tile(T: int, E: int, top_k: int, tile: int) -> float:
     """How many different experts a tile of sorted tokens holds, for a router that spreads them evenly.
 
@@ -148,7 +153,7 @@ def choose(backend: str, T, D_in, D_out, offsets, top_k, dtype, shared_a=False) 
         return _forced
     if backend not in ("triton", "cuda"):
         return BACKENDS[backend][0]
-    tokens = DECODE_T if T <= DECODE_T else 1024 if T <= PREFILL_T else 2 * PREFILL_T
+    tokens = size_class(T)
     # while tracing, sizes of a layer may be symbols: they become numbers
     ranks = tuple(index(stop) - index(start) for start, stop in pairwise(offsets))
     sizes = index(D_in), index(D_out)
@@ -199,8 +204,7 @@ def mixes(backend, T, B, E, r, D_in, D_out, dtype, shared_a=False) -> bool:
         return False
     D_in, D_out = index(D_in), index(D_out)
     if backend in ("triton", "cuda"):
-        tokens = DECODE_T if T <= DECODE_T else 1024 if T <= PREFILL_T else 2 * PREFILL_T
-        return _mixes_on_gpu(tokens, B, E, r, D_in, D_out, dtype, shared_a)
+        return _mixes_on_gpu(size_class(T), B, E, r, D_in, D_out, dtype, shared_a)
     if backend != "cpp":
         return False
     size = r * (D_out if shared_a else D_in + D_out)

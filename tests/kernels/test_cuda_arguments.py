@@ -30,12 +30,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["forward", "reverse"])
-def kernels(request, monkeypatch):
-    monkeypatch.setenv("CUDA_SHIM_ORDER", request.param)
-    return built()
-
-
 @pytest.mark.parametrize("adapters", [torch.float32, torch.float16, torch.float64], ids=str)
 @some("tiles fit", "unequal ranks")
 def test_parameters_in_their_own_dtype(kernels, case, adapters):

@@ -21,7 +21,6 @@ from ..support.compare import assert_accurate
 from ..support.cuda_calls import (
     WIDE,
     all_needed,
-    built,
     cotangents,
     grouped,
     grouped_backward,
@@ -45,12 +44,6 @@ every_dtype = pytest.mark.parametrize(
 # in units of the dtype: 16-bit results carry one rounding of H or dS and one of the output
 UNITS = {torch.float32: 12, torch.bfloat16: 0.85, torch.float16: 0.85}
 ROUTING = ["indices", "weights", "logits", "mean_prob", "lse", "counts"]
-
-
-@pytest.fixture(params=["forward", "reverse"])
-def kernels(request, monkeypatch):
-    monkeypatch.setenv("CUDA_SHIM_ORDER", request.param)
-    return built()
 
 
 def compare(names, got, want, dtype, tokens=16):

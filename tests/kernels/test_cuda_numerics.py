@@ -32,12 +32,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["forward", "reverse"])
-def kernels(request, monkeypatch):
-    monkeypatch.setenv("CUDA_SHIM_ORDER", request.param)
-    return built()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_an_fp32_operand_keeps_its_bits(kernels, dtype):
     """Beside an identity of 16 bits each sum is one number; a row's are up to 2^15 apart."""
