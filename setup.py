@@ -73,7 +73,7 @@ SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
 KERNELS = sorted(glob("csrc/cuda/*.cu"))
 SKIP = os.environ.get("LORA_MOE_SKIP_EXT")
 BUILD_CUDA = os.environ.get("LORA_MOE_BUILD_CUDA", "0") == "1"
-NOTE = "_not_built.json"  # {instruction set: reason}, read by lora_moe.missing
+NOTE = "_not_built.json"  # {instruction set: reason}, read by lora_moe.missing_operators
 not_built: dict[str, str] = {}
 
 

@@ -26,7 +26,7 @@ from .layers import LoraMoeLinear  # noqa: E402
 from .losses import aux_loss, router_stats  # noqa: E402
 from .merging import merge  # noqa: E402
 from .mlp import LoraMoeMLP  # noqa: E402
-from .native import LoraMoeExperts  # noqa: E402
+from .native_experts import LoraMoeExperts  # noqa: E402
 from .routing import Routing  # noqa: E402
 from .steering import (  # noqa: E402
     disable_adapters,
@@ -36,7 +36,7 @@ from .steering import (  # noqa: E402
     use_routing,
 )
 from .to_peft import to_peft  # noqa: E402
-from .warm import warm_up  # noqa: E402
+from .warmup import warm_up  # noqa: E402
 
 __version__ = "0.2.0"
 

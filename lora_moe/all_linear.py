@@ -12,8 +12,8 @@ import re
 from torch import nn
 
 from .linear import linear_features
-from .places import Survey
-from .unfit import bypassed, reasons_of
+from .module_tree import Survey
+from .unsupported import bypassed, reasons_of
 
 ALL_LINEAR = "all-linear"
 _CLASSIFIER = re.compile(

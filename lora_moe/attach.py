@@ -14,9 +14,9 @@ from __future__ import annotations
 from torch import nn
 
 from . import quantized
-from .calls import AfterCall, BeforeCall
+from .model_hooks import AfterCall, BeforeCall
 from .steering import injected
-from .watch import ParentRan, Watch
+from .usage_warnings import ParentRan, Watch
 from .wrappers import WRAPPERS, Wrapper
 
 

@@ -19,7 +19,7 @@ import warnings
 
 import torch
 
-from . import missing, ops
+from . import missing_operators, ops
 
 BACKENDS = ("triton", "cuda", "cpp", "reference")
 ISAS = ("avx512_bf16", "avx512", "avx2", "portable")  # best first
@@ -100,8 +100,8 @@ def _why_missing(failures) -> str:
     """Told at once where there is something to mend, and not only slower for it."""
     if not failures:
         return ""
-    reason = missing.explain(failures)
-    if missing.is_broken(failures):
+    reason = missing_operators.explain(failures)
+    if missing_operators.is_broken(failures):
         warnings.warn(f"lora_moe: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 

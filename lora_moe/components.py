@@ -18,7 +18,7 @@ from torch import nn
 
 from .context import Decision, fit_rows, sample_rows
 from .fields import expect
-from .kept import cache_in_use
+from .routing_cache import cache_in_use
 from .tokens import Tokens
 
 if TYPE_CHECKING:

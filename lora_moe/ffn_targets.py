@@ -10,7 +10,7 @@ from torch import nn
 from .config import LoraMoeConfig
 from .linear import ffn_width, linears_of
 from .targets import targets_of
-from .unfit import unfit
+from .unsupported import unsupported
 
 
 def ffn_targets(
@@ -44,7 +44,7 @@ def ffn_targets(
     } | {path: (linear, lora) for path, linear in plain.items()}
 
 
-def unfit_ffns(model: nn.Module, names: Mapping[str, Iterable[str]]) -> dict[str, str]:
+def unsupported_ffns(model: nn.Module, names: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """{path: reason} of modules that are no FFN with linear maps of these names that can take experts."""
     reasons = {}
     for path, own in names.items():
@@ -54,6 +54,6 @@ def unfit_ffns(model: nn.Module, names: Mapping[str, Iterable[str]]) -> dict[str
             reasons[path] = f"a {type(module).__name__} is no FFN that can be replaced"
         elif missing:
             reasons[path] = f"it has no linear map {', '.join(missing)}"
-        elif inner := unfit(model, [f"{path}.{name}" for name in own]):
+        elif inner := unsupported(model, [f"{path}.{name}" for name in own]):
             reasons[path] = "; ".join(f"{p}: {why}" for p, why in inner.items())
     return reasons

@@ -27,10 +27,10 @@ from .layers import LoraMoeLinear
 from .linear import linear_features
 from .peft_experts import Found, experts_in
 from .peft_format import shared
-from .peft_lora import Lora, opened, unfit_numbers
+from .peft_lora import Lora, opened, unsupported_numbers
 from .sharded import expect_no_wrapper, fill, unwrapped
 from .steering import injected
-from .unfit import unfit
+from .unsupported import unsupported
 
 # what the adapters or other arguments say
 _GIVEN = {
@@ -181,7 +181,7 @@ def _modules_of(model, loras) -> dict[str, nn.Module]:
     """{path: module} of all that any adapter names; raises for every misfit at once."""
     modules = dict(model.named_modules(remove_duplicate=False))
     paths = list(dict.fromkeys(path for lora in loras for path in lora.paths))
-    reasons = unfit(model, [path for path in paths if path in modules])
+    reasons = unsupported(model, [path for path in paths if path in modules])
     reasons |= {p: f"{text}, of which PEFT adapts one" for p, text in shared(model, paths).items()}
     problems = []
     for lora in loras:
@@ -215,8 +215,8 @@ def _tell_missing(lora, modules):
 
 def _misfits(lora, path, module):
     (D_in, D_out), r = linear_features(module), lora.rank(path)
-    if unfit := unfit_numbers(r, lora.alpha(path)):
-        return [unfit]
+    if unsupported := unsupported_numbers(r, lora.alpha(path)):
+        return [unsupported]
     return lora.misfits(path, A=(r, D_in), B=(D_out, r))
 
 

@@ -12,7 +12,7 @@ from reprlib import repr as brief
 import torch
 from torch import nn
 
-from . import stale
+from . import optimizers
 from .config import FFN
 from .context import thread
 from .layers import LoraMoeLinear
@@ -81,7 +81,7 @@ def grow(
     for plan in plans.values():
         replaced |= plan.replaced()
     if optimizer is not None:
-        stale.expect_growable(optimizer, replaced)
+        optimizers.expect_growable(optimizer, replaced)
     for plan in plans.values():
         plan.apply()
     if optimizer is not None:
@@ -90,8 +90,8 @@ def grow(
             for layer, plan in plans.items()
             if "router_bias" in plan.made
         }
-        stale.replace(optimizer, replaced, beside)
-    stale.forget(replaced)
+        optimizers.replace(optimizer, replaced, beside)
+    optimizers.forget(replaced)
     return model
 
 

@@ -15,7 +15,7 @@ from .config import FFN, LoraMoeConfig
 from .ffn_targets import ffn_targets
 from .layers import LoraMoeLinear
 from .mlp import LoraMoeMLP
-from .native import LoraMoeExperts
+from .native_experts import LoraMoeExperts
 from .placement import LoraMoeLayer
 from .sharded import expect_no_wrapper
 from .steering import injected, layers_of

@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import forward_records
 from . import functional as F
-from . import records
+from .base_backward import base_weight
 from .checks import autocast_enabled, rank_offsets_of
 from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
 from .context import fit_rows, sample_rows, told
 from .linear import linear_features
-from .own_dx import base_weight
 from .per_sample import add_mixed, pays
 from .placement import LoraMoeLayer
 from .recompute import recomputing
@@ -122,7 +122,7 @@ class LoraMoeLinear(LoraMoeLayer):
             known: dict = self._parameters if isinstance(tensor, nn.Parameter) else self._buffers
             known[name] = tensor
         self.frozen = self._frozen
-        records.forget(self)
+        forward_records.forget(self)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """base_layer(x, ...) plus the experts, in the base's dtype.  (..., D_in) -> (..., D_out)"""
@@ -154,7 +154,7 @@ class LoraMoeLinear(LoraMoeLayer):
             x = x if x.dtype == y.dtype else x.to(y.dtype)
             y, routing = self._add(x, y, decision, weight)
         if not recomputing():
-            records.remember(self, routing, tokens)
+            forward_records.remember(self, routing, tokens)
         return y
 
     def _add(self, x, y, decision, weight=None):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import records
+from . import forward_records
 from .notices import tell_once
 from .router_losses import (
     counts_of,
@@ -239,7 +239,7 @@ def update_selection_bias(model: nn.Module, rate: float = 0.001) -> None:
 def _ran(model):
     """{path: (layer, its record)} of the layers that have run in this thread."""
     records_of = {
-        name: (layer, records.record_of(layer)) for name, layer in layers_of(model).items()
+        name: (layer, forward_records.record_of(layer)) for name, layer in layers_of(model).items()
     }
     ran = {name: pair for name, pair in records_of.items() if pair[1].last is not None}
     if not ran:

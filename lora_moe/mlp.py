@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import forward_records
 from . import functional as F
-from . import records
 from .checks import autocast_enabled
 from .components import Batch, TensorSpec
 from .config import LoraMoeConfig
@@ -112,7 +112,7 @@ class LoraMoeMLP(LoraMoeLayer):
             del thread.passes[self]
         now.expect_done(self.config.target_modules, y)
         if not recomputing():
-            records.remember(self, routing, tokens)
+            forward_records.remember(self, routing, tokens)
         if decision.routing is None and self.components is None:
             return y
         return with_zero_gradients(

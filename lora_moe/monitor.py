@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from . import records
+from . import forward_records
 from .history import History
 from .losses import counts_of, router_entropy
 from .steering import layers_of
@@ -73,7 +73,7 @@ class RouterMonitor:
 
     def _new_runs(self, layer):
         """The forwards with a graph, of which a step may hold several; else the last one in this mode."""
-        record = records.record_of(layer)
+        record = forward_records.record_of(layer)
         last = record.training if layer.training else record.evaluation
         runs = record.pending if layer.training and record.pending else [last]
         new = [run for run in runs if run is not None and run not in self._seen]

@@ -17,10 +17,10 @@ from torch import nn
 
 from . import fused, peft_format, safefile
 from .config import LoraMoeConfig
-from .native import LoraMoeExperts
-from .peft_lora import Lora, unfit_numbers
+from .native_experts import LoraMoeExperts
+from .peft_lora import Lora, unsupported_numbers
 from .sharded import plain_path
-from .target_parameters import unfit_experts
+from .target_parameters import unsupported_experts
 from .targets import matches
 
 
@@ -55,8 +55,8 @@ class Found:
         for name, path in self.paths.items():
             E, D_in, D_out = fused.sizes(self.module, name)
             r, alpha = self.rank(name), self.alpha(name)
-            if unfit := unfit_numbers(r, alpha):
-                return [unfit]
+            if unsupported := unsupported_numbers(r, alpha):
+                return [unsupported]
             kinds.add((r, float(alpha)))
             shapes = {"A": (E * r, D_in), "B": (D_out, r * E)}
             problems += self.lora.misfits(path, f" of {name}", **shapes)
@@ -113,7 +113,7 @@ def experts_in(model: nn.Module, lora: Lora) -> tuple[list[Found], Lora]:
             named[path] = names
     if not named:
         raise ValueError(f"{lora.name}: target_parameters: the model has none of {brief(targets)}")
-    reasons = unfit_experts(model, named)
+    reasons = unsupported_experts(model, named)
     found = [
         Found(path, model.get_submodule(path), names, lora)
         for path, names in named.items()

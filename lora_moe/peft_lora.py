@@ -143,7 +143,7 @@ def checked(name, config, places, read) -> Lora:
     return Lora(name, config, tensors, places, read)
 
 
-def unfit_numbers(r, alpha) -> str | None:
+def unsupported_numbers(r, alpha) -> str | None:
     """Why these are no rank and alpha of an expert."""
     if type(r) is not int or not 1 <= r <= MAX_RANK:
         return f"r: expected an integer in [1, {MAX_RANK}], got {brief(r)}"

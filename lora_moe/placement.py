@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from . import records
+from . import forward_records
 from .checks import rank_offsets_of
 from .components import TensorSpec
 from .config import LoraMoeConfig
@@ -113,7 +113,7 @@ class LoraMoeLayer(nn.Module):
 
     @property
     def routing(self) -> Routing | None:
-        last = records.record_of(self).last
+        last = forward_records.record_of(self).last
         return None if last is None else last.routing
 
     @routing.setter
@@ -122,7 +122,7 @@ class LoraMoeLayer(nn.Module):
             raise ValueError(
                 "routing: expected None, to forget the last forward; see lora_moe.use_routing"
             )
-        records.forget(self)
+        forward_records.forget(self)
 
     @property
     def frozen(self) -> tuple[int, ...]:

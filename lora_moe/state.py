@@ -11,14 +11,14 @@ from torch import nn
 from . import safefile, sharded
 from .adapter_file import configs_of, fixed_fields
 from .config import FFN
-from .ffn_targets import unfit_ffns
+from .ffn_targets import unsupported_ffns
 from .injection import modules_to_save
 from .placement import LoraMoeLayer
 from .sharded import plain_path
 from .steering import injected
-from .target_parameters import unfit_experts
+from .target_parameters import unsupported_experts
 from .tensors import adapter_tensors, under_keys
-from .unfit import unfit
+from .unsupported import unsupported
 
 _SAVED = "modules_to_save."
 
@@ -115,7 +115,11 @@ def wanted_at(model, info):
     fused = {path: c.target_parameters for path, c in here.items() if c.target_parameters}
     ffns = {path: c.target_modules for path, c in here.items() if c.placement == FFN}
     linear = here.keys() - fused.keys() - ffns.keys()
-    reasons = unfit_experts(model, fused) | unfit_ffns(model, ffns) | unfit(model, linear)
+    reasons = (
+        unsupported_experts(model, fused)
+        | unsupported_ffns(model, ffns)
+        | unsupported(model, linear)
+    )
     problems, found = [], {}
     for path, config in configs_of(info):
         reason = reasons.get(modules[path][0]) if path in modules else "no such module"

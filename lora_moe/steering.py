@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from . import records
+from . import forward_records
 from .checks import wrong_id
 from .context import Decision, deciding, thread
 from .placement import LoraMoeLayer, expert_ids
@@ -147,7 +147,7 @@ def set_routing(
             fields["tasks"],
             fields["mask"],
         )
-        records.forget(layer)
+        forward_records.forget(layer)
 
 
 def _said(model, task_ids, routing, mask) -> dict[LoraMoeLayer, dict]:

@@ -9,10 +9,10 @@ from torch import nn
 
 from .config import LoraMoeConfig
 from .fused import config_at, fused_names, is_fused, why_unfit
-from .native import LoraMoeExperts
-from .places import Place, Survey
+from .module_tree import Place, Survey
+from .native_experts import LoraMoeExperts
 from .targets import matches, refuse
-from .unfit import reasons_around
+from .unsupported import reasons_around
 
 _EXPECTED = "target_parameters: expected weights of fused experts"
 
@@ -37,7 +37,7 @@ def experts_of(
     if not named:
         nothing = f"but nothing matches {config.target_parameters}"
         raise ValueError(f"{_EXPECTED}, {nothing}{_hint(model)}")
-    refuse(_EXPECTED, unfit_experts(model, named))
+    refuse(_EXPECTED, unsupported_experts(model, named))
     if lost := [t for t in config.target_parameters if not _matches_any(model, t)]:
         warnings.warn(
             f"target_parameters: no parameter matches {', '.join(map(repr, lost))}{_hint(model)}",
@@ -48,7 +48,7 @@ def experts_of(
     return {path: (m, config_at(m, config, named[path])) for path, m in modules.items()}
 
 
-def unfit_experts(model: nn.Module, names: dict[str, Iterable[str]]) -> dict[str, str]:
+def unsupported_experts(model: nn.Module, names: dict[str, Iterable[str]]) -> dict[str, str]:
     """{path: reason} of those modules whose parameters of these names cannot take a LoRA per expert."""
     survey, reasons = Survey(model), {}
     for path, own in names.items():

@@ -10,14 +10,14 @@ from torch import nn
 
 from .all_linear import all_linear, candidates, in_short, is_all_linear
 from .config import LoraMoeConfig
-from .places import Survey
-from .unfit import bypassed, reasons_of, why_not
+from .module_tree import Survey
+from .unsupported import bypassed, reasons_of, why_not
 
 __all__ = ["is_all_linear", "matches", "targets_of", "why_not"]
 
 
 def targets_of(model: nn.Module, config: LoraMoeConfig) -> dict[str, nn.Module]:
-    """{path: module} of what the configuration names and does not exclude; raises if unfit.
+    """{path: module} of what the configuration names and does not exclude; raises where one is unsupported.
 
     Warns of names that match no module, and of modules that are not called in every branch.
     """

@@ -6,8 +6,8 @@ import inspect
 
 from torch import nn
 
-from .calls import expect_rows
 from .context import thread
+from .model_hooks import expect_rows
 from .placement import LoraMoeLayer
 from .sharded import is_sharded, is_writer, reshard, whole_state
 from .steering import injected

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .. import records
+from .. import forward_records
 from ..steering import disable_adapters, layers_of
 
 
@@ -75,7 +75,7 @@ class _nothing_noted:
     """Restores the layers' records of their forwards on exit."""
 
     def __init__(self, model):
-        self.records = [records.record_of(layer) for layer in layers_of(model).values()]
+        self.records = [forward_records.record_of(layer) for layer in layers_of(model).values()]
 
     def __enter__(self):
         self.before = [(r.last, r.training, r.evaluation) for r in self.records]

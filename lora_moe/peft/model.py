@@ -13,7 +13,7 @@ from ..attach import attach, detach
 from ..injection import place
 from ..targets import is_all_linear, refuse, targets_of
 from ..tensors import adapter_dtype
-from ..unfit import unfit
+from ..unsupported import unsupported
 from .layer import NO_MERGE, MoeLoraLinear
 
 
@@ -49,7 +49,7 @@ class MoeLoraModel(BaseTuner):
             and not any(path == a or path.startswith(f"{a}.") for a in adapted)
             and self._check_target_module_exists(peft_config, path)
         ]
-        refuse("target_modules: expected linear modules", unfit(model, found))
+        refuse("target_modules: expected linear modules", unsupported(model, found))
 
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, **_

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ..components import first_of, one_of, register
-from ..kept import keep, kept_decision
+from ..routing_cache import keep, kept_decision
 from ..rows import for_tokens
 from .base import Router
 from .token import TokenRouter

@@ -27,8 +27,8 @@ FUZZ = ("tests/fuzz",)
 FILES = (*_of("public", "safefile safefile_writing io io_refusals"), *FUZZ)
 NATIVE = _of("stack", "native_experts native_training native_refusals")
 TESTS = {
-    "lora_moe/backend.py": (*_of("kernels", "backends"), *_of("tools", "missing")),
-    "lora_moe/missing.py": _of("tools", "missing packaging"),
+    "lora_moe/backend.py": (*_of("kernels", "backends"), *_of("tools", "missing_operators")),
+    "lora_moe/missing_operators.py": _of("tools", "missing_operators packaging"),
     "lora_moe/cli.py": _of("tools", "cli"),
     "lora_moe/doctor.py": _of("tools", "cli"),
     "lora_moe/opening.py": FILES,
@@ -53,7 +53,7 @@ TESTS = {
     "lora_moe/losses.py": (*_of("public", "losses aux_loss"), *COMMON),
     "lora_moe/mergeable.py": _of("public", "merging merging_loras"),
     "lora_moe/placement.py": (*COMMON, *_of("public", "mlp mlp_forms"), *NATIVE),
-    "lora_moe/watch.py": (
+    "lora_moe/usage_warnings.py": (
         *_of("public", "monitor inject"),
         *_of("stack", "padding forwards_of_a_step"),
     ),

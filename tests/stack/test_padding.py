@@ -14,7 +14,7 @@ from lora_moe import (
     router_stats,
     use_routing,
 )
-from lora_moe.records import record_of
+from lora_moe.forward_records import record_of
 
 from ..support.models.llamas import TOKENS, first_layer, gradients, llama, with_experts
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 
 from ...context import thread
+from ...forward_records import record_of
 from ...layers import LoraMoeLinear
 from ...recompute import recomputing
-from ...records import record_of
 
 
 class Course:

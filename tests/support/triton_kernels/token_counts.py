@@ -18,7 +18,7 @@ from benchmarks.static.gpu_static import EACH_KERNEL
 from benchmarks.static.launches import Launch, launches
 from benchmarks.static.scenarios import SCENARIOS
 from lora_moe.plan import PLANS
-from lora_moe.warm import TOKENS
+from lora_moe.warmup import TOKENS
 
 TARGET = "sm_90"
 MILLIONS = 3 * 2**20 + 5

@@ -14,7 +14,7 @@ import zipfile
 import pytest
 import torch
 
-from lora_moe import backend, missing
+from lora_moe import backend, missing_operators
 
 from ..support.packages import NO_TRITON, PIP, ROOT, build_wheel, copy_checkout, make_venv, run
 
@@ -159,9 +159,9 @@ def test_sources_that_hide_the_installed_package(checkout, skipped, python, tmp_
 def test_an_editable_install_of_an_old_build_is_not_called_hidden(monkeypatch, tmp_path):
     """The folder is on sys.path twice, once through a link: it is one and the same."""
     link = tmp_path / "link"
-    link.symlink_to(missing.HERE.parent)
+    link.symlink_to(missing_operators.HERE.parent)
     monkeypatch.setattr(sys, "path", [str(link)])
-    assert missing._hidden() is None
+    assert missing_operators._hidden() is None
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512_bf16"])

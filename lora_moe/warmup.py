@@ -13,7 +13,7 @@ from .fused import fused_names, sizes
 from .layers import LoraMoeLinear
 from .linear import last_of_ffn, linear_features
 from .mlp import LoraMoeMLP
-from .native import LoraMoeExperts
+from .native_experts import LoraMoeExperts
 from .routing import Routing
 
 TOKENS = (1, 1024, 8192)  # one of every size class that plans and tiles know

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from . import records
+from . import forward_records
 from .context import thread
 from .placement import LoraMoeLayer
 from .recompute import recomputing
@@ -80,7 +80,7 @@ class Watch:
         idle = [
             path
             for path, layer, parent in watched
-            if parent.ran and layer.active and records.record_of(layer).last is None
+            if parent.ran and layer.active and forward_records.record_of(layer).last is None
         ]
         for module in model.modules():
             for key in [k for k, h in module._forward_hooks.items() if isinstance(h, ParentRan)]:
@@ -112,7 +112,7 @@ class Watch:
         if self.read:
             return
         layers = injected(model).values()
-        found = [records.record_of(m) for m in layers]
+        found = [forward_records.record_of(m) for m in layers]
         if any(record.read for record in found):
             self.read = True  # somebody adds the loss
         elif any(record.unread > 1 for record in found):

@@ -17,8 +17,8 @@ import inspect
 import torch
 from torch import nn
 
+from . import forward_records
 from . import functional as F
-from . import records
 from .config import LoraMoeConfig
 from .context import fit_rows, told
 from .fused import config_at, fused_names, tensor_names, why_unfit
@@ -82,7 +82,7 @@ class LoraMoeExperts(LoraMoeLayer):
         tokens = tokens_of(hidden_states, decision)
         y, counts = self.mix(hidden_states, ids, weights)
         if not recomputing():
-            records.remember(self, Routing(ids.int(), weights.detach(), counts), tokens)
+            forward_records.remember(self, Routing(ids.int(), weights.detach(), counts), tokens)
         return y
 
     def _decided(self, args, kwargs):

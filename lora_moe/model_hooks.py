@@ -11,7 +11,7 @@ from torch import nn
 from .context import NOTHING, Call, thread
 from .placement import LoraMoeLayer
 from .routing import Routing
-from .watch import Watch
+from .usage_warnings import Watch
 
 
 class BeforeCall:

@@ -14,23 +14,23 @@ import torch
 from torch import nn
 
 from .linear import linear_features
+from .module_tree import Place, Survey
 from .placement import LoraMoeLayer
-from .places import Place, Survey
 
-# their kernels read their children's weights in some modes only; they stay unfit without source
+# their kernels read their children's weights in some modes only; they stay unsupported without source
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _ROUTER = re.compile(r"Router|Gat(e|ing)$")  # a class beside experts
 _TENSOR_PARALLEL = re.compile(r"(Column|Row|Colwise|Rowwise)Parallel")
 _PEFT_LAYERS = {"BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"}
 
 
-def unfit(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+def unsupported(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """{path: reason} of those modules that cannot take experts."""
     return reasons_of(Survey(model), paths)
 
 
 def reasons_of(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
-    """unfit of a model that has been surveyed."""
+    """unsupported() of a model that has been surveyed."""
     reasons = {path: _reason(Place(survey, path)) for path in paths}
     return {path: reason for path, reason in reasons.items() if reason}
 
@@ -43,7 +43,7 @@ def bypassed(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
 
 def why_not(model: nn.Module, path: str) -> str | None:
     """The reason why the module at this path cannot take experts, None if it can."""
-    return unfit(model, [path]).get(path)
+    return unsupported(model, [path]).get(path)
 
 
 def _reason(place):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lora_moe import LoraMoeConfig, LoraMoeLinear, Routing, disable_adapters, own_dx
+from lora_moe import LoraMoeConfig, LoraMoeLinear, Routing, base_backward, disable_adapters
 from lora_moe import functional as F
 
 T, D_IN, D_OUT = 19, 24, 40
@@ -16,7 +16,7 @@ T, D_IN, D_OUT = 19, 24, 40
 
 @pytest.fixture(autouse=True)
 def every_backend(monkeypatch):
-    monkeypatch.setattr(own_dx, "BACKENDS", {"cpp", "reference", "triton", "cuda"})
+    monkeypatch.setattr(base_backward, "BACKENDS", {"cpp", "reference", "triton", "cuda"})
 
 
 def new_layer(dtype=torch.float32, bias=True, **config):
@@ -45,12 +45,15 @@ def pytorchs_way(layer):
     """The same layer with a base of another class, whose part of dx autograd adds."""
     other = copy.deepcopy(layer)
     other.base_layer.__class__ = type("Another", (torch.nn.Linear,), {})
-    assert own_dx.base_weight(other.base_layer, torch.zeros(1, D_IN, requires_grad=True)) is None
+    assert (
+        base_backward.base_weight(other.base_layer, torch.zeros(1, D_IN, requires_grad=True))
+        is None
+    )
     return other
 
 
 def taken(layer, x):
-    return own_dx.base_weight(layer.base_layer, x) is not None
+    return base_backward.base_weight(layer.base_layer, x) is not None
 
 
 def additions(y, x):
