@@ -5,6 +5,7 @@ With a GPU, LORA_MOE_BACKEND=triton or cuda runs the public functions on it.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,9 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         import triton.experimental.gluon  # noqa: F401  the first launch imports this
 
     interpreter.quicken()
+
+# a shell starts background jobs with this ignored, and tests interrupt the processes that they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # torch.empty is filled with NaN; this, too, imports triton
 torch.use_deterministic_algorithms(True, warn_only=True)
