@@ -68,7 +68,7 @@ help: ## Show this help
 venv: $(VENV)/.torch ## Make .venv with torch in it
 build: $(VENV)/.extension ## Install the package into .venv (editable) and build the C++ operators
 
-demo: $(VENV)/$(OPERATORS) $(VENV)/.demo ## A first success: train LoRA experts for a minute, ask before and after
+demo: $(VENV)/$(OPERATORS) $(VENV)/.demo ## Train LoRA experts for a minute and compare answers before and after
 	$(call step,demo)
 	@$(BIN)/python -m examples.demo --out build/demo
 
@@ -76,13 +76,13 @@ demo-full: build $(VENV)/.demo ## Train experts in every layer, compare with oth
 	$(call step,demo in full)
 	@$(BIN)/python -m examples.demo.full --out build/demo-full
 
-demo-vllm: build $(VENV)/.demo $(VLLM_VENV)/.package ## Serve the demo's adapter in vLLM and ask it as its users would
+demo-vllm: build $(VENV)/.demo $(VLLM_VENV)/.package ## Serve the demo's adapter in vLLM and query it
 	$(call step,the base and the adapter)
 	@$(BIN)/python -m examples.serving.export --adapter build/demo/adapter --out build/demo-vllm
 	$(call step,vllm serve and a client)
 	@$(VLLM_VENV)/bin/python -m examples.serving.ask build/demo-vllm
 
-wheel: $(VENV)/.package $(VENV)/.wheel ## Build an sdist, and of it a manylinux wheel, into dist (docs/release.md)
+wheel: $(VENV)/.package $(VENV)/.wheel ## Build an sdist and, from it, a manylinux wheel in dist (docs/release.md)
 	$(call step,the sdist)
 	@rm -rf dist build/wheel
 	@$(BIN)/python setup.py -q sdist
@@ -95,7 +95,7 @@ wheel: $(VENV)/.package $(VENV)/.wheel ## Build an sdist, and of it a manylinux 
 	@! $(BIN)/python -m zipfile -l dist/lora_moe-*.whl | grep '\.libs/' || \
 		{ echo "the wheel has a copy of a library that is not torch's" >&2; exit 1; }
 
-bench: build $(VENV)/.demo ## Time our layers beside plain PyTorch and the machine's limit (docs/benchmarks.md)
+bench: build $(VENV)/.demo ## Time the layers against plain PyTorch and the machine's limits (docs/benchmarks.md)
 	$(call step,benchmarks)
 	@$(BIN)/lora-moe bench $(BENCH_ARGS)
 
@@ -156,13 +156,13 @@ sanitize: $(VENV)/.test ## Run the tests of the C++ operators under ASan and UBS
 		-m pytest -q -p no:cacheprovider $(BLACK_BOX) -k "not compile and not gradcheck" $(PYTEST_ARGS) \
 		|| exit 1; done
 
-sanitize-cuda: $(VENV)/.test ## Run the tests of the CUDA kernels, compiled for the CPU, under the same
+sanitize-cuda: $(VENV)/.test ## Run the tests of the CUDA kernels, compiled for the CPU, under ASan and UBSan
 	$(call step,tests of the CUDA kernels under sanitizers)
 	@$(SANITIZED) LORA_MOE_SHIM_SANITIZE=1 LORA_MOE_BACKEND=reference $(PYTEST) -q -p no:cacheprovider \
 		tests/kernels/test_cuda_kernels.py tests/kernels/test_cuda_numerics.py tests/kernels/test_cuda_arguments.py \
 		$(PYTEST_ARGS)
 
-check-gpu: ## Prove the kernels on this machine's GPU, or name what is wrong; call again to continue
+check-gpu: ## Check the kernels on this machine's GPU; run it again to continue
 	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_day
 
 sanitize-threads: $(VENV)/.test ## Run threaded calls of the C++ operators under ThreadSanitizer
@@ -182,7 +182,7 @@ nightly: build $(VENV)/.test ## Run what takes minutes, then fuzz and stress NIG
 		for isa in $$isas; do echo "$$isa:"; LORA_MOE_NIGHTLY=$(NIGHTLY) LORA_MOE_BACKEND=cpp LORA_MOE_ISA=$$isa \
 		$(PYTEST) tests/fuzz $(PYTEST_ARGS) || exit 1; done
 
-hashes: $(VENV)/.python ## Ask for the hashes of packages that are newly pinned
+hashes: $(VENV)/.python ## Fetch the hashes of newly pinned packages
 	$(call step,hashes of newly pinned packages)
 	@$(BIN)/python requirements/hashes.py
 
@@ -191,7 +191,7 @@ check-hashes: $(VENV)/.python requirements/hashes.txt ## Download every pinned p
 	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps --require-hashes \
 		--ignore-requires-python -d build/hashes -r requirements/hashes.txt
 
-check-vulnerabilities: $(VENV)/.python requirements/hashes.txt ## Ask for known vulnerabilities of what is pinned
+check-vulnerabilities: $(VENV)/.python requirements/hashes.txt ## List known vulnerabilities of the pinned packages
 	$(call step,known vulnerabilities)
 	@$(PYTHON) -m venv build/audit && build/audit/bin/pip install -qq --disable-pip-version-check pip-audit
 	@build/audit/bin/pip-audit --disable-pip --no-deps -r requirements/hashes.txt
@@ -219,7 +219,7 @@ format: $(VENV)/.lint ## Rewrite the sources in the house style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC)
 
-clean: ## Remove all that the other targets made, .venv too
+clean: ## Remove everything that the other targets made, including .venv
 	rm -rf $(VENV) build dist *.egg-info lora_moe/_C_*.so lora_moe/_not_built.json
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""lora-moe bench: ours against what a user could write in PyTorch, and against the limits of the machine.
+"""lora-moe bench: the layers against what a user could write in PyTorch, and against the machine's limits.
 
     lora-moe bench [--set claims|layers|scaling|all] [--dtype fp32 bf16] [--json FILE] ...
     lora-moe bench compare OLD.json NEW.json
@@ -8,7 +8,7 @@
 
 Rows are printed as they are measured, with the remaining time; Ctrl-C ends the run and reports them.
 On a GPU, all plans are timed with CUDA events and in CUDA graphs.  Without a GPU, the CPU is timed, and
---set all also reports what the compiler makes of the GPU kernels.
+--set all also reports registers, spills and occupancy of the compiled GPU kernels.
 """
 
 import argparse

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.set_defaults(run=lambda args: doctor(args.backends))
 
-    about = "time the layers, plain PyTorch and the machine's limit (needs a checkout)"
+    about = "time the layers against plain PyTorch and the machine's limits (needs a checkout)"
     command = commands.add_parser("bench", help=about, add_help=False)  # parses its own options
     command.set_defaults(run=None)
 
