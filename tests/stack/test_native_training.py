@@ -24,7 +24,7 @@ from lora_moe import (
     use_routing,
     warm_up,
 )
-from lora_moe.native import LoraMoeExperts as Native
+from lora_moe.native_experts import LoraMoeExperts as Native
 from lora_moe.routing import Routing
 
 from ..support.models import moes, tiny
