@@ -27,17 +27,17 @@ def claims(data, runs, seeds, seconds):
         ),
         (
             "MoELoRA's parameters are inefficient: A can be shared",
-            f"+ shared A less MoELoRA: ACC + {100 * MARGIN:g}",
+            f"+ shared A minus MoELoRA: ACC + {100 * MARGIN:g}",
             tuple(value + MARGIN for value in less("shared A", "moelora", "ACC")),
         ),
         (
             "tuning and freezing reduces forgetting",
-            "BranchLoRA less without freezing: BWT",
+            "BranchLoRA minus without freezing: BWT",
             less("BranchLoRA", "no freezing", "BWT"),
         ),
         (
             "task routers do not favor the latest task",
-            "BranchLoRA less + freezing: BWT",
+            "BranchLoRA minus + freezing: BWT",
             less("BranchLoRA", "freezing", "BWT"),
         ),
         (
@@ -48,7 +48,7 @@ def claims(data, runs, seeds, seconds):
         *(
             (
                 f"BranchLoRA outperforms MoELoRA in {metric}",
-                f"BranchLoRA less MoELoRA: {metric}",
+                f"BranchLoRA minus MoELoRA: {metric}",
                 less("BranchLoRA", "moelora", metric),
             )
             for metric in found.metrics("BranchLoRA")

@@ -84,9 +84,9 @@ def markdown(data, runs, seeds, seconds):
         ),
         "**BranchLoRA and the main arms**, item by item: mean and 95 % interval; points.",
         differences(found, [("BranchLoRA", arm) for arm in (*MAIN[:-1], "joint")]),
-        "**The ladder**, each rung less the one before (BranchLoRA adds task routers); points.",
+        "**The ladder**, each rung minus the one before (BranchLoRA adds task routers); points.",
         differences(found, [(b, a) for a, b in pairwise(LADDER)]),
-        "**Ablations**, less BranchLoRA; points.",
+        "**Ablations**, minus BranchLoRA; points.",
         differences(found, [(arm, "BranchLoRA") for arm in ABLATIONS]),
         "**Each task** as it was learned → after the last, mean over orders and seeds; points.",
         by_task(found),
@@ -118,7 +118,7 @@ def differences(found, pairs):
             pair = (found.items(arm, metric) for arm in (first, second))
             difference = evidence.difference(*pair)
             cells[metric] = f"{shown(difference)} {verdict(difference)}"
-        rows.append([f"{NAMES[first]}, less {NAMES[second]}", *cells.values()])
+        rows.append([f"{NAMES[first]} minus {NAMES[second]}", *cells.values()])
     return table(["difference; is it above 0?", *METRICS], rows)
 
 

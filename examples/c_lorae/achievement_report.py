@@ -70,7 +70,7 @@ def differences(study, found, seeds):
             ]
             interval = evidence.difference(*pair)
             cells.append(f"{shown(interval)} {verdict(interval)}")
-        rows.append([claim, f"{first}, less {second}", *cells])
+        rows.append([claim, f"{first} minus {second}", *cells])
     names = " and ".join(study.tasks[t].name for t in sorted(smallest(study)))
     return table(["claim", "difference", "all tasks", f"the smallest: {names}"], rows)
 

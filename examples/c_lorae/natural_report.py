@@ -77,7 +77,7 @@ def differences(study, found, seeds):
         each = 100 * (pair[0] - pair[1]).mean(1)
         interval = evidence.difference(*pair)
         cells = [shown(interval), ", ".join(f"{v:+.1f}" for v in each), verdict(interval)]
-        rows.append([claim, f"{first}, less {second}", *cells])
+        rows.append([claim, f"{first} minus {second}", *cells])
     return table(["claim", "difference", "points", "each seed", "shown"], rows)
 
 

@@ -125,7 +125,8 @@ def tuning(path, scale=100.0, digits=1):
         cells = {rate: f"{scale * np.mean(values):.{digits}f}" for rate, values in of.items()}
         rows.append([arm, *(f"**{c}**" if float(r) == best[arm] else c for r, c in cells.items())])
     count = len(grid) * len(found["seeds"])
-    budget = f"{count} runs per arm (seeds {found['seeds']}), {found['minutes']:.0f} minutes of one process."
+    seeds, minutes = _listed(found["seeds"]), found["minutes"]
+    budget = f"{count} runs per arm (seeds {seeds}), {minutes:.0f} minutes of one process."
     return table(["validation score at rate", *grid], rows) + "\n\n" + budget
 
 
@@ -175,4 +176,10 @@ def setting(seeds, started):
 
     serving = lora_moe.backend_info()["serving"]["cpu"]
     minutes = (time.perf_counter() - started) / 60
-    return f"{machine.describe()}; backend {serving}; seeds {seeds}; {minutes:.1f} minutes."
+    return (
+        f"{machine.describe()}; backend {serving}; seeds {_listed(seeds)}; {minutes:.1f} minutes."
+    )
+
+
+def _listed(seeds):
+    return ", ".join(map(str, seeds))

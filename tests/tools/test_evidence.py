@@ -59,7 +59,7 @@ def test_every_arm_is_tuned_over_the_same_grid(tmp_path, processes):
     evidence.tune(tmp_path, path, ("a", "b"), (1e-3, 2e-3, 4e-3), [7, 8], score, processes)
     assert evidence.rates(path) == {"a": 1e-3, "b": 4e-3}
     text = evidence.tuning(path)
-    assert "6 runs per arm (seeds [7, 8])" in text
+    assert "6 runs per arm (seeds 7, 8)" in text
     assert [line.count("**") for line in text.splitlines()[2:4]] == [2, 2]
 
 
