@@ -153,7 +153,7 @@ LIES = {
     "version-text": (lambda info: {**info, "version": "1"}, "version 1 or 2, got '1'"),
     "no-adapters": (lambda info: {**info, "adapters": []}, "module paths"),
     "adapters-no-list": (lambda info: {**info, "adapters": {}}, "expected adapters"),
-    "adapter-with-more": (lambda info: info["adapters"][0].update(x=1), "expected bank, router"),
+    "adapter-with-more": (lambda info: info["adapters"][0].update(x=1), "expected the sections bank, router"),
     "bank-no-dict": (lambda info: info["adapters"][0].update(bank=[]), "expected bank of"),
     "router-unknown": (config_field("kind", "evil"), "expected a kind of"),
     "router-kind-no-text": (config_field("kind", ["token"]), "expected a kind of"),

@@ -46,7 +46,7 @@ CONFIGURATIONS = {
         "balance_coef: expected 0 with target_parameters, as the model has",
     ),
     "placement": ({"placement": "ffn"}, "placement: expected 'linear' with target_parameters"),
-    "modules": ({"target_modules": ("q_proj",)}, "pass inject a list of two configurations"),
+    "modules": ({"target_modules": ("q_proj",)}, "pass a list of two configurations to inject"),
     "ranks": ({"r": (1, 2, 3, 4)}, "num_experts: expected the model's number of experts"),
 }
 
