@@ -6,7 +6,7 @@
     save_pretrained saves the base's weights under their original names, and the experts in a separate file
     hf_quantizer    of a quantized model: tells Trainer that the model is trainable
 
-    Each hook and wrapper is an object that holds its model, so copied and pickled models get their own.
+Each hook and wrapper is an object that holds its model, so copied and pickled models get their own.
 """
 
 from __future__ import annotations

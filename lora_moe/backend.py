@@ -172,9 +172,7 @@ def _load_cuda() -> dict:
     try:
         module = importlib.import_module("lora_moe._C_cuda")
     except ImportError as error:
-        raise BackendUnavailable(
-            f"the CUDA extension failed to load: {error}"
-        ) from error
+        raise BackendUnavailable(f"the CUDA extension failed to load: {error}") from error
     info = _built_for_these_operators(module)
     if serving("cuda") != "reference":
         reason = (

@@ -1,8 +1,8 @@
 """Fuses the base's gradient into the experts': dx = dx of the experts + dy W0.
 
-    PyTorch would compute both terms separately and add them in a launch that reads or writes three tensors of
-    x's size; accumulating in the product reads one.  Applies only if the base is a plain frozen nn.Linear:
-    hooks, autocast, subclasses, and trainable or sharded weights use PyTorch's autograd.
+PyTorch would compute both terms separately and add them in a launch that reads or writes three tensors of
+x's size; accumulating in the product reads one.  Applies only if the base is a plain frozen nn.Linear:
+hooks, autocast, subclasses, and trainable or sharded weights use PyTorch's autograd.
 """
 
 from __future__ import annotations

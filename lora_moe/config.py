@@ -66,23 +66,23 @@ class LoraMoeConfig:
             the modules whose path is the name or ends in "." + name, as in PEFT; or one string, a
             regular expression that must match the whole path; or "all-linear".
         exclude_modules: modules to skip, as names or a regular expression; overrides target_modules.
-            modules_to_save: names of modules that are fully trained and saved with the adapter, such as a
-        classification head.
-            balance_coef: weight of the load-balancing loss in aux_loss(); in [0, 1e6].
+        modules_to_save: names of modules that are fully trained and saved with the adapter, such as a
+            classification head.
+        balance_coef: weight of the load-balancing loss in aux_loss(); in [0, 1e6].
         z_coef: weight of the router's z-loss in aux_loss(); in [0, 1e6].
         router: replaces the token router that the fields above describe, for example
-        TaskRouter(num_tasks=3); see docs/routers.md.
-            middle: what replaces the gate between lora_A and lora_B; None is the gate.
+            TaskRouter(num_tasks=3); see docs/routers.md.
+        middle: what replaces the gate between lora_A and lora_B; None is the gate.
         target_parameters: the fused weights (E, D_out, D_in) of the model's own experts that get a LoRA per
-        expert, as in PEFT: names, each matching the parameters whose path is the name or ends in "." +
+            expert, as in PEFT: names, each matching the parameters whose path is the name or ends in "." +
             name, such as ("mlp.experts.gate_up_proj", "mlp.experts.down_proj").  The model's own router
             picks the experts, so top_k and the fields of the router and its losses cannot be set; see
             docs/experts.md.
-            placement: "linear" adapts each target module separately.  "ffn" makes the target modules of an FFN
-        into one LoraMoeMLP with a single routing decision; target modules outside of FFNs get a plain
+        placement: "linear" adapts each target module separately.  "ffn" makes target modules of one FFN
+            into one LoraMoeMLP with a single routing decision; target modules outside of FFNs get a plain
             LoRA, that is one expert of the same rank.
-            Raises:
-    ValueError: if a field is invalid; the message names the field, what was expected and its value.
+    Raises:
+        ValueError: if a field is invalid; the message names the field, what was expected and its value.
         TypeError: if there is no such field; the message suggests one.
     """
 
@@ -158,9 +158,7 @@ class LoraMoeConfig:
             self._set("router", None)
         self._expect_components_that_fit()
         expect(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
-        expected = (
-            "None with placement='ffn', whose experts contain the FFN's nonlinearity"
-        )
+        expected = "None with placement='ffn', whose experts contain the FFN's nonlinearity"
         expect(self.placement != FFN or self.middle is None, "middle", expected, self.middle)
 
     def _leave_the_router_to_the_model(self):
@@ -168,7 +166,9 @@ class LoraMoeConfig:
         own = {"top_k": None, "shared_a": False, "router": None, "middle": None}
         own |= TOKEN_FIELDS | {"placement": "linear"}
         for name, default in own.items():
-            expected = f"{default!r} with target_parameters, as the model's own router picks the experts"
+            expected = (
+                f"{default!r} with target_parameters, as the model's own router picks the experts"
+            )
             expect(getattr(self, name) == default, name, expected, getattr(self, name))
         for name, default in (("balance_coef", 0.01), ("z_coef", 0.001)):
             expected = "0 with target_parameters, as the model has its own router loss"

@@ -201,7 +201,7 @@ def read_tensors(
         ValueError: they are not; every misfit is listed, and nothing has been read then.
     """
     problems = [f"{key}: missing" for key in wanted if key not in slices]
-    problems += [f"{ascii(key)[:200]}: not the model's" for key in slices if key not in wanted]
+    problems += [f"{ascii(key)[:200]}: not in the model" for key in slices if key not in wanted]
     for key in wanted.keys() & slices.keys():
         shape, (dtype, saved, *_) = tuple(wanted[key].shape), slices[key]
         if saved != shape:

@@ -133,7 +133,7 @@ def test_all_banks_are_two_launches(monkeypatch):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"lora_As": []}, ValueError, r"banks: expected 3 of each operand, got \[0, 3"),
+        ({"lora_As": []}, ValueError, r"banks: expected 3 entries per operand, got \[0, 3"),
         ({"starts": [20, 0, 27]}, ValueError, "starts: expected ascending columns"),
         ({"starts": [0, 20, 28]}, ValueError, "starts: expected columns within base's 36, got 37"),
         ({"starts": [0, 19, 27]}, ValueError, "starts: expected ascending columns"),

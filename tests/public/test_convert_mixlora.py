@@ -181,5 +181,5 @@ def test_linear_maps_that_make_no_ffn(tmp_path):
         if ".down_proj." in key and "lora_A" in key:
             tensors[key] = torch.zeros(3, F + 1)
     torch.save(tensors, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="expected linear maps of an FFN"):
+    with pytest.raises(ValueError, match="expected linear layers of an FFN"):
         convert(folder, tmp_path / "out")

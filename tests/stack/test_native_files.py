@@ -199,12 +199,12 @@ HOSTILE = {
     "wrong number": (("bank", "num_experts", 3), r"expected 4, the number of the model's own"),
     "token router": (("router", "kind", "token"), "expected num_experts and target_parameters"),
     "more of a router": (("router", "top_k", 2), "router"),
-    "a bias": (("bank", "target_parameters", ["gate_up_proj_bias"]), "is no fused weight of"),
-    "an attribute": (("bank", "target_parameters", ["forward"]), "is no fused weight of"),
+    "a bias": (("bank", "target_parameters", ["gate_up_proj_bias"]), "is not a fused weight of"),
+    "an attribute": (("bank", "target_parameters", ["forward"]), "is not a fused weight of"),
     "a number": (("bank", "target_parameters", [3]), "target_parameters: expected module names"),
     "another place": (
         ("modules", None, ["model.layers.0.self_attn.q_proj"]),
-        "holds no experts of",
+        "has no experts with",
     ),
 }
 
@@ -232,7 +232,7 @@ def test_what_has_no_place_is_refused(tmp_path):
     trained_by_peft(tmp_path)
     with pytest.raises(ValueError, match="expected a plain LoRA beside other"):
         from_peft(moes.base(), [tmp_path, tmp_path])
-    with pytest.raises(ValueError, match="expected one without experts for a folder of PEFT"):
+    with pytest.raises(ValueError, match="expected a model without experts for a PEFT adapter"):
         load_adapter(moes.ours(), tmp_path)
     with pytest.raises(
         ValueError, match="got target_parameters, which only the model itself explains"
@@ -240,7 +240,7 @@ def test_what_has_no_place_is_refused(tmp_path):
         convert.convert(tmp_path, tmp_path / "out")
     save_adapter(moes.ours(), tmp_path / "native")
     with pytest.raises(
-        ValueError, match="expected experts around linear modules, got LoRAs on a model's"
+        ValueError, match="expected experts on linear modules, got LoRAs on a model's"
     ):
         convert.convert(tmp_path / "native", tmp_path / "out")
     with pytest.raises(ValueError, match="gate: expected 'softmax' with target_parameters"):

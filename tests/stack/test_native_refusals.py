@@ -74,7 +74,7 @@ def test_what_cannot_take_experts_is_refused():
         data = experts.down_proj.detach().to(torch.float8_e4m3fn)
         experts.down_proj = nn.Parameter(data, requires_grad=False)
 
-    refused(quantize, r"quantized \(torch.float8_e4m3fn\): load the model in bfloat16")
+    refused(quantize, r"quantized \(torch.float8_e4m3fn\); load the model in bfloat16")
     refused(lambda e: setattr(e, "_is_expert_parallel", True), "expert parallelism")
     model = moes.base()
     model.config._experts_implementation = "someones_own"

@@ -187,6 +187,6 @@ def test_a_generator_does_not_leave_its_tasks_behind_in_silence(where):
     for each in streams:
         next(each)
     for each in streams:
-        with pytest.raises(RuntimeError, match="no await or yield"):
+        with pytest.raises(RuntimeError, match="do not await or yield"):
             in_a_thread(each.__next__) if where == "another thread" else next(each)
     assert torch.equal(adapted(**tiny.batch(0)).logits, plain)
