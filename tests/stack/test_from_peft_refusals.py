@@ -61,7 +61,7 @@ def test_other_methods_and_missing_files(tmp_path):
         from_peft(llama(), [tmp_path / "ia3"])
     lora().save_pretrained(tmp_path / "bin", safe_serialization=False)
     with pytest.raises(
-        FileNotFoundError, match=r"adapter_model\.bin.*a pickle runs code and is not opened"
+        FileNotFoundError, match=r"adapter_model\.bin.*pickles run code and are not opened"
     ):
         from_peft(llama(), [tmp_path / "bin"])
     with pytest.raises(

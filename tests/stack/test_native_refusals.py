@@ -83,7 +83,7 @@ def test_what_cannot_take_experts_is_refused():
     twice = moes.ours()
     with pytest.raises(ValueError, match="already has experts"):
         inject(twice, moes.config())
-    with pytest.raises(ValueError, match="the model's own experts; to_peft writes"):
+    with pytest.raises(ValueError, match="the model's own experts; save with to_peft"):
         merge(twice, [1.0] * moes.E)
     offloaded = moes.base()
     accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
@@ -94,5 +94,5 @@ def test_what_cannot_take_experts_is_refused():
             moes.base().model.layers[0].mlp.experts, moes.config(target_parameters=("w",))
         )
     assert "only linear layers are supported" in refusal(moes.config(num_experts=4))
-    with pytest.raises(TypeError, match="fused experts, got something else"):
+    with pytest.raises(TypeError, match="expected fused experts, but"):
         LoraMoeExperts(nn.Linear(3, 3), moes.config())
