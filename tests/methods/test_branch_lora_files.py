@@ -157,7 +157,7 @@ def test_an_ordinary_adapter_is_no_state_and_a_full_model_takes_none(tmp_path):
     with pytest.raises(ValueError, match="already has experts"):
         bl.load(begun(), tmp_path)
     safefile.write(tmp_path / bl.FILE_NAME, {"x": torch.ones(1)}, {"format": "pt"})
-    with pytest.raises(ValueError, match="it is no branch_lora file"):
+    with pytest.raises(ValueError, match="this is not a branch_lora file"):
         bl.load(projected(), tmp_path)
 
 

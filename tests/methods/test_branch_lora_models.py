@@ -102,7 +102,7 @@ def test_a_cache_of_other_prompts_is_refused():
     model = branched(llama(), route_by="mean")
     cache = model(PROMPTS, use_cache=True).past_key_values
     model(PROMPTS[:2])
-    with pytest.raises(ValueError, match="past_key_values: expected those of the last prompts, 2"):
+    with pytest.raises(ValueError, match="past_key_values: expected the cache of the last 2"):
         model(PROMPTS[:, :1], past_key_values=cache)
 
 

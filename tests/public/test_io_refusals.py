@@ -234,7 +234,7 @@ def test_a_refused_file_is_read_into_less_than_twice_its_size(tmp_path):
 
 def test_other_safetensors_files(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / FILE)
-    with pytest.raises(ValueError, match="no lora-moe adapter"):
+    with pytest.raises(ValueError, match="not a lora-moe adapter"):
         load_adapter(Model(), tmp_path)
 
 

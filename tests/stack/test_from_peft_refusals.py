@@ -174,7 +174,7 @@ def test_a_module_of_two_names_is_refused_both_ways(tmp_path):
         from_peft(Twice(), [tmp_path / "lora"])
     model = lora_moe.inject(Twice(), LoraMoeConfig(target_modules=("first",)))
     with pytest.raises(
-        ValueError, match=r"modules of one name.*first \(it has the names first, second\)"
+        ValueError, match=r"modules with a single name.*first \(it has the names first, second\)"
     ):
         to_peft(model, tmp_path / "out")
     layer = lora_moe.LoraMoeLinear(nn.Linear(4, 4), LoraMoeConfig())

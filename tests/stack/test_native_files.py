@@ -250,6 +250,6 @@ def test_what_has_no_place_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected one r for all experts of model\.layers\.0"):
         to_peft(moes.ours(num_experts=4, r=(1, 2, 2, 2)), tmp_path / "out")
     mixed = inject(moes.ours(), LoraMoeConfig(num_experts=3, target_modules=("q_proj",)))
-    with pytest.raises(ValueError, match="expected one expert around each linear module beside"):
+    with pytest.raises(ValueError, match="expected one expert per linear module together with"):
         to_peft(mixed, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ REFUSED = {
         {"target_parameters": ("mlp.gate.weight",)},
         "weight of a MixtralTopKRouter is one matrix",
     ),
-    "linear": ({"target_parameters": ("q_proj.weight",)}, "name a linear module in target_modules"),
+    "linear": ({"target_parameters": ("q_proj.weight",)}, "name linear modules in target_modules"),
 }
 
 
