@@ -78,7 +78,7 @@ def test_what_cannot_take_experts_is_refused():
     refused(lambda e: setattr(e, "_is_expert_parallel", True), "expert parallelism")
     model = moes.base()
     model.config._experts_implementation = "someones_own"
-    with pytest.raises(ValueError, match="experts_implementation='someones_own' is not known"):
+    with pytest.raises(ValueError, match="experts_implementation='someones_own' is not supported"):
         inject(model, moes.config())
     twice = moes.ours()
     with pytest.raises(ValueError, match="already has experts"):

@@ -135,7 +135,7 @@ def test_our_trainer_reports_the_models_routers(tmp_path):
     trainer = LoraMoeTrainer(model, arguments, train_dataset=tiny.sequences(4))
     trainer.train()
     assert trainer.state.log_history[0]["router/max_over_mean"] > 1
-    with pytest.raises(ValueError, match="router_learning_rate: expected routers that train"):
+    with pytest.raises(ValueError, match="router_learning_rate: expected trainable routers"):
         LoraMoeTrainer(
             model, arguments, router_learning_rate=0.1, train_dataset=tiny.sequences(4)
         ).train()

@@ -116,7 +116,7 @@ def test_a_mixture_is_taken_over_whole():
         ({"top_k": 5}, r"top_k: expected an integer in \[1, 4\], got 5"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]: expected an integer"),
         ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\['q_proj'\]: expected a number"),
-        ({"mixture": lora_moe.LoraMoeConfig(r=5)}, r"r: expected mixture's 5 or nothing, got 3"),
+        ({"mixture": lora_moe.LoraMoeConfig(r=5)}, r"r: expected mixture's 5 or no value, got 3"),
         ({"mixture": "mixtral"}, r"mixture: expected a LoraMoeConfig or a dict of its fields, got str"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, r"layers_to_transform: expected None"),
     ],
