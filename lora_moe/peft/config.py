@@ -174,7 +174,8 @@ def _mixture_of(mixture) -> LoraMoeConfig:
         )
     if mixture.placement == FFN:
         raise ValueError(
-            "mixture: expected experts on linear modules, got 'ffn', which only lora_moe.inject supports"
+            "mixture: expected experts on linear modules, got placement='ffn', which only"
+            " lora_moe.inject supports"
         )
     return mixture
 

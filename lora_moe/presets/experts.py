@@ -44,13 +44,13 @@ def hydralora(num_experts=3, r=8, alpha=16.0, *, target_modules=(), **fields) ->
 
 
 def loramoe(num_experts=8, r=4, alpha=32.0, *, target_modules=(), **fields) -> LoraMoeConfig:
-    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x, with a loss that separates types.
+    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x, and a loss on expert types.
 
     Add the loss explicitly, since it needs the types of experts and samples:
 
         losses.router_loss(model, losses.localized_cv_squared, expert_types, sample_types, delta)
 
-    Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, and its code; the paper adapts the FFN's linear layers.
+    Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, and its code; the paper adapts FFNs.
     """
     sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts}
     return LoraMoeConfig(**sizes, **NO_LOSS | _named(alpha, target_modules) | fields)

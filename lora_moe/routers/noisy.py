@@ -25,7 +25,7 @@ class NoisyRouter(Router):
 
     Args:
         std: standard deviation of the noise, in [0, 1e6).
-        learned: the token determines the standard deviation through V (E, D_in), initially zero; std must be 0.
+        learned: standard deviation from the token through V (E, D_in), initially zero; std must be 0.
         expert_dropout: in [0, 1): the probability that an expert is dropped for a token; at least one
             always remains.
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5 (learned).

@@ -89,7 +89,7 @@ def test_every_field_of_a_mixture_has_its_name_in_peft():
 def test_other_placements_are_left_to_inject(fields, named):
     mixture = lora_moe.LoraMoeConfig(**fields)
     for given in (mixture, mixture.to_dict()):
-        with pytest.raises(ValueError, match=rf"got {named}, for lora_moe\.inject alone"):
+        with pytest.raises(ValueError, match=rf"got {named}, which only lora_moe\.inject"):
             MoeLoraConfig(mixture=given)
 
 
