@@ -237,7 +237,7 @@ class LoraMoeConfig:
             ValueError: if the experts differ in rank or scale.
         """
         same = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
-        expected = "equal for all experts, as target modules outside of FFNs get a plain LoRA"
+        expected = "the same for all experts, as target modules outside of FFNs get a plain LoRA"
         expect(same, "r, alpha", expected, (self.r, self.alpha))
         alpha = self.alpha[0] if isinstance(self.alpha, tuple) else self.alpha
         return self.one_expert(self.ranks[0], alpha, self.use_rslora)

@@ -153,8 +153,8 @@ def _own_experts(model, loras) -> tuple[list[Found], list[Lora]]:
         return [], loras
     if len(loras) > 1:
         raise ValueError(
-            f"{named[0]}: expected no target_parameters with several adapters: the model's own"
-            " experts can have one LoRA each, so pass this adapter alone"
+            f"{named[0]}: expected a plain LoRA with other adapters, got target_parameters: the"
+            " model's own experts can have one LoRA each, so pass this adapter alone"
         )
     found, rest = experts_in(model, loras[0])
     return found, [rest]

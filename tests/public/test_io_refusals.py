@@ -152,12 +152,12 @@ LIES = {
     "other-version": (lambda info: {**info, "version": 3}, "version 1 or 2, got 3"),
     "version-text": (lambda info: {**info, "version": "1"}, "version 1 or 2, got '1'"),
     "no-adapters": (lambda info: {**info, "adapters": []}, "module paths"),
-    "adapters-no-list": (lambda info: {**info, "adapters": {}}, "expected adapters"),
+    "adapters-no-list": (lambda info: {**info, "adapters": {}}, "expected a list of adapters"),
     "adapter-with-more": (
         lambda info: info["adapters"][0].update(x=1),
         "expected the sections bank, router",
     ),
-    "bank-no-dict": (lambda info: info["adapters"][0].update(bank=[]), "expected bank of"),
+    "bank-no-dict": (lambda info: info["adapters"][0].update(bank=[]), "expected bank with fields"),
     "router-unknown": (config_field("kind", "evil"), "expected a kind from"),
     "router-kind-no-text": (config_field("kind", ["token"]), "expected a kind from"),
     "context-unknown": (
@@ -268,5 +268,5 @@ def test_missing_files_say_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="pickles"):
         load_adapter(Model(), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"without adapter_model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
         load_adapter(Model(), tmp_path)

@@ -155,17 +155,17 @@ def overridden():
 
 
 REFUSED = {
-    "int8": (lambda: replaced(Int8()), "Int8 keeps its weight in a way of its own"),
+    "int8": (lambda: replaced(Int8()), "Int8 has an unknown weight format"),
     "int8 with Linear's forward": (
         lambda: replaced(type("Packed", (Int8,), {"forward": nn.Linear.forward})()),
         r"quantized \(torch.int8\)",
     ),
-    "custom": (lambda: replaced(Fancy(12, 9)), "Fancy keeps its weight"),
+    "custom": (lambda: replaced(Fancy(12, 9)), "Fancy has an unknown weight format"),
     "tied": (tied, "its weight is tied to that of other"),
     "overlapping": (overlapping, "its weight is tied to that of"),
     "hooked": (hooked, "it has forward hooks"),
-    "parametrized": (parametrized, "keeps its weight in a way of its own"),
-    "overridden": (overridden, "keeps its weight in a way of its own"),
+    "parametrized": (parametrized, "has an unknown weight format"),
+    "overridden": (overridden, "has an unknown weight format"),
 }
 
 

@@ -230,7 +230,7 @@ def test_hostile_descriptions_change_nothing(change, message, tmp_path):
 
 def test_what_has_no_place_is_refused(tmp_path):
     trained_by_peft(tmp_path)
-    with pytest.raises(ValueError, match="expected a plain LoRA beside other"):
+    with pytest.raises(ValueError, match="expected a plain LoRA with other"):
         from_peft(moes.base(), [tmp_path, tmp_path])
     with pytest.raises(ValueError, match="expected a model without experts for a PEFT adapter"):
         load_adapter(moes.ours(), tmp_path)

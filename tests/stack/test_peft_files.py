@@ -158,7 +158,7 @@ def test_the_slowest_patterns_that_pass_are_quick():
     begin = time.perf_counter()
     assert peft_format.matched(patterns, "a" * 80, 3) == 3
     assert time.perf_counter() - begin < 3
-    with pytest.raises(ValueError, match="expected at most 16 with repetitions, got 17"):
+    with pytest.raises(ValueError, match="expected at most 16 patterns with repetitions, got 17"):
         peft_format.expect_patterns("rank_pattern", {f"a{i}.*": 1 for i in range(17)})
 
 
