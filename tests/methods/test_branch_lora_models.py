@@ -45,7 +45,7 @@ PROMPTS = torch.randint(3, 38, (3, 5), generator=torch.Generator().manual_seed(0
 
 
 def test_first_token_of_a_causal_model_warns_and_reads_the_mean():
-    with pytest.warns(UserWarning, match="sequences decide by their mean"):
+    with pytest.warns(UserWarning, match="routing by the mean instead"):
         model = llama()
         bl.inject(model, bl.branch_lora(E, R, target_modules=("q_proj",)))
     assert bl.state_of(model)[1].route_by == "mean"

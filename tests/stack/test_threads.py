@@ -149,7 +149,7 @@ def test_asyncio_tasks_of_one_thread_do_not_meet_in_silence():
         return await asyncio.gather(*map(request, TASKS), return_exceptions=True)
 
     first, second = asyncio.run(serve())
-    assert first is None and "no await" in str(second)
+    assert first is None and "do not await" in str(second)
     with use_routing(adapted, task_ids=TASKS[0]):
         assert torch.equal(answers[0], adapted(**tiny.batch(0)).logits)
 
