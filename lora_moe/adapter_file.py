@@ -156,9 +156,7 @@ def _read_version_2(name, fields):
     for section, known in sections.items():
         found = fields[section]
         if not isinstance(found, dict) or not found.keys() <= set(known):
-            raise ValueError(
-                f"{name}: expected {section} with fields from {known}, got {brief(found)}"
-            )
+            raise ValueError(f"{name}: expected {section} with {known}, got {brief(found)}")
         flat |= found
     frozen = flat.pop("frozen", [])
     native = router == MODEL

@@ -66,9 +66,7 @@ def routed_lora_banks(
     x = checks.floating_input(x, "routed_lora_banks")
     lists = lora_As, lora_Bs, starts, scaling, biases, router_biases
     if n == 0 or any(len(v) != n for v in lists):
-        raise ValueError(
-            f"banks: expected {n or 1} entries per operand, got {[len(v) for v in lists]}"
-        )
+        raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
     if operands.needs_graph(x, base, *router_weights, *lora_As, *lora_Bs, *router_biases):
         raise ValueError("banks: expected no gradients; for training call routed_lora per layer")
     for i, w in enumerate(router_weights):
@@ -96,9 +94,7 @@ def _expect_columns(starts, lora_Bs, base):
     done = 0
     for start, B in zip(starts, lora_Bs):
         if type(start) is not int or start < done:
-            raise ValueError(
-                f"starts: expected ascending columns that do not overlap, got {starts}"
-            )
+            raise ValueError(f"starts: expected ascending, disjoint columns, got {starts}")
         done = start + B.shape[1]
     if done > base.shape[1]:
         raise ValueError(f"starts: expected columns within base's {base.shape[1]}, got {done}")

@@ -222,9 +222,7 @@ def register(cls):
         raise TypeError(f"{cls.__name__}: expected a frozen dataclass of Router or Middle")
     other = cls.known.get(cls.kind, cls)
     if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(
-            f"{cls.__name__}: expected a unique kind, got {cls.kind!r}, the kind of {other}"
-        )
+        raise ValueError(f"{cls.__name__}: expected a unique kind, got {cls.kind!r} of {other}")
     cls.known[cls.kind] = cls
     return cls
 

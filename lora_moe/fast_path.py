@@ -101,9 +101,7 @@ def _offsets(tensors, optional, rank_offsets, top_k, gate):
         or torch._C._are_functorch_transforms_active()
         or not all(map(isinstance, tensors, _TENSOR))
         or not all(map(isinstance, optional, _OPTIONAL))
-        or not all(
-            map(getattr, (*tensors, *optional), _IS_CPU, _TRUE)
-        )  # None.is_cpu: the default is True
+        or not all(map(getattr, (*tensors, *optional), _IS_CPU, _TRUE))  # True for None
     ):
         return None
     x, w, b = tensors[:3]

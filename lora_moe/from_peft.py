@@ -88,9 +88,7 @@ def _into(model, adapters, fields, top_k, adapter_dtype, revision=None):
     single = isinstance(adapters, str | bytes | os.PathLike | Mapping)
     adapters = [] if single or not isinstance(adapters, Iterable) else list(adapters)
     if not adapters:
-        raise ValueError(
-            "adapters: expected a non-empty list of adapters, got an empty list or no list"
-        )
+        raise ValueError("adapters: expected a non-empty list, got an empty list or no list")
     fields = fields | {"top_k": top_k, "adapter_dtype": adapter_dtype}
     with contextlib.ExitStack() as stack:
         loras = [opened(stack, i, source, revision) for i, source in enumerate(adapters)]

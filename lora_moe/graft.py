@@ -51,9 +51,7 @@ def graft_weights(
     layers = mergeable_layers(model)
     counts = {layer.config.num_experts for layer in layers.values()}
     if len(counts) > 1:
-        raise ValueError(
-            f"model: expected the same number of experts in each layer, got {sorted(counts)}"
-        )
+        raise ValueError(f"model: expected equally many experts per layer, got {sorted(counts)}")
     grams = {path: gram(layer) for path, layer in layers.items()}
     norms = torch.stack([G.diagonal().clamp(min=0).sqrt() for G in grams.values()])  # (L, E)
     spread = _spread(norms.square())  # (E,)

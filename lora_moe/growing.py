@@ -109,9 +109,7 @@ def _layers(model) -> dict[str, LoraMoeLinear]:
                 f"{path}: a PEFT adapter, whose number of experts is set in PEFT's configuration"
             )
         elif any(is_sharded(t) or is_stepped_by_zero(t) for t in held):
-            problems.append(
-                f"{path}: sharded parameters: save the adapter and grow it in one process"
-            )
+            problems.append(f"{path}: sharded parameters: save the adapter, grow in one process")
         elif any(name not in layer._parameters | layer._buffers for name in layer.names):
             problems.append(f"{path}: pruned or parametrized tensors: remove these first")
         elif layer.config.target_parameters:

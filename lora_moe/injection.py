@@ -118,9 +118,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, LoraMoeLayer):
         kind = type(model).__name__
-        raise ValueError(
-            f"model: expected a module that contains a {kind}, got a {kind}; use its base_layer"
-        )
+        raise ValueError(f"model: expected a module around a {kind}, got one; use its base_layer")
     layers = layers_of(model)
     if any(layer.adapter_name is not None for layer in layers.values()):
         raise ValueError(

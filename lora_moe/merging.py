@@ -98,9 +98,7 @@ def mergeable_layers(model: nn.Module) -> dict[str, LoraMoeLinear]:
         if layer is model:
             problems.append("the model itself is the layer; pass a module that contains it")
         elif layer.adapter_name is not None:
-            problems.append(
-                f"{path}: a PEFT adapter; convert it with save_adapter and load_adapter"
-            )
+            problems.append(f"{path}: a PEFT adapter; save_adapter and load_adapter convert it")
         elif any(is_sharded(t) or is_stepped_by_zero(t) for t in layer.adapter_state().values()):
             problems.append(f"{path}: its experts are sharded; merge in one process")
         elif layer.config.target_parameters:

@@ -72,9 +72,7 @@ def expect_patterns(name: str, patterns) -> dict:
     if patterns is None:
         return {}
     if not isinstance(patterns, Mapping) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(
-            f"{name}: expected a dict with module names as keys, got {brief(patterns)}"
-        )
+        raise ValueError(f"{name}: expected a dict with module names, got {brief(patterns)}")
     if len(patterns) > MAX_PATTERNS:
         raise ValueError(f"{name}: expected at most {MAX_PATTERNS} patterns, got {len(patterns)}")
     repeated = 0

@@ -127,9 +127,7 @@ def wanted_at(model, info):
             problems.append(f"{path}: {reason}")
         else:
             found[path] = modules[path][1], config
-    safefile.raise_all(
-        "adapter: expected modules that support experts at the saved paths", problems
-    )
+    safefile.raise_all("adapter: expected supported modules at the saved paths", problems)
     return _wanted_tensors(found)
 
 

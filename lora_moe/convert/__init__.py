@@ -74,9 +74,7 @@ def convert(
         if not found:
             raise ValueError(f"{source}: expected tensors of {format}, got none")
         path = bank.write(directory, found)
-    notes += [
-        f"{s.name}: {', '.join(s.beside)} in the same folder: not read" for s in sources if s.beside
-    ]
+    notes += [f"{s.name}: ignored {', '.join(s.beside)} next to it" for s in sources if s.beside]
     return Converted(format, (path,), tuple(notes))
 
 

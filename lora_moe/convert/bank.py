@@ -152,9 +152,7 @@ def expect_pairs(source: Source, pairs: Iterable[tuple[str, str, int]], gate: st
         else:
             widths.add((shape_a[1], shape_b[0]))
     if len(widths) > 1:
-        problems.append(
-            f"{a}: expected experts of equal size, got (D_in, D_out) of {sorted(widths)}"
-        )
+        problems.append(f"{a}: expected experts of equal size, got (D_in, D_out) {sorted(widths)}")
     elif widths and gate is not None:
         expected = (E, next(iter(widths))[0])
         if source.shape(gate) != expected:

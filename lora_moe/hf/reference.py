@@ -30,9 +30,7 @@ class Reference(nn.Module):
     def __init__(self, policy: nn.Module):
         super().__init__()
         layers = layers_of(policy).values()
-        self.__dict__["policy"] = (
-            policy  # not a submodule: .eval() and .to() must not affect the policy
-        )
+        self.__dict__["policy"] = policy  # not a submodule: .eval() must not affect the policy
         fresh = not any(layer.config.modules_to_save for layer in layers)
         fresh = fresh and not any(bool(B.any()) for layer in layers for _, B in layer.pairs())
         self.__dict__["start"] = None if fresh else _what_trains(policy)

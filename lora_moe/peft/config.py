@@ -174,8 +174,7 @@ def _mixture_of(mixture) -> LoraMoeConfig:
         )
     if mixture.placement == FFN:
         raise ValueError(
-            "mixture: expected experts on linear modules, got placement='ffn', which only"
-            " lora_moe.inject supports"
+            "mixture: expected placement='linear', got placement='ffn', which only lora_moe.inject supports"
         )
     return mixture
 

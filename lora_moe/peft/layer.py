@@ -90,9 +90,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         raise ValueError(NO_MERGE)
 
     def unmerge(self) -> None:
-        raise ValueError(
-            "unmerge: expected a merged adapter, but a mixture of experts cannot be merged"
-        )
+        raise ValueError("unmerge: expected a merged adapter, but a mixture cannot be merged")
 
     def _mark(self):
         for name, experts in self.lora_moe_experts.items():

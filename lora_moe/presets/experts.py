@@ -84,9 +84,7 @@ def mola(
     """
     lengths = {len(v) for v in (num_experts, r) if not isinstance(v, int)}
     if len(lengths) > 1 or lengths == {0}:
-        raise ValueError(
-            f"num_experts, r: expected non-empty lists of equal length, got {sorted(lengths)}"
-        )
+        raise ValueError(f"num_experts, r: expected lists of equal length, got {sorted(lengths)}")
     named = {"z_coef": 0.0, "alpha": alpha}
     if not lengths:
         sizes = {"num_experts": num_experts, "r": r, "top_k": min(top_k, num_experts)}

@@ -29,9 +29,7 @@ def options_of(additional_config) -> dict:
         )
     unknown = sorted(map(str, found.keys() - FIELDS.keys()))
     if unknown:
-        raise ValueError(
-            f"additional_config: expected only {sorted(FIELDS)} in lora_moe, got {unknown}"
-        )
+        raise ValueError(f"additional_config: expected {sorted(FIELDS)} in lora_moe, got {unknown}")
     for name, value in found.items():
         if not isinstance(value, str):
             raise ValueError(

@@ -70,9 +70,7 @@ def refusal(config: LoraMoeConfig) -> str | None:
             "LoRAs on the model's own experts (target_parameters); only linear layers are supported"
         )
     if config.placement == FFN:
-        return (
-            f"experts of an FFN (placement={config.placement!r}); only linear layers are supported"
-        )
+        return f"experts of FFNs (placement={FFN!r}); only linear layers are supported"
     if middle is not None:
         return (
             f"{type(middle).__name__} replaces the gate between A and B; only the gate is supported"

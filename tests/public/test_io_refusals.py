@@ -157,7 +157,7 @@ LIES = {
         lambda info: info["adapters"][0].update(x=1),
         "expected the sections bank, router",
     ),
-    "bank-no-dict": (lambda info: info["adapters"][0].update(bank=[]), "expected bank with fields"),
+    "bank-no-dict": (lambda info: info["adapters"][0].update(bank=[]), "expected bank with"),
     "router-unknown": (config_field("kind", "evil"), "expected a kind from"),
     "router-kind-no-text": (config_field("kind", ["token"]), "expected a kind from"),
     "context-unknown": (

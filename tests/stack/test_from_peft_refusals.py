@@ -178,6 +178,6 @@ def test_a_module_of_two_names_is_refused_both_ways(tmp_path):
     ):
         to_peft(model, tmp_path / "out")
     layer = lora_moe.LoraMoeLinear(nn.Linear(4, 4), LoraMoeConfig())
-    with pytest.raises(ValueError, match="expected a module that contains a LoraMoeLinear, got a"):
+    with pytest.raises(ValueError, match="expected a module around a LoraMoeLinear, got one"):
         to_peft(layer, tmp_path / "out")
     assert not (tmp_path / "out").exists()

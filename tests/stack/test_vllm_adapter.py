@@ -109,7 +109,7 @@ def test_what_no_token_decides_is_refused_by_name(said, fields, tmp_path):
     [
         ("LoRAs on the model's own experts", {"target_parameters": ("mlp.experts.down_proj",)}),
         (
-            "experts of an FFN",
+            "experts of FFNs",
             {"placement": "ffn", "target_modules": ("gate_proj", "up_proj", "down_proj")},
         ),
     ],

@@ -67,7 +67,5 @@ def set_tasks(model: nn.Module, task_ids: torch.Tensor | None) -> None:
     layers = layers_of(model)
     if not layers:
         raise ValueError("model: expected one with C-LoRAE's experts (see c_lorae.inject)")
-    if any(
-        layer.config.num_tasks for layer in layers.values()
-    ):  # else there is only the universal expert
+    if any(layer.config.num_tasks for layer in layers.values()):  # else only the universal expert
         set_routing(model, task_ids=task_ids)
