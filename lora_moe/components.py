@@ -117,7 +117,7 @@ class Batch(NamedTuple):
     def prompt(self, x: torch.Tensor) -> torch.Tensor | None:
         """(B, L) bool of x (B, L, D): tokens that may determine their sequence's routing; None if all may.
 
-        Padding is excluded, and in training a causal model also the answer: tokens from the first label on.
+        Padding is excluded, and so is a causal model's answer: tokens from the first label on.
 
         Raises:
             ValueError: if the mask is not (B, L).

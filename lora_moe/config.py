@@ -78,9 +78,9 @@ class LoraMoeConfig:
             name, such as ("mlp.experts.gate_up_proj", "mlp.experts.down_proj").  The model's own router
             picks the experts, so top_k and the fields of the router and its losses cannot be set; see
             docs/experts.md.
-        placement: "linear" adapts each target module separately.  "ffn" makes target modules of one FFN
-            into one LoraMoeMLP with a single routing decision; target modules outside of FFNs get a plain
-            LoRA, that is one expert of the same rank.
+        placement: "linear" adapts each target module separately.  "ffn" turns those of one FFN into one
+            LoraMoeMLP with a single routing decision; target modules outside of FFNs get a plain LoRA,
+            that is one expert of the same rank.
     Raises:
         ValueError: if a field is invalid; the message names the field, what was expected and its value.
         TypeError: if there is no such field; the message suggests one.

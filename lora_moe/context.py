@@ -37,7 +37,7 @@ class Decision(NamedTuple):
 
     routing: Routing | None = None  # replaces the router's, on the layer's device
     mask: torch.Tensor | None = None  # (B, L) or (T,): the tokens that losses and statistics count
-    disabled: bool = False  # the base's output alone
+    disabled: bool = False  # only the base's output
     # one task for all tokens, or a Routing whose indices (B, 1) or (T, 1) are tasks, on the layer's device
     tasks: Routing | int | None = None
     reading: Reading = Reading()
