@@ -262,7 +262,7 @@ def explain(
     """
     name = str(device)
     if not ranks or min(ranks) < 1 or not 1 <= k <= len(ranks) or min(D_in, D_out) < 1 or T < 0:
-        raise ValueError(f"expected valid shapes, got {T=}, {D_in=}, {D_out=}, {ranks=}, {k=}")
+        raise ValueError(f"ranks, k: invalid shapes, got {T=}, {D_in=}, {D_out=}, {ranks=}, {k=}")
     if name == "cpu":
         print(f"cpp: {SEGMENTED} for all shapes: a block of tokens is sorted while in cache")
         return []

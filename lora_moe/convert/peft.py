@@ -69,7 +69,7 @@ def read(sources: Iterable[Source], notes: list[str], top_k: int | None) -> dict
                     problems.append(f"{lora.name}: {path}: expected {sizes[path]}, got {size}")
     raise_all("adapters: expected LoRAs of one model", problems)
     fields = {"top_k": top_k, "target_modules": {p.rpartition(".")[2] for p in paths}}
-    notes.append("the routers are new: train them, or use use_routing(model, task_ids=)")
+    notes.append("the routers are new: train them, or route with use_routing(model, task_ids=)")
     return {path: _bank(path, loras, fields, sizes[path]) for path in paths}
 
 

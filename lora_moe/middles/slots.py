@@ -39,7 +39,7 @@ class SlotMiddle(Middle):
         if x.dim() != 3:
             raise ValueError(f"x: expected (B, L, D_in) for slots, got {tuple(x.shape)}")
         if routing.logits is None:
-            raise ValueError("routing: expected the router's routing, as slots need its logits")
+            raise ValueError("routing: expected the router's, as slots need its logits")
         if batch.cached:
             raise RuntimeError(
                 "past_key_values: slots mix all tokens of a sequence, which is not causal and has no"
