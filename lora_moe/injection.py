@@ -69,7 +69,7 @@ def inject(
         targets = _without({path: base for path, (base, _) in own.items()}, saved, each)
         if twice := [path for path, base in targets.items() if base in adapters]:
             raise ValueError(
-                f"config: expected each module in one configuration, got {twice[0]} in several"
+                f"config: expected each module in one configuration, got {twice[0]} in two"
             )
         found |= targets
         with_config = dict(own[path] for path in targets)

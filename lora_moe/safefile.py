@@ -124,7 +124,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Slice]]:
         raise ValueError(f"{file.name}: expected {limit}, got {length} bytes{hint}")
     text = file.read(length)
     if text.count(b"[") + text.count(b"{") > length // 12 + 8:  # a tensor has three in 50 bytes
-        raise ValueError(f"{file.name}: expected a header of tensors, got mostly brackets")
+        raise ValueError(f"{file.name}: expected a header of tensors, got empty brackets")
     header = parse_json(text, file.name)
     if not isinstance(header, dict):
         raise ValueError(

@@ -46,7 +46,7 @@ def layers_of(model: nn.Module) -> dict[str, LoraMoeLayer]:
     """injected(model); raises ValueError if it is empty."""
     layers = injected(model)
     if not layers:
-        raise ValueError("model: expected a model with experts (see inject), got one without")
+        raise ValueError("model: expected a model with experts (see inject), got none")
     return layers
 
 

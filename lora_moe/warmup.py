@@ -42,7 +42,7 @@ def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool 
             shapes = *((p.shape, p.dtype, p.device) for p in parameters), layer.config.top_k
             kinds.setdefault((shapes, str(layer.config), layer.frozen), layer)
     if not kinds:
-        raise ValueError("model: expected a model with experts (see inject), got one without")
+        raise ValueError("model: expected a model with experts (see inject), got none")
     for layer in kinds.values():
         run = next(run for kind, run in _RUNS.items() if isinstance(layer, kind))
         for T in tokens:

@@ -107,11 +107,11 @@ BAD = {
     "shared": (lambda t: {"a": t, "b": t}, "a: expected tensors that share no memory, .* with b"),
     "overlapping": (
         lambda t: {"b": t[:6], "a": t[5:]},
-        "b: expected tensors that share no memory .* with a",
+        "b: expected tensors that share no memory, .* with a",
     ),
     "all inside": (
         lambda t: {"b": t, "a": t[5:6]},
-        "b: expected tensors that share no memory .* with a",
+        "b: expected tensors that share no memory, .* with a",
     ),
     "on meta": (lambda t: {"a": t.to("meta")}, "a: expected values to save"),
     "float8": (

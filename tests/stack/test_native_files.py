@@ -175,7 +175,7 @@ DAMAGED = {
     "router": (
         CONFIG,
         lambda c: c.update(target_parameters=[*moes.TARGETS, "mlp.gate.weight"]),
-        "weight of a MixtralTopKRouter is one matrix",
+        "weight of a MixtralTopKRouter is a single matrix",
     ),
 }
 

@@ -23,7 +23,7 @@ REFUSED = {
     "nothing": ({"target_parameters": ("nowhere",)}, "nothing matches.*mlp.experts.gate_up_proj"),
     "router": (
         {"target_parameters": ("mlp.gate.weight",)},
-        "weight of a MixtralTopKRouter is one matrix",
+        "weight of a MixtralTopKRouter is a single matrix",
     ),
     "linear": ({"target_parameters": ("q_proj.weight",)}, "name linear modules in target_modules"),
 }

@@ -39,7 +39,7 @@ def test_the_enum_has_a_member_like_its_own():
 def test_an_old_peft_is_refused_with_what_to_do(monkeypatch):
     registration._expect_version()
     monkeypatch.setattr(registration.peft, "__version__", "0.9.0")
-    with pytest.raises(ImportError, match=r"expected PEFT 0\.\d+ or later, got 0\.9\.0"):
+    with pytest.raises(ImportError, match=r"requires PEFT 0\.\d+ or later, got 0\.9\.0"):
         registration._expect_version()
 
 

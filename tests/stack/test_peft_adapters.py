@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 def test_samples_of_several_adapters_in_one_batch_are_refused():
     model = adapted()
-    with pytest.raises(ValueError, match="adapter_names: expected none"):
+    with pytest.raises(ValueError, match="adapter_names: expected None"):
         model(input_ids=IDS, adapter_names=["default", "default"])
 
 

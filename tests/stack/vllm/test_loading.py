@@ -74,7 +74,7 @@ def test_what_vllm_asks_of_a_layers_own_method_is_answered(base, every_kind):
     assert layer.quant_method.something == 3
     with pytest.raises(AttributeError):
         _ = layer.quant_method.nothing_of_that_name
-    with pytest.raises(RuntimeError, match="already loaded"):
+    with pytest.raises(RuntimeError, match="only be attached to a loaded layer"):
         layer.quant_method.create_weights()
 
 
