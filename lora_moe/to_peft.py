@@ -83,9 +83,7 @@ def _write(model, layers, tensors, folders):
 
 def _expect_what_peft_adapts(model, layers):
     if "" in layers:
-        raise ValueError(
-            "model: expected a module around a LoraMoeLinear, got one"
-        )
+        raise ValueError("model: expected a module around a LoraMoeLinear, got one")
     ffns = [path for path, layer in layers.items() if layer.config.placement == FFN]
     if ffns:
         raise ValueError(f"model: expected experts on linear modules, got {ffns[0]}, an FFN")
