@@ -5,14 +5,14 @@ from pathlib import Path
 
 _checkout = Path(__file__).resolve().parent.parent
 if (_checkout / "triton_kernels").is_dir() and not (_checkout / "lora_moe/triton_kernels").exists():
-    # run from a checkout: the kernels lie beside this folder and are imported as lora_moe.triton_kernels
+    # in a checkout, the kernels are next to this folder; make them importable as lora_moe.triton_kernels
     __path__.append(str(_checkout))
 
 from . import backend  # noqa: E402
 
 backend.load()
 
-from . import autograd, functional, losses, middles  # noqa: E402, F401  files name a middle by its kind
+from . import autograd, functional, losses, middles  # noqa: E402, F401  registers the middles that files name
 from .backend import backend_info  # noqa: E402
 from .config import LoraMoeConfig  # noqa: E402
 from .context import checkpoint_context  # noqa: E402
@@ -40,7 +40,7 @@ from .warmup import warm_up  # noqa: E402
 
 __version__ = "0.2.0"
 
-# attributes that are imported on first use: they need packages that the layers do not
+# imported on first use: these need packages that the layers do not
 _ON_FIRST_USE = ("convert", "hf", "peft", "presets", "vllm")
 
 
@@ -51,8 +51,8 @@ def __getattr__(name):
         except ModuleNotFoundError as error:
             if error.name != f"{__name__}.{name}":
                 raise ImportError(
-                    f"lora_moe.{name}: expected the package {error.name} beside it, which is not"
-                    f" installed; pip install {error.name}"
+                    f"lora_moe.{name}: requires the package {error.name}, which is not installed;"
+                    f" run pip install {error.name}"
                 ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,15 +1,15 @@
-"""What an adapter's file says of itself: the description in its header, of versions 1 and 2.
+"""The description in an adapter file's header: writes format version 2, reads versions 1 and 2.
 
     {"version": 2, "library": "0.2.0", "modules_to_save": [module path, ...],
      "adapters": [{"bank": {...}, "router": {"kind": "token", ...}, "context": {}, "training": {...},
                    "modules": [module path, ...]}, ...]}
 
-The bank is what the experts are, the router who decides, the context what is told from outside (nothing
-here), and training what a model may choose for itself when it loads.  A router of another kind has its
-own fields, and the token router's under "token"; a middle is a section of its own, where there is one.
-Of LoRAs on a model's own experts the bank names the target_parameters, and the router's kind is "model".  Of
-experts that are FFNs the bank has "placement": "ffn", and target_modules are the FFN's own linear maps.
-It is untrusted: every field is checked before anything is built from it.
+"bank" describes the experts and "router" the routing; "context" is always empty; "training" holds what a
+model may change when it loads the file.  Routers other than the token router have their own fields, with
+the token router's fields under "token".  A middle, if any, is in a section "middle".  LoRAs on a model's own
+experts have "target_parameters" in the bank and a router of kind "model".  Experts that are FFNs have
+"placement": "ffn" in the bank, and target_modules name linear layers of the FFN.
+The header is untrusted: every field is checked before anything is built from it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .tensors import file_names
 
 FORMAT_VERSION = 2
 
-MODEL = "model"  # the kind of a router that is the model's own
+MODEL = "model"  # kind of the model's own router
 _PATH = re.compile(r"(\w+(\.\w+)*)?", re.ASCII)  # "" is the model itself
 BANK = ("num_experts", "r", "alpha", "use_rslora", "shared_a")
 ROUTER = (
@@ -37,7 +37,7 @@ _TRAINING = (
     "dropout", "target_modules", "exclude_modules", "modules_to_save", "adapter_dtype", "balance_coef",
     "z_coef",
 )  # fmt: skip
-# version 1 had these fields, flat, and renormalized unless it said otherwise
+# version 1 had these fields, not in sections, and its default was renormalize=True
 _FIELDS_1 = (
     "num_experts", "r", "top_k", "alpha", "dropout", "gate", "renormalize", "shared_a", "selection_bias",
     "target_modules", "exclude_modules", "balance_coef", "z_coef",
@@ -45,13 +45,13 @@ _FIELDS_1 = (
 
 
 def describe(layers: dict[str, LoraMoeLinear], whole: tuple[str, ...]) -> dict:
-    """The description of layers by path, and of the modules that train as a whole."""
+    """The description of the layers {path: layer} and of the fully trained modules `whole`."""
     from . import __version__  # the package imports this module
 
     groups: dict[tuple, list[str]] = {}
     for path, layer in layers.items():
         config = layer.config
-        if layer.adapter_name is not None:  # PEFT keeps what trains as a whole by itself
+        if layer.adapter_name is not None:  # PEFT saves fully trained modules itself
             config = dataclasses.replace(config, modules_to_save=whole)
         groups.setdefault((config, layer.frozen), []).append(path)
     adapters = [{**_sections(*kind), "modules": paths} for kind, paths in groups.items()]
@@ -73,7 +73,7 @@ def _sections(config, frozen):
     }
     if config.target_parameters:
         sections["bank"]["target_parameters"] = fields["target_parameters"]
-    if config.placement == FFN:  # training names its linear maps
+    if config.placement == FFN:  # target_modules are in "training"
         sections["bank"]["placement"] = FFN
     return sections if config.middle is None else sections | {"middle": fields["middle"]}
 
@@ -86,7 +86,7 @@ def _router_section(fields):
 
 
 def read_info(file: BinaryIO, described=None, adapter_dtype=None) -> dict:
-    """What a file of ours, or PEFT's folder that is `described`, says of itself; see io.adapter_info."""
+    """Description of our file, or of a PEFT folder with the config `described`; see io.adapter_info."""
     if described is not None:
         info = peft_moe.read_info(described, safefile.read_header(file)[1])
     else:
@@ -113,7 +113,7 @@ def _read_own_info(file):
 
 def _read_adapters(name, adapters, read):
     if not isinstance(adapters, list) or not all(isinstance(a, dict) for a in adapters):
-        raise ValueError(f"{name}: expected adapters, each with its module paths")
+        raise ValueError(f"{name}: expected a list of adapters, each with module paths")
     out = []
     for adapter in adapters:
         fields = dict(adapter)
@@ -122,7 +122,7 @@ def _read_adapters(name, adapters, read):
         out.append({"config": config, "modules": paths, "frozen": frozen})
     paths = [path for adapter in out for path in adapter["modules"]]
     if not paths or len(set(paths)) != len(paths):
-        raise ValueError(f"{name}: expected module paths, each once, got {len(paths)}")
+        raise ValueError(f"{name}: expected unique module paths, at least one, got {len(paths)}")
     return out
 
 
@@ -137,10 +137,10 @@ def _read_paths(name, paths):
 
 def _read_version_1(name, fields):
     if fields.keys() != {"config"} or not isinstance(fields["config"], dict):
-        raise ValueError(f"{name}: expected adapters, each a config and its module paths")
+        raise ValueError(f"{name}: expected adapters with a config and module paths each")
     unknown = [field for field in fields["config"] if field not in _FIELDS_1]
     if unknown:
-        raise ValueError(f"{name}: expected fields of version 1, got {brief(unknown)}")
+        raise ValueError(f"{name}: expected only fields of version 1, got {brief(unknown)}")
     return LoraMoeConfig.from_dict({"renormalize": True} | fields["config"]), ()
 
 
@@ -149,37 +149,37 @@ def _read_version_2(name, fields):
     sections = {"bank": bank, "router": ROUTER, "training": _TRAINING, "context": ()}
     if fields.keys() - {"middle"} != sections.keys():
         raise ValueError(
-            f"{name}: expected bank, router, context and training, got {brief(fields)}"
+            f"{name}: expected the sections bank, router, context and training, got {brief(fields)}"
         )
     router, fields["router"] = _split_router(name, fields["router"])
     flat = {}
     for section, known in sections.items():
         found = fields[section]
         if not isinstance(found, dict) or not found.keys() <= set(known):
-            raise ValueError(f"{name}: expected {section} of {known}, got {brief(found)}")
+            raise ValueError(f"{name}: expected {section} with {known}, got {brief(found)}")
         flat |= found
     frozen = flat.pop("frozen", [])
     native = router == MODEL
     if native != bool(flat.get("target_parameters")) or (native and not flat.get("num_experts")):
         raise ValueError(
-            f"{name}: expected num_experts and target_parameters beside a router of kind {MODEL!r}, and these"
-            f" alone, got {brief(fields)}"
+            f"{name}: expected num_experts and target_parameters if and only if the router is of kind"
+            f" {MODEL!r}, got {brief(fields)}"
         )
     router = None if native else router
     try:
         config = LoraMoeConfig.from_dict(flat | {"router": router, "middle": fields.get("middle")})
-        file_names(config)  # tensors may refuse what does not go together
+        file_names(config)  # raises for combinations that cannot be stored
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if not isinstance(frozen, list):
-        raise ValueError(f"{name}: expected a list of frozen experts, got {brief(frozen)}")
+        raise ValueError(f"{name}: expected a list of frozen expert ids, got {brief(frozen)}")
     return config, expert_ids(frozen, config.num_experts)
 
 
 def _split_router(name, section):
-    """(router or None, the token router's fields) of a router's section."""
+    """Split the section "router" into (router or None, fields of the token router)."""
     if not isinstance(section, dict):
-        raise ValueError(f"{name}: expected a router with a kind, got {brief(section)}")
+        raise ValueError(f"{name}: expected router to be a dict with a kind, got {brief(section)}")
     own = dict(section)
     if own.get("kind") == "token":
         del own["kind"]
@@ -205,7 +205,7 @@ def frozen_of(info: dict) -> dict[str, tuple[int, ...]]:
 
 
 def slices_of(info: dict) -> dict:
-    """The file's tensors under the names of version 2."""
+    """The file's tensors under their names in version 2."""
     if info["version"] == 2:
         return info["tensors"]
     names, renamed = file_names(LoraMoeConfig(selection_bias=True)), {}
@@ -216,7 +216,7 @@ def slices_of(info: dict) -> dict:
 
 
 def fixed_fields(config: LoraMoeConfig) -> dict:
-    """What decides the function, written in one way."""
+    """The fields that determine the output, in a canonical form."""
     fields = {name: getattr(config, name) for name in (*BANK, *ROUTER, "router", "middle")}
     fields["target_parameters"] = sorted(config.target_parameters)
     fields["placement"] = config.placement

@@ -1,7 +1,7 @@
-"""target_modules="all-linear": every linear module but some.
+"""target_modules="all-linear": selects every linear module, with a few exceptions.
 
-Left out are output embeddings and heads of classifiers, as in PEFT; besides them routers of the model's
-own experts, and modules whose weight is read without a call.
+As in PEFT, output embeddings and classification heads are skipped.  So are the routers of the model's own
+experts, and modules whose weight is read without calling the module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ALL_LINEAR = "all-linear"
 _CLASSIFIER = re.compile(
     r"For\w*(Classification|QuestionAnswering|MultipleChoice|NextSentencePrediction|CTC|XVector)$"
 )
-# what is not worth a word where all is asked for
+# reasons that are not logged for "all-linear"
 _NO_CANDIDATE = re.compile("already has experts|is not linear|cannot be replaced|PEFT has adapted")
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def is_all_linear(target_modules: str | tuple[str, ...]) -> bool:
 def all_linear(
     survey: Survey, modules: dict[str, nn.Module], excluded: set[nn.Module]
 ) -> dict[str, nn.Module]:
-    """{path: module} of what "all-linear" means; one line of the log tells what it leaves out."""
+    """{path: module} selected by "all-linear"; one log line lists what is skipped."""
     reasons = candidates(survey, modules, excluded)
     skipped = {modules[path]: reason for path, reason in reasons.items() if reason}
     if told := {path: skipped[m] for path, m in modules.items() if m in skipped}:
@@ -41,7 +41,7 @@ def all_linear(
 
 
 def candidates(survey, modules, excluded):
-    """{path: reason to leave it out, or None} of all linear modules that have no experts yet."""
+    """{path: reason to skip it, or None} of all linear modules that have no experts yet."""
     linear = [path for path, m in modules.items() if path and m not in excluded and _has_sizes(m)]
     refused, partly = reasons_of(survey, linear), bypassed(survey, linear)
     heads = _heads(survey.model)
@@ -58,18 +58,18 @@ def candidates(survey, modules, excluded):
 def _has_sizes(module):
     try:
         return linear_features(module) is not None
-    except RuntimeError:  # a lazy module's weight has no shape yet
+    except RuntimeError:  # the weight of a lazy module has no shape yet
         return False
 
 
 def _heads(model):
-    """{module: what it is} of output embeddings and of what classifiers put on their base model."""
+    """{module: description} of output embeddings and of the modules outside a classifier's base model."""
     heads = {}
     for module in model.modules():
         output = getattr(module, "get_output_embeddings", None)
         try:
             embeddings = output() if callable(output) else None
-        except (AttributeError, NotImplementedError):  # a model without any
+        except (AttributeError, NotImplementedError):  # the model has none
             embeddings = None
         if isinstance(embeddings, nn.Module):
             heads[embeddings] = "the output embedding"
@@ -80,7 +80,7 @@ def _heads(model):
 
 
 def in_short(reasons):
-    """One clause for each reason; a layer's number counts for nothing."""
+    """One clause per reason; paths that differ only in the layer number are merged."""
     groups = {}
     for path, reason in reasons.items():
         groups.setdefault(reason, {})[re.sub(r"\d+(?=\.)", "*", path)] = None

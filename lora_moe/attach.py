@@ -1,12 +1,12 @@
-"""What inject() hangs on a model, and remove() takes off again.
+"""Hooks and method wrappers that inject() adds to a model and remove() takes off.
 
-    hooks           read the padding mask off the model's arguments, check the batch against task ids, and
-                    watch the first forwards for what would be lost in silence
-    generate        marks that samples may stand several times in a row (beams, return sequences)
-    save_pretrained writes the base's weights under the base's own names, and the experts beside them
-    hf_quantizer    of a quantized model tells Trainer that there is something to train
+    hooks           read the padding mask from the model's arguments, check the batch against task ids, and
+                    warn in the first forwards about misuse that would otherwise be silent
+    generate        records that samples may be repeated in the batch (beams, return sequences)
+    save_pretrained saves the base's weights under their original names, and the experts in a separate file
+    hf_quantizer    of a quantized model: tells Trainer that the model is trainable
 
-Everything is an object that holds its model, so that a copied or pickled model has its own.
+Each hook and wrapper is an object that holds its model, so copied and pickled models get their own.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .wrappers import WRAPPERS, Wrapper
 
 
 def attach(model: nn.Module, *, saves: bool = True) -> None:
-    """Hang everything on a model that has experts; anew where it was there already.
+    """Add the hooks and wrappers to a model with experts, replacing existing ones.
 
-    Without `saves`, as where PEFT saves the experts, save_pretrained stays the model's own.
+    With saves=False (PEFT saves the experts), save_pretrained is not wrapped.
     """
     detach(model)
     watch, decoders = Watch(), _decoders(model)
@@ -40,7 +40,7 @@ def attach(model: nn.Module, *, saves: bool = True) -> None:
 
 
 def _callers(model) -> dict[nn.Module, None]:
-    """The model, and what inside of it is called with a mask of its own."""
+    """The model, and the modules in it that are called with their own mask."""
     callers = dict.fromkeys((model, *_models_inside(model)))
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         for name in ("get_encoder", "get_decoder"):
@@ -50,14 +50,14 @@ def _callers(model) -> dict[nn.Module, None]:
 
 
 def _decoders(model) -> list[nn.Module]:
-    """Of encoder-decoders: all that they read stands in the answer."""
+    """Decoders of encoder-decoder models: all of their tokens belong to the answer."""
     owners = [m for m in model.modules() if hasattr(type(m), "main_input_name")]
     owners = [m for m in owners if getattr(m.config, "is_encoder_decoder", False)]
     return [child for m in owners if (child := _submodule(m, "get_decoder")) not in (None, m)]
 
 
 def _models_inside(model) -> list[nn.Module]:
-    """The models of transformers with experts in them: what a wrapper, LLaVA or a Trainer may call."""
+    """Inner transformers models with experts, which a wrapper, LLaVA or a Trainer may call directly."""
     return [
         m
         for m in model.modules()

@@ -1,8 +1,8 @@
-"""The autograd.Functions: forward and backward call one operator each, saving nothing of size D_out.
+"""The autograd.Functions: forward and backward call one operator each and save nothing of size D_out.
 
-Parameters may be wider than x (fp32 adapters, bf16 x): the operators round them to x's dtype for the
-products and return their gradients, summed in fp32, in the parameter's own dtype.  An incoming gradient
-may be missing, or be expanded, transposed or a slice: it is laid out here, for every backend.
+Parameters may have a wider dtype than x (fp32 adapters, bf16 x): the operators round them to x's dtype for
+the products, and gradients are summed in fp32 and returned in the parameter's dtype.  An incoming gradient
+may be None, expanded, transposed or a slice; it is made contiguous here for every backend.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 """
@@ -23,16 +23,16 @@ _ops = torch.ops.lora_moe
 
 
 def once(backward):
-    """backward(ctx, saved, *grads) whose results raise where they are differentiated again.
+    """Decorate backward(ctx, saved, *grads) so that differentiating its results raises.
 
-    Only there: with create_graph=True alone, as Hugging Face's and GAN code sets it for other layers, the
-    gradients are as usual.  PyTorch's once_differentiable looks at the incoming gradients alone, and a
-    second derivative with respect to a parameter is then silently missing.
+    create_graph=True alone does not raise, since Hugging Face and GAN code sets it for other layers.
+    PyTorch's once_differentiable only checks the incoming gradients, so a second derivative with respect
+    to a parameter would be silently missing.
     """
 
     @functools.wraps(backward)
     def run(ctx, *grads):
-        saved = ctx.saved_tensors  # read once: a checkpoint gives them out once
+        saved = ctx.saved_tensors  # read once: a checkpoint returns them only once
         with torch.no_grad():
             results = backward(ctx, saved, *grads)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -48,7 +48,7 @@ def once(backward):
 
 
 class _DifferentiatedTwice(Function):
-    """The first of the tensors as they are, made of the others as far as autograd knows."""
+    """Return the first `number` tensors unchanged; for autograd they depend on the others."""
 
     @staticmethod
     def forward(ctx, number, *tensors):
@@ -58,7 +58,7 @@ class _DifferentiatedTwice(Function):
     def backward(ctx, *grads):
         raise RuntimeError(
             "lora_moe: second derivatives (double backward) are not implemented for the experts and the"
-            " router; the same functions in plain PyTorch, lora_moe.reference, have them"
+            " router; use the plain PyTorch functions in lora_moe.reference, which support them"
         )
 
 
@@ -110,7 +110,7 @@ def _router_backward(ctx, aux, x, w, indices, weights, logits, need_router_bias)
 
 
 def _sum_of_rows(v):
-    """v^T 1, in the fixed order of every other sum over tokens; fp16 holds 1, and never runs as TF32."""
+    """v^T 1, in the same fixed order as other sums over tokens; fp16 represents 1 and avoids TF32."""
     exact = torch.float64 if v.dtype == torch.float64 else torch.float16
     return _ops.wgrad(v, v.new_ones((1, 1), dtype=exact).expand(len(v), 1)).view(-1)
 
@@ -166,12 +166,12 @@ class GroupedLora(Function):
 
 
 def _needed(grads, needs):
-    """Operators return an empty tensor for what is not needed, autograd takes None."""
+    """Operators return an empty tensor for gradients that are not needed; autograd expects None."""
     return [grad if need else None for grad, need in zip(grads, needs)]
 
 
 def _with_base(dx, dy, w0):
-    """dx + dy W0, rounded once more: the product adds to what is there, and no sum is left to autograd."""
+    """dx + dy W0 in place, rounded once more; this saves autograd's separate addition."""
     return dx if dx is None or w0 is None else dx.addmm_(dy, w0)
 
 
@@ -180,7 +180,7 @@ def _base_gradient(dy, rows):
     if len(dy) == rows:
         return dy
     slots = dy.view(rows, -1, dy.shape[1])
-    # two numbers need no sum in a wider type, which takes three times as long
+    # adding two numbers needs no wider dtype, which sum() would use and which takes three times as long
     return slots[:, 0] + slots[:, 1] if slots.shape[1] == 2 else slots.sum(1)
 
 

@@ -1,12 +1,12 @@
-"""Which kernels serve which device: decided once, at import, by LORA_MOE_BACKEND and what is there.
+"""Selects the backend of each device at import, from LORA_MOE_BACKEND and what is installed.
 
-    auto       the best that works for each device; never fails
-    triton     Triton kernels (for CPU tensors too with TRITON_INTERPRET=1)
+    auto       the best available backend for each device; never fails
+    triton     Triton kernels (also for CPU tensors with TRITON_INTERPRET=1)
     cuda       the CUDA C++ extension, for CUDA tensors that Triton does not serve
     cpp        the C++ extension, for CPU tensors
     reference  plain PyTorch everywhere
 
-Dispatch itself is PyTorch's table: this module only registers kernels in it.
+PyTorch dispatches the calls; this module only registers the kernels.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _facts: dict[str, dict] = {}
 
 
 class BackendUnavailable(ImportError):
-    """A backend was asked for by name and cannot serve; the message says why."""
+    """A backend was requested by name but is unavailable; the message gives the reason."""
 
 
 def serving(device_type: str) -> str:
@@ -38,12 +38,12 @@ def serving(device_type: str) -> str:
 
 
 def requested() -> str:
-    """LORA_MOE_BACKEND; an empty one counts as unset."""
+    """LORA_MOE_BACKEND; an empty value counts as unset."""
     return os.environ.get("LORA_MOE_BACKEND") or "auto"
 
 
 def backend_info() -> dict:
-    """What serves which device, what else was tried, and the reason where something is missing."""
+    """The backend of each device, the status of every backend, and why one is unavailable."""
     return {
         "requested": requested(),
         "serving": {"cpu": serving("cpu"), "cuda": serving("cuda")},
@@ -55,7 +55,7 @@ def backend_info() -> dict:
 
 
 def cpu_isas() -> list[str]:
-    """Instruction sets of this CPU that extensions exist for, best first."""
+    """Instruction sets of this CPU for which we build extensions, best first."""
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine().lower() not in ("x86_64", "amd64") or capability == "DEFAULT":
         return ["portable"]
@@ -65,7 +65,7 @@ def cpu_isas() -> list[str]:
 
 
 def _isas_to_try() -> list[str]:
-    """Those of this CPU, or the one of LORA_MOE_ISA; one that it lacks would end the process."""
+    """Those of this CPU, or LORA_MOE_ISA; using one that the CPU lacks would crash the process."""
     forced = os.environ.get("LORA_MOE_ISA")
     if not forced:
         return cpu_isas()
@@ -77,7 +77,7 @@ def _isas_to_try() -> list[str]:
         "avx512_bf16": torch.cpu._is_avx512_bf16_supported,
     }
     if forced != "portable" and not has[forced]():
-        raise BackendUnavailable(f"LORA_MOE_ISA={forced}: this CPU does not have it")
+        raise BackendUnavailable(f"LORA_MOE_ISA={forced}: this CPU does not support it")
     return [forced]
 
 
@@ -97,7 +97,7 @@ def _load_cpp() -> dict:
 
 
 def _why_missing(failures) -> str:
-    """Told at once where there is something to mend, and not only slower for it."""
+    """The reason; also warns if the build is broken, as opposed to merely slower."""
     if not failures:
         return ""
     reason = missing_operators.explain(failures)
@@ -107,11 +107,11 @@ def _why_missing(failures) -> str:
 
 
 def _built_for_these_operators(module) -> dict:
-    """The facts of an extension that is as old as this package; another one would misread its arguments."""
+    """build_info of an extension whose operator version matches; others would misread the arguments."""
     info = module.build_info()
     if info.get("operators") != ops.VERSION:
         raise BackendUnavailable(
-            f"built for operators of version {info.get('operators')}, not {ops.VERSION}: build it again"
+            f"built for operator version {info.get('operators')}, expected {ops.VERSION}; rebuild it"
         )
     return info
 
@@ -122,7 +122,7 @@ def _load_triton() -> dict:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and not torch.backends.cuda.is_built():
         raise BackendUnavailable(
-            "this torch has no CUDA or ROCm; TRITON_INTERPRET=1 runs the kernels on CPU tensors"
+            "this build of torch has no CUDA or ROCm; TRITON_INTERPRET=1 runs the kernels on the CPU"
         )
     kernels = importlib.import_module("lora_moe.triton_kernels")
     out_of_resources = importlib.import_module("triton.runtime.errors").OutOfResources
@@ -138,14 +138,14 @@ def _load_triton() -> dict:
 
 
 def _or_reference(name, kernel, out_of_resources):
-    """A kernel that does not fit the device gives way to plain PyTorch, with one warning."""
+    """Wrap the kernel: where it does not fit the device, warn and run plain PyTorch."""
 
     def run(*args):
         try:
             return kernel(*args)
         except out_of_resources as error:
             warnings.warn(
-                f"lora_moe: {name} does not fit this GPU ({error}): plain PyTorch serves instead",
+                f"lora_moe: {name} does not fit this GPU ({error}); falling back to plain PyTorch",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -155,7 +155,7 @@ def _or_reference(name, kernel, out_of_resources):
 
 
 def _checking_ids(grouped_lora):
-    """The kernels mask wrong ids, as a GPU must; on a CPU every backend raises."""
+    """The kernels mask invalid ids, since a GPU cannot raise; on a CPU every backend raises."""
 
     def checked(x, a, b, base, indices, weights, scaling, *args):
         ops.check_ids(indices, len(scaling))
@@ -167,18 +167,16 @@ def _checking_ids(grouped_lora):
 def _load_cuda() -> dict:
     if importlib.util.find_spec("lora_moe._C_cuda") is None:
         raise BackendUnavailable(
-            "the CUDA extension is not built (LORA_MOE_BUILD_CUDA=1 builds it)"
+            "the CUDA extension is not built (build with LORA_MOE_BUILD_CUDA=1)"
         )
     try:
         module = importlib.import_module("lora_moe._C_cuda")
     except ImportError as error:
-        raise BackendUnavailable(
-            f"the CUDA extension is built but does not load: {error}"
-        ) from error
+        raise BackendUnavailable(f"the CUDA extension failed to load: {error}") from error
     info = _built_for_these_operators(module)
     if serving("cuda") != "reference":
         reason = (
-            f"{serving('cuda')} serves CUDA tensors (LORA_MOE_BACKEND=cuda takes these kernels)"
+            f"{serving('cuda')} serves CUDA tensors (LORA_MOE_BACKEND=cuda selects this backend)"
         )
         return {"available": False, "reason": reason, **info}
     module.register_operators()
@@ -199,11 +197,11 @@ _LOADERS = {
 
 
 def load() -> None:
-    """Register the backends LORA_MOE_BACKEND asks for.
+    """Register the backends that LORA_MOE_BACKEND requests.
 
     Raises:
-        BackendUnavailable: a backend was named and cannot serve.
-        ValueError: LORA_MOE_BACKEND is no backend's name.
+        BackendUnavailable: if a backend is requested by name and is unavailable.
+        ValueError: if LORA_MOE_BACKEND is not the name of a backend.
     """
     asked = requested()
     if asked not in ("auto", *BACKENDS):
@@ -213,13 +211,13 @@ def load() -> None:
             _facts[name] = {"available": False, "reason": f"LORA_MOE_BACKEND={asked}"}
             continue
         if asked == "auto" and name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            # the interpreter is a test bench: it serves CPU tensors only where it is asked to
-            reason = "interpreting: set LORA_MOE_BACKEND=triton"
+            # the interpreter is for tests: it serves CPU tensors only on request
+            reason = "TRITON_INTERPRET=1 is set; to use the interpreter set LORA_MOE_BACKEND=triton"
             _facts[name] = {"available": False, "reason": reason}
             continue
         try:
             _facts[name] = {"available": True, "reason": "", **_LOADERS[name]()}
-        except Exception as error:  # whatever is wrong with a backend, auto falls back
+        except Exception as error:  # auto falls back on any error
             if asked == name:
                 raise BackendUnavailable(f"LORA_MOE_BACKEND={name}: {error}") from error
             _facts[name] = {"available": False, "reason": " ".join(str(error).split())}

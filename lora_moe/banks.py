@@ -1,4 +1,4 @@
-"""routed_lora of several layers side by side: their operands in one call.
+"""routed_lora_banks: routed_lora of several layers that read the same x, in one call.
 
 Letters as in functional.py.
 """
@@ -33,27 +33,27 @@ def routed_lora_banks(
     threshold: float | None = None,
     router_biases: Sequence[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
-    """routed_lora of several layers that lie side by side and read the same x; for inference.
+    """routed_lora of several layers that read the same x and write adjacent outputs; for inference.
 
-        y[:, starts_i :][:, :D_i] = base + routed_lora of layer i,   every other column is base's
+        y[:, starts_i :][:, :D_i] = base + routed_lora of layer i;   all other columns equal base
 
-    As in a linear that is q, k and v in one.  Where the layers' operands lie one after the other in memory
-    (lora_Bs along their columns), a few tokens on a GPU cost the two launches of one layer.
+    For example, for a fused qkv projection.  If the layers' operands are adjacent in memory (lora_Bs along
+    their columns), a few tokens on a GPU take two launches, as many as one layer.
 
     Args:
         x: (..., D_in).
-        router_weights: of each layer, (E, D_in); all layers have E experts of the same ranks.
-        lora_As: (R, D_in) each, (r, D_in) with shared_a.
-        lora_Bs: (R, D_i) each.
+        router_weights: (E, D_in) per layer; all layers have E experts of the same ranks.
+        lora_As: (R, D_in) per layer, (r, D_in) with shared_a.
+        lora_Bs: (R, D_i) per layer.
         base: (..., D_out) of x's dtype.
-        starts: of each layer, the first of its D_i columns in base; ascending.
-        scaling: of each layer, (E,).
-        biases, router_biases: of each layer, (E,) or None; None for none at all.
-        Others: as routed_lora.
+        starts: first of the D_i columns in base, per layer; ascending.
+        scaling: (E,) per layer.
+        biases, router_biases: (E,) or None per layer; None if no layer has one.
+        Others: as in routed_lora.
     Returns:
         y (..., D_out) in x's dtype.
     Raises:
-        ValueError, TypeError: an argument does not fit, or one requires a gradient.
+        ValueError, TypeError: if an argument is invalid or requires a gradient.
     """
     n, none = len(router_weights), [None] * len(router_weights)
     biases, router_biases = biases or none, router_biases or none
@@ -68,7 +68,7 @@ def routed_lora_banks(
     if n == 0 or any(len(v) != n for v in lists):
         raise ValueError(f"banks: expected {n or 1} of each operand, got {[len(v) for v in lists]}")
     if operands.needs_graph(x, base, *router_weights, *lora_As, *lora_Bs, *router_biases):
-        raise ValueError("banks: expected no gradients; call routed_lora for each layer")
+        raise ValueError("banks: expected no gradients; for training call routed_lora per layer")
     for i, w in enumerate(router_weights):
         checks.router(x, w, top_k, gate, biases[i], router_biases[i])
         offsets, *_ = checks.experts(
@@ -94,7 +94,7 @@ def _expect_columns(starts, lora_Bs, base):
     done = 0
     for start, B in zip(starts, lora_Bs):
         if type(start) is not int or start < done:
-            raise ValueError(f"starts: expected ascending columns, layer by layer, got {starts}")
+            raise ValueError(f"starts: expected ascending, disjoint columns, got {starts}")
         done = start + B.shape[1]
     if done > base.shape[1]:
-        raise ValueError(f"starts: expected columns of base's {base.shape[1]}, got {done}")
+        raise ValueError(f"starts: expected columns within base's {base.shape[1]}, got {done}")

@@ -1,10 +1,8 @@
-"""The gradient of x in one sum: where the base is a plain frozen linear, its part of dx is added to ours.
+"""Fuses the base's gradient into the experts': dx = dx of the experts + dy W0.
 
-    dx = dx of the experts + dy W0
-
-PyTorch would form both on their own and add them in a launch that reads and writes three tensors of x's
-size.  The product that adds in place reads one.  Whatever else may look at the base's call or its weight,
-hooks, autocast, another class, a weight that trains or is in pieces, takes PyTorch's way.
+PyTorch would compute both terms separately and add them in a launch that reads or writes three tensors of
+x's size; accumulating in the product reads one.  Applies only if the base is a plain frozen nn.Linear:
+hooks, autocast, subclasses, and trainable or sharded weights use PyTorch's autograd.
 """
 
 from __future__ import annotations
@@ -16,13 +14,13 @@ from torch.nn.modules import module as every_module
 from . import backend
 from .checks import autocast_enabled
 
-BACKENDS = {"triton", "cuda"}  # whose dx takes the base's part in
+BACKENDS = {"triton", "cuda"}  # that support the fusion
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def base_weight(base: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """W0 (D_out, D_in), if dx may take dy W0 in; else None."""
+    """W0 (D_out, D_in) if dy W0 can be fused into dx, else None."""
     if (
         type(base) is not nn.Linear
         or type(x) is not torch.Tensor
@@ -41,6 +39,6 @@ def base_weight(base: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 
 
 def _watched(base):
-    """Whether somebody put a forward or a hook of their own there, as offloading does."""
+    """Whether the module has a replaced forward or a hook, as from offloading."""
     own = "forward" in base.__dict__ or any(getattr(base, name) for name in _HOOKS)
     return own or every_module._has_any_global_hook()

@@ -1,4 +1,4 @@
-"""What the public functions ask of their arguments: each message names argument, expected and received.
+"""Argument validation of the public functions; messages name the argument, what was expected, and the value.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's rank.
 """
@@ -19,13 +19,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def autocast_enabled(device_type: str) -> bool:
-    """Some devices, meta among them, know no autocast and raise when asked."""
+    """Like torch.is_autocast_enabled, which raises on devices without autocast, such as meta."""
     available = torch.amp.is_autocast_available(device_type)
     return available and torch.is_autocast_enabled(device_type)
 
 
 def floating_input(x, function, name="x"):
-    """x itself, in autocast's dtype where autocast is on, as nn.Linear would take it."""
+    """x, cast to autocast's dtype if autocast is enabled, as in nn.Linear."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:
@@ -42,7 +42,7 @@ def floating_input(x, function, name="x"):
 
 
 def logits(values):
-    """(..., E) of any floating dtype as (T, E), fp32 or fp64."""
+    """Logits (..., E) of any floating dtype as (T, E) in fp32 or fp64."""
     _floating("logits", values)
     if values.dim() < 1:
         raise ValueError("logits: expected (..., E), got a scalar")
@@ -61,8 +61,8 @@ def device_is(name, tensor, x, like="x"):
 
 
 def matrix(name, tensor, x, shape, why="", like="x"):
-    """A dense floating tensor on x's device; None in `shape` leaves that size free."""
-    if (  # the usual case in a third of the time: a decoding step makes a thousand of these checks
+    """Check for a dense floating tensor on x's device; None in `shape` allows any size."""
+    if (  # the common case in a third of the time: a decoding step makes a thousand of these checks
         isinstance(tensor, torch.Tensor)
         and tensor.layout == torch.strided
         and tensor.dtype in FLOATS
@@ -100,7 +100,7 @@ def router(x, router_weight, top_k, gate, bias, router_bias):
 
 
 def decision(x, E, top_k, gate, bias, like="x"):
-    """How the router chooses from the logits of E experts."""
+    """Check the options that pick experts from the logits of E experts."""
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= E:
         raise ValueError(f"top_k: expected an integer in [1, {E}] for {E} experts, got {top_k!r}")
     if gate not in GATES:
@@ -110,7 +110,7 @@ def decision(x, E, top_k, gate, bias, like="x"):
 
 
 def rank_offsets_of(rank_offsets, num_experts: int) -> list[int]:
-    """E + 1 ascending row offsets from offsets or from one common rank; raises ValueError."""
+    """E + 1 ascending row offsets, from offsets or from one common rank; raises ValueError."""
     if isinstance(rank_offsets, int) and not isinstance(rank_offsets, bool):
         if rank_offsets < 1:
             raise ValueError(f"rank_offsets: expected a rank of at least 1, got {rank_offsets}")
@@ -144,18 +144,18 @@ def experts(x, lora_A, lora_B, num_experts, rank_offsets, shared_a, frozen, scal
 
 
 def base_weight(weight, x, D_out, base, slots=None):
-    """One that trains, or whose base is not there or by slot, would get a wrong gradient."""
+    """Check base_weight: gradients are wrong if it trains, if base is None, or with slots."""
     if base is None or slots is not None:
         raise ValueError(
-            "base_weight: expected one only with base and without slots, got"
+            "base_weight: expected None unless base is given and slots is None, got"
             f" base={'None' if base is None else 'a tensor'}, {slots=}"
         )
     shape_is("base_weight", weight, (D_out, x.shape[-1]), "as nn.Linear's weight")
     device_is("base_weight", weight, x)
     if weight.dtype != x.dtype or weight.requires_grad or base.requires_grad:
         raise ValueError(
-            f"base_weight: expected a frozen {x.dtype} and a base without a graph, got {weight.dtype},"
-            f" requires_grad={weight.requires_grad}, of base {base.requires_grad}"
+            f"base_weight: expected a frozen {x.dtype} weight and a base without a graph, got {weight.dtype},"
+            f" requires_grad={weight.requires_grad}, base.requires_grad={base.requires_grad}"
         )
 
 
@@ -174,47 +174,47 @@ def scales_of(scaling, num_experts, x):
         if scaling.dtype == dtype and not scaling.requires_grad and scaling.is_contiguous():
             return scaling
         return scaling.detach().to(dtype).contiguous()
-    if _is_finite(scaling):  # filled on the device: no copy from the host
+    if _is_finite(scaling):  # filled on the device, without a copy from the host
         return torch.full((num_experts,), float(scaling), dtype=dtype, device=x.device)
     values = list(scaling) if isinstance(scaling, Sequence) else []
     if len(values) != num_experts or not all(_is_finite(v) for v in values):
         raise ValueError(
-            f"scaling: expected a finite float or {num_experts} of them, got {scaling!r}"
+            f"scaling: expected a finite float or {num_experts} finite floats, got {scaling!r}"
         )
     if x.device.type == "cpu":
         return torch.tensor(values, dtype=dtype)
-    # filled as well: a copy from the host would end the capture of a CUDA graph
+    # filled too: a copy from the host would abort a CUDA graph capture
     equal = [(float(v), len(list(same))) for v, same in groupby(values)]
     return torch.cat([torch.full((n,), v, dtype=dtype, device=x.device) for v, n in equal])
 
 
 def _is_finite(value):
-    """While tracing, a number may be a symbol, which math.isfinite does not take."""
+    """Like math.isfinite, which rejects the symbolic numbers of a tracer."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and -math.inf < value < math.inf
 
 
 def wrong_id(ids, E) -> int | None:
-    """One of the ids that is not in [-1, E), None where there is none; reads them."""
+    """An id outside [-1, E), or None; reads the tensor's values."""
     low, high = (int(bound) for bound in ids.aminmax()) if ids.numel() else (-1, -1)
     return low if low < -1 else high if high >= E else None
 
 
 def sparsity(top_p, threshold, gate):
-    """As the operators take them: numbers that drop nothing where the caller gave none."""
+    """top_p and threshold as the operators expect them: None becomes a number that drops nothing."""
     if top_p is not None and (not _is_finite(top_p) or not 0 < top_p <= 1):
         raise ValueError(f"top_p: expected a number in (0, 1], got {top_p!r}")
     if top_p is not None and gate != "softmax":
         raise ValueError(f"top_p: expected gate='softmax', whose gates sum to 1, got {gate!r}")
     if threshold is not None and (not _is_finite(threshold) or not 0 <= threshold <= 1):
         raise ValueError(f"threshold: expected a number in [0, 1], got {threshold!r}")
-    # literals: a tracer makes symbols of numbers that have a name, and loses track of them between calls
+    # literals: a tracer turns named numbers into symbols, and loses track of them between calls
     kept = 1e30 if top_p is None else _constant(top_p)
     return kept, 0.0 if threshold is None else _constant(threshold)
 
 
 def _constant(number):
-    """A number in [0, 1], also where a tracer has made a symbol of it: only integers can be made plain."""
+    """A plain number in [0, 1]; while tracing, through an integer, since only those can be specialized."""
     if torch.compiler.is_compiling():
         return index(int(number * 2**60)) / 2**60
     return float(number)
@@ -225,7 +225,7 @@ def selection(bias, x):
 
 
 def slots(routing, x, tokens):
-    """K of the caller's decision for the tokens of x, once its shapes, dtypes, layout and device fit."""
+    """Check the caller's routing for the tokens of x, and return K."""
     indices, weights = routing.indices, routing.weights
     for name, t in (("routing.indices", indices), ("routing.weights", weights)):
         if t.layout != torch.strided:
@@ -243,7 +243,7 @@ def slots(routing, x, tokens):
 
 
 def slot_rows(x, slots, shape):
-    """The leading dimensions of the tokens, where x has rows of its own for each slot ("sum") or not."""
+    """The leading dimensions of the tokens; with slots="sum", x has one row per slot."""
     if slots not in (None, "apart", "sum"):
         raise ValueError(f"slots: expected 'apart', 'sum' or None, got {slots!r}")
     if slots != "sum":
@@ -257,7 +257,7 @@ def slot_rows(x, slots, shape):
 
 
 def first_order(*tensors):
-    """Reverse-mode PyTorch is what the kernels know: another kind of derivative raises, none is dropped."""
+    """Raise for derivatives other than reverse mode, which would be silently dropped."""
     if torch.compiler.is_compiling():
         return
     if torch._C._are_functorch_transforms_active():
@@ -265,13 +265,13 @@ def first_order(*tensors):
         if any(t is not None and wrapped(t) for t in tensors):
             raise RuntimeError(
                 "lora_moe: torch.func's transforms (grad, vjp, jvp, vmap, jacrev, ...) are not implemented"
-                " for the experts and the router; torch.autograd.grad and backward are, and the functions"
-                " of lora_moe.reference take every transform"
+                " for the experts and the router; use torch.autograd.grad or backward, or the functions of"
+                " lora_moe.reference, which support every transform"
             )
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
         raise RuntimeError(
             "lora_moe: forward-mode derivatives (torch.autograd.forward_ad) are not implemented for the"
-            " experts and the router; reverse mode is, and the functions of lora_moe.reference have both"
+            " experts and the router; use reverse mode, or lora_moe.reference, which supports both"
         )

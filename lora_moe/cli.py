@@ -1,4 +1,4 @@
-"""lora-moe info | inspect DIR | convert SOURCE DIR | doctor | bench: the commands."""
+"""The command line: lora-moe info | inspect DIR | convert SOURCE DIR | doctor | bench."""
 
 from __future__ import annotations
 

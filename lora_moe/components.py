@@ -1,7 +1,7 @@
-"""What a configuration plugs into a layer: a router, a middle; their names in files, tensors and inputs.
+"""Component, the base class of routers and middles, and Batch, what a forward passes to them.
 
-Both are frozen dataclasses without tensors of their own.  They say which tensors they need, the layer
-registers these, and a forward hands them back.
+Components are frozen dataclasses and own no tensors.  They declare the tensors that they need; the layer
+registers these and passes them to the component in each forward.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 ROUTER_STD = 0.02
 MAX_DEPTH = 4  # of components inside components
 MAX_TASKS = 65_536
-IGNORED = -100  # the label of a token that no loss asks for
+IGNORED = -100  # the label of tokens that a loss ignores
 normal = functools.partial(nn.init.normal_, std=ROUTER_STD)
 
 
 class TensorSpec(NamedTuple):
-    """One tensor that a component asks the layer for.
+    """One tensor that the layer registers for a component.
 
     shape   of any number of dimensions
     init    fills it in place
@@ -47,9 +47,9 @@ class TensorSpec(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a forward of a layer knows besides its input.
+    """The context of a layer's forward, besides its input.
 
-    samples: the routing with one row per sample, where all tokens of a sample share it; for middles.
+    samples: the routing with one row per sample if all tokens of a sample share it; for middles.
     """
 
     layer: LoraMoeLinear
@@ -66,12 +66,12 @@ class Batch(NamedTuple):
 
     @property
     def cached(self) -> bool:
-        """Tokens before these stand in a cache."""
+        """Whether a cache holds earlier tokens."""
         return cache_in_use() is not None
 
     @property
     def one_task(self) -> int | None:
-        """The task of all tokens, where the caller said one number."""
+        """The task of all tokens, if the caller gave a single number."""
         told = self.decision.tasks
         return told if isinstance(told, int) else None
 
@@ -79,13 +79,13 @@ class Batch(NamedTuple):
         """(T,) int64: the task of each token of x (..., D), -1 for none.
 
         Raises:
-            RuntimeError: nobody said them.
-            ValueError: they are not one per sample or token of x.
+            RuntimeError: if no task ids were set.
+            ValueError: if there is not one per sample or per token of x.
         """
         told = self.decision.tasks
         if told is None:
             raise RuntimeError(
-                "task_ids: expected the batch's tasks before a forward; say them with"
+                "task_ids: expected the batch's tasks before a forward; set them with"
                 " lora_moe.use_routing(model, task_ids=) or lora_moe.set_routing"
             )
         if isinstance(told, int):
@@ -93,10 +93,10 @@ class Batch(NamedTuple):
         return fit_rows(told, x, "task_ids").indices[:, 0].long()
 
     def sample_tasks(self, x: torch.Tensor) -> torch.Tensor | None:
-        """(B,) int64: the task of each sample of x (B, L, D), or None where tokens were told their own.
+        """(B,) int64: the task of each sample of x (B, L, D), or None if tasks are per token.
 
         Raises:
-            As tasks.
+            As in tasks.
         """
         told = self.decision.tasks
         if told is None:
@@ -107,7 +107,7 @@ class Batch(NamedTuple):
         return None if rows is None else rows.indices[:, 0].long()
 
     def mask(self, x: torch.Tensor) -> torch.Tensor | None:
-        """(T,) bool: which tokens of x (..., D) are none of padding; None where all are."""
+        """(T,) bool: which tokens of x (..., D) are not padding; None if none is."""
         return Tokens(x.shape, self._given_mask()).counted()
 
     def _given_mask(self):
@@ -115,12 +115,12 @@ class Batch(NamedTuple):
         return self.decision.reading.mask if told is None else told
 
     def prompt(self, x: torch.Tensor) -> torch.Tensor | None:
-        """(B, L) bool of x (B, L, D): tokens that may decide for their sequence; None where all may.
+        """(B, L) bool of x (B, L, D): tokens that may determine their sequence's routing; None if all may.
 
-        Padding may not, nor may what a causal model's loss asks for: tokens from the first label on.
+        Padding is excluded, and so is a causal model's answer: tokens from the first label on.
 
         Raises:
-            ValueError: the mask is not (B, L).
+            ValueError: if the mask is not (B, L).
         """
         mask, labels = self._given_mask(), self.decision.reading.labels
         if mask is not None and (mask.dim() != 2 or mask.shape != x.shape[:2]):
@@ -132,15 +132,15 @@ class Batch(NamedTuple):
         labels = labels.to(x.device)
         real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
         prompt = real & ((labels != IGNORED).cumsum(1) == 0)
-        return prompt.scatter(1, first_of(real)[:, None], True)  # one token in any case
+        return prompt.scatter(1, first_of(real)[:, None], True)  # at least one token
 
 
 class Component:
     """The base of routers and middles.
 
     Attributes:
-        kind: the tag in files, {"kind": "task", "num_tasks": 3}; one class has it.
-        known: {kind: class}, of routers and of middles each.
+        kind: the tag in files, {"kind": "task", "num_tasks": 3}; unique per class.
+        known: {kind: class}, separate for routers and for middles.
     """
 
     kind: ClassVar[str]
@@ -149,15 +149,15 @@ class Component:
 
     @property
     def task_count(self) -> int | None:
-        """How many tasks it tells apart, None if it reads none: `num_tasks`, where there is such a field."""
+        """Number of tasks, or None if it reads no task ids; by default the field `num_tasks`, if any."""
         return getattr(self, "num_tasks", None)
 
     def tensors(self, config: LoraMoeConfig, D_in: int, D_out: int) -> dict[str, TensorSpec]:
-        """What the layer is to register, by name; fp32, or fp64 beside fp64."""
+        """The tensors that the layer registers, by name; fp32, or fp64 for an fp64 base."""
         return {}
 
     def to_dict(self) -> dict:
-        """{"kind": kind, **fields} in plain lists, strings and numbers."""
+        """{"kind": kind, **fields} as plain lists, strings and numbers."""
         fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return {"kind": self.kind} | fields
 
@@ -166,7 +166,7 @@ class Component:
         """The inverse of to_dict.
 
         Raises:
-            ValueError: an unknown kind or field, or a value does not fit.
+            ValueError: if a kind or field is unknown, or a value is invalid.
         """
         name = cls.__name__.lower()
         if not isinstance(fields, dict) or depth > MAX_DEPTH:
@@ -175,8 +175,8 @@ class Component:
         component = cls.known.get(kind) if isinstance(kind, str) else None
         if component is None:
             raise ValueError(
-                f"{name}: expected a kind of {sorted(cls.known)}, got {brief(kind)}; a class of your"
-                " own must be imported first"
+                f"{name}: expected a kind from {sorted(cls.known)}, got {brief(kind)}; import a custom"
+                " class before loading it"
             )
         own = {field.name for field in dataclasses.fields(component)}
         unknown = [field for field in fields if field != "kind" and field not in own]
@@ -189,7 +189,7 @@ class Component:
 
 
 def plain(value):
-    """A component as a dict, a tuple as a list, as JSON has them."""
+    """The value as JSON represents it: a component as a dict, a tuple as a list."""
     if isinstance(value, Component):
         return value.to_dict()
     return [plain(v) for v in value] if isinstance(value, tuple) else value
@@ -206,29 +206,29 @@ def _read(family, value, depth):
 
 
 def first_of(mask: torch.Tensor) -> torch.Tensor:
-    """(B, L) -> (B,), where each row's first true element stands; 0 without any."""
+    """(B, L) -> (B,), the index of the first true element of each row; 0 if there is none."""
     return (mask != 0).int().argmax(1)
 
 
 def register(cls):
-    """A class decorator: files and configurations know the router or middle by its `kind` from now on.
+    """Class decorator that registers a router or middle under its `kind`, for files and configurations.
 
     Raises:
-        TypeError: it is no frozen dataclass.
-        ValueError: another class has its kind.
+        TypeError: if the class is not a frozen dataclass.
+        ValueError: if another class has the same kind.
     """
     parameters = getattr(cls, "__dataclass_params__", None)
     if not issubclass(cls, Component) or parameters is None or not parameters.frozen:
         raise TypeError(f"{cls.__name__}: expected a frozen dataclass of Router or Middle")
     other = cls.known.get(cls.kind, cls)
     if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ValueError(f"{cls.__name__}: expected a kind of its own, got {cls.kind!r}, {other}'s")
+        raise ValueError(f"{cls.__name__}: expected a unique kind, got {cls.kind!r} of {other}")
     cls.known[cls.kind] = cls
     return cls
 
 
 def count(name: str, value, high: int, low: int = 1) -> int:
-    """A field's integer in [low, high]; raises ValueError."""
+    """Check for an integer in [low, high] and return it; raises ValueError."""
     expect(
         type(value) is int and low <= value <= high, name, f"an integer in [{low}, {high}]", value
     )

@@ -1,6 +1,6 @@
-"""Conditions in a forward that a module's settings or an argument's default decide beforehand.
+"""Evaluates conditions in a forward's source that depend only on module attributes or argument defaults.
 
-if self.pretraining_tp > 1 and self.slow_but_exact: ...     False where pretraining_tp is 1
+if self.pretraining_tp > 1 and self.slow_but_exact: ...     False if pretraining_tp is 1
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ _COMPARE = {
 
 
 class Conditions:
-    """Truth of expressions in one method of a module.
+    """Truth values of expressions in one method of a module.
 
     Args:
-        module: its attributes are the settings; `training` is none, it changes.
-        this: what the method calls its module, mostly "self".
-        defaults: of arguments; a value that is not known is not among them.
+        module: its attributes are constants, except `training`.
+        this: the method's name for its module, usually "self".
+        defaults: known values of arguments.
     """
 
     def __init__(self, module: nn.Module, this: str = "self", defaults: dict | None = None):
         self._module, self._this, self._defaults = module, this, defaults or {}
 
     def truth(self, test: ast.expr) -> bool | None:
-        """Whether the expression holds, None where that is not known beforehand."""
+        """Whether the expression holds, or None if that is unknown."""
         try:
             return bool(self._value(test))
-        except Exception:  # an attribute that is missing, values that do not compare
+        except Exception:  # a missing attribute, values that do not compare
             return None
 
     def _value(self, node):
@@ -54,7 +54,7 @@ class Conditions:
         return ast.literal_eval(node)
 
     def _junction(self, node):
-        """`and`, `or`: one operand may decide although another is not known."""
+        """`and`, `or`: one operand may decide even if another is unknown."""
         decides = isinstance(node.op, ast.Or)
         truths = [self.truth(operand) for operand in node.values]
         if decides in truths:

@@ -1,7 +1,7 @@
-"""LoraMoeConfig: every choice of a mixture of LoRA experts, checked before anything is allocated.
+"""LoraMoeConfig: all options of a mixture of LoRA experts, validated before anything is allocated.
 
-A configuration may come from an untrusted file, so each field has an upper bound: what passes here
-costs at most MAX_ROWS rows of each linear's width, and no message repeats a value at full length.
+A configuration may come from an untrusted file, so every field has an upper bound: a valid one allocates
+at most MAX_ROWS rows per linear layer, and error messages abbreviate values.
 """
 
 from __future__ import annotations
@@ -39,56 +39,54 @@ _PEFT_NAMES = {
 class LoraMoeConfig:
     """y = W0 x + sum over e in topk(router(x)) of  g_e s_e B_e A_e x,   s_e = alpha_e / r_e.
 
-    The router's logits are (W x + bias) / temperature; gate and top-k follow.
+    The router's logits are (W x + bias) / temperature, followed by gate and top-k.
 
     Args:
-        num_experts: E, in [1, 4096].  None means 8, or as many as the model's own with target_parameters.
-        r: the rank of every expert, in [1, 1024], or one rank per expert; 65,536 at most together.
-        top_k: experts per token, in [1, E]; E is the dense mixture.  None means 2, or 1 if E is 1.
+        num_experts: E, in [1, 4096].  None means 8, or with target_parameters the model's number.
+        r: the rank of every expert, in [1, 1024], or one rank per expert; the sum is at most 65,536.
+        top_k: experts per token, in [1, E]; E gives the dense mixture.  None means 2, or 1 if E is 1.
         alpha: a number in [0, 1e6], or one per expert: expert e is scaled by alpha_e / r_e.
         use_rslora: scale by alpha_e / sqrt(r_e) instead (rsLoRA, arXiv 2312.03732).
-        dropout: on the experts' input while training, never on the router's; in [0, 1).
+        dropout: on the experts' input in training, not on the router's; in [0, 1).
         gate: "softmax" over all experts, or "sigmoid" of each logit.
-        renormalize: divide the picked gates by their sum.  None means top_k > 1: with top_k=1 each weight
-            would be 1, and the task's loss would not train the router.
+        renormalize: divide the picked gates by their sum.  None means top_k > 1: with top_k=1 every weight
+            would be 1, and the task loss would not train the router.
         temperature: divides the logits; positive, at most 1e6.
-        top_p: in (0, 1]: a token takes its picked experts, best first, until their gates sum to top_p.
-            Softmax only.  None takes all top_k.
-        threshold: in [0, 1]: picked experts with a smaller gate are dropped.  None keeps them.
-        router_bias: give the router a trainable bias (E,), zero at first.
-        selection_bias: keep a buffer (E,) that is added to the gates for the selection only; see
+        top_p: in (0, 1]: a token keeps its picked experts, best first, until their gates sum to top_p.
+            Softmax only.  None keeps all top_k.
+        threshold: in [0, 1]: picked experts with a smaller gate are dropped.  None drops none.
+        router_bias: add a trainable bias (E,) to the router, initialized to zero.
+        selection_bias: register a buffer (E,) that is added to the gates for the selection only; see
             losses.update_selection_bias (arXiv 2408.15664).
-        shared_a: all experts read one A (HydraLoRA, BranchLoRA); the ranks must be equal.
-        adapter_dtype: of lora_A and lora_B: None is float32 (float64 for a float64 base), as in PEFT;
-            "base" is the dtype of the base's weight; or a torch.dtype or its name.  The router is
-            float32 (float64) in each case.
-        target_modules: which modules inject() replaces: names, each matching a module whose path is
-            the name or ends in "." + name (as in PEFT), in a tuple, list or set; or one string, a
+        shared_a: all experts share one A (HydraLoRA, BranchLoRA); the ranks must be equal.
+        adapter_dtype: dtype of lora_A and lora_B: None is float32 (float64 for a float64 base), as in PEFT;
+            "base" is the dtype of the base's weight; or a torch.dtype or its name.  The router is always
+            float32 (float64).
+        target_modules: the modules that inject() replaces.  A tuple, list or set of names, each matching
+            the modules whose path is the name or ends in "." + name, as in PEFT; or one string, a
             regular expression that must match the whole path; or "all-linear".
-        exclude_modules: modules to leave alone, as names or a regular expression; it wins over
-            target_modules.
-        modules_to_save: names of modules that are trained as a whole and saved with the adapter, such
-            as a classification head.
+        exclude_modules: modules to skip, as names or a regular expression; overrides target_modules.
+        modules_to_save: names of modules that are fully trained and saved with the adapter, such as a
+            classification head.
         balance_coef: weight of the load-balancing loss in aux_loss(); in [0, 1e6].
         z_coef: weight of the router's z-loss in aux_loss(); in [0, 1e6].
-        router: who decides in place of the token router that the fields above describe, such as
+        router: replaces the token router that the fields above describe, for example
             TaskRouter(num_tasks=3); see docs/routers.md.
-        middle: what stands between lora_A and lora_B in place of the gate; None is the gate.
-        target_parameters: the fused weights (E, D_out, D_in) of the model's own experts that take a LoRA per
-            expert, as in PEFT: names, each matching a parameter whose path is the name or ends in "." +
+        middle: what replaces the gate between lora_A and lora_B; None is the gate.
+        target_parameters: the fused weights (E, D_out, D_in) of the model's own experts that get a LoRA per
+            expert, as in PEFT: names, each matching the parameters whose path is the name or ends in "." +
             name, such as ("mlp.experts.gate_up_proj", "mlp.experts.down_proj").  The model's own router
-            decides, so that no field about a router, top_k or their losses may be set beside it; see
+            picks the experts, so top_k and the fields of the router and its losses cannot be set; see
             docs/experts.md.
-        placement: what target_modules are placed as: "linear", each by itself, or "ffn": those of one FFN as
-            one LoraMoeMLP, whose router decides once for all of them; those of no FFN as a plain LoRA, which
-            is one expert of the same rank.
+        placement: "linear" adapts each target module separately.  "ffn" turns those of one FFN into one
+            LoraMoeMLP with a single routing decision; target modules outside of FFNs get a plain LoRA,
+            that is one expert of the same rank.
     Raises:
-        ValueError: a field does not fit; the message names it, what was expected and what was
-            received.
-        TypeError: there is no such field; the message suggests one.
+        ValueError: if a field is invalid; the message names the field, what was expected and its value.
+        TypeError: if there is no such field; the message suggests one.
     """
 
-    num_experts: int = None  # type: ignore[assignment]  # until __post_init__, or the model, says
+    num_experts: int = None  # type: ignore[assignment]  # set in __post_init__ or from the model
     r: int | tuple[int, ...] = 8
     top_k: int = None  # type: ignore[assignment]  # likewise
     alpha: float | tuple[float, ...] = 16.0
@@ -118,7 +116,7 @@ class LoraMoeConfig:
         for name in fields.keys() - known:
             hint = _PEFT_NAMES.get(name)
             hint = f"; here it is {hint}" if hint else f"; expected one of {sorted(known)}"
-            raise TypeError(f"LoraMoeConfig: there is no field {name!r}{hint}")
+            raise TypeError(f"LoraMoeConfig: unknown field {name!r}{hint}")
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -160,29 +158,29 @@ class LoraMoeConfig:
             self._set("router", None)
         self._expect_components_that_fit()
         expect(self.placement in PLACEMENTS, "placement", f"one of {PLACEMENTS}", self.placement)
-        expected = (
-            "None with placement='ffn', whose experts have the FFN's nonlinearity between them"
-        )
+        expected = "None with placement='ffn', whose experts contain the FFN's nonlinearity"
         expect(self.placement != FFN or self.middle is None, "middle", expected, self.middle)
 
     def _leave_the_router_to_the_model(self):
-        """Beside target_parameters nothing may be asked of a router or of its losses."""
+        """With target_parameters, no field of the router or its losses may be set."""
         own = {"top_k": None, "shared_a": False, "router": None, "middle": None}
         own |= TOKEN_FIELDS | {"placement": "linear"}
         for name, default in own.items():
-            expected = f"{default!r} with target_parameters, whose experts the model's router picks"
+            expected = (
+                f"{default!r} with target_parameters, as the model's own router picks the experts"
+            )
             expect(getattr(self, name) == default, name, expected, getattr(self, name))
         for name, default in (("balance_coef", 0.01), ("z_coef", 0.001)):
-            expected = "0 with target_parameters, as the model has a loss for its own router"
+            expected = "0 with target_parameters, as the model has its own router loss"
             expect(getattr(self, name) in (0, default), name, expected, getattr(self, name))
             self._set(name, 0.0)
         named = self.target_modules or ()
-        expected = "none beside target_parameters (pass inject a list of two configurations)"
+        expected = "() with target_parameters (pass a list of two configurations to inject)"
         expect(len(named) == 0, "target_modules", expected, named)
         if self.num_experts is None:
             for name in ("r", "alpha"):
                 value = getattr(self, name)
-                expected = f"the model's number of experts beside one {name} for each"
+                expected = f"the model's number of experts, as there is one {name} per expert"
                 expect(not checked.is_sequence(value), "num_experts", expected, None)
 
     def _expect_components_that_fit(self):
@@ -193,11 +191,11 @@ class LoraMoeConfig:
                 expect(value == default, name, expected, value)
         counts = [p.task_count for p in (self.router, self.middle) if p is not None]
         counts = {n for n in counts if n is not None}
-        expect(len(counts) < 2, "num_tasks", "one number in router and middle", counts)
+        expect(len(counts) < 2, "num_tasks", "the same number in router and middle", counts)
 
     @property
     def num_tasks(self) -> int | None:
-        """How many tasks the router or the middle tells apart, None if they read none."""
+        """Number of tasks of the router or the middle, or None if neither reads task ids."""
         for component in (self.router, self.middle):
             if component is not None and component.task_count is not None:
                 return component.task_count
@@ -220,7 +218,7 @@ class LoraMoeConfig:
 
     @property
     def rank_offsets(self) -> int | list[int]:
-        """As functional.grouped_lora takes them: one rank for all, or E + 1 row offsets."""
+        """The argument of functional.grouped_lora: one common rank, or E + 1 row offsets."""
         return self.r if isinstance(self.r, int) else [0, *accumulate(self.r)]
 
     @property
@@ -233,19 +231,19 @@ class LoraMoeConfig:
         return self.balance_coef > 0 or self.z_coef > 0
 
     def plain_lora(self) -> LoraMoeConfig:
-        """One expert of the same rank and scale whose gate is 1: a LoRA.
+        """A plain LoRA: one expert of the same rank and scale, with gate 1.
 
         Raises:
-            ValueError: the experts differ in rank or scale.
+            ValueError: if the experts differ in rank or scale.
         """
         same = len(set(self.ranks)) == 1 and len(set(self.scales)) == 1
-        expected = "the same for all experts, as linear maps of no FFN get a LoRA like one of them"
+        expected = "the same for all experts, as target modules outside of FFNs get a plain LoRA"
         expect(same, "r, alpha", expected, (self.r, self.alpha))
         alpha = self.alpha[0] if isinstance(self.alpha, tuple) else self.alpha
         return self.one_expert(self.ranks[0], alpha, self.use_rslora)
 
     def one_expert(self, r: int, alpha: float, use_rslora: bool = False) -> LoraMoeConfig:
-        """A LoRA of this rank and alpha at the same places; its router always says 1."""
+        """A LoRA of this rank and alpha on the same modules, with gate 1."""
         left = {name: getattr(self, name) for name in _OF_A_LORA}
         return LoraMoeConfig(
             num_experts=1, top_k=1, r=r, alpha=alpha, use_rslora=use_rslora, renormalize=True,
@@ -253,7 +251,7 @@ class LoraMoeConfig:
         )  # fmt: skip
 
     def to_dict(self) -> dict:
-        """Plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
+        """The fields as plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: plain(value) for name, value in fields.items()}
 
@@ -262,6 +260,6 @@ class LoraMoeConfig:
         """The inverse of to_dict; a field that is left out takes its default.
 
         Raises:
-            ValueError: `fields` is no dict, holds an unknown field, or a value does not fit.
+            ValueError: if `fields` is not a dict, or a field is unknown or invalid.
         """
         return cls(**checked.fields_of(cls, "config", fields))

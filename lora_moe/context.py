@@ -1,12 +1,12 @@
-"""What a forward is told from outside, kept per thread: routing, tasks, padding mask, whether experts are on.
+"""Per-thread state that a forward reads: routing overrides, tasks, padding mask, disabled experts.
 
-    thread.decisions   what `use_routing` and `disable_adapters` say, for each layer (innermost block wins)
-    thread.calls       the models that are running, outermost first, and the masks they were called with
-    thread.kept        what sequences decided by their prompts, for the tokens that a cache decodes
+    thread.decisions   per layer, what `use_routing` and `disable_adapters` set (the innermost block wins)
+    thread.calls       the running models, outermost first, with the masks that they were called with
+    thread.kept        routings decided by a sequence's prompt, reused when decoding with a cache
 
-Nothing here hangs on a module, so modules copy and pickle as usual and one request never sees another's.
-An activation checkpoint runs a layer's forward again during backward, in whatever thread and whether or not
-the block has ended: what a layer was told is remembered for each checkpoint (`told`).
+None of this is stored on modules, so modules copy and pickle as usual and requests are independent.  An
+activation checkpoint reruns a layer's forward during backward, possibly in another thread and after the block
+has ended; so the state of a forward is recorded for each checkpoint (`told`).
 """
 
 from __future__ import annotations
@@ -26,69 +26,69 @@ from .routing import Routing
 
 
 class Reading(NamedTuple):
-    """What a router of its own reads of the model's call."""
+    """Inputs of the model's call that routers other than the token router may read."""
 
-    mask: torch.Tensor | None = None  # (B, L), of the tokens that the layer reads
+    mask: torch.Tensor | None = None  # (B, L), for the tokens in the layer's input
     labels: torch.Tensor | None = None  # (B, L), see Call
 
 
 class Decision(NamedTuple):
-    """What the caller says of a layer's next forwards; the default leaves everything to its router."""
+    """The caller's settings for a layer's next forwards; by default the router decides."""
 
-    routing: Routing | None = None  # in place of the router's, on the layer's device
+    routing: Routing | None = None  # replaces the router's, on the layer's device
     mask: torch.Tensor | None = None  # (B, L) or (T,): the tokens that losses and statistics count
-    disabled: bool = False  # the base's output alone
-    # one for all, or a Routing whose indices (B, 1) or (T, 1) are tasks, on the layer's device
+    disabled: bool = False  # only the base's output
+    # one task for all tokens, or a Routing whose indices (B, 1) or (T, 1) are tasks, on the layer's device
     tasks: Routing | int | None = None
     reading: Reading = Reading()
 
 
 class Call(NamedTuple):
-    """One call of a model, encoder or decoder that has the experts inside."""
+    """One call of a model, encoder or decoder that contains experts."""
 
-    hook: object  # that took it down
+    hook: object  # the hook that recorded the call
     mask: torch.Tensor | None = None  # (B, L), its attention mask
-    states: torch.Tensor | None = None  # the encoder's output, which cross-attention reads
-    states_mask: torch.Tensor | None = None  # (B, L) of these
-    tokens: torch.Tensor | None = None  # (B, L), or (B, L, D) where they are embedded
-    labels: torch.Tensor | None = None  # (B, L), -100 for the tokens that stand before an answer
-    past: object = None  # its cache
-    cached: bool = False  # which holds tokens before these
+    states: torch.Tensor | None = None  # the encoder's output, read by cross-attention
+    states_mask: torch.Tensor | None = None  # (B, L), of `states`
+    tokens: torch.Tensor | None = None  # (B, L), or (B, L, D) if embedded
+    labels: torch.Tensor | None = None  # (B, L), -100 for tokens before the answer
+    past: object = None  # the cache
+    cached: bool = False  # whether the cache holds earlier tokens
 
 
 class _Thread(threading.local):
     def __init__(self):
         self.decisions: dict[nn.Module, Decision] = {}
-        self.task = None  # the asyncio task whose block is open
+        self.task = None  # the asyncio task that opened the block
         self.calls: list[Call] = []
         self.generating = 0  # calls of generate()
         self.saving = 0  # calls of save_pretrained()
         self.records = weakref.WeakKeyDictionary()  # layer -> records.Record
         self.kept = weakref.WeakKeyDictionary()  # layer -> _Kept
-        self.passes: dict[nn.Module, object] = {}  # LoraMoeMLP that is running -> mlp.Pass
+        self.passes: dict[nn.Module, object] = {}  # running LoraMoeMLP -> mlp.Pass
 
 
 thread = _Thread()
 NOTHING = Decision()
 
-# blocks that are open in any thread, for a recompute that cannot know its own
+# open blocks of all threads, for a recompute that cannot find its own
 _open: dict[int, dict[nn.Module, Decision]] = {}
-# activation checkpoint -> {layer: what its calls in the forward were told}
+# activation checkpoint -> {layer: the decisions of its calls in the forward}
 _checkpoints: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-# layer -> Decision of its last training forward without a graph, as reentrant checkpoints run it
+# layer -> Decision of its last training forward without a graph, as run by reentrant checkpoints
 _without_graph: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def deciding(decisions: dict[nn.Module, Decision]):
-    """Inside, in this thread, each of these layers is told its Decision."""
+    """Set the Decision of each of these layers inside the block, in this thread."""
     before, task = thread.decisions, thread.task
     compiling = torch.compiler.is_compiling()
     own = None
     if not compiling:
         expect_own_task(task)
         thread.task = asyncio_task()
-        own = vars(thread)  # this thread's: a generator may end the block in another
+        own = vars(thread)  # this thread's: a generator may end the block in another thread
     table = thread.decisions = before | decisions
     _open[id(decisions)] = table
     try:
@@ -99,13 +99,13 @@ def deciding(decisions: dict[nn.Module, Decision]):
             thread.decisions, innermost = before, True
         else:
             innermost = vars(thread) is own and thread.decisions is table
-            # what another block found here may be over by now: nobody's decisions stay behind
+            # the enclosing block may have ended meanwhile: leave no decisions behind
             own["decisions"], own["task"] = (before, task) if innermost else ({}, None)
     expect_innermost(innermost)
 
 
 def told(layer: nn.Module, x: torch.Tensor | None = None) -> Decision:
-    """What the caller says of this forward of the layer."""
+    """The Decision for this forward of the layer."""
     decision = thread.decisions.get(layer)
     if decision is None:
         decision = NOTHING
@@ -128,7 +128,7 @@ def told(layer: nn.Module, x: torch.Tensor | None = None) -> Decision:
 
 
 def _with_batch(layer, x, decision):
-    """The same with what a router or middle of the layer's own may read."""
+    """Add the inputs that the layer's router or middle may read."""
     if decision.tasks is None and decision.routing is None and layer.tasks is not None:
         decision = decision._replace(tasks=layer.tasks)
     if thread.calls:
@@ -152,11 +152,11 @@ def _remember(layer, decision, checkpoints):
 
 
 class _Calls:
-    """What the calls of one layer in a checkpoint's forward were told, in their order."""
+    """The decisions of one layer's calls in a checkpoint's forward, in order."""
 
     def __init__(self):
         self.decisions: list[Decision] = []
-        self.seen: dict[int, int] = {}  # backward pass -> calls that its recompute has made
+        self.seen: dict[int, int] = {}  # backward pass -> number of calls in its recompute
 
     def next(self) -> Decision:
         backward = torch._C._current_graph_task_id()
@@ -168,8 +168,8 @@ class _Calls:
 def _told_before(layer, decision):
     """For a recompute: the decision of the forward that it repeats.
 
-    A checkpoint inside a checkpoint is made anew by the outer one's recompute, so the innermost one
-    that the forward knew decides.
+    The outer checkpoint's recompute creates nested checkpoints anew, so the innermost checkpoint that
+    already existed in the forward decides.
     """
     around = [*checkpoints_around(), *reentrant_around()]
     for checkpoint in around:
@@ -177,24 +177,24 @@ def _told_before(layer, decision):
         if calls is not None:
             return calls.next()
     if any(hasattr(checkpoint, "run_function") for checkpoint in around):
-        return NOTHING  # a reentrant one, whose forward was told nothing
+        return NOTHING  # a reentrant one, whose forward had the default decision
     return _the_open_one(layer, decision)
 
 
 def _the_open_one(layer, decision):
-    """For a recompute that nothing is known of: the decision of the blocks that are open, if they agree."""
+    """For a recompute without a record: the decision of the open blocks, if they agree."""
     found = {id(d): d for table in list(_open.values()) if (d := table.get(layer)) is not None}
     if len(found) > 1:
         raise RuntimeError(
-            "use_routing: several blocks with different routings are open and this activation checkpoint"
-            f" does not say which one its forward ran in; {_WHAT_TO_DO}"
+            "use_routing: several blocks with different routings are open, and this activation checkpoint"
+            f" does not record which one its forward ran in; {_WHAT_TO_DO}"
         )
     before = _without_graph.get(layer, decision)
     decision = next(iter(found.values()), decision)._replace(reading=before.reading)
     if not _agree(decision, before):
         raise RuntimeError(
-            "use_routing: the layer's forward was told otherwise than what holds during its backward,"
-            f" and this activation checkpoint does not say what it ran with; {_WHAT_TO_DO}"
+            "use_routing: the routing of the layer's forward differs from the one set during its backward,"
+            f" and this activation checkpoint does not record the forward's; {_WHAT_TO_DO}"
         )
     return decision
 
@@ -219,9 +219,9 @@ def _same_routing(a, b):
 def checkpoint_context():
     """For `torch.utils.checkpoint.checkpoint(..., context_fn=lora_moe.checkpoint_context)`.
 
-    The recompute then sees what `use_routing` said to the forward.  Checkpoints with
-    use_reentrant=False do so by themselves; this is for a PyTorch that no longer shows which
-    checkpoint is running.
+    The recompute then uses the `use_routing` settings of the forward.  Checkpoints with
+    use_reentrant=False do so automatically; this is for PyTorch versions that do not expose the
+    running checkpoint.
 
     Returns:
         Two context managers, for the forward and for the recompute.
@@ -233,10 +233,10 @@ def checkpoint_context():
 
 
 def fit_rows(routing: Routing, x: torch.Tensor, name: str = "routing") -> Routing:
-    """The caller's routing for x's tokens: as it is, or each row for equally many tokens in a row.
+    """The caller's routing for x's tokens: unchanged if per token, else each row repeated.
 
-    Inside a model a layer may see each sample several times in a row: beams, return sequences,
-    the patches of its images.  A layer that is called by itself sees the samples as they are.
+    Inside a model, consecutive rows of x may belong to one sample: beams, return sequences, image
+    patches.  A layer that is called directly must get one row per sample or token.
     """
     tokens, rows = math.prod(x.shape[:-1]), routing.indices.shape[0]
     if rows == tokens:
@@ -248,7 +248,7 @@ def fit_rows(routing: Routing, x: torch.Tensor, name: str = "routing") -> Routin
 
 
 def sample_rows(routing: Routing, x: torch.Tensor, name: str = "routing") -> Routing | None:
-    """The caller's routing where fit_rows would repeat each row for several tokens in a row; else None."""
+    """The caller's routing if fit_rows would repeat its rows, else None."""
     rows = routing.indices.shape[0]
     if rows == math.prod(x.shape[:-1]) or _is_sequence_first(x, rows):
         return None
@@ -267,7 +267,7 @@ def _expect_samples(rows, x, name):
 
 
 def _is_sequence_first(x, rows):
-    """Whether x is (L, B, D) for one row per sample, as inside XLNet: its model was called with (B, L)."""
+    """Whether x is (L, B, D) and the model was called with (B, L), as in XLNet."""
     tokens = thread.calls[-1].tokens if thread.calls else None
     if tokens is None or tokens.dim() < 2 or x.dim() != 3:
         return False

@@ -1,11 +1,10 @@
-"""Checks the backend that serves this process: its outputs and gradients against fp64.
+"""Checks outputs and gradients of this process's backend against fp64.
 
-The truth is the formula of reference.py in fp64 on the same rounded inputs, with gradients by
-PyTorch's autograd, so that no backward of ours stands on both sides.  An error is ||out - truth|| /
-||truth|| in units of the dtype's u: kernels that sum in fp32 and round once err by about 0.5 in
-16 bit, wrong ones by hundreds.
+The truth is the formula of reference.py in fp64 on the same rounded inputs, with gradients from PyTorch's
+autograd, so it is independent of our backward.  An error is ||out - truth|| / ||truth|| in units of
+the dtype's u: for 16 bit about 0.5 in kernels that sum in fp32 and round once, hundreds in wrong ones.
 
-As a module it prints one line of JSON a check; `lora-moe doctor` runs it so for every backend.
+Run as a module, it prints one line of JSON per check; `lora-moe doctor` does so for every backend.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 """
@@ -35,7 +34,7 @@ LIMITS = {torch.float64: 500.0, torch.float32: 16.0, torch.bfloat16: 1.0, torch.
 
 
 def run(device: str, dtypes) -> Iterator[tuple]:
-    """Of every check: name, dtype, largest error of an output, of a gradient, limit."""
+    """Yield per check: name, dtype, largest error of an output, largest error of a gradient, limit."""
     for dtype in dtypes:
         for name, check in CHECKS.items():
             inputs = sample(check, dtype)
@@ -53,7 +52,7 @@ def relative_error(out, truth) -> float:
 
 
 def sample(check, dtype) -> list[torch.Tensor]:
-    """x, router, A, B, base and router_bias that make outputs and gradients of size 1; always the same."""
+    """x, router, A, B, base and router_bias from a fixed seed; outputs and gradients have size 1."""
     ranks, shared_a, _ = check
     generator = torch.Generator().manual_seed(0)
 
@@ -68,7 +67,7 @@ def sample(check, dtype) -> list[torch.Tensor]:
 
 
 def differentiate(function, check, inputs, dtype) -> tuple[list, list]:
-    """Outputs, and the gradients of all inputs that they depend on."""
+    """Outputs, and gradients of all inputs that they depend on."""
     inputs = [t.requires_grad_() for t in inputs]
     outputs = function(check, *inputs)
     weights = [torch.arange(1.0, o.numel() + 1).sin().view(o.shape).to(dtype) for o in outputs]

@@ -1,11 +1,11 @@
-"""The fast path: inference on a CPU goes to the C++ operator without the checks in Python.
+"""The fast path: CPU inference calls the C++ operator without the Python checks.
 
-A decoding step calls every layer for one token, where checks.py takes longer than the products.  The C++
-operators check shapes, dtypes and strides themselves.  This module checks what their schemas leave open:
-plain types, and every tensor on the CPU, so that neither another device's kernel nor a fake one answers.
+A decoding step calls every layer for one token, for which checks.py takes longer than the products.  The C++
+operators check shapes, dtypes and strides themselves.  This module checks what their schemas do not: that
+arguments have plain types and that every tensor is on the CPU, so that no other kernel is dispatched.
 
-Each function returns None where the call is none for the fast path or the operator refuses an operand; the
-public function then goes on as usual, which lays the operand out or says what is wrong with it.
+Each function returns None if the fast path does not apply or the operator rejects an operand; the public
+function then continues as usual, and makes the operand contiguous or raises.
 
 Letters: E experts, R rank rows of all experts together.
 """
@@ -22,7 +22,7 @@ from . import backend, checks, plan
 from .reference import ALL_KEPT
 from .routing import Routing
 
-REFUSED = (ValueError, TypeError)  # what the operators raise for operands that they do not take
+REFUSED = (ValueError, TypeError)  # raised by operators for operands that they reject
 
 _ops = torch.ops.lora_moe
 
@@ -43,7 +43,7 @@ def routed_lora(
         scaling = checks.scales_of(scaling, E, x)
     elif not scaling.is_cpu:
         return None
-    if type(frozen) is not tuple or frozen:  # without gradients they are only checked
+    if type(frozen) is not tuple or frozen:  # unused without gradients, but still checked
         checks.frozen_ids(frozen, E)
     if len(leading) != 1:
         x = x.reshape(prod(leading), x.shape[-1])
@@ -84,13 +84,13 @@ def routed_lora_banks(
         return None
 
 
-# maps, because a Python frame for each operand would cost as much as the checks that are saved
+# map() avoids a Python frame per operand, which would cost as much as the checks that are saved
 _TENSOR, _OPTIONAL = repeat(torch.Tensor), repeat((torch.Tensor, type(None)))
 _IS_CPU, _TRUE = repeat("is_cpu"), repeat(True)
 
 
 def _offsets(tensors, optional, rank_offsets, top_k, gate):
-    """The rank offsets of a call for the fast path, else None.  tensors: x, router_weight, lora_B, ..."""
+    """The rank offsets if the fast path applies, else None.  tensors: x, router_weight, lora_B, ..."""
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
@@ -101,7 +101,7 @@ def _offsets(tensors, optional, rank_offsets, top_k, gate):
         or torch._C._are_functorch_transforms_active()
         or not all(map(isinstance, tensors, _TENSOR))
         or not all(map(isinstance, optional, _OPTIONAL))
-        or not all(map(getattr, (*tensors, *optional), _IS_CPU, _TRUE))  # None counts as there
+        or not all(map(getattr, (*tensors, *optional), _IS_CPU, _TRUE))  # True for None
     ):
         return None
     x, w, b = tensors[:3]

@@ -1,4 +1,4 @@
-"""Which FFNs, and which linear maps outside of them, a configuration with placement="ffn" names."""
+"""Target modules of a configuration with placement="ffn": FFNs, and linear layers outside of FFNs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .unsupported import unsupported
 def ffn_targets(
     model: nn.Module, config: LoraMoeConfig
 ) -> dict[str, tuple[nn.Module, LoraMoeConfig]]:
-    """{path: (module, configuration of its layer)}: FFNs, and linear maps that belong to none.
+    """{path: (module, configuration of its layer)} of FFNs and of linear layers outside of FFNs.
 
     Raises:
-        ValueError: as targets_of; or no FFN is among them, or one is the model itself.
+        ValueError: as in targets_of; or if no FFN is among them, or the model itself is one.
     """
     found, ffns, plain = targets_of(model, config), {}, {}
     for path, linear in found.items():
@@ -30,13 +30,11 @@ def ffn_targets(
             ffns.setdefault(parent, []).append(name)
     if not ffns:
         raise ValueError(
-            "target_modules: expected linear maps of an FFN with placement='ffn', got"
-            f" {', '.join(list(found)[:6])} ({len(found)} in all); an FFN holds maps D -> F and one F -> D"
+            "target_modules: expected linear layers of an FFN with placement='ffn', got"
+            f" {', '.join(list(found)[:6])} ({len(found)} in all); an FFN has layers D -> F and one F -> D"
         )
     if "" in ffns:
-        raise ValueError(
-            "target_modules: expected an FFN inside of the model, got the model itself"
-        )
+        raise ValueError("target_modules: expected an FFN inside the model, got the model itself")
     lora = config.plain_lora() if plain else None
     return {
         path: (model.get_submodule(path), dataclasses.replace(config, target_modules=tuple(names)))
@@ -45,15 +43,15 @@ def ffn_targets(
 
 
 def unsupported_ffns(model: nn.Module, names: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """{path: reason} of modules that are no FFN with linear maps of these names that can take experts."""
+    """{path: reason} of modules that are not an FFN with adaptable linear layers of these names."""
     reasons = {}
     for path, own in names.items():
         module = model.get_submodule(path)
         missing = sorted(set(own) - linears_of(module).keys())
         if not path or ffn_width(module) is None:
-            reasons[path] = f"a {type(module).__name__} is no FFN that can be replaced"
+            reasons[path] = f"a {type(module).__name__} is not an FFN that can be replaced"
         elif missing:
-            reasons[path] = f"it has no linear map {', '.join(missing)}"
+            reasons[path] = f"it has no linear layer {', '.join(missing)}"
         elif inner := unsupported(model, [f"{path}.{name}" for name in own]):
             reasons[path] = "; ".join(f"{p}: {why}" for p, why in inner.items())
     return reasons

@@ -1,6 +1,6 @@
-"""A configuration's fields, checked one by one: each function returns the value that is kept.
+"""Validators of configuration fields; each returns the normalized value.
 
-A value may come from an untrusted file: each has an upper bound, and no message repeats it at full length.
+Values may come from an untrusted file, so each has an upper bound and messages abbreviate them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ADAPTER_DTYPES = ("base", "float32", "bfloat16", "float16", "float64")
 
 
 def component(name, value, family):
-    """A router or middle; a dict of one is read."""
+    """A router or middle, or its dict."""
     if isinstance(value, dict):
         value = family.from_dict(value)
     fits = value is None or (isinstance(value, family) and type(value) in family.known.values())
@@ -29,13 +29,13 @@ def component(name, value, family):
 
 
 def expect(condition, name: str, expected: str, received) -> None:
-    """Raises ValueError unless the condition holds; no message repeats a value at full length."""
+    """Raise ValueError unless the condition holds; the message abbreviates the value."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {brief(received)}")
 
 
 def fields_of(cls, name: str, fields) -> dict:
-    """`fields` as they are, once all of them are fields of the dataclass."""
+    """Check that all keys of `fields` are fields of the dataclass, and return it."""
     expect(isinstance(fields, dict), name, "a dict of fields", fields)
     known = {field.name for field in dataclasses.fields(cls)}
     unknown = [field for field in fields if field not in known]
@@ -44,14 +44,14 @@ def fields_of(cls, name: str, fields) -> dict:
 
 
 def integer(name, value, high):
-    """NumPy's integers count, bool does not."""
+    """Accepts NumPy integers, but not bool."""
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     expect(whole and 1 <= value <= high, name, f"an integer in [1, {high}]", value)
     return int(value)
 
 
 def coefficient(name, value):
-    """Compared before it is converted: neither NaN nor an integer beyond floats gets through."""
+    """Compares before converting, which rejects NaN and integers beyond the range of floats."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     expected = f"a number in [0, {MAX_COEFFICIENT:g}]"
     expect(number and 0 <= value <= MAX_COEFFICIENT, name, expected, value)
@@ -68,7 +68,7 @@ def share(name, value, zero=True):
 
 
 def is_sequence(value):
-    """Lists, tuples, and NumPy arrays or tensors of one dimension."""
+    """True for lists, tuples, and one-dimensional NumPy arrays and tensors."""
     return isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) == 1
 
 
@@ -103,7 +103,7 @@ def dtype_name(dtype):
 
 
 def names(name, value):
-    """Any collection of names as a tuple, a set in alphabetical order."""
+    """Any collection of names as a tuple; sets are sorted."""
     hint = f"; for one name write ({value!r},)" if isinstance(value, str) else ""
     plain = isinstance(value, Collection) and not isinstance(value, (str, bytes, dict))
     plain = plain and all(isinstance(suffix, str) and suffix for suffix in value)
@@ -113,7 +113,7 @@ def names(name, value):
 
 
 def pattern(name, value):
-    """Not compiled here: a regular expression from a file may cost seconds to compile."""
+    """Names or a regular expression, not compiled here: that may take seconds if it is from a file."""
     if value is None:
         return ()
     if not isinstance(value, str):

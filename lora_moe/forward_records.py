@@ -1,12 +1,12 @@
-"""What a layer remembers of its forwards, for losses and statistics: one Record per layer and thread.
+"""Records of each layer's forwards, for losses and statistics: one Record per layer and thread.
 
-    last, training, evaluation   the last forward of all, in training mode, in evaluation mode
-    pending                      the forwards with a graph whose auxiliary loss is still to be paid
+    last, training, evaluation   the last forward in any mode, in training mode, in evaluation mode
+    pending                      forwards with a graph that the auxiliary loss still has to count
 
-A forward leaves `pending` when a later one with a graph arrives after its loss was read or its backward
-ran: a step may hold several forwards (DPO, accumulated micro-batches), and reading twice is harmless.
-Forwards in evaluation mode wait only where none in training mode does.
-Under torch.compile a layer remembers its last forward only.
+A step may have several forwards (DPO, accumulated micro-batches), and the loss may be read twice.  So a
+forward leaves `pending` only when a later one with a graph runs after its loss was read or its backward ran.
+Forwards in evaluation mode are pending only if none in training mode is.
+Under torch.compile only the last forward is recorded.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MAX_PENDING = 16
 
 
 class Run:
-    """One forward of a layer: its routing, and how to tell which tokens count."""
+    """One forward of a layer: its routing, and which tokens are not padding."""
 
     __slots__ = ("__weakref__", "paid", "read", "routing", "tokens", "training")
 
     def __init__(self, routing: Routing, tokens: Tokens, training: bool):
         self.routing, self.tokens, self.training = routing, tokens, training
-        self.read = False  # aux_loss has seen it, to train
-        self.paid = False  # its backward ran
+        self.read = False  # aux_loss has read it with gradients enabled
+        self.paid = False  # its backward has run
 
     @property
     def has_graph(self) -> bool:
@@ -44,8 +44,8 @@ class Record:
         self.training: Run | None = None
         self.evaluation: Run | None = None
         self.pending: list[Run] = []
-        self.read = False  # aux_loss has been asked for
-        self.unread = 0  # backward passes in a row whose auxiliary loss nobody read
+        self.read = False  # aux_loss has been called
+        self.unread = 0  # consecutive backward passes whose auxiliary loss was not read
 
     def remember(self, run: Run) -> None:
         self.last = run
@@ -63,13 +63,13 @@ class Record:
         if run.training:
             self.pending = [r for r in self.pending if r.training]
         elif any(r.training for r in self.pending):
-            return  # an evaluation in the middle of a step, without no_grad
+            return  # an evaluation within a step, without no_grad
         if len(self.pending) == MAX_PENDING:
             tell_once(
                 "pending",
-                f"{MAX_PENDING} forwards with gradients ran and neither backward nor aux_loss(model)"
-                " followed: the oldest no longer counts in the auxiliary loss; run forwards without a"
-                " backward under torch.no_grad()",
+                f"{MAX_PENDING} forwards with gradients ran without a backward or aux_loss(model):"
+                " aux_loss no longer counts the oldest; run forwards that need no backward under"
+                " torch.no_grad()",
             )
             del self.pending[0]
         self.pending.append(run)
@@ -79,7 +79,7 @@ class Record:
 
 
 class _Paid:
-    """A hook on the graph's node: it must not keep the forward alive that it tells of."""
+    """A hook on the graph's node, with a weak reference so that it does not keep the forward alive."""
 
     def __init__(self, run):
         self.run = weakref.ref(run)
@@ -98,7 +98,7 @@ def _own(layer):
 
 
 def record_of(layer) -> Record:
-    """This thread's, with what a compiled forward left on the layer; a new one before any forward."""
+    """This thread's record, updated from the layer's compiled forward; created if there is none."""
     record = _own(layer)
     if layer.compiled_run is not None:
         record.remember(layer.compiled_run)
@@ -108,7 +108,7 @@ def record_of(layer) -> Record:
 
 
 def remember(layer, routing: Routing, tokens: Tokens) -> None:
-    """Note a forward; nothing is noted while a graph is exported."""
+    """Record a forward, except during export."""
     run = Run(routing, tokens, layer.training)
     owes = layer.config.has_aux_loss and run.has_graph
     if torch.compiler.is_compiling():
@@ -126,6 +126,6 @@ def remember(layer, routing: Routing, tokens: Tokens) -> None:
 
 
 def forget(layer) -> None:
-    """As if the layer had not run, in this thread."""
+    """Delete this thread's record of the layer."""
     layer.compiled_run = layer.compiled_graph = None
     thread.records.pop(layer, None)

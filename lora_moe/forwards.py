@@ -1,11 +1,11 @@
-"""What a module's forward does with its children and with its own weight, read from its source.
+"""Static analysis of a module's forward: which children it calls, and whose weights it reads directly.
 
-A module that hands a child's weight to a kernel of its own instead of calling the child bypasses
-whatever stands in the child's place.  No attribute says so: only the code of its forward does.
+A module that passes a child's weight to a kernel instead of calling the child bypasses whatever replaces
+the child.  Only the source of its forward shows that.
 
-Branches that the module's own settings decide (`if self.pretraining_tp > 1`) are followed one way,
-as are those that an optional argument decides, by its default.  Where there is no source, as in a
-session typed line by line, nothing is found.
+Conditions on the module's attributes (`if self.pretraining_tp > 1`) or on optional arguments, which are
+assumed to have their defaults, are evaluated, and only the branch that is taken is analyzed.  Without
+source, as in an interactive session, nothing is found.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch import nn
 
 from .conditions import Conditions, defaults_of
 
-# asking a weight for these says nothing about its values
+# attributes of a weight that do not depend on its values
 _METADATA = {
     "data_ptr", "device", "dim", "dtype", "element_size", "get_device", "is_cuda", "is_meta",
     "is_floating_point", "layout", "ndim", "new_empty", "new_full", "new_ones", "new_tensor",
     "new_zeros", "numel", "requires_grad", "shape", "size", "stride",
 }  # fmt: skip
-_QUESTIONS = {"hasattr", "id", "isinstance", "print", "type"}  # about an object
-_LIKENESS = {"to", "type_as"}  # x.to(weight): dtype and device of it
+_QUESTIONS = {"hasattr", "id", "isinstance", "print", "type"}  # functions that do not read values
+_LIKENESS = {"to", "type_as"}  # x.to(weight) reads only dtype and device
 _PRODUCTS = {"addmm", "baddbmm", "bmm", "einsum", "linear", "matmul", "mm", "tensordot"}
 _WEIGHT = re.compile(r"(.+?)\.weight(?:\.(\w+).*)?")
 
 
 class Forward(ast.NodeVisitor):
-    """The forward of a module, and the methods of its own that it calls.
+    """Analysis of a module's forward and of the methods that it calls on the module.
 
     Attributes:
-        reads: paths from the module, as "attention.out_proj" or "experts.*.w1", of the children
-            whose weight's values it uses.
-        calls: paths of what else it uses: the children that it calls or passes on among them.
-        multiplies: its own weight is a factor of a matrix product.
-        returns_tuple: each return that can be reached gives a tuple.
-        known: there was source to read.
+        reads: paths relative to the module, such as "attention.out_proj" or "experts.*.w1", of children
+            whose weight's values it reads.
+        calls: paths of everything else that it uses, including children that it calls or passes on.
+        multiplies: whether its own weight is a factor of a matrix product.
+        returns_tuple: whether every reachable return gives a tuple.
+        known: whether the source was found.
     """
 
     def __init__(self, module: nn.Module):
@@ -57,14 +57,14 @@ class Forward(ast.NodeVisitor):
         self.returns_tuple = bool(self._returns) and all(self._returns)
 
     def _method(self, name):
-        """Visit a method: an instance's own, else its class's, and further ones by super()."""
+        """Visit a method of the instance or its class, and base class methods called through super()."""
         if name in self._seen:
             return False
         self._seen.add(name)
         outer, first = (self._names, self._conditions, self._returning), True
         for method in _definitions(self._module, name):
             self._names = {method.this: ""}
-            # what a helper is called with is up to its caller
+            # a helper's caller may pass other values than the defaults
             defaults = method.defaults if name == "forward" else {}
             self._conditions = Conditions(self._module, method.this, defaults)
             self._returning = name == "forward" and first
@@ -75,10 +75,10 @@ class Forward(ast.NodeVisitor):
         self._names, self._conditions, self._returning = outer
         return not first
 
-    # --- statements: which of them can be reached -------------------------------------------------
+    # --- statements: which are reachable ----------------------------------------------------------
 
     def _block(self, statements):
-        """Visit statements up to one that leaves; True if there was one."""
+        """Visit statements up to a return or raise; True if there was one."""
         return any(self._statement(s) for s in statements)
 
     def _statement(self, node):
@@ -87,7 +87,7 @@ class Forward(ast.NodeVisitor):
             truth = self._conditions.truth(node.test)
             ends = [truth is False or self._block(node.body)]
             ends.append(truth is True or self._block(node.orelse))
-            # an arm that cannot be reached decides nothing
+            # ignore the unreachable branch
             return ends[0] if truth is True else ends[1] if truth is False else all(ends)
         self.visit(node)
         return isinstance(node, ast.Return | ast.Raise)
@@ -180,13 +180,13 @@ class Forward(ast.NodeVisitor):
         return any(self._path(part) == "weight" for part in ast.walk(node))
 
     def _path(self, node):
-        """The path from the module that an expression names, None for any other expression."""
+        """The path relative to the module if the expression is one, else None."""
         if isinstance(node, ast.Name):
             return self._names.get(node.id)
         owner, name = _member(node)
         path = owner and self._path(owner)
         if path is None or (name == "*" and path.endswith("weight")):
-            return None  # a slice of a weight is no module
+            return None  # a slice of a weight is not a module
         return f"{path}.{name}" if path else name
 
     def _is_method(self, name):
@@ -207,7 +207,7 @@ def _member(node):
 
 
 class Method(NamedTuple):
-    """A function's source: its statements, what it calls its module, its arguments' defaults."""
+    """A parsed method: statements, name of the self argument, defaults, whether it calls super()."""
 
     body: list[ast.stmt]
     this: str
@@ -216,7 +216,7 @@ class Method(NamedTuple):
 
 
 def _definitions(module, name):
-    """The method's definitions that have a source, the one that is called first."""
+    """The method's definitions with source, in method resolution order."""
     for owner in (module, *type(module).__mro__):
         function = vars(owner).get(name)
         if function is None or owner is nn.Module or isinstance(function, staticmethod):

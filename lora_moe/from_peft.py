@@ -1,9 +1,9 @@
-"""Several LoRA adapters of PEFT become one bank of experts.
+"""from_peft: combines several PEFT LoRA adapters into one bank of experts.
 
-    lora_A (R, D_in) = the adapters' lora_A, one under the other
-    lora_B (R, D_out) = their lora_B, transposed, one under the other;   s_e = alpha_e / r_e as PEFT has it
+    lora_A (R, D_in) = the adapters' lora_A, concatenated
+    lora_B (R, D_out) = the adapters' lora_B^T, concatenated;   s_e = alpha_e / r_e as in PEFT
 
-An adapter is untrusted input: what it would lose here is refused by name, and shapes are the model's.
+Adapters are untrusted: unsupported features raise by name, and shapes must match the model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .sharded import expect_no_wrapper, fill, unwrapped
 from .steering import injected
 from .unsupported import unsupported
 
-# what the adapters or other arguments say
+# fields that the adapters or other arguments determine
 _GIVEN = {
     *("num_experts", "r", "alpha", "use_rslora", "shared_a", "top_k", "adapter_dtype"),
     *("target_modules", "exclude_modules"),
@@ -48,29 +48,29 @@ def from_peft(
     router: Mapping | LoraMoeConfig | None = None,
     adapter_dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
-    """Put N LoRA adapters of PEFT into the model as one bank: expert i is adapters[i].
+    """Load N PEFT LoRA adapters into the model as one bank: expert i is adapters[i].
 
-    With `use_routing(model, task_ids=i)` the model is what PEFT makes of adapter i.  The routers are new:
-    train them, or decide from outside.  Ranks, alphas, rsLoRA and patterns may differ; where an adapter has
-    no LoRA at a module that another one has, its expert adds zero.
+    With `use_routing(model, task_ids=i)` the model equals PEFT's model with adapter i.  The routers are new:
+    train them, or override the routing.  Ranks, alphas, rsLoRA and target patterns may differ; at modules
+    where an adapter has no LoRA, its expert adds zero.
 
-    One adapter alone may have target_parameters: it becomes LoRAs on the model's own experts (see
-    LoraMoeConfig), and what it has on linear modules a bank of one beside them.
+    An adapter with target_parameters must be the only one: it becomes LoRAs on the model's own experts (see
+    LoraMoeConfig), and its LoRAs on linear modules become banks of one expert.
 
     Args:
-        model: without experts, the base that the adapters were trained on; it is frozen.
-        adapters: each one a directory that PEFT saved, "owner/name" of a repository of the hub, or a pair
-            (state dict, configuration) as of peft.get_peft_model_state_dict and a LoraConfig or its dict.
+        model: the base model of the adapters, without experts; it is frozen.
+        adapters: each a directory saved by PEFT, "owner/name" of a Hugging Face Hub repository, or a pair
+            (state dict, configuration): peft.get_peft_model_state_dict's, and a LoraConfig or its dict.
         top_k: experts per token; see LoraMoeConfig.
         router: other fields of LoraMoeConfig (gate, temperature, router_bias, dropout, balance_coef,
-            modules_to_save, ...) as a dict, or a LoraMoeConfig, of which these are taken.
-        adapter_dtype: of lora_A and lora_B; see LoraMoeConfig.
+            modules_to_save, ...) as a dict, or a LoraMoeConfig from which these are read.
+        adapter_dtype: dtype of lora_A and lora_B; see LoraMoeConfig.
     Returns:
         The same model.
     Raises:
-        ValueError: an adapter is no plain LoRA (DoRA, biases, embeddings, modules_to_save, ... are named),
-            is damaged or does not fit the model; every misfit is listed, and the model is unchanged.
-        OSError: a file is missing or cannot be read.
+        ValueError: if an adapter is not a plain LoRA (DoRA, biases, embeddings, modules_to_save, ...), is
+            damaged or does not fit the model; every problem is listed, and the model is unchanged.
+        OSError: if a file is missing or cannot be read.
     """
     return _into(model, adapters, _router_fields(router), top_k, adapter_dtype)
 
@@ -84,11 +84,11 @@ def _into(model, adapters, fields, top_k, adapter_dtype, revision=None):
     expect_no_wrapper(model)
     whole, model = model, unwrapped(model)
     if injected(model):
-        raise ValueError("model: expected one without experts, got one that has them")
+        raise ValueError("model: expected a model without experts, got one that has experts")
     single = isinstance(adapters, str | bytes | os.PathLike | Mapping)
     adapters = [] if single or not isinstance(adapters, Iterable) else list(adapters)
     if not adapters:
-        raise ValueError("adapters: expected a list of one or more, got none or no list")
+        raise ValueError("adapters: expected a non-empty list, got an empty list or no list")
     fields = fields | {"top_k": top_k, "adapter_dtype": adapter_dtype}
     with contextlib.ExitStack() as stack:
         loras = [opened(stack, i, source, revision) for i, source in enumerate(adapters)]
@@ -97,7 +97,7 @@ def _into(model, adapters, fields, top_k, adapter_dtype, revision=None):
         fields["target_modules"] = {path.rpartition(".")[2] for path in modules}
         saved = _whole(model, fields.get("modules_to_save") or (), modules)
         experts = {found: found.layer(fields) for found in own}
-        if own:  # plain LoRAs beside them: a bank of one, with nothing to balance
+        if own:  # its plain LoRAs: banks of one expert, with nothing to balance
             fields |= {"balance_coef": 0.0, "z_coef": 0.0}
         layers = {
             path: LoraMoeLinear(module, config_at(path, loras, fields))
@@ -105,7 +105,7 @@ def _into(model, adapters, fields, top_k, adapter_dtype, revision=None):
         }
         if any(layer.device.type == "meta" for layer in (*layers.values(), *experts.values())):
             raise ValueError(
-                "model: expected weights on a device, got the meta device; load them first"
+                "model: expected weights on a device, got the meta device; load the weights first"
             )
         for path, layer in layers.items():
             _fill(path, layer, loras)
@@ -118,10 +118,10 @@ def _into(model, adapters, fields, top_k, adapter_dtype, revision=None):
 
 
 class Origin(NamedTuple):
-    """Where an expert of a layer came from, or all of a model's own: to_peft gives it back as it was."""
+    """The PEFT adapter that an expert, or a layer on a model's own experts, came from; for to_peft."""
 
     config: dict  # adapter_config.json
-    # of lora_A and lora_B, None where it had none; of a model's own experts by the tensors' names
+    # of lora_A and lora_B, None if it had no LoRA here; for a model's own experts by tensor name
     dtypes: tuple[torch.dtype, torch.dtype] | dict[str, torch.dtype] | None
 
 
@@ -138,21 +138,21 @@ def _router_fields(router) -> dict:
     unknown = [name for name in fields if name not in _ROUTER]
     if unknown and not given:
         raise ValueError(
-            f"router: expected some of {_ROUTER}, got {brief(unknown)}; ranks, alphas and places are the"
-            " adapters'"
+            f"router: expected fields from {_ROUTER}, got {brief(unknown)}; the adapters determine ranks,"
+            " alphas and target modules"
         )
     return {name: value for name, value in fields.items() if name in _ROUTER}
 
 
 def _own_experts(model, loras) -> tuple[list[Found], list[Lora]]:
-    """What an adapter has on the model's own experts, and the adapters without it."""
+    """The adapter's LoRAs on the model's own experts, and the adapters without these."""
     named = [lora.name for lora in loras if lora.config.get("target_parameters")]
     if not named:
         return [], loras
     if len(loras) > 1:
         raise ValueError(
-            f"{named[0]}: expected a plain LoRA beside other adapters, got target_parameters:"
-            " the model's own experts have one LoRA each, so pass this adapter alone"
+            f"{named[0]}: expected a plain LoRA with other adapters, got target_parameters: the"
+            " model's own experts can have one LoRA each, so pass this adapter alone"
         )
     found, rest = experts_in(model, loras[0])
     return found, [rest]
@@ -168,7 +168,7 @@ def _fill_experts(found, layer):
 
 
 def _whole(model, names, targets) -> list[nn.Module]:
-    """The modules that train as a whole."""
+    """The fully trained modules (modules_to_save)."""
     found = list(modules_to_save(model, names).values())
     inside = {inner for module in found for inner in module.modules()}
     both = [path for path, module in targets.items() if module in inside]
@@ -178,7 +178,7 @@ def _whole(model, names, targets) -> list[nn.Module]:
 
 
 def _modules_of(model, loras) -> dict[str, nn.Module]:
-    """{path: module} of all that any adapter names; raises for every misfit at once."""
+    """{path: module} of all modules with a LoRA in any adapter; raises one error for all problems."""
     modules = dict(model.named_modules(remove_duplicate=False))
     paths = list(dict.fromkeys(path for lora in loras for path in lora.paths))
     reasons = unsupported(model, [path for path in paths if path in modules])
@@ -197,7 +197,7 @@ def _modules_of(model, loras) -> dict[str, nn.Module]:
 
 
 def _tell_missing(lora, modules):
-    """Warns of modules that the adapter's configuration names and its weights do not have."""
+    """Warn about modules that match the adapter's target_modules but have no weights in it."""
     names, limits = lora.config.get("target_modules"), ("layers_to_transform", "exclude_modules")
     if not isinstance(names, list | tuple | set) or any(lora.config.get(k) for k in limits):
         return
@@ -206,8 +206,8 @@ def _tell_missing(lora, modules):
     missing = [path for path in named if (path, "A") not in lora.tensors]
     if missing:
         warnings.warn(
-            f"lora_moe: {lora.name} has no weights for {len(missing)} of {len(named)} modules that its"
-            f" target_modules names ({brief(missing[0])}, ...): its expert adds zero there",
+            f"lora_moe: {lora.name} has no weights for {len(missing)} of {len(named)} modules that match"
+            f" its target_modules ({brief(missing[0])}, ...): its expert adds zero there",
             UserWarning,
             stacklevel=4,
         )
@@ -221,7 +221,7 @@ def _misfits(lora, path, module):
 
 
 def config_at(path, loras, fields) -> LoraMoeConfig:
-    """Ranks and alphas of all experts at a module; rank 1 where an adapter has none."""
+    """Configuration of a module with the ranks and alphas of all experts; rank 1 if there is no LoRA."""
     present = [(path, "A") in lora.tensors for lora in loras]
     ranks = [lora.rank(path) if here else 1 for lora, here in zip(loras, present)]
     alphas = [float(lora.alpha(path)) if here else None for lora, here in zip(loras, present)]
@@ -245,7 +245,7 @@ def config_at(path, loras, fields) -> LoraMoeConfig:
 
 @torch.no_grad()
 def _fill(path, layer, loras):
-    """The experts' rows; an expert without a LoRA here keeps its start, whose lora_B is zero."""
+    """Fill the experts' rows; an expert without a LoRA here keeps its initial zero lora_B."""
     A, B, origins = layer.lora_A.detach().clone(), torch.zeros_like(layer.lora_B), []
     for e, lora in enumerate(loras):
         rows = slice(layer.offsets[e], layer.offsets[e + 1])

@@ -1,7 +1,7 @@
-"""Rows of frozen experts, which no optimizer moves: neither by gradient, momentum nor weight decay.
+"""Keeps the rows of frozen experts unchanged by gradients, momentum and weight decay.
 
-Their gradient is zero, but AdamW still decays them and moves them by what momentum is left.  They are put
-back after every optimizer step, whatever kind the optimizer is and whenever it was made.
+Their gradient is zero, but AdamW still applies weight decay and remaining momentum.  So they are restored
+after every optimizer step, for any optimizer, by global optimizer hooks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _hooks: list = []
 
 
 def keep_rows(layer: nn.Module) -> None:
-    """From now on hold the rows of layer.frozen still, or let go of them where there are none."""
+    """Start keeping the rows of layer.frozen unchanged, or stop if layer.frozen is empty."""
     if not layer.frozen:
         _layers.discard(layer)
         return
@@ -44,7 +44,7 @@ def _before_step(optimizer, _args, _kwargs):
                 _refuse_zero(parameter, optimizer, stepped)
             elif id(parameter) in own:
                 kept += [(rows, rows.clone()) for rows in frozen_rows(layer, parameter)]
-    # a step may call the step of its base class, which puts back its own
+    # a stack, because a step may call the step of its base class
     _kept.setdefault(optimizer, []).append(kept)
 
 
@@ -55,16 +55,16 @@ def _after_step(optimizer, _args, _kwargs):
 
 
 def _refuse_zero(parameter, optimizer, stepped):
-    """Raises RuntimeError if the optimizer steps a flat copy of the parameter."""
+    """Raise RuntimeError if the optimizer steps a flat copy of the parameter."""
     if hasattr(parameter, "_z3_optimizer"):
         found = parameter._z3_optimizer.optimizer is optimizer
-    else:  # this process may hold no part of the copy, and then moves none
+    else:  # a process without a part of the copy steps none of it
         part = getattr(parameter._hp_mapping, "hp_fragment", None)
         found = part is not None and any(_memory(p) == _memory(part) for p in stepped)
     if found:
         raise RuntimeError(
-            "freeze_experts: DeepSpeed's ZeRO steps a flat copy of the parameters, whose rows cannot be"
-            " held still: train with DDP or FSDP2, or free them with freeze_experts(model, None)"
+            "freeze_experts: DeepSpeed's ZeRO steps a flat copy of the parameters, so single rows cannot"
+            " be frozen: train with DDP or FSDP2, or unfreeze with freeze_experts(model, None)"
         )
 
 
@@ -73,9 +73,9 @@ def _memory(tensor):
 
 
 def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> list[torch.Tensor]:
-    """Views of the rows of lora_A or lora_B that belong to frozen experts; none of a shared A.
+    """Views of the rows of lora_A or lora_B that belong to frozen experts; none for a shared A.
 
-    Of a sharded parameter, those that this process holds.
+    For a sharded parameter, the rows on this process.
     """
     if layer.config.shared_a and any(parameter is A for A, _ in layer.pairs()):
         return []
@@ -92,7 +92,7 @@ def frozen_rows(layer: nn.Module, parameter: torch.Tensor) -> list[torch.Tensor]
 
 
 def _local_rows(parameter, rows):
-    """The first of `rows` rows that this process holds, and these."""
+    """(index of the first row on this process, the rows on this process)"""
     first, part = 0, parameter
     if hasattr(parameter, "device_mesh"):
         part, mesh = parameter.to_local(), parameter.device_mesh
@@ -104,7 +104,7 @@ def _local_rows(parameter, rows):
     if part.dim() != 2 or part.shape[0] != rows:
         raise RuntimeError(
             f"freeze_experts: expected {rows} rows of lora_A or lora_B on this process, got a shard"
-            f" {tuple(part.shape)}, whose rows cannot be held still: train with DDP or FSDP2 (not FSDP1), or"
-            " free the experts with freeze_experts(model, None)"
+            f" {tuple(part.shape)}, whose rows cannot be frozen: train with DDP or FSDP2 (not FSDP1), or"
+            " unfreeze with freeze_experts(model, None)"
         )
     return first, part

@@ -1,4 +1,4 @@
-"""The public functions: tensors in, tensors out, every argument checked here and only here.
+"""The public functions on tensors; they validate every argument, and nothing below them does.
 
     y_t = base_t + sum over e in topk(router(x_t)) of  g_te * s_e * B_e A_e x_t
 
@@ -39,23 +39,23 @@ def router_topk(
 
     Args:
         x: (..., D_in), fp32, fp64, bf16 or fp16.
-        router_weight: (E, D_in), x's dtype or wider; its products are always full fp32 (fp64).
-        top_k: K in [1, E].  K = E is the dense mixture.
+        router_weight: (E, D_in), in x's dtype or wider; computed in full fp32 (fp64).
+        top_k: K in [1, E]; K = E gives the dense mixture.
         gate: "softmax" over all E, or "sigmoid" of each logit.
         renormalize: divide the K weights by their sum; with softmax this equals a softmax over the
             picked logits.
-        bias: (E,), added to p for the selection only, not to the weights; takes no gradient
+        bias: (E,), added to p for the selection only, not to the weights; gets no gradient
             (DeepSeek-V3's loss-free balancing, arXiv 2408.15664).
-        top_p: in (0, 1]: a token takes its picked experts, best first, until their gates sum to top_p;
-            the rest of the K slots stay empty.  Softmax only (MixLoRA's top-p router).
-        threshold: in [0, 1]: picked experts with a smaller gate are dropped, all of them perhaps.
+        top_p: in (0, 1]: a token keeps its picked experts, best first, until their gates sum to top_p;
+            the remaining slots are empty.  Softmax only (MixLoRA's top-p router).
+        threshold: in [0, 1]: picked experts with a smaller gate are dropped, possibly all of them.
         router_bias: c (E,), floating, added to the logits; differentiable, its gradient in its own dtype.
     Returns:
-        Routing with every field, router_bias in its logits; T is the product of x's leading dimensions.
-        Ties go to the lower expert id; a NaN logit is picked last and never yields an invalid id.
+        Routing with all fields set; its logits include router_bias.  T is the product of x's leading
+        dimensions.  Ties go to the lower expert id; NaN logits are picked last, and ids are always valid.
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what was expected
-            and what was received.
+        ValueError, TypeError: if an argument is invalid; the message names the argument, what was
+            expected and what was passed.
     """
     x = checks.floating_input(x, "router_topk")
     checks.router(x, router_weight, top_k, gate, bias, router_bias)
@@ -83,36 +83,36 @@ def grouped_lora(
     slots: str | None = None,
     base_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Experts with the routing given:  y_t = base_t + sum over slots j of  w_tj s_e B_e A_e x_t,  e = ids_tj.
+    """Experts with a given routing:  y_t = base_t + sum over slots j of  w_tj s_e B_e A_e x_t,  e = ids_tj.
 
-    Between two linears that share one decision, as the projections of an FFN do, a token has a row of
-    its own for each of its K slots:
+    Between linear layers that share a routing decision, such as the projections of an FFN, a token has
+    one row per slot:
 
-        slots="apart":  y_tj = base_t + w_tj s_e B_e A_e x_t        or with base_tj
+        slots="apart":  y_tj = base_t + w_tj s_e B_e A_e x_t        (or base_tj)
         slots="sum":    y_t  = base_t + sum over slots j of  w_tj s_e B_e A_e x_tj
 
     Args:
         x: (..., D_in), fp32, fp64, bf16 or fp16; (..., K, D_in) with slots="sum".
-        lora_A: (R, D_in), the experts' rows one under the other; (r, D_in) with shared_a.
-        lora_B: (R, D_out), row r pairs with row r of lora_A.
-        routing: for the T tokens of x; Routing.from_ids, Routing.from_gates or router_topk.
-        rank_offsets: E + 1 ascending integers, expert e owns rows [o_e, o_e+1); or an int r: every
-            expert has rank r.
-        scaling: s, one float, or one per expert: a sequence or an (E,) tensor.  Takes no gradient.
-        shared_a: all experts read the same A (HydraLoRA, BranchLoRA); all ranks are then r.
-        base: (..., D_out) of x's dtype, added to the result; never changed in place.  With slots="apart"
-            (..., K, D_out) too; one with a row per token is read K times, not copied.
-        frozen: expert ids whose rows of lora_B (and lora_A) get an exactly zero gradient.
+        lora_A: (R, D_in), the concatenated rows of all experts; (r, D_in) with shared_a.
+        lora_B: (R, D_out); row i pairs with row i of lora_A.
+        routing: for the T tokens of x, from Routing.from_ids, Routing.from_gates or router_topk.
+        rank_offsets: E + 1 ascending integers, where expert e owns rows [o_e, o_e+1); or an int r if
+            every expert has rank r.
+        scaling: s as one float, or per expert as a sequence or an (E,) tensor.  Gets no gradient.
+        shared_a: all experts share one A (HydraLoRA, BranchLoRA); all ranks must be r.
+        base: (..., D_out) in x's dtype, added to the result; never modified in place.  With slots="apart"
+            also (..., K, D_out); with one row per token, it is read K times without a copy.
+        frozen: expert ids whose rows of lora_B (and lora_A) get a gradient of exactly zero.
         slots: None, "apart" or "sum"; see above.
-        base_weight: (D_out, D_in) in x's dtype, frozen: `base` came from x by it without a graph, and the
-            gradient of x takes dy @ base_weight in, where autograd would add two tensors of x's size.
-            Not with slots.
+        base_weight: (D_out, D_in) in x's dtype, frozen.  Pass it if `base` was computed from x with this
+            weight and without a graph: the gradient of x then includes dy @ base_weight, without the
+            separate addition of autograd.  Not supported with slots.
     Returns:
-        y (..., D_out) in x's dtype; (..., K, D_out) with slots="apart".  A token without experts, and an
-        empty slot that stands apart, equals base bit for bit (0 without).
+        y (..., D_out) in x's dtype; (..., K, D_out) with slots="apart".  The output of a token without
+        experts, and of an empty slot with slots="apart", equals base bit for bit (0 without base).
     Raises:
-        ValueError, TypeError: an argument does not fit.
-        ValueError: an expert id outside [-1, E) on a CPU; on a GPU it is masked.
+        ValueError, TypeError: if an argument is invalid.
+        ValueError: if an expert id is outside [-1, E) on a CPU; a GPU masks it.
     """
     x = checks.floating_input(x, "grouped_lora")
     if not isinstance(routing, Routing):
@@ -129,7 +129,7 @@ def grouped_lora(
         base = operands.base(base, x, leading, lora_B.shape[1])
     else:
         chosen = plan.SEGMENTED
-        if shared_a:  # whose sums have no slots: the experts read copies
+        if shared_a:  # not implemented with slots: give each expert a copy
             lora_A, shared_a = lora_A.repeat(E, 1), False
         apart = slots == "apart" and base is not None and base.dim() == len(leading) + 2
         base = operands.base(base, x, (*leading, top_k) if apart else leading, lora_B.shape[1])
@@ -173,12 +173,12 @@ def routed_lora(
         y_t = base_t + sum over e in topk(router(x_t)) of  g_te * s_e * B_e A_e x_t
 
     Args:
-        As router_topk and grouped_lora.
+        As in router_topk and grouped_lora.
     Returns:
-        y (..., D_out) in x's dtype, and the Routing taken; both differentiable.
+        y (..., D_out) in x's dtype, and the Routing; both differentiable.
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it, what was expected
-            and what was received.
+        ValueError, TypeError: if an argument is invalid; the message names the argument, what was
+            expected and what was passed.
     """
     if base_weight is None:
         done = fast_path.routed_lora(
@@ -220,9 +220,9 @@ def shrink(
         lora_A: (R, D_in).
         router_weight: (E, D_in) or None.
     Returns:
-        S (T, R) and logits (T, E) or None, both fp32, or fp64 when x is.
+        S (T, R) and logits (T, E) or None, both in fp32, or fp64 if x is fp64.
     Raises:
-        ValueError, TypeError: an argument does not fit.
+        ValueError, TypeError: if an argument is invalid.
     """
     x = checks.floating_input(x, "shrink")
     checks.matrix("lora_A", lora_A, x, (None, x.shape[-1]))
@@ -245,9 +245,9 @@ def expand(H: torch.Tensor, lora_B: torch.Tensor, base: torch.Tensor | None = No
         lora_B: (R, D_out).
         base: (..., D_out) with T rows in all, or None.
     Returns:
-        y of base's shape and dtype; without a base (T, D_out) in lora_B's dtype.
+        y in base's shape and dtype; without base (T, D_out) in lora_B's dtype.
     Raises:
-        ValueError, TypeError: an argument does not fit.
+        ValueError, TypeError: if an argument is invalid.
     """
     H = checks.floating_input(H, "expand", name="H")
     if H.dim() != 2:

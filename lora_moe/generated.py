@@ -1,4 +1,4 @@
-"""Weights of one expert that come from elsewhere: a generator, another training, a file."""
+"""fill_expert: writes a LoRA's weights, for example from a generator network, into one expert."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ def fill_expert(
     *,
     scale: float | None = None,
 ) -> None:
-    """Write A (r, D_in) and B (D_out, r) of one LoRA into an expert's rows of every layer.
+    """Write A (r, D_in) and B (D_out, r) of a LoRA into one expert of every layer.
 
         lora_A[rows of e] = A,   lora_B[rows of e] = (scale / s_e) B^T,   so that  s_e B_e A_e = scale B A
 
     The state dict has PEFT's keys, <module path>.lora_A.weight and <module path>.lora_B.weight, with or
-    without "base_model.model." before them.  What ICM-LoRA's conditional variational autoencoder
-    generates for a task, once it is cut into its matrices, is such a dict.
+    without the prefix "base_model.model.".  The output of ICM-LoRA's conditional variational autoencoder
+    for a task, split into matrices, is such a dict.
 
     Args:
-        model: with experts in it; sharded ones are filled on every rank, which all call this.
-        expert: its id.
-        state_dict: both tensors of every layer; with shared_a only those of lora_B, as the others need A.
-        scale: what the weights were trained with, alpha / r; None takes the layer's own s_e.
+        model: a model with experts; if it is sharded, every rank must call this.
+        expert: id of the expert.
+        state_dict: both tensors of every layer; with shared_a only lora_B, since the experts share A.
+        scale: alpha / r with which the weights were trained; None means the layer's own s_e.
     Raises:
-        ValueError: a tensor is missing, unknown, of another shape or not finite (all are listed), or the
-            expert or the scale does not fit.  Nothing is changed.
+        ValueError: if a tensor is missing, unknown, of another shape or not finite (all are listed), or
+            expert or scale is invalid.  Nothing is changed.
     Source:
-        ICM-LoRA, arXiv 2501.17635, generates the parameters; that they come as PEFT's keys is this package's.
+        ICM-LoRA, arXiv 2501.17635, generates the parameters; the PEFT keys are this package's choice.
     """
     whole, model = model, unwrapped(model)
     layers = {plain_path(path): layer for path, layer in layers_of(model).items()}
     for path, layer in layers.items():
         if layer.config.target_parameters or layer.config.placement == FFN:
             kind = type(layer.base_layer).__name__
-            raise ValueError(f"model: expected experts around linear modules, got {path}, a {kind}")
+            raise ValueError(f"model: expected experts on linear modules, got {path}, a {kind}")
     wanted = {}  # key: (layer, name, shape, factor)
     for path, layer in layers.items():
         e = _one(expert, layer)
         r, s = layer.config.ranks[e], layer.scales[e]
         if scale is not None and not (0 <= scale < float("inf") and s > 0):
             raise ValueError(
-                f"scale: expected a finite number for {path} of scale {s}, got {scale}"
+                f"scale: expected a finite number for {path} with scale {s}, got {scale}"
             )
         factor = 1.0 if scale is None else scale / s
         own = {"lora_B": ((layer.out_features, r), factor)}
@@ -64,10 +64,10 @@ def fill_expert(
         wanted |= {f"{path}.{n}.weight".lstrip("."): (layer, n, *how) for n, how in own.items()}
     given = {peft_format.module_path(key): tensor for key, tensor in state_dict.items()}
     problems = [f"{key}: missing" for key in wanted if key not in given]
-    problems += [f"{ascii(key)[:200]}: not the model's" for key in given if key not in wanted]
+    problems += [f"{ascii(key)[:200]}: not in the model" for key in given if key not in wanted]
     for key in wanted.keys() & given.keys():
         problems += _misfit(key, given[key], *wanted[key])
-    raise_all("state_dict: expected A and B of each layer's expert", problems)
+    raise_all("state_dict: expected A and B of the expert in each layer", problems)
     with at_rest(whole, modified=True):
         for key, (layer, name, _, factor) in wanted.items():
             parameter = getattr(layer, name)

@@ -1,4 +1,4 @@
-"""Coefficients for a merge from how well the experts of a layer go together, after Graft.
+"""graft_weights: merging coefficients from the compatibility of a layer's experts, after Graft.
 
 Letters: E experts, R rank rows of all experts together, L layers.
 """
@@ -20,28 +20,27 @@ def graft_weights(
 ) -> dict[str, torch.Tensor]:
     """c_le = total * q_le / sum_f q_lf,   q_le = a_le^local * h_e^(1 - local) * k_le^compatibility.
 
-    With M_le = s_e B_e A_e the update of expert e in layer l:
+    With the update M_le = s_e B_e A_e of expert e in layer l:
 
         a_le  its share of the layer's updates, |M_le| / sum_f |M_lf|  (Frobenius norms)
         h_e   how evenly it changes the model: entropy of |M_le|^2 over the layers, divided by log L
-        k_le  its compatibility: the mean over the others of (1 + cos(M_le, M_lf)) / 2
+        k_le  its compatibility: mean of (1 + cos(M_le, M_lf)) / 2 over the other experts
 
-    No product (D_out, D_in) is formed.  Pass the result to `merge(model, graft_weights(model))`.
+    No product (D_out, D_in) is computed.  Pass the result to merge: `merge(model, graft_weights(model))`.
 
     Args:
-        model: with experts in it, as merge takes it.
-        local: in [0, 1], between global (0) and local (1) signal.
+        model: a model with experts that merge supports.
+        local: in [0, 1]: interpolates between the global (0) and the local (1) signal.
         compatibility: exponent of k, at least 0; 0 ignores it.
         total: sum of each layer's coefficients.
     Returns:
-        {module path: (E,) fp64}; experts that change nothing get 0.
+        {module path: (E,) fp64}; experts with a zero update get 0.
     Raises:
-        ValueError: an option does not fit, or the model is not what merge takes.
+        ValueError: if an option is invalid, or merge does not support the model.
     Source:
         Graft (arXiv 2506.23940): "local functional attribution", "global information-theoretic signals" and
-        a compatibility score between experts.  Its abstract names these parts and not their formulas: a, h,
-        k and their product are this package's reading, and k compares updates where Graft compares
-        activations.
+        a compatibility score between experts.  The abstract gives no formulas: a, h, k and their product
+        are this package's interpretation, and k compares updates where Graft compares activations.
     """
     if not 0 <= local <= 1:
         raise ValueError(f"local: expected a number in [0, 1], got {brief(local)}")
@@ -52,7 +51,7 @@ def graft_weights(
     layers = mergeable_layers(model)
     counts = {layer.config.num_experts for layer in layers.values()}
     if len(counts) > 1:
-        raise ValueError(f"model: expected as many experts in each layer, got {sorted(counts)}")
+        raise ValueError(f"model: expected equally many experts per layer, got {sorted(counts)}")
     grams = {path: gram(layer) for path, layer in layers.items()}
     norms = torch.stack([G.diagonal().clamp(min=0).sqrt() for G in grams.values()])  # (L, E)
     spread = _spread(norms.square())  # (E,)
@@ -66,7 +65,7 @@ def graft_weights(
 
 
 def gram(layer: LoraMoeLinear) -> torch.Tensor:
-    """<M_e, M_f> of all pairs of experts' updates, (E, E), fp64 on the CPU."""
+    """Inner products <M_e, M_f> of all pairs of updates, (E, E), fp64 on the CPU."""
     config = layer.config
     ids = torch.arange(config.num_experts).repeat_interleave(torch.tensor(config.ranks))  # (R,)
     A, B = (t.detach().double().cpu() for t in (layer.lora_A, layer.lora_B))
@@ -77,7 +76,7 @@ def gram(layer: LoraMoeLinear) -> torch.Tensor:
 
 
 def _spread(energy):
-    """Entropy of each expert's energy (L, E) over the layers, 1 where it is even; 1 for one layer."""
+    """Normalized entropy over the layers of each expert's energy (L, E); 1 if uniform or L = 1."""
     if len(energy) == 1:
         return torch.ones_like(energy[0])
     p = energy / energy.sum(0).clamp(min=torch.finfo(energy.dtype).tiny)
@@ -85,7 +84,7 @@ def _spread(energy):
 
 
 def _compatibility(G, norm):
-    """(E,), in [0, 1]; of experts that change nothing it does not matter."""
+    """(E,), in [0, 1]; arbitrary for experts with a zero update."""
     E = len(norm)
     if E == 1:
         return torch.ones_like(norm)

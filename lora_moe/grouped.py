@@ -1,9 +1,9 @@
-"""Products of rows that are sorted by their expert with a weight per expert, the weights frozen.
+"""Grouped matrix products: rows sorted by expert times one frozen weight per expert.
 
     y_i = x_i W_e,   e = the expert of row i
 
-transformers' own grouped product does it (torch's where that serves), forward and backward.  Its backward
-is not taken: under torch.compile it would make the gradient of all experts' weights, wanted or not.
+Forward and backward call the grouped product of transformers (torch's if available).  Its own backward is
+not used, because under torch.compile it always computes the gradient of all experts' weights.
 
 Letters: T tokens, K picked experts per token, S = T K slots, E experts.
 """
@@ -14,7 +14,7 @@ import torch
 
 
 def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """x (S, D_in), weight (E, D_in, D_out) in any strides, ends (E,) int32: one past each expert's rows."""
+    """x (S, D_in), weight (E, D_in, D_out) (any strides), ends (E,) int32: end of each expert's rows."""
     x = x.to(weight.dtype)
     if weight.requires_grad and torch.is_grad_enabled():
         return _grouped_mm(x, weight, ends)
@@ -22,7 +22,7 @@ def grouped_linear(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) ->
 
 
 def _grouped_mm(x, weight, ends):
-    from transformers.integrations import moe  # whoever has such experts has it
+    from transformers.integrations import moe  # installed if a model has such experts
 
     return moe._grouped_mm(x, weight, ends)
 
@@ -40,10 +40,10 @@ class _Grouped(torch.autograd.Function):
 
 
 class SortTokens(torch.autograd.Function):
-    """x (T, D) -> (S, D): each token once per slot, in the order of the experts.
+    """x (T, D) -> (S, D): each token once per slot, sorted by expert.
 
-    order (S,) are the slots sorted by expert, place (S,) its inverse.  The backward gathers and sums K rows,
-    in one order: index_add_ would do it by atomics.
+    order (S,) lists the slots sorted by expert, and place (S,) is its inverse.  The backward gathers and sums
+    K rows in a fixed order, where index_add_ would use atomics.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class SortTokens(torch.autograd.Function):
 
 
 class Unsort(torch.autograd.Function):
-    """(S, D), sorted by expert -> (S, D), slot by slot."""
+    """(S, D) sorted by expert -> (S, D) in slot order."""
 
     @staticmethod
     def forward(ctx, y, order, place):

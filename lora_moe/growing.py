@@ -1,4 +1,4 @@
-"""More experts in a model that has some: the old ones and what decides about them keep their bits.
+"""grow: adds experts to a model that has experts, leaving the old ones bitwise unchanged.
 
 Letters: E experts, R rank rows of all experts together, D_in and D_out the linear's sizes.
 """
@@ -22,7 +22,7 @@ from .sharded import is_sharded, is_stepped_by_zero, unwrapped
 from .steering import layers_of
 from .tensors import adapter_tensors, component_specs
 
-# the logit of an expert that no router picks: its softmax is 0 exactly, and fp16 holds it
+# logit of an expert that is never picked: its softmax is exactly 0, and fp16 can represent it
 NEVER = -6e4
 
 
@@ -34,42 +34,42 @@ def grow(
     router: str = "fresh",
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Add n experts E, ..., E + n - 1 to every layer; they start with a zero lora_B and so add nothing.
+    """Add n experts E, ..., E + n - 1 to every layer; their lora_B is zero, so they add nothing at first.
 
-    Rows of the old experts and of their routers keep their bits, as do outputs where the caller decides
-    for old experts (`use_routing`).  Ranks and alphas of the new ones are those of the last old one.  top_k
-    stays, but a dense mixture of a token router (top_k = E > 1) stays dense.  Frozen experts stay frozen.
+    Rows of the old experts and their routers are bitwise unchanged, as are outputs with a routing override
+    that uses old experts only (`use_routing`).  New experts have the rank and alpha of the last old one.
+    top_k is kept, except that a dense token router (top_k = E > 1) stays dense.  Frozen experts stay frozen.
 
-    Who sees the new experts:
+    Effect on the routing:
 
-        token and sequence routers   with router="fresh" rows drawn as inject does, so that decisions for old
-                                     tokens may change; with "keep" none are ever picked, and old
-                                     decisions stay: the new experts are reached by use_routing only
-        a router for each task       none of those made so far (PerTaskRouter, TaskRouter)
-        UniversalRouter              n new tasks
-        TaskRouter(table="expert")   n new tasks, where there was one for each expert
-        any other router             with "fresh", tensors with E rows or columns get n more, and
+        token and sequence routers   router="fresh": new rows are initialized as in inject, so decisions for
+                                     old tokens may change.  "keep": decisions stay the same, and only
+                                     use_routing reaches the new experts
+        PerTaskRouter, TaskRouter    existing tasks do not use the new experts
+        UniversalRouter              gets n new tasks
+        TaskRouter(table="expert")   gets n new tasks if there was one per expert
+        any other router             "fresh" only: tensors with E rows or columns get n more, and
                                      decisions may change
 
-    "keep" gives the routers a bias (router_bias) of -60,000, times the temperature if that is above 1, at the
-    new experts and zero at the old ones.  It is a parameter like any other, saved with the adapter; set its
-    rows to 0 to let the router at the new experts.  The balance loss counts them from then on as idle.
+    "keep" adds a bias (router_bias) of -60,000, times the temperature if that is above 1, for the new
+    experts and zero for the old ones.  It is an ordinary parameter that is saved with the adapter; set the
+    new experts' entries to 0 to let the router pick them.  The balance loss counts them as idle.
 
-    Parameters that grow are new objects.  An optimizer that was made before holds the old ones: pass it, and
-    it gets the new ones in their place, with its state of the old rows and zeros for the new.  One that is
-    not passed raises RuntimeError at its next step instead of training what is gone.
+    Parameters that grow are new objects, while existing optimizers hold the old ones.  Pass the optimizer to
+    replace its parameters; its state is kept for old rows and zero for new ones.  An optimizer that is not
+    passed raises RuntimeError at its next step.
 
     Args:
-        model: with experts of inject in it, not wrapped and not sharded; wrap it afterwards.
-        n: at least 1.
+        model: a model with experts from inject, neither wrapped nor sharded; wrap it afterwards.
+        n: number of new experts, at least 1.
         router: "fresh" or "keep".
-        optimizer: of torch.optim, or one whose state per parameter has the parameter's shape.
+        optimizer: from torch.optim, or any whose state per parameter has the parameter's shape.
     Returns:
         The same model.
     Raises:
-        ValueError: the model is wrapped, sharded, PEFT's or has no experts; n does not fit (see
-            LoraMoeConfig); another router cannot keep its decisions; the optimizer's state cannot
-            grow; inside a use_routing block.  Nothing is changed.
+        ValueError: if the model is wrapped, sharded, a PEFT model or without experts; n is invalid (see
+            LoraMoeConfig); the router does not support "keep"; the optimizer's state cannot grow; or
+            inside a use_routing block.  Nothing is changed.
     """
     if router not in ("fresh", "keep"):
         raise ValueError(f"router: expected 'fresh' or 'keep', got {brief(router)}")
@@ -98,36 +98,36 @@ def grow(
 def _layers(model) -> dict[str, LoraMoeLinear]:
     if unwrapped(model) is not model:
         raise ValueError(
-            f"model: expected the plain model, got {type(model).__name__} around it, which knows only the"
-            " parameters that were there: grow what is inside, then wrap it anew"
+            f"model: expected the unwrapped model, got a {type(model).__name__}, which keeps references to"
+            " the old parameters: grow the inner model, then wrap it again"
         )
     layers, problems = layers_of(model), []
     for path, layer in layers.items():
         held = layer.adapter_state().values()
         if layer.adapter_name is not None:
             problems.append(
-                f"{path}: PEFT's adapter, whose number of experts PEFT's configuration says"
+                f"{path}: a PEFT adapter, whose number of experts is set in PEFT's configuration"
             )
         elif any(is_sharded(t) or is_stepped_by_zero(t) for t in held):
-            problems.append(f"{path}: sharded parameters: save the adapter, grow it on one process")
+            problems.append(f"{path}: sharded parameters: save the adapter, grow in one process")
         elif any(name not in layer._parameters | layer._buffers for name in layer.names):
-            problems.append(f"{path}: pruned or parametrized tensors: make them plain first")
+            problems.append(f"{path}: pruned or parametrized tensors: remove these first")
         elif layer.config.target_parameters:
-            problems.append(f"{path}: the model's own experts, whose number the model decides")
+            problems.append(f"{path}: the model's own experts, whose number is fixed")
         elif layer.config.placement == FFN:
-            problems.append(f"{path}: experts that are whole FFNs, which grow does not know")
+            problems.append(f"{path}: experts that are FFNs, which grow does not support")
         elif layer in thread.decisions:
-            problems.append(f"{path}: a use_routing block around the call: grow outside of it")
+            problems.append(f"{path}: inside a use_routing block: call grow outside of it")
     raise_all("model: expected layers that can grow", problems)
     return layers
 
 
 class _Growth:
-    """What becomes of one layer; nothing changes before apply().
+    """The planned growth of one layer; nothing changes before apply().
 
     Attributes:
-        tensors: {name: tensor} of the layer afterwards; those that stay are the same objects.
-        made: names of tensors that it did not have.
+        tensors: {name: tensor} of the grown layer; unchanged tensors are the same objects.
+        made: names of the tensors that are new.
     """
 
     def __init__(self, path, layer, n, keep):
@@ -142,13 +142,13 @@ class _Growth:
         lost = set(layer.names) - set(like)
         if lost:
             raise ValueError(
-                f"{path}: expected tensors that grow, got {sorted(lost)} that would go"
+                f"{path}: expected tensors that can grow, got {sorted(lost)}, which would be lost"
             )
         self.made = {name for name in like if name not in layer.names}
         self.tensors = {name: self._tensor(path, name, t) for name, t in like.items()}
 
     def replaced(self) -> dict[nn.Parameter, nn.Parameter]:
-        """{old parameter: the one in its place}"""
+        """{old parameter: new parameter}"""
         pairs = ((getattr(self.layer, name, None), new) for name, new in self.tensors.items())
         return {old: new for old, new in pairs if isinstance(old, nn.Parameter) and new is not old}
 
@@ -188,7 +188,7 @@ class _Growth:
                 return router
         if self.keep:
             raise ValueError(
-                f"router: expected 'fresh' for a {type(router).__name__}, whose logits are not known here,"
+                f"router: expected 'fresh' for a {type(router).__name__}, whose logits grow cannot mask,"
                 " got 'keep'"
             )
         return router
@@ -203,8 +203,8 @@ class _Growth:
         if old is not None:
             if any(a != b and (a, b) not in self._sizes() for a, b in zip(old.shape, new.shape)):
                 raise ValueError(
-                    f"{path}: {name}: expected a tensor with one row or column for each expert, got"
-                    f" {tuple(old.shape)} that becomes {tuple(new.shape)}"
+                    f"{path}: {name}: expected a tensor with one row or column per expert, got"
+                    f" {tuple(old.shape)}, which becomes {tuple(new.shape)}"
                 )
             new[tuple(slice(size) for size in old.shape)] = old
         if name in self.specs and not self.specs[name].trains:
@@ -216,7 +216,7 @@ class _Growth:
         return (self.E, self.E + self.n), (sum(self.layer.config.ranks), sum(self.config.ranks))
 
     def _start(self, name, new):
-        """Values of all rows, of which the old ones are then put back."""
+        """Initialize all rows; the caller then restores the old ones."""
         if name == "lora_A":
             nn.init.kaiming_uniform_(new, a=math.sqrt(5))
         elif name == "lora_B":
@@ -227,7 +227,7 @@ class _Growth:
                 new[..., self.E :] = value
 
     def _unseen(self, name):
-        """What a tensor with a column for each expert says of one that is not to be picked, if it does."""
+        """The tensor's entry for an expert that must not be picked, or None."""
         never = NEVER * max(1.0, self.config.temperature)
         if name in ("router_bias", "selection_bias"):
             return never if self.keep else None
@@ -244,7 +244,7 @@ def _decides_by_token(router):
 
 
 def _padded(decision, n):
-    """A caller's decision among n more experts: none of the new ones."""
+    """A routing override for n more experts, which it does not use."""
     if decision is None:
         return None
     return decision._replace(counts=torch.cat([decision.counts, decision.counts.new_zeros(n)]))

@@ -1,8 +1,8 @@
-"""A picture of where tokens went over a training run: one heat map per expert, layers by time.
+"""Plots expert load over a training run: one heat map per expert, layers by time.
 
-Layers of a kind (q_proj of every block, say) lie together, the first block on top.  Color is the expert's
-load over the mean load of its layer, on a logarithmic scale: white is 1, balanced; red takes more than its
-share; blue less, down to the darkest where it is dead.
+Layers of one kind (such as q_proj of every block) are grouped, the first block on top.  Color is the expert's
+load divided by its layer's mean load, on a logarithmic scale: white is 1, balanced; red is overloaded; blue
+is underloaded, and the darkest blue is dead.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from .history import History
 MAX_PANELS = 32
 COLUMNS = 8
 MAX_LABELS = 32
-FLOOR = 1 / 16  # of the color scale; a dead expert is below it
+FLOOR = 1 / 16  # of the color scale; dead experts are below it
 
 
 def draw(history: History, path: str | os.PathLike) -> Path:
     """Write a PNG of the history.
 
     Raises:
-        ImportError: matplotlib is missing.
-        ValueError: the history is empty.
+        ImportError: if matplotlib is not installed.
+        ValueError: if the history is empty.
     """
     try:
         from matplotlib.figure import Figure  # no pyplot: neither a display nor global state
     except ImportError as error:
-        raise ImportError("a picture needs matplotlib: pip install matplotlib") from error
+        raise ImportError("plotting requires matplotlib; run pip install matplotlib") from error
     if not history.steps:
         raise ValueError("history: expected at least one step, got none")
-    names = sorted(history.experts, key=_kind)  # stable: within a kind the model's own order
+    names = sorted(history.experts, key=_kind)  # stable: keeps the model's order within a kind
     loads = _relative_loads(history, names)  # (layers, steps, experts)
     experts = _shown(loads)
     columns = min(COLUMNS, len(experts))
@@ -53,12 +53,12 @@ def draw(history: History, path: str | os.PathLike) -> Path:
 
 
 def _kind(name):
-    """What layers of different blocks have in common."""
+    """The module path without block numbers."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", "", name)
 
 
 def _relative_loads(history, names):
-    """(layers, steps, experts) load over the layer's mean, NaN where there is no such expert or step."""
+    """(layers, steps, experts) load divided by the layer's mean; NaN if there is no such expert or step."""
     widest = max(history.experts.values())
     loads = np.full((len(names), len(history.steps), widest), np.nan)
     for i, name in enumerate(names):
@@ -68,7 +68,7 @@ def _relative_loads(history, names):
 
 
 def _shown(loads):
-    """All experts, or the MAX_PANELS of them that are furthest from balance at some time."""
+    """All experts, or the MAX_PANELS with the highest peak load."""
     count = loads.shape[2]
     if count <= MAX_PANELS:
         return list(range(count))
@@ -118,7 +118,7 @@ def _time_axis(axis, steps):
 
 
 def _layer_axis(axis, names, labeled):
-    """Each layer by name while there is room, else each kind, with lines between them."""
+    """Label each layer if there is room, else each kind, with lines between kinds."""
     labels = _short(names)
     at = list(range(len(names)))
     if len(names) > MAX_LABELS:
@@ -137,7 +137,7 @@ def _layer_axis(axis, names, labeled):
 
 
 def _short(names):
-    """Module paths without the parts that all of them begin with."""
+    """Module paths without their common prefix."""
     parts = [name.split(".") for name in names]
     shared = 0
     while len(names) > 1 and all(p[: shared + 1] == parts[0][: shared + 1] for p in parts):
@@ -146,7 +146,7 @@ def _short(names):
 
 
 def _worst(loads):
-    """(layers, steps) load of the busiest expert over the mean."""
+    """(layers, steps) load of the busiest expert, divided by the mean."""
     return np.nan_to_num(np.nanmax(np.where(np.isnan(loads), -np.inf, loads), axis=2), neginf=0.0)
 
 

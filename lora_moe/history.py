@@ -1,10 +1,10 @@
-"""The load of every expert over a training run, as a small JSON file beside the adapter.
+"""The load of every expert over a training run, stored as a small JSON file next to the adapter.
 
     {"version": 1, "experts": {module path: E}, "steps": [step, ...],
      "load": {module path: [[share of the slots, ...E], ... one per step]}}
 
-A layer that did not run at a step has an empty row.  At most MAX_STEPS entries are kept: when there are
-more, every second one goes, so that a long run keeps its whole course.  The file is untrusted.
+A layer that did not run at a step has an empty row.  Above MAX_STEPS entries, every second one is dropped,
+so that a long run is still covered from start to end.  The file is untrusted.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class History:
         self.load_of: dict[str, list[list[float]]] = {name: [] for name in experts}
 
     def append(self, step: int, loads: dict[str, list[float]]) -> None:
-        """Note the loads (E,) of the layers that ran."""
-        while self.steps and self.steps[-1] >= step:  # a run that went back to a checkpoint
+        """Record the loads (E,) of the layers that ran."""
+        while self.steps and self.steps[-1] >= step:  # the run resumed from a checkpoint
             self._drop(slice(-1, None))
         self.steps.append(int(step))
         for name, rows in self.load_of.items():
@@ -44,7 +44,7 @@ class History:
             del rows[which]
 
     def save(self, directory: str | os.PathLike) -> Path:
-        """Write directory/router_history.json, all or nothing."""
+        """Write directory/router_history.json atomically."""
         path = Path(directory) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"experts": self.experts, "steps": self.steps, "load": self.load_of}
@@ -57,15 +57,15 @@ class History:
         """Read what save wrote.
 
         Raises:
-            FileNotFoundError: there is none, unless missing_ok: then None is returned.
-            ValueError: the file is no history.
+            FileNotFoundError: if the file is missing; with missing_ok, returns None instead.
+            ValueError: if the file is not a history.
         """
         path = Path(directory) / FILE_NAME
         if not os.path.lexists(path):
             if missing_ok:
                 return None
             raise FileNotFoundError(
-                f"{directory}: expected {FILE_NAME} in it, as LoraMoeTrainer writes it beside an"
+                f"{directory}: expected {FILE_NAME} in it, which LoraMoeTrainer writes next to an"
                 " adapter, got none"
             )
         with safefile.open_regular(path) as file:
@@ -81,14 +81,14 @@ class History:
             raise ValueError(f"{name}: expected a router history of version 1, got something else")
         experts, steps, load = content["experts"], content["steps"], content["load"]
         if not isinstance(experts, dict) or not all(map(_is_count, experts.values())):
-            raise ValueError(f"{name}: expected a number of experts for each module path")
+            raise ValueError(f"{name}: expected the number of experts of each module path")
         if not isinstance(steps, list) or not all(type(s) is int for s in steps):
-            raise ValueError(f"{name}: expected whole numbers as steps")
+            raise ValueError(f"{name}: expected integer steps")
         if not isinstance(load, dict) or load.keys() != experts.keys():
-            raise ValueError(f"{name}: expected loads of the same module paths")
+            raise ValueError(f"{name}: expected load to have the same module paths as experts")
         for path, rows in load.items():
             if not isinstance(rows, list) or len(rows) != len(steps):
-                raise ValueError(f"{name}: expected a row per step for {path!a}"[:300])
+                raise ValueError(f"{name}: expected one row per step for {path!a}"[:300])
             if not all(_is_row(row, experts[path]) for row in rows):
                 raise ValueError(f"{name}: expected shares in [0, 1] for {path!a}"[:300])
         history = cls(experts)

@@ -1,6 +1,6 @@
-"""Mixtures of LoRA experts into a model's linear modules, and out again.
+"""inject and remove: replace a model's modules by mixtures of LoRA experts, and restore them.
 
-Modules are replaced by object, not by name: what a model shares under two names stays shared.
+Modules are replaced by identity, not by name: a module that is shared under two names stays shared.
 """
 
 from __future__ import annotations
@@ -28,35 +28,35 @@ _log = logging.getLogger(__name__)
 def inject(
     model: nn.Module, config: LoraMoeConfig | Sequence[LoraMoeConfig], *, freeze: bool = True
 ) -> nn.Module:
-    """Replace the modules that config.target_modules names by LoraMoeLinear, in place.
+    """Replace the modules that match config.target_modules by LoraMoeLinear, in place.
 
-    With config.target_parameters these are a MoE model's own fused experts, and become LoraMoeExperts; with
-    placement="ffn" whole FFNs, which become LoraMoeMLP.
+    With config.target_parameters, a MoE model's own fused experts become LoraMoeExperts; with
+    placement="ffn", FFNs become LoraMoeMLP.
 
-    A module that is known under several names becomes one adapter under all of them; it is left
-    alone if any of its names is excluded.  What is not named stays the same object, tied weights
-    stay tied.  May be called again with another configuration for other modules.
+    A module that has several names is replaced by one layer under all of them, and is skipped if any
+    of its names is excluded.  Other modules stay the same objects, and tied weights stay tied.
+    Can be called again with another configuration for other modules.
 
     Args:
-        model: any nn.Module, as a whole: the models of transformers in it, or it itself, are given a
-            save_pretrained that keeps the base's names and a generate that knows of beams; a model around
-            it is not.
-        config: what to build, and where (see LoraMoeConfig); or several, each with modules of its own;
-            or what a preset makes of adapters= (see presets.Adapters).
-        freeze: set requires_grad to False on every parameter that belongs to no adapter.
+        model: the outermost nn.Module.  If it is or contains transformers models, their save_pretrained
+            then keeps the base's names and their generate supports beams; a model that contains
+            `model` is not changed.
+        config: what to build, and where (see LoraMoeConfig); or several, for disjoint sets of modules;
+            or the result of a preset with adapters= (see presets.Adapters).
+        freeze: set requires_grad to False on every parameter that does not belong to an adapter.
     Returns:
-        The same model; `injected(model)` tells what was replaced.
+        The same model; `injected(model)` returns the new layers.
     Raises:
-        ValueError: nothing matches (the message lists linear modules), a match cannot take experts
-            (the message says why; see docs/targets.md), two configurations name one module, or the model
-            is wrapped or sharded already (DDP, FSDP, DeepSpeed).  The model is unchanged.
+        ValueError: if nothing matches (the message lists linear modules), a match is not supported (the
+            message gives the reason; see docs/targets.md), two configurations match one module, or the
+            model is already wrapped or sharded (DDP, FSDP, DeepSpeed).  The model is unchanged.
     Warns:
-        UserWarning: a name matches no module, or a parent calls a match in some branches only.
+        UserWarning: if a name matches no module, or a parent bypasses a match in some branches.
     """
     expect_no_wrapper(model)
     if hasattr(config, "into"):
         if not freeze:
-            raise ValueError("freeze: expected True with adapters=, which trains routers alone")
+            raise ValueError("freeze: expected True with adapters=, which trains only routers")
         return config.into(model)
     configs = [config] if isinstance(config, LoraMoeConfig) else list(config)
     saved: dict[str, nn.Module] = {}
@@ -82,7 +82,7 @@ def inject(
 
 
 def _targets(model, config) -> dict[str, tuple[nn.Module, LoraMoeConfig]]:
-    """{path: (module, configuration of its layer)} of what a configuration names."""
+    """{path: (module, configuration of its layer)} of the modules that match a configuration."""
     if config.target_parameters:
         return experts_of(model, config)
     if config.placement == FFN:
@@ -91,14 +91,14 @@ def _targets(model, config) -> dict[str, tuple[nn.Module, LoraMoeConfig]]:
 
 
 def layer_around(base: nn.Module, config: LoraMoeConfig) -> LoraMoeLayer:
-    """A layer of the kind that the configuration asks for."""
+    """The layer that the configuration requires, around `base`."""
     if config.target_parameters:
         return LoraMoeExperts(base, config)
     return (LoraMoeMLP if config.placement == FFN else LoraMoeLinear)(base, config)
 
 
 def _without(found, saved, config):
-    """The targets outside of modules that train as a whole; a name that says both is refused."""
+    """The targets outside of modules_to_save; raises if a named target is inside of one."""
     whole = {inner for module in saved.values() for inner in module.modules()}
     both = [path for path, module in found.items() if module in whole]
     if both and not is_all_linear(config.target_modules):
@@ -107,22 +107,22 @@ def _without(found, saved, config):
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Put the base modules back and drop the experts; what was frozen stays frozen.
+    """Restore the base modules and drop the experts; frozen parameters stay frozen.
 
     Args:
-        model: with experts in it.
+        model: a model with experts.
     Returns:
         The same model.
     Raises:
-        ValueError: the model has no experts, or is itself the one LoraMoeLinear.
+        ValueError: if the model has no experts or PEFT's, or is itself a LoraMoeLinear.
     """
     if isinstance(model, LoraMoeLayer):
         kind = type(model).__name__
-        raise ValueError(f"model: expected a module that holds {kind}, got one; take base_layer")
+        raise ValueError(f"model: expected a module around a {kind}, got one; use its base_layer")
     layers = layers_of(model)
     if any(layer.adapter_name is not None for layer in layers.values()):
         raise ValueError(
-            "model: expected experts of inject, got PEFT's; call the PEFT model's unload()"
+            "model: expected experts from inject, got PEFT's; call the PEFT model's unload()"
         )
     for layer in layers.values():
         layer.release()
@@ -135,7 +135,7 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 def place(model: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
-    """Put replacement[m] wherever the model holds m, under all of its names."""
+    """Replace every module m of the model by replacement[m], under all of its names."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() hides second names
             if child is not None and child in replacement:
@@ -143,7 +143,7 @@ def place(model: nn.Module, replacement: Mapping[nn.Module, nn.Module]) -> None:
 
 
 def settle(model: nn.Module, layers: Iterable[LoraMoeLayer], freeze: bool = True) -> None:
-    """Put layers in the place of their bases, with all that a model with experts has around them."""
+    """Replace the bases by the layers, attach hooks and wrappers, and freeze the base."""
     place(model, {layer.base_layer: layer for layer in layers})
     attach(model)
     if freeze:
@@ -151,7 +151,7 @@ def settle(model: nn.Module, layers: Iterable[LoraMoeLayer], freeze: bool = True
 
 
 def freeze_base(model: nn.Module) -> None:
-    """requires_grad = False on every parameter that belongs to no adapter and to no modules_to_save."""
+    """Set requires_grad to False on parameters outside of adapters and modules_to_save."""
     layers = injected(model).values()
     kept = {p for layer in layers for p in layer.parameters(recurse=False)}
     for names in {layer.config.modules_to_save for layer in layers}:
@@ -163,11 +163,11 @@ def freeze_base(model: nn.Module) -> None:
 
 
 def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Module]:
-    """{path: module} of the modules that train as a whole: path is a name or ends in "." + name.
+    """{path: module} of the fully trained modules: path is a name or ends in "." + name.
 
     Raises:
-        ValueError: a name matches nothing, or a module that holds or is a LoraMoeLinear, or one with
-            extra state, which no adapter can hold.
+        ValueError: if a name matches nothing, a module that is or contains a LoraMoeLinear, or a module
+            with extra state, which an adapter cannot store.
     """
     found: dict[str, nn.Module] = {}
     for name in names:
@@ -183,7 +183,7 @@ def modules_to_save(model: nn.Module, names: tuple[str, ...]) -> dict[str, nn.Mo
         for path, module in matches.items():
             if stateful := [m for m in module.modules() if _has_extra_state(m)]:
                 raise ValueError(
-                    f"modules_to_save: expected modules whose state is tensors, got {path} with a"
+                    f"modules_to_save: expected modules whose state is tensors only, got {path} with a"
                     f" {type(stateful[0]).__name__}, which has extra state (get_extra_state)"
                 )
         found |= matches

@@ -1,13 +1,12 @@
-"""Adapters on disk: one safetensors file that holds configuration and weights.
+"""save_adapter and load_adapter: configuration and weights in one safetensors file.
 
     lora_moe.safetensors
-        tensors   <module path>.{lora_A, lora_B, router.weight, router.bias, router.selection_bias}, and what
-                  else a router or middle has, modules_to_save.<path> of what trains as a whole
+        tensors   <module path>.{lora_A, lora_B, router.weight, router.bias, router.selection_bias}, other
+                  tensors of routers and middles, and modules_to_save.<path> of fully trained modules
         metadata  {"format": "pt", "lora_moe": description as in adapter_file.py}
 
-It is one file, so that no kill in the middle of a save leaves a pair that does not match.  A file
-is untrusted: its keys, shapes and dtypes must be those that the model decides, and the model
-changes last or not at all.
+With a single file, an interrupted save cannot leave configuration and weights that do not match.  Files are
+untrusted: keys, shapes and dtypes must match the model, and the model is changed only after all checks.
 """
 
 from __future__ import annotations
@@ -38,29 +37,29 @@ def save_adapter(
 ) -> Path:
     """Write the model's experts, routers and configurations to directory/lora_moe.safetensors.
 
-    All or nothing: after a crash or on a full disk an older file is intact.  The base's weights are
-    not in it; modules_to_save and which experts are frozen are.  A README.md beside it, written only where
-    there is none, is a model card to be filled in.  Wrappers of the model (DDP, FSDP,
-    torch.compile, DeepSpeed's engine) leave no trace in the file.
+    The write is atomic: a crash or a full disk leaves an older file intact.  The file includes
+    modules_to_save and the ids of frozen experts, but not the base's weights.  A model card template is
+    written to README.md unless that file exists.  Wrappers (DDP, FSDP, torch.compile, DeepSpeed's
+    engine) do not affect the file.
 
-    In a distributed run one process writes, rank 0 (of the shards' mesh), and the others return.  Only
-    where parameters are sharded (FSDP, ZeRO-3) is it a collective that every rank must call; it then
-    returns when the file is there, and raises on every rank if it cannot be written.
+    In a distributed run only rank 0 (of the shards' mesh) writes, and the others return at once.  With
+    sharded parameters (FSDP, ZeRO-3) the call is collective: every rank must make it; all return when
+    the file is complete, and all raise if it cannot be written.
 
     Args:
-        model: with experts in it (see inject).
-        directory: made if it does not exist.
-        state_dict: the model's whole state, gathered already, as accelerate's get_state_dict gives it on
-            rank 0: its values are written in place of the model's, and no process waits for another.
+        model: a model with experts (see inject).
+        directory: created if it does not exist.
+        state_dict: the model's full, gathered state, as from accelerate's get_state_dict on rank 0.
+            It is written instead of the model's values, without synchronizing the processes.
     Returns:
         The file's path.
     Raises:
-        ValueError: the model has no experts, a tensor holds NaN or infinite values or is not of the
-            layer's shape, state_dict lacks one, or there are more modules than a header holds.
-        OSError: the file cannot be written, or `directory` is the path of the file itself.
-        RuntimeError: on the other ranks of a collective, if the one that writes raised.
+        ValueError: if the model has no experts, a tensor has NaN or infinite values or another shape
+            than the layer's, state_dict lacks a tensor, or there are too many modules for the header.
+        OSError: if the file cannot be written, or `directory` is the path of the file itself.
+        RuntimeError: on the other ranks of a collective call if the writing rank raised.
     Warns:
-        UserWarning: a parameter trains but is neither an adapter's nor in modules_to_save.
+        UserWarning: if a trainable parameter is in no adapter and not in modules_to_save.
     """
     whole, model = model, sharded.unwrapped(model)
     layers = state.layers_by_path(model)
@@ -94,40 +93,39 @@ def load_adapter(
     revision: str | None = None,
     adapter_dtype: str | torch.dtype | None = None,
 ) -> nn.Module:
-    """Read what save_adapter wrote, or what PEFT wrote of a lora_moe.peft adapter, or of a LoRA with
+    """Load an adapter saved by save_adapter, or by PEFT for a lora_moe.peft adapter or a LoRA with
     target_parameters.
 
-    The model is one without experts, or one that has the same experts.
-    A model without experts gets them at the saved paths and its own parameters are frozen, as by
-    inject().  A model with experts must have them at exactly these paths, and keeps its
-    configurations, which may differ in dropout, dtype, module patterns and coefficients only.  The
-    model decides the dtypes; sharded experts are filled on every rank, each from the file.
+    A model without experts gets them at the saved paths, and its own parameters are frozen, as in
+    inject().  A model with experts must have them at exactly these paths.  It keeps its
+    configurations, which may differ only in dropout, dtype, module patterns and coefficients.  The
+    model determines the dtypes; every rank reads sharded experts from the file.
 
     Args:
         model: as above.
-        directory: holds lora_moe.safetensors, or PEFT's adapter_model.safetensors and
-            adapter_config.json, regular files; or "owner/name" of a repository of the hub, where no
-            directory is called so.
-        revision: of a repository: a branch, tag or commit.
-        adapter_dtype: of lora_A and lora_B in a model without experts, in place of the saved choice; see
-            LoraMoeConfig.
+        directory: contains lora_moe.safetensors, or PEFT's adapter_model.safetensors and
+            adapter_config.json, as regular files; or "owner/name" of a Hugging Face Hub repository if
+            there is no such path.
+        revision: branch, tag or commit of a repository.
+        adapter_dtype: dtype of lora_A and lora_B in a model without experts, overriding the saved one;
+            see LoraMoeConfig.
     Returns:
         The same model.
     Raises:
-        ValueError: the file is no adapter, is damaged, does not fit the model (every misfit is
-            listed), or holds NaN or infinite values; or the model's weights are on the meta device.
+        ValueError: if the file is not an adapter, is damaged, does not fit the model (every problem is
+            listed) or has NaN or infinite values; or if the model's weights are on the meta device.
             The model is unchanged.
-        OSError: the file is missing or cannot be read.
+        OSError: if the file is missing or cannot be read.
     Warns:
-        UserWarning: the file has no values for some of the model's modules_to_save.
+        UserWarning: if the file has no values for some of the model's modules_to_save.
     """
     whole, model = model, sharded.unwrapped(model)
     layers = state.layers_by_path(model)
     if _has_own_experts(directory, revision):
         if layers:
             raise ValueError(
-                "model: expected one without experts for a folder of PEFT with target_parameters, got"
-                f" {len(layers)} layers that have some"
+                "model: expected a model without experts for a PEFT adapter with target_parameters, got one"
+                f" with {len(layers)} layers of experts"
             )
         return with_own_experts(whole, directory, revision, adapter_dtype)
     if not layers:
@@ -138,7 +136,7 @@ def load_adapter(
 
 
 def _has_own_experts(source, revision):
-    """Whether it is PEFT's own LoRA on fused experts."""
+    """Whether it is a PEFT LoRA on fused experts."""
     found = locate.find(source, ((FILE_NAME,), peft_format.FILES), revision)
     config = peft_format.read_config(found[1]) if found and found[1:] else {}
     return config.get("peft_type") == "LORA" and bool(config.get("target_parameters"))
@@ -161,11 +159,11 @@ def _load(model, layers, source, adapter_dtype):
     own = state.keyed(layers)
     if any(t.device.type == "meta" for t in own.values()):
         raise ValueError(
-            "model: expected weights on a device, got experts on meta, whose values would be lost;"
-            " load the base's weights first, then the adapter"
+            "model: expected weights on a device, got the meta device; load the base's weights first,"
+            " then the adapter"
         )
     for key, tensor in own.items():
-        sharded.fill(tensor, values.pop(key))  # freed one by one
+        sharded.fill(tensor, values.pop(key))  # pop frees the tensors one by one
     for path, ids in frozen_of(info).items():
         layers[path].frozen = ids
     if adapters:
@@ -184,22 +182,22 @@ def _tell_not_in_file(model, layers, info):
     if left:
         warnings.warn(
             f"load_adapter: {', '.join(left[:6])}{' ...' if left[6:] else ''} ({len(left)} in all) of"
-            " modules_to_save are not in the file, and keep the values that they have",
+            " modules_to_save are not in the file and keep their current values",
             stacklevel=4,
         )
 
 
 def adapter_info(directory: str | os.PathLike, *, revision: str | None = None) -> dict:
-    """What a saved adapter says of itself; no tensor is read.
+    """Configurations, module paths and tensor shapes of a saved adapter; reads only the header.
 
     Args:
-        directory, revision: as load_adapter.
+        directory, revision: as in load_adapter.
     Returns:
         {"version": 2, "library": str, "tensors": {key: safefile.Slice},
         "adapters": [{"config": LoraMoeConfig, "modules": [module path, ...], "frozen": [id, ...]}, ...],
         "modules_to_save": [module path, ...]}
     Raises:
-        ValueError, OSError: as load_adapter.
+        ValueError, OSError: as in load_adapter.
     """
     file, described = open_adapter(directory, revision)
     with file:
@@ -207,19 +205,19 @@ def adapter_info(directory: str | os.PathLike, *, revision: str | None = None) -
 
 
 def open_adapter(source, revision):
-    """The file of tensors, and PEFT's adapter_config.json where PEFT wrote it."""
+    """The open tensor file, and the path of adapter_config.json if PEFT saved it, else None."""
     found = locate.find(source, ((FILE_NAME,), peft_format.FILES), revision)
     if found is not None:
         return safefile.open_regular(found[0]), *(found[1:] or (None,))
     directory = Path(source)
     if directory.is_file():
-        safefile.open_regular(directory).close()  # says what is wrong with a pickle
+        safefile.open_regular(directory).close()  # raises for a pickle
     found = sorted(os.listdir(directory))[:20] if directory.is_dir() else "no directory"
     hint = ""
     if directory.is_file():
         hint = f"; pass the directory, {str(directory.parent)!r}"
     elif "adapter_config.json" in found:
-        hint = "; this is an adapter of PEFT without adapter_model.safetensors, for PEFT alone"
+        hint = "; this PEFT adapter has no adapter_model.safetensors; load it with PEFT"
     raise FileNotFoundError(f"{directory}: expected {FILE_NAME} in it, found {found}{hint}")
 
 
@@ -231,7 +229,7 @@ def _tell_unsaved(model, layers):
     if lost:
         warnings.warn(
             f"save_adapter: {', '.join(lost[:6])}{' ...' if lost[6:] else ''} ({len(lost)} in all)"
-            " train but are not saved: name their modules in LoraMoeConfig(modules_to_save=), or set"
+            " are trainable but not saved: name their modules in LoraMoeConfig(modules_to_save=), or set"
             " requires_grad to False",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""LoraMoeLinear: a frozen linear map plus a mixture of LoRA experts, in place of nn.Linear.
+"""LoraMoeLinear: a frozen linear layer plus a mixture of LoRA experts, in place of nn.Linear.
 
     y_t = W0 x_t + b + sum over e in topk(router(x_t)) of  g_te * s_e * B_e A_e x_t
 
@@ -33,34 +33,34 @@ TENSORS = ("lora_A", "lora_B", "router_weight", "router_bias", "selection_bias")
 
 
 class LoraMoeLinear(LoraMoeLayer):
-    """A drop-in for `base`: its own forward, plus the experts.
+    """A drop-in replacement for `base` that adds the experts to its output.
 
         y_t = base(x_t) + sum over e in topk(router(x_t)) of  g_te * s_e * B_e A_e x_t
 
-    Parameters are lora_A (R, D_in), or (r, D_in) with shared_a; lora_B (R, D_out), whose row r
-    pairs with row r of lora_A; router_weight (E, D_in); and router_bias (E,) if the configuration
-    asks for it, as it may for a buffer selection_bias (E,).  A router or middle of the configuration
-    brings its own in place of the router's.  The router is fp32, and so are lora_A and
-    lora_B unless adapter_dtype says otherwise (all fp64 for an fp64 base).  Any later .to(dtype) works
-    too: the router's products are full fp32 in each case.
+    Parameters are lora_A (R, D_in), or (r, D_in) with shared_a; lora_B (R, D_out), whose row i
+    pairs with row i of lora_A; router_weight (E, D_in); and router_bias (E,) if configured.
+    selection_bias (E,) is a buffer, if configured.  A router or middle in the configuration
+    registers its own tensors instead of the token router's.  The router is fp32, and so are lora_A
+    and lora_B unless adapter_dtype is set (all fp64 for an fp64 base).  A later .to(dtype) works
+    too; the router is always computed in full fp32.
 
-    Initial values come from torch's default generator: lora_A uniform in +-1/sqrt(D_in) as in PEFT,
-    lora_B zero, so that the layer starts as `base` bit for bit, router_weight normal with std 0.02,
-    router_bias zero.  In a backward every parameter gets a gradient, zero for an expert that no token
-    picked and for a router in whose place the caller decided, so that DDP finds all of them.  An
-    optimizer's weight decay still moves a router with a zero gradient, unless its group has none.
+    Initial values use torch's default generator: lora_A is uniform in +-1/sqrt(D_in) as in PEFT;
+    lora_B is zero, so the initial output equals that of `base` bit for bit; router_weight is normal
+    with std 0.02; router_bias is zero.  In backward every parameter gets a gradient, as DDP requires:
+    zero for experts that no token picked and for an overridden router.  An optimizer's weight decay
+    still changes parameters with a zero gradient.
 
-    Attributes: as placement.LoraMoeLayer; `weight` and `bias` are base_layer's own.
+    Attributes: as in placement.LoraMoeLayer; `weight` and `bias` are base_layer's.
 
     Args:
         base: nn.Linear, or a module that behaves like one: it has in_features and out_features, is
             transformers' Conv1D, or has a two-dimensional weight (D_out, D_in).
-        config: LoraMoeConfig; which modules it names does not matter here.
+        config: LoraMoeConfig; its module patterns are ignored.
     Raises:
-        TypeError: base is no linear module, or already a LoraMoeLinear.
+        TypeError: if base is not a linear module, or is already a LoraMoeLinear.
     """
 
-    base_layer: nn.Linear  # or a module like it
+    base_layer: nn.Linear  # or a similar module
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
@@ -79,7 +79,7 @@ class LoraMoeLinear(LoraMoeLayer):
         self._begin()
 
     def _note_components(self):
-        """What of the configuration is neither the token router nor the gate, and its tensors' names."""
+        """Set `components`, None for the default token router and gate, and the tensor names."""
         config, sizes = self.config, (self.in_features, self.out_features)
         router, middle = config.router or TokenRouter(), config.middle
         own = tuple(router.tensors(config, *sizes))
@@ -89,12 +89,12 @@ class LoraMoeLinear(LoraMoeLayer):
         self.names = ("lora_A", "lora_B", *own, *between)
 
     def specs(self) -> dict[str, TensorSpec]:
-        """What router and middle ask for, by name."""
+        """The tensors that router and middle require, by name."""
         return component_specs(self.config, self.in_features, self.out_features)
 
     @property
     def weight(self) -> torch.Tensor:
-        """base_layer.weight: some models look at it (T5 reads its dtype)."""
+        """base_layer.weight, since some models read it (T5 reads its dtype)."""
         return self.base_layer.weight
 
     @property
@@ -103,16 +103,16 @@ class LoraMoeLinear(LoraMoeLayer):
 
     @property
     def scaling(self) -> torch.Tensor:
-        """`scales` as a tensor beside lora_B, never rounded below fp32."""
+        """`scales` as a tensor on lora_B's device, in fp32 or fp64."""
         return self._scaling_beside(self.lora_B)
 
     def pairs(self):
         yield self.lora_A, self.lora_B
 
     def become(self, config: LoraMoeConfig, tensors: dict[str, torch.Tensor]) -> None:
-        """Take another configuration, and the tensors that it asks for (see tensors.adapter_tensors).
+        """Set another configuration and its tensors (see tensors.adapter_tensors).
 
-        A parameter stays the same object where it is in `tensors`.  Frozen experts stay frozen.
+        Parameters in `tensors` stay the same objects.  Frozen experts stay frozen.
         """
         self.config = config
         self.offsets = rank_offsets_of(config.rank_offsets, config.num_experts)
@@ -133,14 +133,14 @@ class LoraMoeLinear(LoraMoeLayer):
         decision = told(self, x)
         if decision.disabled:
             return self.base_layer(x)
-        with torch.no_grad():  # the experts' backward does the base's as well
+        with torch.no_grad():  # the experts' backward includes the base's
             y = self.base_layer(x)
         return self._adapt(x, y, decision, weight)
 
     def adapt(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """y, the base's output for x, plus the experts; what the caller decided and records included."""
+        """y, the base's output for x, plus the experts; uses the caller's settings; records the forward."""
         if not isinstance(y, torch.Tensor):
-            raise TypeError(f"base_layer: expected a tensor from it, got {type(y).__name__}")
+            raise TypeError(f"base_layer: expected it to return a tensor, got {type(y).__name__}")
         decision = told(self, x)
         return y if decision.disabled else self._adapt(x, y, decision)
 
@@ -148,7 +148,7 @@ class LoraMoeLinear(LoraMoeLayer):
         tokens = tokens_of(x, decision)
         device = "cpu" if x.is_cpu else x.device.type
         if autocast_enabled(device):
-            with torch.autocast(device, enabled=False):  # the base has decided on y's dtype
+            with torch.autocast(device, enabled=False):  # y already has the base's dtype
                 y, routing = self._add(x.to(y.dtype), y, decision)
         else:
             x = x if x.dtype == y.dtype else x.to(y.dtype)
@@ -181,7 +181,7 @@ class LoraMoeLinear(LoraMoeLayer):
             y = middle.mix(x, base, routing, tensors, batch)
         else:
             y = self._gated(x, base, routing, samples)
-        # each parameter gets a gradient, also of a task that the batch has not
+        # every parameter gets a gradient, also those of tasks that are not in the batch
         return with_zero_gradients(y, *(getattr(self, name) for name in (*own, *between))), routing
 
     def add_experts(
@@ -191,9 +191,9 @@ class LoraMoeLinear(LoraMoeLayer):
         routing_override: Routing | None = None,
         base_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing]:
-        """base + the experts' sum by the token router, and the routing taken.
+        """base + the experts' weighted sum, and the routing of the token router.
 
-        `routing_override` stands in for the router's decision.
+        `routing_override` replaces the router's decision.
 
         x (..., D_in) and base (..., D_out) have the same dtype; base_weight as in functional.grouped_lora.
         """
@@ -222,7 +222,7 @@ class LoraMoeLinear(LoraMoeLayer):
         return y, routing
 
     def _gated(self, x, base, routing, samples=None, base_weight=None):
-        """base + the experts' sum; where all experts of a shared A are used, B may be mixed per sample."""
+        """base + the experts' sum; mixes B per sample if that is faster (dense routing with a shared A)."""
         config = self.config
         dense = samples is not None and samples.indices.shape[1] == config.num_experts
         dense = dense and config.top_p is None and config.threshold is None
@@ -234,7 +234,7 @@ class LoraMoeLinear(LoraMoeLayer):
         )  # fmt: skip
 
     def _tensors(self):
-        """By the dictionaries that hold them: an attribute of a module takes ten times as long to look up."""
+        """Read from the module's dictionaries, which is ten times faster than attribute lookup."""
         try:
             p = self._parameters
             adapter = p["lora_A"], p["lora_B"], p["router_weight"], p["router_bias"]
@@ -243,7 +243,7 @@ class LoraMoeLinear(LoraMoeLayer):
             return tuple(getattr(self, name) for name in TENSORS)
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """What trains of the router, by whatever names."""
+        """The router's parameters, for any kind of router."""
         own = self.components[1] if self.components else ("router_weight", "router_bias")
         return [p for name in own if isinstance(p := getattr(self, name), nn.Parameter)]
 
@@ -256,7 +256,7 @@ class LoraMoeLinear(LoraMoeLayer):
                 f"in_features={self.in_features}, out_features={self.out_features},"
                 f" num_experts={c.num_experts}, r={c.r}{chosen}, parameters={adapter:,}"
             )
-        idle = sum(sorted(c.ranks)[: c.num_experts - c.top_k])  # rows that no token can be using
+        idle = sum(sorted(c.ranks)[: c.num_experts - c.top_k])  # rows that a token cannot use
         widths = self.out_features + (0 if c.shared_a else self.in_features)
         alpha = f"{c.alpha:g}" if isinstance(c.alpha, float) else c.alpha
         return (
@@ -268,7 +268,7 @@ class LoraMoeLinear(LoraMoeLayer):
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """y, with a zero gradient for parameters that had no part in it."""
+    """y, with a zero gradient for parameters that did not contribute to it."""
 
     @staticmethod
     def forward(ctx, y, *parameters):
@@ -281,6 +281,6 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 def with_zero_gradients(y: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
-    """y; in its backward each of the parameters that trains gets a zero gradient."""
+    """y; its backward gives each trainable parameter a zero gradient."""
     trained = [p for p in parameters if p is not None and p.requires_grad]
     return _ZeroGradients.apply(y, *trained) if trained and torch.is_grad_enabled() else y

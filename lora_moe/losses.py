@@ -1,7 +1,7 @@
-"""Router losses and statistics of a model's last forward, and how a step balances its routers.
+"""Router losses and statistics of a model's forwards, and the update of selection biases.
 
-The losses of one Routing are in router_losses.py; they are public here.  Padding counts nowhere: the mask is
-the model's attention_mask, or use_routing's.
+The losses of a single Routing are defined in router_losses.py and exported here.  Padding is always
+excluded: the mask is the model's attention_mask, or use_routing's.
 
 Letters: T tokens, E experts, K slots per token, B sequences.
 """
@@ -48,25 +48,23 @@ __all__ = [
 def aux_loss(model: nn.Module) -> torch.Tensor:
     """Mean over layers of  balance_coef * load_balance_loss + z_coef * z_loss.  Add it to the loss.
 
-    Call it after the forward and before the backward, in this thread; in gradient accumulation once for
-    each micro-batch, divided as the task's loss is.  A layer that ran several times since the last
-    aux_loss or backward (two forwards of DPO, say) counts each of these forwards by its tokens.
-    Forwards without gradients change nothing, nor do those in evaluation mode while one in training mode
-    waits; reading twice gives the same, and reading under no_grad, to log it, settles nothing.  Padding
-    counts nowhere: the mask is the model's attention_mask, or use_routing's.
-    Layers whose routing the caller supplied have no router and do not count, nor does one with a single
-    expert beside layers with several.
-
-    Under torch.compile the last forward counts.
+    Call it after the forward and before the backward, in the same thread; with gradient accumulation once
+    per micro-batch, divided like the task loss.  If a layer ran several times since the last aux_loss or
+    backward (such as the two forwards of DPO), each forward is weighted by its number of tokens.
+    Forwards without gradients are ignored, as are forwards in evaluation mode while one in training mode
+    is pending.  Calling it twice gives the same value; calling it under no_grad, for logging, has no side
+    effects.  Padding is excluded: the mask is the model's attention_mask, or use_routing's.
+    Layers with a routing override are excluded, as are layers with a single expert if other layers have
+    several.  Under torch.compile, only the last forward counts.
 
     Args:
-        model: with experts in it (see inject).
+        model: a model with experts (see inject).
     Returns:
         0-dim tensor, differentiable with respect to routers and activations.
     Raises:
-        ValueError: the model has no experts.
-        RuntimeError: no forward has run yet, or it ran without a graph although the model trains,
-            as inside a reentrant activation checkpoint: use_reentrant=False keeps the gradient.
+        ValueError: if the model has no experts.
+        RuntimeError: if no forward has run yet, or it ran without a graph although the model trains, as
+            in a reentrant activation checkpoint: use_reentrant=False keeps the gradient.
     """
     ran = _ran(model)
     losses, single = [], all(layer.config.num_experts == 1 for layer, _ in ran.values())
@@ -83,7 +81,7 @@ def aux_loss(model: nn.Module) -> torch.Tensor:
 
 
 def _owing(name, layer, record):
-    """The forwards of a layer whose loss is due: all that wait, or the last one."""
+    """The forwards of a layer that the loss counts: all pending ones, or the last one."""
     if record.pending:
         for run in record.pending:
             run.read |= torch.is_grad_enabled()
@@ -124,16 +122,16 @@ def _tell_nothing_to_balance(ran):
     if all(layer.config.target_parameters for layer, _ in ran.values()):
         tell_once(
             "model's own router",
-            "aux_loss is 0, as the model's own router decides: the model adds a loss for it where it is"
-            " called with output_router_logits=True; leave aux_loss out",
+            "aux_loss is 0, as the model's own router picks the experts: call the model with"
+            " output_router_logits=True to add its router loss, and leave out aux_loss",
         )
         return
     wanted = [layer for layer, _ in ran.values() if layer.config.has_aux_loss]
     if wanted and torch.is_grad_enabled() and wanted[0].training:
         tell_once(
             "nothing to balance",
-            "aux_loss is 0, as no layer has logits to balance: the caller decided the routing (task_ids or"
-            " routing), or the configuration's router has none; leave it out of the loss, or set"
+            "aux_loss is 0, as no layer has logits to balance: the routing was overridden (task_ids or"
+            " routing), or the configured router has no logits; leave out aux_loss, or set"
             " balance_coef and z_coef to 0",
         )
 
@@ -141,25 +139,25 @@ def _tell_nothing_to_balance(ran):
 def router_loss(
     model: nn.Module, loss: Callable[..., torch.Tensor], *args, **options
 ) -> torch.Tensor:
-    """Mean over layers of  loss(routing, *args, mask=mask, **options)  of their last forward.
+    """Mean over layers of  loss(routing, *args, mask=mask, **options)  for their last forward.
 
         router_loss(model, losses.localized_cv_squared, expert_types, sample_types)     LoRAMoE
         router_loss(model, losses.label_loss, labels)                                   MeteoRA, MoA
         router_loss(model, losses.router_entropy)
 
-    Call it after each forward whose loss it is to join.  Padding counts nowhere, as in aux_loss; layers
-    whose routing the caller supplied do not count.
+    Call it after each forward, and add it to that forward's loss.  Padding and layers with a routing
+    override are excluded, as in aux_loss.
 
     Args:
-        model: with experts in it (see inject).
-        loss: a function of a Routing with `mask`, of this module or your own.  One that takes `gate` is
-            given the layer's.
-        args, options: what else it takes, the same for every layer.
+        model: a model with experts (see inject).
+        loss: a function of a Routing and `mask`, from this module or your own.  If it has a parameter
+            `gate`, the layer's gate is passed.
+        args, options: further arguments, the same for every layer.
     Returns:
         0-dim tensor, differentiable with respect to routers and activations.
     Raises:
-        ValueError: the model has no experts, or no layer's router decided; or what `loss` raises.
-        RuntimeError: no forward has run yet, or it ran without a graph although the model trains.
+        ValueError: if the model has no experts, or every layer's routing was overridden.
+        RuntimeError: if no forward has run yet, or it ran without a graph although the model trains.
     """
     ran = _ran(model)
     takes_gate = "gate" in inspect.signature(loss).parameters
@@ -174,7 +172,7 @@ def router_loss(
         trains |= run.training and torch.is_grad_enabled()
     if not values:
         raise ValueError(
-            "model: expected a layer whose router decided, got routings by the caller alone"
+            "model: expected a layer that used its router, but every routing was overridden"
             " (task_ids or routing)"
         )
     total = torch.stack([value.to(values[0].device) for value in values]).mean()
@@ -187,22 +185,22 @@ def router_loss(
 
 
 def router_stats(model: nn.Module, training: bool | None = None) -> dict[str, dict]:
-    """What each layer's last forward did with its experts, on the CPU; waits for the device.
+    """Load statistics of each layer's last forward, on the CPU; synchronizes with the device.
 
     Args:
-        model: with experts in it.
-        training: True or False for the last forward in training or in evaluation mode, which leave each
-            other's statistics alone; None for the last of all.
+        model: a model with experts.
+        training: True for the last forward in training mode, False for the last in evaluation mode,
+            None for the last in any mode.
     Returns:
-        {module path: statistics} of the layers that have run, without padding, with the statistics
-            load           (E,), share of the slots that went to each expert
+        {module path: statistics} of the layers that have run, excluding padding, with the statistics
+            load           (E,), share of the slots per expert
             utilization    (E,), load / ideal = load * E
             max_over_mean  float, the largest utilization
             dead           ids of the experts that got no token
-            entropy        router_entropy in nats, None where the caller supplied the routing
+            entropy        router_entropy in nats, None if the routing was overridden
     Raises:
-        ValueError: the model has no experts.
-        RuntimeError: no such forward has run yet in this thread.
+        ValueError: if the model has no experts.
+        RuntimeError: if no such forward has run yet in this thread.
     """
     kind = {None: "last", True: "training", False: "evaluation"}[training]
     runs = {name: getattr(record, kind) for name, (_, record) in _ran(model).items()}
@@ -214,15 +212,15 @@ def router_stats(model: nn.Module, training: bool | None = None) -> dict[str, di
 
 @torch.no_grad()
 def update_selection_bias(model: nn.Module, rate: float = 0.001) -> None:
-    """b += rate * sign(mean(counts) - counts): balance without a loss, once after each step.
+    """b += rate * sign(mean(counts) - counts): loss-free balancing; call it once after each step.
 
-    Only layers with selection_bias whose router ran in their last training forward (the last of all
-    before any); padding does not count.  The counts are this process's own; DDP's broadcast of buffers
-    makes those of rank 0 decide.
+    Updates layers with selection_bias whose router ran in their last training forward (or last forward,
+    if none was in training mode), excluding padding.  Counts are local to the process; with DDP, the
+    broadcast of buffers distributes rank 0's result.
 
     Raises:
-        ValueError: the model has no experts, or none of them has a selection_bias.
-        RuntimeError: no forward has run yet.
+        ValueError: if the model has no experts, or no layer has a selection_bias.
+        RuntimeError: if no forward has run yet.
     Source: Wang et al. 2024 (Auxiliary-loss-free load balancing), arXiv 2408.15664, algorithm 1; SMoRA
     (arXiv 2501.15103) updates its bias in the same way.
     """
@@ -243,7 +241,7 @@ def _ran(model):
     }
     ran = {name: pair for name, pair in records_of.items() if pair[1].last is not None}
     if not ran:
-        raise RuntimeError("model: expected a forward to have run, but no layer has a routing yet")
+        raise RuntimeError("model: expected a forward before this call, but no layer has run yet")
     return ran
 
 

@@ -1,7 +1,7 @@
-"""The weight of a base that experts are merged into: which way it lies, and why one may not be changed.
+"""Weight: adds a merged delta to the weight of a base layer, or gives the reason why it cannot.
 
-nn.Linear has W (D_out, D_in), transformers' Conv1D its transpose.  Of other classes nobody knows here what
-they do with their weight, so that they are refused.
+nn.Linear has W (D_out, D_in), transformers' Conv1D its transpose.  Other classes are not supported, since
+their use of the weight is unknown.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Weight:
     """The weight of layer.base_layer.
 
     Attributes:
-        refusal: why nothing may be added to it, in a few words; None where it may.
+        refusal: why the weight cannot be changed, or None if it can.
     """
 
     def __init__(self, model: nn.Module, path: str, layer: LoraMoeLinear):
@@ -28,10 +28,10 @@ class Weight:
         self.refusal = self._refusal(model, layer)
 
     def add(self, delta: torch.Tensor, write: bool) -> None:
-        """W + delta, rounded once to W's dtype; checked only, unless `write`.
+        """Compute W + delta, rounded once to W's dtype; with `write`, store it.
 
         Raises:
-            ValueError: a value of the sum is not finite in W's dtype.
+            ValueError: if a value of the sum is not finite in W's dtype.
         """
         weight = self.base.weight
         delta = delta.T if _is_transposed(self.base) else delta
@@ -39,7 +39,7 @@ class Weight:
         merged = (weight.to(dtype) + delta.to(weight.device, dtype)).to(weight.dtype)
         if not torch.isfinite(merged).all():
             raise ValueError(
-                f"{self.path}: expected a sum that {weight.dtype} holds, got NaN or infinity"
+                f"{self.path}: expected a finite sum in {weight.dtype}, got NaN or infinity"
             )
         if write:
             weight.copy_(merged)
@@ -49,25 +49,23 @@ class Weight:
         weight = base._parameters.get("weight")
         if _kind(base) is None or weight is None:
             return (
-                f"a {type(base).__name__} keeps its weight in a way of its own (quantized or custom): load"
-                " the base dequantized, or merge into='lora'"
+                f"a {type(base).__name__} has an unknown weight format (quantized or custom): load the"
+                " base dequantized, or merge into='lora'"
             )
         if base._forward_hooks or base._forward_pre_hooks:
-            return (
-                "it has forward hooks, which would see the sum: remove them, or merge into='lora'"
-            )
+            return "it has forward hooks, which the merge would affect: remove them, or merge into='lora'"
         if is_sharded(weight) or is_stepped_by_zero(weight) or weight.dim() != 2:
-            return "its weight is sharded: load the adapter into a model on one process, and merge there"
+            return "its weight is sharded: load the adapter into an unsharded model and merge in one process"
         if weight.is_meta:
             return "its weight is on meta (offloaded or not loaded)"
         if type(weight.data) is not torch.Tensor or weight.dtype not in _DTYPES:
             return f"its weight is quantized ({weight.dtype}): merge into='lora', or dequantize it"
         if tuple(weight.shape) != self._shape(layer):
-            return f"its weight is of shape {tuple(weight.shape)}, for {self._shape(layer)}"
+            return f"its weight has shape {tuple(weight.shape)}, expected {self._shape(layer)}"
         if other := self._same_memory(model, weight):
             return (
-                f"its weight is tied to that of {other}, which would change, too: give it a weight of"
-                " its own first, or merge into='lora'"
+                f"its weight is tied to that of {other}, which would change too: untie them first, or"
+                " merge into='lora'"
             )
         return None
 
@@ -76,7 +74,7 @@ class Weight:
         return shape[::-1] if _is_transposed(self.base) else shape
 
     def _same_memory(self, model, weight):
-        """The path of another parameter or buffer that holds it."""
+        """The path of another module with a tensor in the same memory."""
         for path, module in model.named_modules():
             if module is self.base:
                 continue
@@ -89,10 +87,10 @@ class Weight:
 
 
 def _kind(base):
-    """The class whose forward it is, None where nobody knows."""
+    """The class whose forward the base uses, or None if that is unknown."""
     if "forward" in vars(base) and not hasattr(
         base, "_hf_hook"
-    ):  # accelerate's calls the class's own
+    ):  # accelerate's calls the class's forward
         return None
     if type(base).forward is nn.Linear.forward:
         return nn.Linear

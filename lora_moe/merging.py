@@ -1,8 +1,8 @@
-"""A fixed mixture of experts becomes part of the base's weight, or one LoRA.
+"""merge: merges experts with fixed coefficients into the base's weight or into one LoRA.
 
-    W <- W0 + sum_e c_e s_e B_e A_e          c_e the caller's coefficients, the same for every token
+    W <- W0 + sum_e c_e s_e B_e A_e          c_e: the caller's coefficients, the same for every token
 
-A router decides for each token, so that what it mixes is no matrix and cannot be merged.
+A routed mixture differs per token, so it is not a matrix and cannot be merged.
 
 Letters: E experts, R rank rows of all experts together, r one expert's rank, D_in and D_out the linear's
 sizes.
@@ -40,30 +40,30 @@ def merge(
 ) -> nn.Module:
     """Merge  sum_e c_e s_e B_e A_e  of every layer into its base's weight, or into one LoRA.
 
-    Afterwards the model computes what it did with each token's experts weighted by c: to the base's
-    rounding with into="base", which leaves a model without experts, as before inject; and with "lora", which
-    leaves one expert per layer, for to_peft or for further training.
+    The merged model computes the same as the mixture with gates c for every token.  into="base" rounds to
+    the base's dtype and removes the experts, as remove() does; into="lora" leaves one expert per layer,
+    for to_peft or further training.
 
-    With c_e = 1 for one expert this is its LoRA alone; with other coefficients it is the sum of scaled task
-    vectors of R-MTLLMF and of task arithmetic, theta_0 + sum_t c_t tau_t.  graft_weights computes
-    coefficients from the experts themselves.
+    c_e = 1 for a single expert merges its LoRA alone; other coefficients give the sum of scaled task
+    vectors of R-MTLLMF and task arithmetic, theta_0 + sum_t c_t tau_t.  graft_weights computes
+    coefficients from the experts.
 
     Args:
-        model: with experts of inject in it, not wrapped and not sharded.
-        weights: c, (E,): numbers, a tensor, or a Routing whose tokens all take the same experts with the same
-            weights; or {module path: c} with every layer's own.
+        model: a model with experts from inject, neither wrapped nor sharded.
+        weights: c (E,) as numbers, a tensor, or a Routing that is the same for all tokens; or
+            {module path: c} for every layer.
         into: "base" or "lora".
-        r: rank of the one LoRA; the best approximation of that rank (singular value decomposition) where the
-            experts' rows are more.  None keeps them exactly: the sum of the ranks of experts with a c_e
-            other than zero, or the rank of the A that all share.
+        r: rank of the LoRA; if the experts have more rows, they are approximated by singular value
+            decomposition.  None is exact: the rank is the sum of the ranks of experts with nonzero c_e, or
+            the rank of a shared A.
     Returns:
         The same model.
     Raises:
-        ValueError: a Routing differs between tokens, a number of coefficients is not E, one is not
-            finite; the model is wrapped, has no experts or PEFT's; a layer's experts are no sum of B_e A_e
-            (a configuration with a middle); with into="base", the base is quantized, tied, sharded,
-            offloaded or of a class whose weight's meaning is not known, or the result is not finite.
-            Every misfit is listed, and the model is unchanged.
+        ValueError: if a Routing differs between tokens; there are not E coefficients, or one is not
+            finite; the model is wrapped, or has no experts or PEFT's; a layer is not a sum of B_e A_e
+            (a configuration with a middle); or, with into="base", the base is quantized, tied, sharded,
+            offloaded or of an unknown class, or the result is not finite.  Every problem is listed, and the
+            model is unchanged.
     Source:
         task arithmetic, arXiv 2212.04089; R-MTLLMF, arXiv 2411.18220 (task vectors with coefficients).
     """
@@ -80,7 +80,7 @@ def merge(
     targets = {path: Weight(model, path, layer) for path, layer in layers.items()}
     problems = [f"{path}: {target.refusal}" for path, target in targets.items() if target.refusal]
     raise_all("model: expected weights that experts can be merged into", problems)
-    for write in (False, True):  # nothing changes before all of it is known to be finite
+    for write in (False, True):  # first check that everything is finite
         for path, layer in layers.items():
             targets[path].add(delta(layer, given[path]), write)
     return remove(model)
@@ -89,26 +89,26 @@ def merge(
 def mergeable_layers(model: nn.Module) -> dict[str, LoraMoeLinear]:
     if unwrapped(model) is not model:
         raise ValueError(
-            f"model: expected the plain model, got {type(model).__name__} around it: merge what is inside,"
-            " on one process"
+            f"model: expected the unwrapped model, got a {type(model).__name__}: merge the inner model in"
+            " one process"
         )
     layers = layers_of(model)
     problems = []
     for path, layer in layers.items():
         if layer is model:
-            problems.append("the model itself is the layer; take a module that holds it")
+            problems.append("the model itself is the layer; pass a module that contains it")
         elif layer.adapter_name is not None:
-            problems.append(f"{path}: PEFT's adapter; save_adapter and load_adapter make it ours")
+            problems.append(f"{path}: a PEFT adapter; save_adapter and load_adapter convert it")
         elif any(is_sharded(t) or is_stepped_by_zero(t) for t in layer.adapter_state().values()):
-            problems.append(f"{path}: its experts are sharded; merge on one process")
+            problems.append(f"{path}: its experts are sharded; merge in one process")
         elif layer.config.target_parameters:
-            problems.append(f"{path}: the model's own experts; to_peft writes what PEFT merges")
+            problems.append(f"{path}: the model's own experts; save with to_peft and merge in PEFT")
         elif layer.config.placement == FFN:
-            problems.append(f"{path}: experts that are whole FFNs, whose sum is no FFN")
+            problems.append(f"{path}: experts that are FFNs, whose sum is not an FFN")
         elif layer.config.middle is not None:
             kind = type(layer.config.middle).__name__
-            problems.append(f"{path}: its middle, {kind}, makes it more than a sum of B_e A_e")
-    raise_all("model: expected experts that are matrices", problems)
+            problems.append(f"{path}: with its middle {kind} it is not a sum of B_e A_e")
+    raise_all("model: expected experts that can be merged", problems)
     return layers
 
 
@@ -118,7 +118,7 @@ def coefficients(layers: Mapping[str, LoraMoeLinear], weights) -> dict[str, torc
         unknown, missing = sorted(weights.keys() - layers.keys()), layers.keys() - weights.keys()
         if unknown or missing:
             raise ValueError(
-                f"weights: expected one entry for each layer, got unknown {brief(unknown)}, missing"
+                f"weights: expected one entry per layer, got unknown {brief(unknown)}, missing"
                 f" {brief(sorted(missing))}"
             )
     else:
@@ -136,8 +136,8 @@ def _coefficients(weights, E):
         c = torch.as_tensor(weights, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"weights: expected {E} numbers, one per expert, or a constant Routing, got {brief(weights)}; a"
-            " router decides for each token, and cannot be merged"
+            f"weights: expected {E} numbers, one per expert, or a constant Routing, got {brief(weights)};"
+            " per-token routing cannot be merged"
         ) from None
     if c.shape != (E,) or not torch.isfinite(c).all():
         raise ValueError(f"weights: expected {E} finite numbers, got {brief(c.tolist())}")
@@ -145,14 +145,14 @@ def _coefficients(weights, E):
 
 
 def _constant(routing):
-    """(E,) of a routing that is the same for all tokens."""
+    """c (E,) of a routing that is the same for all tokens."""
     ids, weights = routing.indices.long().cpu(), routing.weights.detach().double().cpu()
     c = torch.zeros(len(ids), routing.num_experts, dtype=torch.float64)
     c.scatter_add_(1, ids.clamp(min=0), weights.masked_fill(ids < 0, 0))
     if not len(c) or (c != c[0]).any():
         raise ValueError(
-            "weights: expected a Routing that is the same for all tokens, got one that differs: a routed"
-            " mixture cannot be merged; give one weight per expert, or keep the experts"
+            "weights: expected a Routing that is the same for all tokens, got one that differs: per-token"
+            " routing cannot be merged; pass one weight per expert, or keep the experts"
         )
     return c[0]
 
@@ -161,9 +161,9 @@ def _constant(routing):
 
 
 def rows(layer: LoraMoeLinear, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (R', D_in) and B (R', D_out), at least fp32, of  sum_e c_e s_e B_e A_e = B^T A.
+    """A (R', D_in) and B (R', D_out), at least fp32, with  sum_e c_e s_e B_e A_e = B^T A.
 
-    With a shared A these are its r rows, else those of experts with a c_e other than zero.
+    R' is r with a shared A, else the number of rows of experts with nonzero c_e.
     """
     A, B = layer.lora_A.detach(), layer.lora_B.detach()
     dtype = accumulator(torch.promote_types(A.dtype, B.dtype))
@@ -185,7 +185,7 @@ def delta(layer: LoraMoeLinear, c: torch.Tensor) -> torch.Tensor:
 
 
 def _one_lora(layer, c, r):
-    """A layer of one expert, in the place of this one: gate 1, scale 1."""
+    """A replacement layer with one expert, gate 1 and scale 1."""
     A, B = rows(layer, c)
     if r is not None and (type(r) is not int or not 1 <= r <= MAX_RANK):
         raise ValueError(f"r: expected an integer in [1, {MAX_RANK}] or None, got {brief(r)}")
@@ -205,9 +205,9 @@ def _one_lora(layer, c, r):
 
 
 def truncated(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of the matrix of rank r that is nearest to B^T A in the Frobenius norm.
+    """Factors of the best rank-r approximation of B^T A in the Frobenius norm.
 
-    A (R, D_in), B (R, D_out) -> (r, D_in), (r, D_out).  The (D_out, D_in) product is never formed.
+    A (R, D_in), B (R, D_out) -> (r, D_in), (r, D_out).  The (D_out, D_in) product is never computed.
     """
     qa, ra = torch.linalg.qr(A.double().T)  # A = ra^T qa^T
     qb, rb = torch.linalg.qr(B.double().T)

@@ -1,6 +1,6 @@
-"""The base class of middles: what stands between lora_A and lora_B in the place of the gate.
+"""Middle: the base class of modules between lora_A and lora_B that replace the gate.
 
-How to write one is in docs/routers.md.
+docs/routers.md shows how to write one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .routing import Routing
 
 
 class Middle(Component):
-    """(x, routing) -> the experts' sum: a frozen dataclass in the place of LoraMoeConfig(middle=)."""
+    """(x, routing) -> the experts' sum: a frozen dataclass for LoraMoeConfig(middle=)."""
 
     known: ClassVar[dict] = {}
 
@@ -31,9 +31,9 @@ class Middle(Component):
         Args:
             x: (..., D_in), after dropout, in base's dtype.
             base: (..., D_out), the base layer's output.
-            routing: the router's decision, or the caller's, of T rows.
-            tensors: those of `tensors`, by name.
-            batch: the layer, with lora_A, lora_B, offsets, scaling and frozen; tasks, padding.
+            routing: the router's decision, or the caller's, with T rows.
+            tensors: the tensors that `tensors` declares, by name.
+            batch: the layer, with lora_A, lora_B, offsets, scaling and frozen; tasks and padding.
         Returns:
             (..., D_out).
         """

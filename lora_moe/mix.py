@@ -1,4 +1,4 @@
-"""One hidden state of the K that a token's experts have, as an autograd function.
+"""mix: the weighted sum of the hidden states of a token's K experts, as an autograd function.
 
 Letters: K picked experts per token, F the width of the hidden states.
 """
@@ -11,7 +11,7 @@ from .autograd import once
 
 
 def mix(h: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum over slots j of  w_j h_j,  summed in the weights' dtype; and h, to be read after it.
+    """sum over slots j of  w_j h_j,  summed in the weights' dtype; and h, to be used instead of the input.
 
     (..., K or 1, F), (..., K) -> (..., F), (..., K or 1, F)
     """
@@ -21,9 +21,9 @@ def mix(h: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 
 class Mix(torch.autograd.Function):
-    """y, h = apply(h, w), a slot after the other: no product (..., K, F) is formed.
+    """y, h = apply(h, w), slot by slot, without a product (..., K, F).
 
-    What else reads h reads this one's, so that both parts of its gradient meet here, in one tensor.
+    Other consumers of h use the returned one, so that both gradients are added here, in place.
     """
 
     @staticmethod
@@ -43,14 +43,14 @@ class Mix(torch.autograd.Function):
         if dy is not None and ctx.needs_input_grad[1]:
             wide = dy.to(w.dtype)
             slots = (torch.linalg.vecdot(row.to(w.dtype), wide) for row in h.unbind(-2))
-            # a product of matrices per token takes five times as long
+            # a matrix product per token takes five times as long
             dw = torch.stack(list(slots), -1)
         if dy is not None and ctx.needs_input_grad[0]:
             dy, w = dy.unsqueeze(-2), w.unsqueeze(-1)
             if dh is None:
                 dh = (dy * w).to(h.dtype)
             elif dh.dtype == dy.dtype == w.dtype:
-                dh = dh.addcmul_(dy, w)  # which grouped_lora made, and nobody else holds
+                dh = dh.addcmul_(dy, w)  # created by grouped_lora, and not used elsewhere
             else:
                 dh = (dh + dy * w).to(h.dtype)
         return dh, dw

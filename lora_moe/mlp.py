@@ -1,9 +1,9 @@
-"""LoraMoeMLP: a frozen FFN plus a mixture of LoRA experts that share one decision, in place of the FFN.
+"""LoraMoeMLP: replaces an FFN by the frozen FFN plus LoRA experts with a shared routing decision.
 
     y_t = sum over e in topk(router(x_t)) of  g_te FFN_e(x_t)
 
-FFN_e is the FFN with s_e B_e A_e added to its linear maps.  The frozen maps run once per token: those that
-read x, because all slots share x; the last one, because it is linear,
+FFN_e is the FFN with s_e B_e A_e added to its linear layers.  The frozen layers run once per token: those
+that read x, because all slots share x; the last one, because it is linear,
 
     down(h) = sum_j g_tj W h_tj = W (sum_j g_tj h_tj)
 
@@ -34,27 +34,27 @@ from .tokens import tokens_of
 
 
 class LoraMoeMLP(LoraMoeLayer):
-    """A drop-in for `base`, an FFN: MixLoRA's experts.
+    """A drop-in replacement for an FFN `base`, with MixLoRA's experts.
 
         y_t = sum over e in topk(router(x_t)) of  g_te FFN_e(x_t)
 
-    The FFN's own forward runs, with its linear maps hooked: what stands between the map that reads x and the
-    last one sees a dimension more, (..., K, F), and may be any elementwise function.  A token without experts
-    gets the FFN's own output, bit for bit, as does every token while lora_B is zero up to the rounding of
-    sum_j g_tj.  A bias of the last map counts sum_j g_tj times, as in sum_j g_tj FFN_j(x).
+    The FFN's own forward runs, with hooks on its linear layers.  Between them, hidden states have one more
+    dimension, (..., K, F), so only elementwise functions are supported.  A token without experts gets the
+    FFN's output bit for bit; while lora_B is zero, every token does, up to the rounding of sum_j g_tj.
+    A bias of the last layer is multiplied by sum_j g_tj, as in sum_j g_tj FFN_j(x).
 
-    Parameters are lora_A_<name> (R, D_in) and lora_B_<name> (R, D_out) for each named linear map, and those
-    of the router, which reads x, as in LoraMoeLinear.  Initial values and dtypes are LoraMoeLinear's, too.
+    Parameters are lora_A_<name> (R, D_in) and lora_B_<name> (R, D_out) for each adapted linear layer, and
+    those of the router, which reads x.  Initial values and dtypes are as in LoraMoeLinear.
 
-    Attributes: as placement.LoraMoeLayer; config.target_modules are the names of the adapted linear maps.
+    Attributes: as in placement.LoraMoeLayer; config.target_modules are the names of the adapted layers.
 
     Args:
-        base: a module that holds its linear maps itself: several D -> F or 2 F, and one F -> D.
+        base: a module whose direct children include linear layers D -> F or 2 F, and one F -> D.
         config: LoraMoeConfig with placement="ffn"; target_modules are names of base's children.
     Raises:
-        TypeError: base is no FFN, or already a LoraMoeMLP.
-        ValueError: config names a child that is no linear map.
-    Source: MixLoRA, arXiv 2404.15159, which runs the last map for each expert.
+        TypeError: if base is not an FFN, or is already a LoraMoeMLP.
+        ValueError: if config names a child that is not a linear layer.
+    Source: MixLoRA, arXiv 2404.15159, which runs the last layer once per expert.
     """
 
     def __init__(self, base: nn.Module, config: LoraMoeConfig):
@@ -67,7 +67,7 @@ class LoraMoeMLP(LoraMoeLayer):
         names = config.target_modules
         if not names or isinstance(names, str) or len(known.keys() & set(names)) != len(names):
             raise ValueError(
-                f"target_modules: expected names of {sorted(known)}, got {names!r:.99}"
+                f"target_modules: expected names from {sorted(known)}, got {names!r:.99}"
             )
         super().__init__(base, config)
         self.width = width
@@ -87,18 +87,18 @@ class LoraMoeMLP(LoraMoeLayer):
             yield self.pair(name)
 
     def pair(self, name: str) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """lora_A and lora_B of one of the FFN's linear maps, (None, None) where it has none."""
+        """lora_A and lora_B of one of the FFN's linear layers, (None, None) if it is not adapted."""
         return getattr(self, f"lora_A_{name}", None), getattr(self, f"lora_B_{name}", None)
 
     def specs(self) -> dict[str, TensorSpec]:
-        """What the router asks for, by name."""
+        """The tensors that the router requires, by name."""
         return component_specs(self.config, self.width, self.width)
 
     def router_parameters(self):
         return [p for name in self.own if isinstance(p := getattr(self, name), nn.Parameter)]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """The FFN's forward with its linear maps adapted.  (..., D) -> (..., D)"""
+        """The FFN's forward with adapted linear layers.  (..., D) -> (..., D)"""
         decision = told(self, x)
         if decision.disabled:
             return self.base_layer(x, *args, **kwargs)
@@ -117,7 +117,7 @@ class LoraMoeMLP(LoraMoeLayer):
             return y
         return with_zero_gradients(
             y, *self.router_parameters()
-        )  # whoever decided, each gets a gradient
+        )  # router parameters get a gradient even if overridden
 
     def _route(self, x, decision):
         if decision.routing is not None:
@@ -125,18 +125,18 @@ class LoraMoeMLP(LoraMoeLayer):
         tensors, device = {name: getattr(self, name) for name in self.own}, x.device.type
         if not autocast_enabled(device):
             return self.router.route(x, tensors, Batch(self, decision))
-        with torch.autocast(device, enabled=False):  # as the router of a linear map sees it
+        with torch.autocast(device, enabled=False):  # as for the router of a linear layer
             x = x.to(torch.get_autocast_dtype(device))
             return self.router.route(x, tensors, Batch(self, decision))
 
     def adapt(
         self, name: str, x: torch.Tensor, y: torch.Tensor, routing: Routing, slots: str | None
     ):
-        """y, the frozen map's output for x, plus its experts'."""
+        """y, the frozen layer's output for x, plus its experts'."""
         A, B = self.pair(name)
         if A is None:
             return y
-        with torch.autocast(y.device.type, enabled=False):  # the base has decided on y's dtype
+        with torch.autocast(y.device.type, enabled=False):  # y already has the base's dtype
             x = self._dropped(x.to(y.dtype))
             return F.grouped_lora(
                 x, A, B, routing, rank_offsets=self.offsets, scaling=self._scaling_beside(B), base=y,
@@ -144,14 +144,14 @@ class LoraMoeMLP(LoraMoeLayer):
             )  # fmt: skip
 
     def release(self) -> None:
-        """Take the hooks off base_layer, which is then itself again."""
+        """Remove the hooks from base_layer."""
         for module in self.base_layer.children():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for key in [k for k, h in hooks.items() if getattr(h, "layer", None) is self]:
                     del hooks[key]
 
     def __getattr__(self, name):
-        """Some models look at an FFN's linear maps: mlp.down_proj is base_layer's own."""
+        """Some models read an FFN's linear layers, so mlp.down_proj returns base_layer's."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -171,14 +171,14 @@ class LoraMoeMLP(LoraMoeLayer):
 
 
 class Pass:
-    """One forward of an FFN: the decision that its linear maps share.
+    """One forward of an FFN, with the routing that its linear layers share.
 
     Attributes:
         routing: of the T tokens.
-        alone: the same, each slot with weight 1: the hidden states are mixed after the nonlinearity.
-        weights: (..., K), those of the mixture; a token without experts is its first slot, the FFN itself.
-        hidden: (..., K, F), what the last map was called with, while it runs.
-        calls: {name: calls so far}.
+        alone: the same with weights 1, since hidden states are mixed after the nonlinearity.
+        weights: (..., K), mixing weights; a token without experts has weight 1 in slot 0, the plain FFN.
+        hidden: (..., K, F), the input of the last layer while that runs.
+        calls: {name: number of calls so far}.
     """
 
     def __init__(self, leading: torch.Size, routing: Routing, may_be_empty: bool):
@@ -205,20 +205,20 @@ class Pass:
 
     def refuse(self, got):
         raise RuntimeError(
-            "LoraMoeMLP: expected an FFN whose forward calls each linear map once, with elementwise functions"
-            f" between them, got {got}; name its maps in a configuration with placement='linear'"
+            "LoraMoeMLP: expected an FFN whose forward calls each linear layer once, with elementwise"
+            f" functions between them, got {got}; use placement='linear' for these layers"
         )
 
 
 class Hook:
-    """What one of an FFN's linear maps does besides."""
+    """Base class of the hooks on an FFN's linear layers."""
 
     def __init__(self, layer: LoraMoeMLP, name: str):
         self.layer, self.name = layer, name
 
 
 class Before(Hook):
-    """A forward pre-hook.  Of the last map: mix the hidden states of a token's experts into one."""
+    """Forward pre-hook; before the last layer it mixes the hidden states of a token's experts."""
 
     def __call__(self, module, args):
         now = thread.passes.get(self.layer)
@@ -236,7 +236,7 @@ class Before(Hook):
 
 
 class After(Hook):
-    """A forward hook.  Add the experts: slot by slot to a map that reads tokens, their sum to the last."""
+    """Forward hook that adds the experts: per slot in layers that read x, summed in the last layer."""
 
     def __call__(self, module, args, y):
         now = thread.passes.get(self.layer)
@@ -247,7 +247,7 @@ class After(Hook):
             adapted = self.layer.adapt(self.name, args[0], y, now.alone, "apart")
             return adapted if adapted is not y else y.unsqueeze(-2)
         bias = getattr(module, "bias", None)
-        if bias is not None:  # once is in y
+        if bias is not None:  # y includes it once
             more = now.weights.sum(-1, keepdim=True) - 1
             y = y + (more * bias).to(y.dtype)
         if hidden.shape[-2] == now.weights.shape[-1]:
@@ -256,6 +256,6 @@ class After(Hook):
 
 
 def may_be_empty(config: LoraMoeConfig, decision) -> bool:
-    """Whether a token may be without experts."""
+    """Whether a token may have no experts."""
     given = decision.routing is not None or config.router is not None
     return given or config.threshold is not None

@@ -1,6 +1,6 @@
-"""README.md beside an adapter, for whoever finds the folder or its page on the hub.
+"""Writes a model card, README.md, next to a saved adapter.
 
-It is no part of the adapter: no loader reads it, and a disk that does not take it is no error.
+It is not part of the adapter: no loader reads it, and failing to write it is not an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from .replace import replacing
 
 NAME = "README.md"
-_MISSING = "[More Information Needed]"  # the hub's words for what the author must fill in
+_MISSING = "[More Information Needed]"  # the hub's placeholder for the author
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?", re.ASCII)
 
 _CARD = """\
@@ -68,7 +68,7 @@ model = AutoPeftModelForCausalLM.from_pretrained("this folder or repository")
 
 
 def write(folder: Path, model: nn.Module, layers: dict, parameters: int) -> None:
-    """A model card for the layers {path: layer} of a model, where there is no README.md yet."""
+    """Write a model card for the layers {path: layer} of a model, unless README.md exists."""
     path = folder / NAME
     if not path.exists():
         with suppress(OSError), replacing(path) as file:
@@ -97,7 +97,7 @@ def card(model: nn.Module, layers: dict, parameters: int) -> str:
 
 
 def add_loading_with_peft(folder: str | os.PathLike) -> None:
-    """Adds to a README.md, PEFT's own or a new one, what to import; once."""
+    """Append the required import to PEFT's README.md, or to a new one, unless it is there."""
     path = Path(os.fspath(folder)) / NAME
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if "import lora_moe.peft" not in text:
@@ -105,7 +105,7 @@ def add_loading_with_peft(folder: str | os.PathLike) -> None:
 
 
 def _base_name(model):
-    """What from_pretrained was given, if it is a name on the hub: a path is nobody else's business."""
+    """The base model's name if it is one on the hub; local paths are private and not written."""
     name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
     return name if _HUB_NAME.fullmatch(name) and not os.path.exists(name) else ""
 

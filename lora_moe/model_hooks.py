@@ -1,4 +1,4 @@
-"""Hooks around each call of a model: its masks, labels and cache, and whether the batch fits task ids."""
+"""Hooks that record each model call's masks, labels and cache, and check the batch against task ids."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .usage_warnings import Watch
 
 
 class BeforeCall:
-    """A forward pre-hook that notes the masks of a call, and refuses a batch that task ids do not fit.
+    """Forward pre-hook that records a call's masks, and raises if the batch does not match the task ids.
 
-    `watch` is the whole model's, None for a model, an encoder or a decoder inside.  `layers` are kept: a
-    forward must not look through all modules for them.
+    `watch` is None for inner models, encoders and decoders.  `layers` is stored so that a forward need not
+    search all modules for them.
     """
 
     def __init__(self, caller: nn.Module, watch: Watch | None, decodes: bool = False):
@@ -38,7 +38,7 @@ class BeforeCall:
         outermost = not thread.calls
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
-        past = given.get("past_key_values")  # asked now: layers of this call will fill it
+        past = given.get("past_key_values")  # read now, before this call's layers fill it
         cached = (
             self.components and hasattr(past, "get_seq_length") and int(past.get_seq_length()) > 0
         )
@@ -50,22 +50,22 @@ class BeforeCall:
                 self.watch.begin(model)
 
     def mask_of(self, given):
-        """Of the tokens that this model reads: its own, not that of a model around it.
+        """The mask of the tokens that this model reads.
 
-        Around it stands the mask that a model has made into a dict, or expanded, for the one inside.
+        If an outer model has expanded the mask or turned it into a dict, the outer model's is used.
         """
         if (
             "decoder_attention_mask" in self.names
-        ):  # attention_mask is the encoder's, with its own hook
+        ):  # attention_mask is the encoder's, which has its own hook
             return given.get("decoder_attention_mask")
         mask = given.get("attention_mask")
         plain = mask is None or (isinstance(mask, torch.Tensor) and mask.dim() <= 2)
         return mask if plain or not thread.calls else thread.calls[-1].mask
 
     def labels_of(self, given):
-        """Of a causal model, whose labels are its own tokens: what its loss asks for.
+        """The labels of a causal model, which mark the answer among its tokens.
 
-        All that an encoder-decoder's decoder reads is an answer.
+        In the decoder of an encoder-decoder model, all tokens belong to the answer.
         """
         if self.decodes:
             ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
@@ -75,7 +75,7 @@ class BeforeCall:
         return thread.calls[-1].labels if thread.calls and not self.names_labels else None
 
     def forget(self):
-        """Take back this call and those inside, also ones that a KeyboardInterrupt left behind."""
+        """Remove this call and inner ones, including those left over from a KeyboardInterrupt."""
         for i, call in enumerate(thread.calls):
             if call.hook is self:
                 del thread.calls[i:]
@@ -83,7 +83,7 @@ class BeforeCall:
 
 
 class AfterCall:
-    """A forward hook that takes the call back, also where the forward raised."""
+    """Forward hook that removes the call, even if the forward raised."""
 
     def __init__(self, before: BeforeCall):
         self.before = before
@@ -96,7 +96,7 @@ class AfterCall:
 
 
 def expect_rows(model, args, given, layers):
-    """Inside generate rows expand; elsewhere another number of samples is a mistake."""
+    """Raise if the number of rows does not match the batch; generate may expand rows."""
     if thread.generating:
         return
     told = thread.decisions
@@ -107,15 +107,15 @@ def expect_rows(model, args, given, layers):
     main = given.get(getattr(model, "main_input_name", ""))
     tensors = [main, *args, *given.values()]
     x = next((t for t in tensors if isinstance(t, torch.Tensor) and t.dim() >= 2), None)
-    if x is None or len(rows) != 1:  # a routing of its own for each layer is checked there
+    if x is None or len(rows) != 1:  # different routings per layer are checked in the layers
         return
     (rows,), samples = rows, x.shape[0]
-    tokens = math.prod(x.shape[:2]) if x.dim() <= 3 else rows  # of pixels nobody knows how many
+    tokens = math.prod(x.shape[:2]) if x.dim() <= 3 else rows  # unknown for pixels
     if rows < samples or rows not in (samples, tokens):
         raise ValueError(
             f"task_ids: expected {samples}, one per sample of the batch {tuple(x.shape)}, got {rows}"
-            " (see lora_moe.use_routing; beams are told apart inside the generate of the model that inject"
-            " was called with)"
+            " (see lora_moe.use_routing; beams are supported in the generate method of the model that was"
+            " passed to inject)"
         )
 
 
@@ -124,7 +124,7 @@ def _no_labels(embeds):
 
 
 def _decided(layer, told):
-    """What the caller said of the layer's samples: experts, or tasks."""
+    """The caller's routing or tasks for the layer, or None."""
     said = (told.routing, layer.routing_override, told.tasks, layer.tasks)
     return next((s for s in said if s is not None), None)
 

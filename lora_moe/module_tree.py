@@ -1,6 +1,6 @@
-"""Where a module stands in its model, and what its holders do with it.
+"""A module's position in its model: its ancestors, and cached analyses of their forwards.
 
-A holder of a module is what contains it: its parent, the parent's parent, up to the model.
+The holders of a module are its ancestors: its parent, the parent's parent, up to the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .forwards import Forward
 
 
 class Survey:
-    """What the checks look up in a model more than once; it must not change meanwhile."""
+    """Cached lookups in a model, which must not change meanwhile."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -21,7 +21,7 @@ class Survey:
 
     @functools.cached_property
     def holders_of(self) -> dict[nn.Parameter, list[tuple[str, nn.Module]]]:
-        """{parameter: [(path, module that has it)]}"""
+        """{parameter: [(module path, module)]}"""
         holders = {}
         for path, module in self.model.named_modules():
             for parameter in module._parameters.values():
@@ -30,12 +30,12 @@ class Survey:
 
 
 class Place:
-    """A module, and those that hold it.
+    """A module and its ancestors.
 
     Attributes:
-        holders: [(path from it to the module, module)], the root first.
-        parent: the last of them.
-        chain: all of them, and the module.
+        holders: [(path from the ancestor to the module, ancestor)], the root first.
+        parent: the last ancestor.
+        chain: all ancestors and the module.
     """
 
     def __init__(self, survey: Survey, path: str):
@@ -52,7 +52,7 @@ class Place:
 
 
 def _rests(path):
-    """The path and its ends: for a.b.c these are a.b.c, b.c and c."""
+    """The path and its suffixes: for a.b.c these are a.b.c, b.c and c."""
     while path:
         yield path
         path = path.partition(".")[2]

@@ -1,15 +1,15 @@
-"""What the routers of a model do over a training run: numbers for the log, a warning, a history.
+"""RouterMonitor: expert load during training, as numbers for the log, a warning, and a history.
 
     monitor = RouterMonitor(model)
-    ...                                    # each micro-batch: forward, then
+    ...                                    # after the forward of each micro-batch:
     monitor.update()
-    ...                                    # now and then
+    ...                                    # at intervals:
     log(monitor.summary(step))             # {"router/max_over_mean": ..., ...}, since the last summary
     monitor.save("adapter")                # router_history.json, for `lora-moe inspect adapter --png FILE`
 
-Nothing waits for the device before `summary`.
+Only `summary` synchronizes with the device.
 
-Letters: L layers, E experts (of the layer that has most), K slots per token.
+Letters: L layers, E experts (of the layer with the most), K slots per token.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from .history import History
 from .losses import counts_of, router_entropy
 from .steering import layers_of
 
-COLLAPSED = 0.95  # share of a layer's slots that K experts hold
-MIN_SLOTS_PER_EXPERT = 16  # before a layer is judged
+COLLAPSED = 0.95  # share of a layer's slots that K experts get
+MIN_SLOTS_PER_EXPERT = 16  # minimum for the collapse warning
 
 
 class RouterMonitor:
-    """Counts where tokens go, layer by layer, without padding.
+    """Counts the tokens of each expert per layer, excluding padding.
 
     Args:
-        model: with experts in it.
-        collapse: warn, once, when K of a layer's E experts hold this share of the slots since the last
-            summary, K = top_k < E; None never warns.
+        model: a model with experts.
+        collapse: warn once if K = top_k < E of a layer's experts get this share of the slots since the
+            last summary; None never warns.
     Raises:
-        ValueError: the model has no experts.
+        ValueError: if the model has no experts.
     """
 
     def __init__(self, model: nn.Module, collapse: float | None = COLLAPSED):
@@ -52,16 +52,16 @@ class RouterMonitor:
 
     def _reset(self):
         self._counts: dict[str, torch.Tensor] = {}
-        self._last: dict[str, tuple] = {}  # the last routing by a router, and its mask
+        self._last: dict[str, tuple] = {}  # the last routing from a router, and its mask
         self._routed: set[str] = set()
         self._aux, self._updates = None, 0
 
     @torch.no_grad()
     def update(self, aux: torch.Tensor | None = None) -> None:
-        """Count the forwards that ran in this thread since the last update.
+        """Count this thread's forwards since the last update.
 
         Args:
-            aux: aux_loss(model), to have its mean in the summary.
+            aux: aux_loss(model), to include its mean in the summary.
         """
         for name, layer in self.layers.items():
             for run in self._new_runs(layer):
@@ -72,7 +72,7 @@ class RouterMonitor:
             self._updates += 1
 
     def _new_runs(self, layer):
-        """The forwards with a graph, of which a step may hold several; else the last one in this mode."""
+        """New forwards with a graph, possibly several per step; else the last one in this mode."""
         record = forward_records.record_of(layer)
         last = record.training if layer.training else record.evaluation
         runs = record.pending if layer.training and record.pending else [last]
@@ -92,17 +92,17 @@ class RouterMonitor:
     def summary(
         self, step: int, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> dict[str, float]:
-        """The numbers since the last summary, which is forgotten; waits for the device.
+        """Statistics since the last summary, then reset; synchronizes with the device.
 
         Args:
             step: for the history.
             reduce: sums a tensor over processes, such as accelerate's Accelerator.reduce.
         Returns:
-            router/max_over_mean   the largest load of an expert over the mean one, in the worst layer
+            router/max_over_mean   largest expert load divided by the mean load, in the worst layer
             router/entropy         router_entropy of the last forward in nats, mean over layers
-            router/dead            experts without a token, all layers together
-            router/aux_loss        mean of what update was given
-            Empty if no layer ran; without what does not apply.
+            router/dead            number of experts without tokens, over all layers
+            router/aux_loss        mean of the values passed to update
+            Entries that do not apply are left out; empty if no layer ran.
         """
         if reduce is None and not self._counts:
             return {}
@@ -120,7 +120,7 @@ class RouterMonitor:
         return numbers
 
     def _stacked(self):
-        """(L, E) int64 of all layers, so that every process has the same shape; zero where nothing ran."""
+        """Counts (L, E) int64, in the same shape on every process; zero for layers that did not run."""
         width = max(self.history.experts.values())
         device = next(iter(self.layers.values())).device
         rows = torch.zeros(len(self.layers), width, dtype=torch.int64, device=device)
@@ -131,7 +131,7 @@ class RouterMonitor:
         return rows
 
     def _load(self, name, row):
-        """(E,) share of the slots that each expert of a layer got."""
+        """(E,) share of the slots per expert of a layer."""
         row = row[: self.layers[name].config.num_experts].double()
         return row / row.sum()
 
@@ -162,7 +162,7 @@ class RouterMonitor:
         warnings.warn(
             f"lora_moe: the routers of {', '.join(collapsed[:4])}{' ...' if collapsed[4:] else ''}"
             f" ({len(collapsed)} of {len(self.layers)} layers) collapsed: {config.top_k} of"
-            f" {config.num_experts} experts take nearly every token. Raise balance_coef, lower the"
+            f" {config.num_experts} experts get nearly every token. Raise balance_coef, lower the"
             " router's learning rate, or balance with selection_bias=True",
             stacklevel=3,
         )
@@ -183,7 +183,7 @@ class RouterMonitor:
             self.history.save(directory)
 
     def load(self, directory) -> None:
-        """Go on with the history of a checkpoint, if it has one of these layers."""
+        """Continue the history of a checkpoint, if there is one for these layers."""
         found = History.load(directory, missing_ok=True)
         if found is not None and found.experts == self.history.experts:
             self.history = found

@@ -1,11 +1,10 @@
-"""LoraMoeExperts: a LoRA for each of a MoE model's own experts, routed by the model's own router.
+"""LoraMoeExperts: one LoRA per expert of a MoE model, routed by the model's own router.
 
     y_t = sum over slots j of  w_tj down_e(act(gate_up_e(x_t))),   e = ids_tj
     gate_up_e(x) = W_e x + b_e + s_e B_e A_e x,   down_e likewise
 
-ids and w are what the model's router hands to its experts.  The slots are sorted by expert, as in
-transformers' "grouped_mm"; there a LoRA per expert is functional.grouped_lora, and no weight
-W_e + s_e B_e A_e is made.
+ids and w come from the model's router.  Slots are sorted by expert, as in transformers' "grouped_mm", and
+the LoRAs run in functional.grouped_lora without computing W_e + s_e B_e A_e.
 
 Letters: T tokens, K picked experts per token, S = T K slots, E experts, R = sum of their ranks.
 """
@@ -30,21 +29,21 @@ from .tokens import tokens_of
 
 
 class LoraMoeExperts(LoraMoeLayer):
-    """A drop-in for `base`, the fused experts of a MoE model of transformers.
+    """A drop-in replacement for `base`, the fused experts of a transformers MoE model.
 
     For each adapted weight P, gate_up_proj or down_proj, it has parameters lora_A_P (R, D_in) and lora_B_P
-    (R, D_out); row r of both belongs to one expert.  Initial values and dtypes are those of LoraMoeLinear,
-    so that the layer starts as the base.  base.forward is called only where the adapters are disabled: with
-    any experts_implementation the products are grouped, as with "grouped_mm", which is equal bit for bit.
+    (R, D_out), each with the rows of all experts.  Initial values and dtypes are as in LoraMoeLinear, so the
+    initial output equals the base's.  base.forward runs only if adapters are disabled: otherwise, with any
+    experts_implementation, products are grouped as with "grouped_mm", and equal to it bit for bit.
 
-    Attributes: as placement.LoraMoeLayer; config.target_parameters are the adapted weights.
+    Attributes: as in placement.LoraMoeLayer; config.target_parameters are the adapted weights.
 
     Args:
-        base: a module behind transformers' experts interface (see fused.py).
+        base: a module with transformers' experts interface (see fused.py).
         config: LoraMoeConfig with target_parameters.
     Raises:
-        TypeError: base holds no such experts, or is already a LoraMoeExperts.
-        ValueError: config has another number of experts, or names none of its weights.
+        TypeError: if base has no such experts, or is already a LoraMoeExperts.
+        ValueError: if num_experts differs, or target_parameters matches none of base's weights.
     """
 
     selection_bias = None
@@ -53,7 +52,7 @@ class LoraMoeExperts(LoraMoeLayer):
         if not isinstance(config, LoraMoeConfig):
             raise TypeError(f"config: expected a LoraMoeConfig, got {type(config).__name__}")
         if reason := why_unfit(base):
-            raise TypeError(f"base: expected fused experts, got something else: {reason}")
+            raise TypeError(f"base: expected fused experts, but {reason}")
         config = config_at(base, config)
         super().__init__(base, config)
         self.names = tuple(n for name in config.target_parameters for n in tensor_names(name))
@@ -69,7 +68,7 @@ class LoraMoeExperts(LoraMoeLayer):
 
         Args:
             hidden_states: (T, D).
-            ids, weights: (T, K), the router's decision, by position or by the base's own names.
+            ids, weights: (T, K), the router's decision, by position or by the base's argument names.
         Returns:
             (T, D) in hidden_states' dtype.
         """
@@ -90,7 +89,7 @@ class LoraMoeExperts(LoraMoeLayer):
         return *args, *(kwargs[name] for name in names)
 
     def mix(self, x, ids, weights) -> tuple[torch.Tensor, torch.Tensor]:
-        """y (T, D) for a decision (T, K), and how many slots each expert has, (E,) int64; noted nowhere."""
+        """y (T, D) for a decision (T, K), and slots per expert (E,) int64; does not record the forward."""
         base, K, E = self.base_layer, ids.shape[-1], self.config.num_experts
         sorted_ids, order = torch.sort(ids.reshape(-1))  # (S,)
         place = torch.empty_like(order)
@@ -106,13 +105,13 @@ class LoraMoeExperts(LoraMoeLayer):
         h = self._linear(up, h, sorted_ids, ends, slots)
         h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
         h = self._linear(down, h, sorted_ids, ends, slots)
-        if getattr(base, "has_post_expert_norm", False):  # newer than the others
+        if getattr(base, "has_post_expert_norm", False):  # not in older versions
             h = base.post_expert_norm(h)
         h = Unsort.apply(h, order, place).unflatten(0, (-1, K))  # (T, K, D)
         return (h * weights[..., None]).sum(1).to(x.dtype), counts
 
     def _linear(self, name, x, ids, ends, slots):
-        """One linear map of all experts.  x (S, D_in) -> (S, D_out)"""
+        """One linear layer of all experts.  x (S, D_in) -> (S, D_out)"""
         base = self.base_layer
         weight = getattr(base, name)
         y = grouped_linear(x, weight if base.is_transposed else weight.transpose(-2, -1), ends)
@@ -122,7 +121,7 @@ class LoraMoeExperts(LoraMoeLayer):
             return y
         A, B = (getattr(self, n) for n in tensor_names(name))
         x = self._dropped(x.to(y.dtype))
-        with torch.autocast(x.device.type, enabled=False):  # the base has decided on y's dtype
+        with torch.autocast(x.device.type, enabled=False):  # y already has the base's dtype
             return F.grouped_lora(
                 x, A, B, slots, rank_offsets=self.offsets, scaling=self._scaling_beside(B), base=y,
                 frozen=self._frozen,
@@ -139,7 +138,7 @@ class LoraMoeExperts(LoraMoeLayer):
 
 
 def _replayed(routing, x, dtype):
-    """ids and weights of a Routing in place of the router's; an empty slot is expert 0 with weight 0."""
+    """ids and weights of a routing override; an empty slot becomes expert 0 with weight 0."""
     routing = fit_rows(routing, x)
     ids, E = routing.indices.long(), routing.num_experts
     if ids.is_cpu and not torch.compiler.is_compiling() and bool((ids >= E).any()):

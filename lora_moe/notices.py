@@ -1,10 +1,10 @@
-"""Warnings that a process gives once: what a user set up and will not get."""
+"""Warnings that are given once per process."""
 
 from __future__ import annotations
 
 import warnings
 
-told: set[str] = set()  # kinds of notices that were given
+told: set[str] = set()  # kinds of warnings already given
 
 
 def tell_once(kind: str, message: str) -> None:

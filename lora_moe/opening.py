@@ -1,7 +1,6 @@
-"""Which files of an adapter are opened: a regular file of the expected name, in a directory.
+"""Opens untrusted adapter files safely: only regular files, with the expected name in a directory.
 
-Never through a symbolic link, no device or pipe, no pickle; what is wrong is said before anything is
-read.
+Symbolic links, devices, pipes and pickles raise before anything is read.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def open_regular(path: Path, pickles: bool = False) -> BinaryIO:
-    """Open a regular file for reading; a link, a device or a pipe is refused before it is opened.
+    """Open a regular file for reading; raises for a link, device or pipe before opening it.
 
     Args:
-        pickles: whether its name may be a pickle's; opening runs nothing.
+        pickles: whether to allow file names of pickles; opening does not run code.
     Raises:
-        ValueError: it is not a regular file, or its name is a pickle's.
-        OSError: it is missing or cannot be read.
+        ValueError: if it is not a regular file, or has the name of a pickle.
+        OSError: if it is missing or cannot be read.
     """
     if path.suffix in _PICKLES and not pickles:
         raise ValueError(
@@ -32,11 +31,11 @@ def open_regular(path: Path, pickles: bool = False) -> BinaryIO:
 
 
 def path_in(directory: str | os.PathLike, name: str) -> Path:
-    """directory/name for a file to write; the directory is made if it does not exist.
+    """directory/name for a file to write; creates the directory if it does not exist.
 
     Raises:
-        NotADirectoryError: `directory` is a file, or the path of the file itself.
-        OSError: it cannot be made.
+        NotADirectoryError: if `directory` is a file, or the path of the file itself.
+        OSError: if it cannot be created.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -49,12 +48,12 @@ def path_in(directory: str | os.PathLike, name: str) -> Path:
 def open_in(
     directory: str | os.PathLike, name: str, hints: dict[str, str] | None = None
 ) -> BinaryIO:
-    """open_regular(directory/name), or an error that says what there is instead.
+    """open_regular(directory/name), or an error that lists the directory.
 
     Args:
-        hints: {file name: what a directory with this file in it is}.
+        hints: {file name: explanation to add if the directory contains this file}.
     Raises:
-        ValueError, OSError: as open_regular.
+        ValueError, OSError: as in open_regular.
     """
     directory = Path(directory)
     path = directory / name
@@ -65,14 +64,14 @@ def open_in(
         known = "".join(f"; {hint}" for file, hint in (hints or {}).items() if file in found)
         raise FileNotFoundError(f"{directory}: expected {name} in it, found {found[:20]}{known}")
     if os.path.lexists(directory):
-        open_regular(directory).close()  # says what is wrong with a pickle
+        open_regular(directory).close()  # raises for a pickle
         raise _not_a_directory(directory, name)
     raise FileNotFoundError(f"{directory}: expected a directory with {name} in it, found nothing")
 
 
 def _not_a_directory(path, name):
     return NotADirectoryError(
-        f"{path}: expected a directory, which holds {name}, got the path of a file;"
+        f"{path}: expected a directory that contains {name}, got a file;"
         f" pass the directory: {path.parent}"
     )
 
@@ -84,7 +83,7 @@ def _expect_regular(path, mode):
 
 
 def _descriptor(path, flags):
-    """Something else may have taken the file's place since it was looked at."""
+    """Check again after opening, since the file may have been replaced since the first check."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         _expect_regular(path, os.fstat(descriptor).st_mode)

@@ -1,6 +1,6 @@
-"""Operands as the operators take them: rows with unit stride, in the dtypes of their schemas.
+"""Prepares operands for the operators: rows with unit stride, in the dtypes of their schemas.
 
-The checks are done before, in checks.py.  Letters: T tokens, E experts, R rank rows of all experts.
+checks.py validates them first.  Letters: T tokens, E experts, R rank rows of all experts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .reference import accumulator
 
 
 def rows_contiguous(t):
-    """Operators want unit stride along columns; rows may be anywhere (slices, expanded gradients)."""
+    """Operators require unit stride along columns; rows may have any stride (slices, expanded gradients)."""
     if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 or t.numel() == 0:
         return t
     return t.contiguous()
@@ -31,7 +31,7 @@ def like(x, y):
 
 
 def base(tensor, x, leading, D_out):
-    """The base's output, checked, as rows."""
+    """Check the base's output, and return it as rows."""
     if tensor is None:
         return None
     why = "the tokens' leading dimensions and D_out"
@@ -42,7 +42,7 @@ def base(tensor, x, leading, D_out):
 
 
 def router_operand(w, x):
-    """The router keeps fp32 weights beside a bf16 x: its products are always full fp32."""
+    """The router's weight; it stays fp32 for a bf16 x, as its products are always full fp32."""
     if w is None:
         return None
     acc = accumulator(x.dtype)
@@ -58,12 +58,12 @@ def router(w, router_bias, x):
 
 
 def rounded(x, *parameters):
-    """Adapters as the products take them: in x's dtype, with unit stride along columns."""
+    """Adapter parameters in x's dtype, with unit stride along columns."""
     return [rows_contiguous(p.to(x.dtype)) for p in parameters]
 
 
 def dense(*grads):
-    """Gradients of the routing, or of what has no rows to step over: contiguous, None where there is none."""
+    """Contiguous gradients; None stays None."""
     return tuple(None if g is None else g.contiguous() for g in grads)
 
 
@@ -74,6 +74,6 @@ def plan_for(rows, lora_B, offsets, top_k, shared_a):
 
 
 def needs_graph(*tensors):
-    """Whether backward will be asked for; refuses every other kind of derivative."""
+    """Whether autograd needs a graph; raises for other kinds of derivatives."""
     checks.first_order(*tensors)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

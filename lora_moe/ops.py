@@ -1,17 +1,16 @@
-"""Operator schemas, and the reference implementation behind every device.
+"""Operator schemas, and the reference implementation for every device.
 
-Eleven operators, all in the namespace `lora_moe`.  `backend.py` adds the kernels of one backend per
-device; whatever has none runs reference.py.  Gradients live in autograd.py, outside the operators.
+Eleven operators in the namespace `lora_moe`.  backend.py registers one backend's kernels per device;
+operators without a kernel run reference.py.  Gradients are in autograd.py, outside the operators.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 Contract: x (T, D_in), base and dy (T, D_out) and the parameters have unit stride along columns; y and dy
 are (T K, D_out) with slots "apart", base either, x (T K, D_in) with slots "sum", one row per slot;
 w (E, D_in) has x's dtype or fp32; bias, router_bias and scaling (E,), weights (T, K), logits and every h
-and S are fp32 (all fp64 when x is); indices (T, K) int32, -1 where a slot is empty.  The operators with
-experts take a (R or r, D_in) and b (R, D_out) as the parameters are, round them to x's dtype for the
-products, and return each parameter's gradient in its own dtype, rounded once; `shrink` and `expand` take
-them in x's dtype, and what `wgrad` returns is fp32.  Gradients that are not needed come back empty, shape
-(0,).
+and S are fp32 (all fp64 for an fp64 x); indices (T, K) are int32, -1 in empty slots.  The operators with
+experts take the parameters a (R or r, D_in) and b (R, D_out) in any dtype, round them to x's dtype for the
+products, and return gradients in each parameter's dtype, rounded once; `shrink` and `expand` take them in
+x's dtype, and `wgrad` returns fp32.  Gradients that are not needed are returned empty, with shape (0,).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _SAVED = "Tensor x, {w}Tensor a, Tensor b, Tensor s"
 _NEEDS = "int[] frozen, bool need_x, bool need_router, bool need_a, bool need_b"
 _AUX = "Tensor? dweights, Tensor? dlogits, Tensor? dmean_prob, Tensor? dlse"
 
-VERSION = 5  # of the schemas; extensions built for another one are refused (csrc/tensors.h)
+VERSION = 5  # of the schemas; must match the extensions' (csrc/tensors.h)
 
 SCHEMAS = {
     # indices, weights, logits, mean_prob, lse, counts
@@ -56,7 +55,7 @@ SCHEMAS = {
     "routed_lora": "(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? base, Tensor? bias,"
     f" Tensor? router_bias, {_EXPERTS}, {_ROUTER}, str plan)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    # y of several layers side by side; for inference
+    # y of several layers with adjacent outputs; for inference
     "routed_lora_banks": "(Tensor x, Tensor[] w, Tensor[] a, Tensor[] b, Tensor base, Tensor?[] bias,"
     " Tensor?[] router_bias, Tensor[] scaling, int[] offsets, bool shared_a, int[] starts,"
     f" {_ROUTER}, str plan) -> Tensor",
@@ -67,18 +66,18 @@ SCHEMAS = {
 }
 
 
-# --- the reference behind every device ---------------------------------------------------------
+# --- the reference implementation of every operator ---------------------------------------------
 
 
 def check_ids(indices: torch.Tensor, num_experts: int) -> None:
-    """On a CPU reading the ids costs nothing, so wrong ones raise; on a GPU they are masked."""
+    """Raise for invalid ids on a CPU, where reading them is free; a GPU masks them."""
     wrong = wrong_id(indices, num_experts) if indices.device.type == "cpu" else None
     if wrong is not None:
         raise ValueError(f"indices: expected expert ids in [-1, {num_experts}), got {wrong}")
 
 
-# Where reference.py computes something else than an operator, a function of the operator's name stands
-# between: v are the operator's arguments, by the names of its schema.
+# Where reference.py differs from an operator, a function named _<operator> adapts it; v are the operator's
+# arguments by their names in the schema.
 
 
 def _grouped_lora(v):
@@ -117,7 +116,7 @@ def _routed_lora_backward(v):
 
 
 def _saved(s, indices, v):
-    """S as the plan keeps it."""
+    """S in the plan's layout."""
     by_slot = v["plan"] == SEGMENTED and not v["shared_a"]
     return reference.slots_of_rows(s, indices, v["offsets"]) if by_slot else s
 
@@ -129,7 +128,7 @@ def _rows(v):
 
 
 def _needed(v, dx, dw, da, db):
-    """The gradients that are needed, in the parameters' dtypes, zero in the rows of frozen experts."""
+    """The needed gradients in the parameters' dtypes, with zero rows for frozen experts."""
     da, db = da.to(v["a"].dtype), db.to(v["b"].dtype)
     for expert in v["frozen"]:
         rows = slice(*v["offsets"][expert : expert + 2])
@@ -149,7 +148,7 @@ def reference_operator(name):
 
 
 def _without_autocast(function):
-    """Autocast decided x's dtype before the call; inside, it would round the products themselves."""
+    """Disable autocast: it has already been applied to x, and would round the products."""
 
     def run(*args):
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))

@@ -1,6 +1,6 @@
-"""Optimizers that hold parameters which others have replaced: they get the new ones, or are told.
+"""Updates optimizers after grow has replaced parameters, or raises at their next step.
 
-Nothing else would: an optimizer steps a parameter that no module has any more without a word.
+Otherwise an optimizer would silently step parameters that are no longer in the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _hooks: list = []
 
 
 def forget(parameters: Iterable[nn.Parameter]) -> None:
-    """From now on an optimizer that steps one of these raises RuntimeError."""
+    """Make optimizers that step one of these parameters raise RuntimeError."""
     for parameter in parameters:
         setattr(parameter, _MARK, True)
         parameter.grad = None
@@ -27,13 +27,13 @@ def forget(parameters: Iterable[nn.Parameter]) -> None:
 def _before_step(optimizer, _args, _kwargs):
     if any(hasattr(p, _MARK) for group in optimizer.param_groups for p in group["params"]):
         raise RuntimeError(
-            "optimizer: expected the model's parameters, got some that grow replaced, which nothing reads"
-            " any more: pass it to grow(model, n, optimizer=), or make a new one after grow"
+            "optimizer: expected the model's current parameters, got some that grow has replaced: pass the"
+            " optimizer to grow(model, n, optimizer=), or create a new one after grow"
         )
 
 
 def expect_growable(optimizer: Optimizer, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Raises ValueError where its state of a parameter is not one value for each of its own."""
+    """Raise ValueError if the state of a parameter does not have the parameter's shape."""
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer: expected a torch optimizer, got {type(optimizer).__name__}")
     for old in replaced:
@@ -41,7 +41,7 @@ def expect_growable(optimizer: Optimizer, replaced: Mapping[nn.Parameter, nn.Par
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != old.shape:
                 raise ValueError(
                     f"optimizer: expected state in the parameter's shape {tuple(old.shape)}, got {name} of"
-                    f" {tuple(value.shape)}; make a new optimizer after grow instead"
+                    f" {tuple(value.shape)}; create a new optimizer after grow instead"
                 )
 
 
@@ -50,11 +50,11 @@ def replace(
     replaced: Mapping[nn.Parameter, nn.Parameter],
     beside: Mapping[nn.Parameter, nn.Parameter],
 ) -> None:
-    """Put new parameters where it held the old ones, their state of the new rows zero.
+    """Replace the optimizer's old parameters by the new ones; state for new rows is zero.
 
     Args:
         replaced: {old: new}.
-        beside: {a parameter that had no predecessor: one after whose group's it goes}.
+        beside: {additional parameter: an existing parameter whose group it joins}.
     """
     for group in optimizer.param_groups:
         params = [replaced.get(p, p) for p in group["params"]]

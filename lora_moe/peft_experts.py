@@ -1,10 +1,10 @@
-"""LoRAs on a model's own fused experts in the folders of PEFT (LoraConfig(target_parameters=)).
+"""Reads and writes PEFT's format of LoRAs on fused experts (LoraConfig(target_parameters=)).
 
-    <experts>.lora_A.weight (E r, D_in), expert after expert
-    <experts>.lora_B.weight (D_out, r E), row of the rank after row, in each the experts in a row
+    <experts>.lora_A.weight (E r, D_in), ordered by expert, then rank
+    <experts>.lora_B.weight (D_out, r E), ordered by rank, then expert
 
-One such pair stands for each parameter of a module, in the module's own order: the last one at the path of
-the module, the one before it at <experts>.base_layer, and so on.
+There is one pair per parameter, in the module's order: the last parameter's at the path of the module, the
+one before at <experts>.base_layer, and so on.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def columns_of(rows: torch.Tensor, E: int) -> torch.Tensor:
 
 
 def nested(path: str, names: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """{parameter: path of its tensors in the file}; the names in the module's order."""
+    """{parameter: path of its tensors in the file}, for names in the module's order."""
     return {name: path + ".base_layer" * i for i, name in enumerate(reversed(names))}
 
 
-# --- what is read ----------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------
 
 
 class Found:
-    """A module of the model whose parameters an adapter names, and the keys of their tensors."""
+    """A module with parameters that an adapter targets, and the keys of their tensors."""
 
     def __init__(self, path, module, names, lora):
         self.path, self.module, self.lora = path, module, lora
         self.paths = nested(path, names)  # {parameter: path in the file}
 
     def problems(self) -> list[str]:
-        """All that does not fit, each in a line."""
+        """One line per problem."""
         problems, kinds = [], set()
         for name, path in self.paths.items():
             E, D_in, D_out = fused.sizes(self.module, name)
@@ -73,7 +73,7 @@ class Found:
         return self.lora.alpha(f"{self.path}.{name}")
 
     def layer(self, fields: Mapping) -> LoraMoeExperts:
-        """The layer with new rows; raises ValueError for fields that say anything of a router."""
+        """The layer with initial rows; raises ValueError for fields that configure a router."""
         name = next(iter(self.paths))
         config = LoraMoeConfig(
             **{key: value for key, value in fields.items() if key != "target_modules"},
@@ -85,7 +85,7 @@ class Found:
         return LoraMoeExperts(self.module, config)
 
     def read(self, read) -> dict[str, tuple[torch.Tensor, torch.dtype]]:
-        """{tensor of the layer: (its value, dtype in the file)}; read(key) gives the file's tensor."""
+        """{name of the layer's tensor: (value, dtype in the file)}; read(key) returns the file's tensor."""
         values = {}
         for name, path in self.paths.items():
             for letter, own in zip("AB", fused.tensor_names(name)):
@@ -98,10 +98,10 @@ class Found:
 
 
 def experts_in(model: nn.Module, lora: Lora) -> tuple[list[Found], Lora]:
-    """What an adapter has on the model's own experts, and the adapter without it.
+    """The adapter's LoRAs on the model's own experts, and the adapter without these.
 
     Raises:
-        ValueError: its target_parameters match nothing, or something does not fit; all of it is listed.
+        ValueError: if target_parameters match nothing, or something does not fit; every problem is listed.
     """
     targets = lora.config["target_parameters"]
     if not isinstance(targets, list) or not all(isinstance(t, str) and t for t in targets):
@@ -127,16 +127,16 @@ def experts_in(model: nn.Module, lora: Lora) -> tuple[list[Found], Lora]:
     return found, lora._replace(tensors=rest)
 
 
-# --- what is written -------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------
 
 
 def names_in_order(layer: LoraMoeExperts) -> list[str]:
-    """The adapted parameters, in the order in which PEFT nests them."""
+    """The adapted parameters, in PEFT's nesting order."""
     return [n for n in layer.base_layer._parameters if n in layer.config.target_parameters]
 
 
 def tensors_of(path: str, layer: LoraMoeExperts, sources: Mapping) -> dict[str, tuple]:
-    """{PEFT's key: (tensor, name of the layer's)} from {(path, name of the layer's): tensor}."""
+    """{PEFT's key: (tensor, our name)} from {(path, our name): tensor}."""
     tensors, E = {}, layer.config.num_experts
     for name, place in nested(path, names_in_order(layer)).items():
         for letter, own in zip("AB", fused.tensor_names(name)):
@@ -147,7 +147,7 @@ def tensors_of(path: str, layer: LoraMoeExperts, sources: Mapping) -> dict[str, 
 
 
 def targets_of(model: nn.Module, layers: Mapping[str, LoraMoeExperts]) -> list[str]:
-    """target_parameters for PEFT: short names where these match nothing else, else whole paths."""
+    """target_parameters for PEFT: short names if they match nothing else, else full paths."""
     own = [f"{path}.{name}" for path, layer in layers.items() for name in names_in_order(layer)]
     here = [plain_path(p).replace(".base_layer", "") for p, _ in model.named_parameters()]
     short = sorted({".".join(path.split(".")[-3:]) for path in own})
@@ -155,11 +155,11 @@ def targets_of(model: nn.Module, layers: Mapping[str, LoraMoeExperts]) -> list[s
 
 
 def expect_one_rank(layers: Mapping[str, LoraMoeExperts]) -> None:
-    """PEFT has one rank and one alpha for all experts of a parameter."""
+    """Raise unless all experts have one rank and one alpha, as PEFT requires."""
     for path, layer in layers.items():
         for field in ("r", "lora_alpha"):
             value = getattr(layer.config, field.removeprefix("lora_"))
             if isinstance(value, tuple) and len(set(value)) > 1:
                 raise ValueError(
-                    f"model: expected one {field} for all experts of {path}, as PEFT has it, got {value}"
+                    f"model: expected one {field} for all experts of {path}, as PEFT requires, got {value}"
                 )

@@ -1,10 +1,10 @@
-"""Folders that PEFT writes, read without PEFT and as untrusted input.
+"""Reads folders saved by PEFT, without PEFT and as untrusted input.
 
     adapter_config.json        {"peft_type": ..., the fields of the method's configuration}
     adapter_model.safetensors  base_model.model.<module path>.<tensor of the method>
 
-PEFT's patterns are regular expressions.  One from a file may take minutes to match, so that those with
-repeated groups, or with many repetitions, are refused.
+PEFT's patterns are regular expressions.  One from a file could take minutes to match, so patterns with
+    repeated groups or many repetitions raise.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FILES = (WEIGHTS, CONFIG)
 PREFIX = "base_model.model."
 MAX_CONFIG = 4 << 20  # bytes
 MAX_PATTERNS = 2048
-MAX_REPEATED = 16  # patterns with repetitions: a refused file costs under a second
+MAX_REPEATED = 16  # patterns with repetitions: checking a file takes under a second
 _TOKEN = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|.", re.DOTALL)
 
 
@@ -35,8 +35,8 @@ def read_config(path: Path) -> dict:
     """The fields of an adapter_config.json.
 
     Raises:
-        ValueError: it is no regular file, too long, or no JSON object.
-        OSError: it cannot be read.
+        ValueError: if it is not a regular file, is too long, or is not a JSON object.
+        OSError: if it cannot be read.
     """
     with safefile.open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -49,14 +49,14 @@ def read_config(path: Path) -> dict:
 
 
 def module_path(key: str) -> str:
-    """Of a tensor's key, with or without PEFT's prefix, what follows the prefix."""
+    """A tensor's key without PEFT's prefix."""
     return key.removeprefix(PREFIX)
 
 
 def shared(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """{path: clause} of those modules that the model holds under several names.
+    """{path: clause for messages} of modules that have several names in the model.
 
-    Experts serve all of them, PEFT's adapters only the first.
+    Experts apply under all names, PEFT's adapters only under the first.
     """
     names = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -68,11 +68,11 @@ def shared(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
 
 
 def expect_patterns(name: str, patterns) -> dict:
-    """rank_pattern or alpha_pattern, {} for None; raises ValueError where it may not be matched."""
+    """Check rank_pattern or alpha_pattern, {} for None; raises ValueError for unsafe patterns."""
     if patterns is None:
         return {}
     if not isinstance(patterns, Mapping) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{name}: expected a dict by module names, got {brief(patterns)}")
+        raise ValueError(f"{name}: expected a dict with module names, got {brief(patterns)}")
     if len(patterns) > MAX_PATTERNS:
         raise ValueError(f"{name}: expected at most {MAX_PATTERNS} patterns, got {len(patterns)}")
     repeated = 0
@@ -81,13 +81,13 @@ def expect_patterns(name: str, patterns) -> dict:
         expect_regular_expression(name, pattern)
     if repeated > MAX_REPEATED:
         raise ValueError(
-            f"{name}: expected at most {MAX_REPEATED} with repetitions, got {repeated}"
+            f"{name}: expected at most {MAX_REPEATED} patterns with repetitions, got {repeated}"
         )
     return dict(patterns)
 
 
 def _repetitions(name, pattern):
-    """How many parts may repeat; nothing that could take more than cubic time is let through."""
+    """The number of repetitions; raises if matching could take more than cubic time."""
     tokens = _TOKEN.findall(pattern)
     count = sum(token in "*+{" for token in tokens)
     pairs = list(itertools.pairwise(tokens))
@@ -102,7 +102,7 @@ def _repetitions(name, pattern):
 
 
 def matched(patterns: Mapping[str, object], path: str, default):
-    """The value of the first pattern that matches the path's end at a dot, as PEFT chooses."""
+    """The value of the first pattern that matches the path's end after a dot, as in PEFT."""
     for pattern, value in patterns.items():
         if _ending(pattern).match(path):
             return value
@@ -110,12 +110,12 @@ def matched(patterns: Mapping[str, object], path: str, default):
 
 
 def rank_at(config: Mapping, path: str):
-    """r of a module, by the configuration's rank_pattern or for all."""
+    """r of a module, from rank_pattern or r."""
     return matched(config.get("rank_pattern") or {}, path, config.get("r", 8))
 
 
 def alpha_at(config: Mapping, path: str):
-    """lora_alpha of a module."""
+    """lora_alpha of a module, from alpha_pattern or lora_alpha."""
     return matched(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
 
 

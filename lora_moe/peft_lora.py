@@ -1,9 +1,9 @@
-"""One LoRA adapter of PEFT, checked by itself before any of its tensors is read.
+"""Lora: one PEFT LoRA adapter, validated before any of its tensors is read.
 
     <module path>.lora_A.weight (r, D_in),   <module path>.lora_B.weight (D_out, r)
 
-Each name stands behind PEFT's "base_model.model.", or without it in a state dict.  Whatever else stands
-in the configuration or beside the tensors would be lost in a bank of experts, and is refused by name.
+Keys have PEFT's prefix "base_model.model.", which a state dict may omit.  Fields and tensors that a bank of
+experts cannot represent raise by name.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from . import locate, peft_format, safefile
 from .fields import MAX_COEFFICIENT, MAX_RANK
 
 _KEY = re.compile(r"([\w.]+)\.lora_([AB])\.weight", re.ASCII)
-# say what the LoRA's function is, and are carried over
+# fields that determine the LoRA's function
 _CARRIED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters"}
-# say where it is, which its tensors say, too, or nothing about the trained function
+# fields that only locate the LoRA, as its tensors do, or do not affect the trained function
 SILENT = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
@@ -31,17 +31,17 @@ SILENT = {
     "corda_config", "lora_ga_config", "runtime_config", "megatron_core", "qalora_group_size",
     "ensure_weight_tying",
 }  # fmt: skip
-# others change the base's weights, so that the saved LoRA belongs to a base that the model does not have
+# other initializations change the base's weights, so the saved LoRA does not fit the original base
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class Lora(NamedTuple):
-    """An adapter that has been checked by itself, and of which no tensor has been read."""
+    """A validated adapter whose tensors have not been read yet."""
 
     name: str  # for messages
     config: dict
     tensors: dict[tuple[str, str], str]  # (module path, "A" or "B"): key
-    places: dict[str, safefile.Slice]  # of each key; of a state dict, dtype and shape only
+    places: dict[str, safefile.Slice]  # by key; for a state dict only dtype and shape
     read: Callable[[str], torch.Tensor]
 
     def rank(self, path: str):
@@ -51,7 +51,7 @@ class Lora(NamedTuple):
         return peft_format.alpha_at(self.config, path)
 
     def misfits(self, path: str, of: str = "", **shapes: tuple[int, int]) -> list[str]:
-        """Of lora_A and lora_B at a path: what is missing, or is not of these shapes."""
+        """Problems of lora_A and lora_B at a path: missing, or not of these shapes."""
         problems = []
         for letter, shape in shapes.items():
             key = self.tensors.get((path, letter))
@@ -72,7 +72,7 @@ class Lora(NamedTuple):
 
 
 def opened(stack: contextlib.ExitStack, index: int, source, revision=None) -> Lora:
-    """adapters[index] of from_peft; its file stays open as long as the stack."""
+    """Open adapters[index] of from_peft; the file stays open as long as the stack."""
     if isinstance(source, str | os.PathLike):
         found = locate.find(source, (peft_format.FILES,), revision)
         if found is None:
@@ -83,8 +83,8 @@ def opened(stack: contextlib.ExitStack, index: int, source, revision=None) -> Lo
     config = _as_dict(source[1]) if pair else None
     if config is None:
         raise ValueError(
-            f"adapters[{index}]: expected a directory or a pair (state dict, LoraConfig), without which"
-            f" ranks and alphas are not known, got {brief(source)[:80]}"
+            f"adapters[{index}]: expected a directory or a pair (state dict, LoraConfig), which has the"
+            f" ranks and alphas, got {brief(source)[:80]}"
         )
     state = source[0]
     odd = [key for key, t in state.items() if not isinstance(t, torch.Tensor)]
@@ -100,7 +100,7 @@ def _nothing(source):
         found = sorted(os.listdir(source))[:20]
         if "adapter_model.bin" in found:
             hint = (
-                "; a pickle runs code and is not opened: save it anew with safe_serialization=True"
+                "; pickles run code and are not opened: save it again with safe_serialization=True"
             )
         hint = f", found {found}{hint}"
     return f"{source}: expected {' and '.join(peft_format.FILES)} in it{hint}"
@@ -114,7 +114,7 @@ def _as_dict(config):
 
 
 def checked(name, config, places, read) -> Lora:
-    """Nothing that a bank does not hold may stand in the configuration or the tensors."""
+    """Raise if a bank of experts cannot represent the configuration or the tensors."""
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{name}: expected peft_type 'LORA', got {brief(kind)}")
@@ -131,7 +131,7 @@ def checked(name, config, places, read) -> Lora:
         raise ValueError(
             f"{name}: expected a plain LoRA on linear modules, got {', '.join(lost)}"
             f"{f' and {len(strange) - 8} more tensors' if strange[8:] else ''},"
-            " which a bank of experts cannot hold"
+            " which a bank of experts cannot represent"
         )
     if not tensors:
         raise ValueError(f"{name}: expected tensors, got none")
@@ -144,7 +144,7 @@ def checked(name, config, places, read) -> Lora:
 
 
 def unsupported_numbers(r, alpha) -> str | None:
-    """Why these are no rank and alpha of an expert."""
+    """Why r and alpha are not valid for an expert, or None."""
     if type(r) is not int or not 1 <= r <= MAX_RANK:
         return f"r: expected an integer in [1, {MAX_RANK}], got {brief(r)}"
     if type(alpha) not in (int, float) or not 0 <= alpha <= MAX_COEFFICIENT:
@@ -153,7 +153,7 @@ def unsupported_numbers(r, alpha) -> str | None:
 
 
 def _lost(config):
-    """What of a configuration would be lost, as field=value."""
+    """The fields that a bank cannot represent, as "field=value"."""
     found = []
     for field, value in config.items():
         if field == "init_lora_weights" and value not in _PLAIN_STARTS:

@@ -1,9 +1,9 @@
-"""The folder that PEFT saves of a lora_moe.peft adapter, as lora_moe.load_adapter reads it: without PEFT.
+"""Reads the folder that PEFT saves for a lora_moe.peft adapter, without PEFT.
 
-    <module path>.lora_moe_experts.<tensor>    tensors of the experts around a module
+    <module path>.lora_moe_experts.<tensor>    tensors of a module's experts
     <module path>.<parameter>                  of a module in modules_to_save
 
-Each name stands behind PEFT's "base_model.model.".
+Keys have PEFT's prefix "base_model.model.".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FIELDS = (
     "selection_bias", "target_modules", "exclude_modules", "balance_coef", "z_coef", "use_rslora",
     "temperature", "top_p", "threshold", "router_bias", "adapter_dtype", "router", "middle",
 )  # fmt: skip
-# these say where the experts are, which the tensors say, too, or nothing about the function
+# fields that only locate the experts, as the tensors do, or do not affect the function
 _OTHER = {
     "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
     "inference_mode", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
@@ -35,20 +35,20 @@ _KEY = re.compile(rf"(?:(.*)\.)?{EXPERTS}\.(\w+)", re.ASCII)
 
 
 def read_info(config_file: Path, tensors: dict) -> dict:
-    """What lora_moe.adapter_info says, with the tensors under the names of our own file.
+    """The result of lora_moe.adapter_info, with tensors under the names of our own format.
 
     Args:
         config_file: adapter_config.json.
-        tensors: {key: place} of the file beside it.
+        tensors: {key: place} of the tensor file.
     Raises:
-        ValueError: it is another method's, has unknown fields, or a value does not fit.
+        ValueError: if it is another method's, has unknown fields, or a value is invalid.
     """
     name, fields = str(config_file), peft_format.read_config(config_file)
     if fields.get("peft_type") != PEFT_TYPE:
         raise ValueError(
-            f"{name}: expected peft_type {PEFT_TYPE!r}, got {brief(fields.get('peft_type'))}: this is an"
-            " adapter of PEFT, for PeftModel.from_pretrained; lora_moe.from_peft makes one bank of"
-            " several LoRAs"
+            f"{name}: expected peft_type {PEFT_TYPE!r}, got {brief(fields.get('peft_type'))}: load this"
+            " PEFT adapter with PeftModel.from_pretrained, or combine several LoRAs with"
+            " lora_moe.from_peft"
         )
     unknown = [field for field in fields if field not in {*_FIELDS, *_OTHER} and fields[field]]
     if unknown:
@@ -67,7 +67,7 @@ def read_info(config_file: Path, tensors: dict) -> dict:
         special = {f: value for f, value in special.items() if value is not None}
         groups.setdefault(LoraMoeConfig.from_dict(flat | special), []).append(path)
     if not groups:
-        raise ValueError(f"{name}: expected tensors of {EXPERTS} beside it, got none")
+        raise ValueError(f"{name}: expected {EXPERTS} tensors in the file next to it, got none")
     return {
         "version": 2,
         "library": f"PEFT {fields.get('peft_version')}",
@@ -111,6 +111,6 @@ def _renamed(name, fields, tensors, names):
                     path = f"modules_to_save.{path}"
                     break
         if path in renamed:
-            raise ValueError(f"{name}: expected each tensor once, got {brief(key)} under two names")
+            raise ValueError(f"{name}: duplicate tensor: {brief(key)} has the name of another one")
         renamed[path] = place
     return renamed, list(saved)

@@ -1,10 +1,10 @@
-"""Experts mixed once per sample: where its tokens share their gates, a sample's mixture is one LoRA.
+"""Mixes experts once per sample: if all tokens of a sample share their gates, its mixture is one LoRA.
 
     y_t = base_t + (sum_e g_be s_e B_e) (sum_e g_be A_e) x_t       t a token of sample b
 
-functional.grouped_lora takes the samples' LoRAs as experts, of which each token uses one: kernels and
-gradients are those of any other routing, and autograd goes through the product that mixes.  With a shared A
-only B is mixed, and y is what gates per token give.
+functional.grouped_lora takes the samples' LoRAs as experts, one per token, with the usual kernels and
+gradients; autograd differentiates the mixing product.  With a shared A only B is mixed, and y equals that of
+per-token gating.
 
 Letters: B samples, T tokens, E experts, r one expert's rank.
 """
@@ -22,7 +22,7 @@ from .rows import adapter_rows, dense_gates
 
 
 def pays(layer, x: torch.Tensor, samples: Routing | None) -> bool:
-    """Whether mixing per sample costs less than gating per token (see plan.mixes); False without samples."""
+    """Whether mixing per sample is faster than gating per token (see plan.mixes); False without samples."""
     if samples is None or not _is_number(samples.indices.shape[0]):
         return False
     config, sizes = layer.config, (layer.in_features, layer.out_features)
@@ -32,7 +32,7 @@ def pays(layer, x: torch.Tensor, samples: Routing | None) -> bool:
 
 
 def _is_number(rows) -> bool:
-    """False for a symbol: the number of LoRAs is part of a compiled graph."""
+    """False for a symbolic number: the number of LoRAs must be static in a compiled graph."""
     if torch.compiler.is_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
@@ -48,10 +48,10 @@ def add_mixed(
     cores: torch.Tensor | None = None,
     base_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """base + the mixed LoRA of each token's sample, (..., D_out); base where a sample has no expert.
+    """base + the mixed LoRA of each token's sample, (..., D_out); base for samples without experts.
 
     Args:
-        samples: B rows, each for T / B tokens in a row.
+        samples: B rows, each for T / B consecutive tokens.
         cores: (B, r, r), C_b between a shared A and the mixed B; None is the identity.
         base_weight: as in functional.grouped_lora.
     """
@@ -69,14 +69,14 @@ def add_mixed(
 
 
 def _mixed(gates, rows):
-    """sum_e g_be M_e of each sample.  gates (B, E), rows (E r, D) -> (B, r, D)"""
+    """sum_e g_be M_e per sample.  gates (B, E), rows (E r, D) -> (B, r, D)"""
     (samples, E), D = gates.shape, rows.shape[1]
     wide = torch.promote_types(gates.dtype, rows.dtype)
     return (gates.to(wide) @ rows.to(wide).reshape(E, -1)).view(samples, -1, D)
 
 
 def _own_lora(samples, x):
-    """Each token takes the LoRA of its sample with weight 1, and none where the sample has no expert."""
+    """Route each token to its sample's LoRA with weight 1, or to none if the sample has no expert."""
     rows, tokens = samples.indices.shape[0], math.prod(x.shape[:-1])
     each, device = tokens // rows, x.device
     used = (samples.indices >= 0).any(1)  # (B,)

@@ -1,6 +1,6 @@
-"""What the layers share that stand for a module of the base and add experts to it, whatever they are around.
+"""LoraMoeLayer: the base class of layers that replace a module of the base and add experts to it.
 
-A linear module: layers.LoraMoeLinear.   A MoE model's own experts: native.LoraMoeExperts.
+Subclasses: LoraMoeLinear for linear modules, LoraMoeMLP for FFNs, LoraMoeExperts for a model's own experts.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from .tensors import adapter_tensors, device_of
 
 
 class LoraMoeLayer(nn.Module):
-    """Stands for `base_layer`, has parameters of its own beside it, and notes its last forward.
+    """Replaces `base_layer`, adds adapter parameters, and records its last forward.
 
     Attributes:
-        base_layer: the module that this one stands for.
+        base_layer: the module that this one replaces.
         config: LoraMoeConfig.
-        routing: the Routing of the last forward in this thread, None before.  It carries that
-            forward's graph, and keeps it alive until the next forward or set_routing replaces it.
-            An activation checkpoint's recompute leaves it alone; copies and pickles are without it.
-        routing_override: what lora_moe.set_routing put in place of the router's decision, or None.
-        tasks, mask: what lora_moe.set_routing said of them, or None.
-        frozen: ids of experts whose rows get an exactly zero gradient and that no optimizer moves; see
-            lora_moe.freeze_experts.
-        names: of its tensors, those in adapter_state().
-        offsets: expert e has the rows [offsets[e], offsets[e + 1]) of each pair of pairs().
+        routing: the Routing of the last forward in this thread, None if there is none.  It keeps that
+            forward's graph alive until the next forward or set_routing replaces it.  The recompute
+            of an activation checkpoint does not change it; copies and pickles do not include it.
+        routing_override: the routing set by lora_moe.set_routing, or None.
+        tasks, mask: set by lora_moe.set_routing, or None.
+        frozen: ids of experts whose rows get a gradient of exactly zero and that no optimizer changes;
+            see lora_moe.freeze_experts.
+        names: names of the tensors in adapter_state().
+        offsets: expert e has the rows [offsets[e], offsets[e + 1]) of each pair in pairs().
     """
 
-    # of an adapter that PEFT knows by a name (see lora_moe.peft): the functions of this package address
-    # the active ones, by the path of the module that they adapt
+    # name of a PEFT adapter (see lora_moe.peft); functions of this package apply to the active adapters, by
+    # the path of the module that they adapt
     adapter_name: str | None = None
-    origins = None  # where each expert came from; see from_peft
+    origins = None  # the PEFT adapter of each expert; see from_peft
     tasks: Routing | int | None = None
     mask: torch.Tensor | None = None
     components = None  # (router, its tensors' names, middle, its tensors' names)
@@ -62,14 +62,14 @@ class LoraMoeLayer(nn.Module):
         self.register_state_dict_post_hook(_as_the_base_names_it)
 
     def _begin(self):
-        """Tensors and their initial values, once the layer knows which ones it has."""
+        """Register tensors and set initial values; called when specs() and pairs() are available."""
         self._register(adapter_tensors(self.base_layer, self.config))
         self.reset_parameters()
         self.train(self.base_layer.training)
-        self._scaling_beside(next(self.pairs())[1])  # made here, and not in a CUDA graph's capture
+        self._scaling_beside(next(self.pairs())[1])  # not during a CUDA graph capture
 
     def reset_parameters(self) -> None:
-        """Draw the initial values again: A uniform in +-1/sqrt(D_in), B zero, the router's its own."""
+        """Draw new initial values: A uniform in +-1/sqrt(D_in), B zero, the router's as specified."""
         for A, B in self.pairs():
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             nn.init.zeros_(B)
@@ -78,17 +78,17 @@ class LoraMoeLayer(nn.Module):
                 spec.init(getattr(self, name))
 
     def _dropped(self, x):
-        """x as the experts read it, by the configuration's dropout while training."""
+        """x after the configured dropout, in training mode."""
         dropped = self.config.dropout and self.training
         return nn.functional.dropout(x, self.config.dropout) if dropped else x
 
     def _register(self, tensors):
-        """Memory for tensors that are on meta, beside the base."""
+        """Allocate and register meta tensors on the base's device."""
         device, specs = device_of(self.base_layer), self.specs()
         for name, like in tensors.items():
             if hasattr(type(self), name) or name in self.__dict__ or name in self._modules:
                 raise ValueError(
-                    f"{name}: expected a name that {type(self).__name__} does not use for its tensor"
+                    f"{name}: expected a tensor name that is not an attribute of {type(self).__name__}"
                 )
             tensor = torch.empty_like(like, device=device)
             if name in specs and not specs[name].trains:
@@ -99,16 +99,16 @@ class LoraMoeLayer(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor))
 
     def specs(self) -> dict[str, TensorSpec]:
-        """What router and middle ask for, by name."""
+        """The tensors that router and middle require, by name."""
         return {}
 
     def pairs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(lora_A, lora_B) of each linear map that it adapts."""
+        """(lora_A, lora_B) of each adapted linear layer."""
         raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """Of the experts' rows."""
+        """The device of the experts' rows."""
         return next(self.pairs())[0].device
 
     @property
@@ -120,7 +120,7 @@ class LoraMoeLayer(nn.Module):
     def routing(self, nothing: None):
         if nothing is not None:
             raise ValueError(
-                "routing: expected None, to forget the last forward; see lora_moe.use_routing"
+                "routing: expected None, which clears the last forward; see lora_moe.use_routing"
             )
         forward_records.forget(self)
 
@@ -139,9 +139,9 @@ class LoraMoeLayer(nn.Module):
         return self.config.scales
 
     def _scaling_beside(self, B):
-        """`scales` as a tensor beside B, never rounded below fp32.
+        """`scales` as a tensor on B's device, in fp32 or fp64.
 
-        No buffer: neither .half() nor .to_empty() nor loading into a module on meta can spoil it.
+        Not a buffer, so .half(), .to_empty() and loading into a module on meta do not affect it.
         """
         scaling = self._scaling
         dtype = accumulator(B.dtype)
@@ -150,18 +150,18 @@ class LoraMoeLayer(nn.Module):
         return scaling
 
     def adapter_state(self) -> dict[str, torch.Tensor]:
-        """The adapter without its base, by name; what is pruned or parametrized is as it acts."""
+        """The adapter's tensors by name, without the base; effective values if pruned or parametrized."""
         return {name: t for name in self.names if (t := getattr(self, name)) is not None}
 
     def release(self) -> None:
-        """Leave base_layer as it was."""
+        """Restore base_layer to its original state."""
 
     def router_parameters(self) -> list[nn.Parameter]:
-        """What trains of the router, by whatever names."""
+        """The router's parameters, for any kind of router."""
         return []
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Takes a state dict that was saved before the experts came, by the base's own names, too."""
+        """Also accepts a state dict with the base's original names, saved before inject."""
         own = f"{prefix}base_layer."
         if not any(key.startswith(own) for key in state_dict):
             ours = {prefix + name for name in self.adapter_state()}
@@ -170,7 +170,7 @@ class LoraMoeLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self):
-        """For copies and pickles: the last forward's graph stays behind."""
+        """For copies and pickles, without the last forward's graph."""
         held = self.routing_override
         held = held and Routing(*(t if t is None else t.detach() for t in held))
         own = ("compiled_run", "compiled_graph", "compiled_kept", "_scaling")
@@ -182,7 +182,7 @@ class LoraMoeLayer(nn.Module):
 
 
 def _as_the_base_names_it(layer, state_dict, prefix, _metadata):
-    """Inside save_pretrained, `x.base_layer.weight` is `x.weight`, as in the model without experts."""
+    """Inside save_pretrained, rename `x.base_layer.weight` to `x.weight`, the original name."""
     own = f"{prefix}base_layer."
     if thread.saving:
         for key in [k for k in state_dict if k.startswith(own)]:
@@ -190,7 +190,7 @@ def _as_the_base_names_it(layer, state_dict, prefix, _metadata):
 
 
 def expert_ids(ids, num_experts: int) -> tuple[int, ...]:
-    """Ascending ids of experts, from an int or any iterable of them; raises ValueError."""
+    """Ascending expert ids, from an int or an iterable of ints; raises ValueError."""
     ids = ids.tolist() if hasattr(ids, "tolist") else ids
     ids = [ids] if isinstance(ids, int) else ids
     try:

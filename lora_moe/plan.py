@@ -1,11 +1,11 @@
-"""Which way to exploit the sparsity of H a call takes, and why: by backend and shapes, never by values.
+"""Chooses the plan of a call, how it exploits sparsity, from backend and shapes, never from values.
 
-rank_dense  S of all R rank rows is computed and the gate masks it in registers: no sort, no gather.
-segmented   tokens are sorted by their experts and only the rows of picked experts are computed.
-decode      for up to 16 tokens: everything split until it fills the device, in two launches.
+rank_dense  computes S for all R rank rows and masks it with the gate in registers: no sort, no gather.
+segmented   sorts tokens by expert and computes only the rows of picked experts.
+decode      for up to 16 tokens: splits the work to fill the device, in two launches.
 
-The model: a launch lasts as long as the slower of moving its bytes and doing its products, plus what it costs
-to start one.  `explain` prints it, `override` (or LORA_MOE_PLAN, read at import) goes over its head.
+Cost model: a launch takes the longer of moving its bytes and computing its products, plus a fixed launch
+cost.  `explain` prints it; `override` and LORA_MOE_PLAN (read at import) override the choice.
 
 Letters: T tokens, E experts, K picked per token, R rank rows.
 """
@@ -24,14 +24,14 @@ import torch
 
 RANK_DENSE, SEGMENTED, DECODE = "rank_dense", "segmented", "decode"
 PLANS = (RANK_DENSE, SEGMENTED, DECODE)
-# tokens: the plan depends on T through these classes only, so that T may vary
+# classes of T: the plan depends on T only through these, so T may vary without recompilation
 DECODE_T, PREFILL_T = 16, 4096
 
 _forced = os.environ.get("LORA_MOE_PLAN") or None  # a plain variable: torch.compile can guard on it
 
 
 class Gpu(NamedTuple):
-    """A device, by its data sheet; rates are what a dense kernel reaches, about 70 %."""
+    """A device; rates are about 70 % of the data sheet, what a dense kernel reaches."""
 
     bytes_per_s: float
     flops_16: float
@@ -53,7 +53,7 @@ BACKENDS = {"triton": PLANS, "cuda": PLANS, "cpp": (SEGMENTED,), "reference": PL
 
 
 class Candidate(NamedTuple):
-    """A plan's forward beside the base product: what it moves, multiplies and launches, in seconds."""
+    """Modeled cost of a plan's forward, without the base product."""
 
     plan: str
     launches: int
@@ -63,9 +63,9 @@ class Candidate(NamedTuple):
 
 
 def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list[Candidate]:
-    """What each plan costs on a gpu, cheapest first; decode only where tokens are few.
+    """Cost of each plan on a GPU, cheapest first; decode only for few tokens.
 
-    Bytes are those that must pass: x, base, y, the rows of A and B that are read, and the router's W.
+    Bytes count mandatory traffic: x, base, y, the rows of A and B that are read, and the router's W.
     """
     device, E, R = GPUS[gpu], len(ranks), sum(ranks)
     size = 2 if dtype in (torch.bfloat16, torch.float16) else 4
@@ -81,7 +81,7 @@ def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list
     router = 2.0 * T * D_in * E
     products = 2.0 * T * (D_in * rows_a + D_out * R)
     weights = size * (D_in * rows_a + D_out * R)
-    middle = 0 if R <= 256 else (8 + 2 * size) * T * R  # S and H pass through memory
+    middle = 0 if R <= 256 else (8 + 2 * size) * T * R  # S and H go through memory
     if T <= DECODE_T:
         used_b = size * D_out * R * min(1.0, T * top_k / E)
         add(DECODE, 2, outside + size * D_in * rows_a + used_b, router + products)
@@ -89,7 +89,7 @@ def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list
 
     held = experts_in_a_tile(T, E, top_k, tile=16)
     columns = held * max(ranks)
-    blocks = max(1.0, columns / 128)  # x is read anew for every 128 columns, mostly from cache
+    blocks = max(1.0, columns / 128)  # x is read again for every 128 columns, mostly from cache
     again = size * T * D_in * (1 + 0.25 * (blocks - 1))
     used = weights * min(1.0, T * top_k / E)
     add(
@@ -102,15 +102,15 @@ def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list
 
 
 def size_class(T) -> int:
-    """The number of tokens that stands for T's class in the cost model; T may be symbolic."""
+    """The number of tokens that represents T's class in the cost model; T may be symbolic."""
     return DECODE_T if T <= DECODE_T else 1024 if T <= PREFILL_T else 2 * PREFILL_T
 
 
 def experts_in_a_tile(T: int, E: int, top_k: int, tile: int) -> float:
-    """How many different experts a tile of sorted tokens holds, for a router that spreads them evenly.
+    """Expected number of different experts in a tile of sorted tokens, for uniform routing.
 
-    Tokens are sorted by the experts of their first two slots: a tile holds few first ones and as many
-    second ones as there are pairs in it.  Further slots come as they are.  (T = 8192, K = 2, a tile of 64:
+    Tokens are sorted by the experts of their first two slots: a tile has few different first experts, and
+    as many second ones as it has pairs.  Further slots are unsorted.  (T = 8192, K = 2, a tile of 64:
     2.0, 2.7, 5.3 and 15 of 8, 16, 32 and 64 experts; counted on random routings 2.2, 3.0, 6.0 and 17.3.)
     """
     rows = max(1, min(tile, T))
@@ -123,10 +123,10 @@ def experts_in_a_tile(T: int, E: int, top_k: int, tile: int) -> float:
 
 @contextlib.contextmanager
 def override(plan: str | None):
-    """Inside, every call of the process takes this plan; None leaves the choice to the model again.
+    """Inside the block, all calls of the process use this plan; None restores the cost model's choice.
 
     Raises:
-        ValueError: there is no such plan.  A backend that does not run it raises when it is called.
+        ValueError: if there is no such plan.  Backends that do not support it raise when called.
     """
     if plan is not None and plan not in PLANS:
         raise ValueError(f"plan: expected one of {PLANS}, got {plan!r}")
@@ -139,29 +139,29 @@ def override(plan: str | None):
 
 
 def choose(backend: str, T, D_in, D_out, offsets, top_k, dtype, shared_a=False) -> str:
-    """The plan of a call: the one that override or LORA_MOE_PLAN names, or the model's.
+    """The plan of a call: that of override or LORA_MOE_PLAN, or the cost model's choice.
 
-    T may be symbolic: its size class is all that matters.
+    T may be symbolic; only its size class matters.
     Raises:
-        ValueError: the named plan does not exist, or the backend does not run it.
+        ValueError: if the requested plan does not exist, or the backend does not support it.
     """
     if _forced is not None:
         if _forced not in BACKENDS[backend]:
             raise ValueError(
-                f"plan: the {backend} backend runs {BACKENDS[backend]}, got {_forced!r}"
+                f"plan: expected one of {BACKENDS[backend]} for the {backend} backend, got {_forced!r}"
             )
         return _forced
     if backend not in ("triton", "cuda"):
         return BACKENDS[backend][0]
     tokens = size_class(T)
-    # while tracing, sizes of a layer may be symbols: they become numbers
+    # while tracing, a layer's sizes may be symbols: convert them to numbers
     ranks = tuple(index(stop) - index(start) for start, stop in pairwise(offsets))
     sizes = index(D_in), index(D_out)
     return _cheapest(backend, tokens, *sizes, ranks, index(top_k), dtype, shared_a)
 
 
 @torch.compiler.assume_constant_result
-def _cheapest(*call):  # dynamo looks through lru_cache, and would trace the model
+def _cheapest(*call):  # dynamo ignores lru_cache, and would trace the cost model
     return _ranked(*call)
 
 
@@ -173,7 +173,7 @@ def _ranked(backend, T, D_in, D_out, ranks, top_k, dtype, shared_a):
 
 @functools.lru_cache
 def this_gpu() -> str:
-    """The entry of GPUS for the current GPU, or for what is nearest; sm_90 without one."""
+    """The entry of GPUS for the current GPU or the nearest one; sm_90 without a GPU."""
     if not torch.cuda.is_available():
         return "sm_90"
     if torch.version.hip:
@@ -186,19 +186,18 @@ def this_gpu() -> str:
 
 # --- experts mixed once per sample, or gated per token --------------------------------------------
 
-# two cores with AVX-512, as the kernels reach it on small matrices; a launch is a call of PyTorch
+# two cores with AVX-512, at the rates of the kernels on small matrices; a launch is a PyTorch call
 CPU = Gpu(2e10, 1e11, 1e11, 2e-5)
-MIX_CALLS = 4  # of the products that mix, and of what names each token's LoRA
+MIX_CALLS = 4  # for the mixing products, and for the routing to each token's LoRA
 
 
 def mixes(backend, T, B, E, r, D_in, D_out, dtype, shared_a=False) -> bool:
-    """Whether T tokens of B samples cost less with E experts mixed into one LoRA per sample (per_sample.py).
+    """Whether mixing E experts into one LoRA per sample (per_sample.py) is faster for T tokens of B samples.
 
         gated    T E r D products        mixed    (T + B E) r D products, and MIX_CALLS calls
 
-    D is D_out with a shared A, else D_in + D_out.  On a GPU both ways may take as long as their bytes, which
-    `candidates` counts.  T may be symbolic; False for the reference, which computes the LoRAs of all samples
-    for every token.
+    D is D_out with a shared A, else D_in + D_out.  On a GPU the cost model includes the bytes (`candidates`).
+    T may be symbolic.  False for the reference backend, which computes all samples' LoRAs for every token.
     """
     if E == 1 or B == 0:
         return False
@@ -233,7 +232,7 @@ def _mixes(T, B, E, r, D_in, D_out, dtype, shared_a):
         return candidates(T, D_in, D_out, ranks, K, dtype, gpu, shared_a)[0].seconds
 
     gated, size = cheapest(E, E), r * (D_out if shared_a else D_in + D_out)
-    if not shared_a:  # S, its mixture and H pass through memory between three launches more
+    if not shared_a:  # S, its mixture and H go through memory between three additional launches
         gated += 12 * T * E * r / device.bytes_per_s + 3 * device.launch_s
     return cheapest(B, 1) + _mixing(B, E, size, device) < gated
 
@@ -247,25 +246,25 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cuda",
 ) -> list[Candidate]:
-    """Print what every plan would cost, and which one a call with these shapes takes.
+    """Print the modeled cost of every plan, and which one a call with these shapes uses.
 
     Args:
         T: tokens.
         D_in, D_out: the linear's sizes.
-        ranks: of every expert.
+        ranks: rank of every expert.
         k: picked experts per token.
-        dtype: of x.
-        device: "cpu", "cuda" (this machine's GPU, an sm_90 without one) or an entry of GPUS.
+        dtype: dtype of x.
+        device: "cpu", "cuda" (this machine's GPU, or sm_90 without one) or an entry of GPUS.
     Returns:
-        The candidates, cheapest first; none on a CPU, whose kernels have one plan.
+        The candidates, cheapest first; empty on a CPU, whose kernels have one plan.
     Raises:
-        ValueError: an unknown device, or shapes that no call could have.
+        ValueError: if the device is unknown or the shapes are invalid.
     """
     name = str(device)
     if not ranks or min(ranks) < 1 or not 1 <= k <= len(ranks) or min(D_in, D_out) < 1 or T < 0:
-        raise ValueError(f"ranks, k: no call has {T=}, {D_in=}, {D_out=}, {ranks=}, {k=}")
+        raise ValueError(f"ranks, k: invalid shapes, got {T=}, {D_in=}, {D_out=}, {ranks=}, {k=}")
     if name == "cpu":
-        print(f"cpp: {SEGMENTED}, whatever the shapes: a block of tokens is sorted while in cache")
+        print(f"cpp: {SEGMENTED} for all shapes: a block of tokens is sorted while in cache")
         return []
     gpu = this_gpu() if name.startswith("cuda") else name
     if gpu not in GPUS:
@@ -285,10 +284,10 @@ def explain(
 
 
 def saved_ranks(plan: str, offsets: Sequence[int], top_k: int, shared_a: bool) -> int:
-    """How many columns of S are kept for backward.  Never a function of the routing.
+    """Number of columns of S that are saved for backward; independent of the routing.
 
-    rank_dense and decode keep all rows of A; segmented keeps, for each of the K slots, as many columns
-    as the largest rank, slot after slot.  With a shared A all of them keep its r rows.
+    rank_dense and decode save one column per row of A; segmented saves, for each of the K slots, as many
+    columns as the largest rank.  With a shared A all plans save r columns.
     """
     ranks = [stop - start for start, stop in pairwise(offsets)]
     if shared_a:

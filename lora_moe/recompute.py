@@ -1,6 +1,6 @@
-"""Activation checkpoints: whether one runs a forward again, and which ones a call stands in.
+"""Detects activation checkpoints: whether one is recomputing, and which ones enclose a call.
 
-PyTorch has no public names for it; where a version shows nothing, no checkpoint is found.
+PyTorch has no public API for this; in versions without the private one, no checkpoint is found.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 
 
 def recomputing() -> bool:
-    """Inside a backward pass: an activation checkpoint runs the forward again.
+    """Whether this forward runs in a backward pass, as the recompute of an activation checkpoint.
 
-    What it would record says nothing new and would keep the new activations alive.
+    Recording it again would be redundant and would keep its activations alive.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -22,8 +22,8 @@ def recomputing() -> bool:
 def checkpoints_around() -> list:
     """The non-reentrant activation checkpoints around this call, innermost first.
 
-    PyTorch has no public name for them: their hooks on saved tensors hold them in a closure.  Hooks
-    form a stack of which only the top can be seen, so it is taken down and put up again.
+    They are in the closures of their saved-tensor hooks.  These hooks form a stack of which only the top
+    is readable, so it is popped and then restored.
     """
     autograd = torch._C._autograd
     try:
@@ -36,7 +36,7 @@ def checkpoints_around() -> list:
         while (hooks := top(True)) is not None:
             if (checkpoint := _checkpoint_of(hooks)) is not None:
                 found.append(checkpoint)
-            if not enabled:  # they could not be put up again
+            if not enabled:  # they could not be restored
                 break
             autograd._pop_saved_tensors_default_hooks()
             taken.append(hooks)
@@ -47,7 +47,7 @@ def checkpoints_around() -> list:
 
 
 def _checkpoint_of(hooks):
-    """The checkpoint whose hooks on saved tensors these are, or None."""
+    """The checkpoint that these saved-tensor hooks belong to, or None."""
     pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])  # the recompute's is wrapped
     for cell in getattr(pack, "__closure__", None) or ():
         held = cell.cell_contents
@@ -60,8 +60,8 @@ def _checkpoint_of(hooks):
 def reentrant_around():
     """The contexts of the autograd Functions around this call, innermost first.
 
-    A reentrant checkpoint is one: its forward, and its backward, which runs the forward again, have the same
-    context.  Only the stack knows it.
+    A reentrant checkpoint is one: its forward and its backward, which reruns the forward, share a context.
+    It can only be found on the call stack.
     """
     frame = sys._getframe(1)
     while frame is not None:

@@ -1,13 +1,12 @@
-"""The mathematics of LoRA-MoE in plain PyTorch: the truth every kernel is compared with.
+"""The mathematics of LoRA-MoE in plain PyTorch: the reference that every kernel is tested against.
 
     y_t = base_t + sum over picked e of  g_te * s_e * B_e A_e x_t
 
 written as one low-rank map with a gate in rank space:  y = base + H @ B,  H = gate(S),  S = x @ A^T.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts together,
-r one expert's rank, D_in and D_out the linear's sizes.  Sums are taken in fp32 (fp64 for fp64 inputs),
-outputs are rounded once, A and B to x's dtype before.  Everything here also serves as the backend of last
-resort.
+r one expert's rank, D_in and D_out the linear's sizes.  A and B are rounded to x's dtype, sums are in fp32
+(fp64 for fp64 inputs), and outputs are rounded once.  This is also the fallback backend.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from itertools import pairwise
 
 import torch
 
-# top_p that drops nothing: more than any number of gates sum to, and, unlike inf, a number in JSON,
-# in which a saved graph keeps it
+# a top_p that drops nothing: above any sum of gates, and unlike inf valid in JSON, in which saved graphs
+# store it
 ALL_KEPT = 1e30
 
 GATES = ("softmax", "sigmoid")  # see gate_values
@@ -28,7 +27,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def expert_of_row(offsets, device=None) -> torch.Tensor:
-    """Which expert each row of B belongs to.  offsets (E+1) -> (R,)"""
+    """The expert of each row of B.  offsets (E+1) -> (R,)"""
     ranks = torch.tensor(offsets, device=device).diff()
     return torch.repeat_interleave(torch.arange(len(offsets) - 1, device=device), ranks)
 
@@ -59,8 +58,8 @@ def router_topk(x, w, bias, router_bias, top_k, gate, renormalize, top_p=ALL_KEP
 def route_logits(logits, bias, top_k, gate, renormalize, top_p=ALL_KEPT, threshold=0.0):
     """p = gate(logits);  ids = top-k of p + bias;  weights = p[ids] (/ their sum).
 
-    Of the K picked, those with p < threshold are dropped, and those before which p already sums to
-    top_p: their id is -1, their weight 0.
+    A picked expert is dropped if p < threshold, or if the p of the slots before it sum to top_p: its id
+    is -1, its weight 0.
     Returns indices (T, K) int32, weights (T, K), mean_prob (E,), lse (T,), counts (E,).
     """
     T, E = logits.shape
@@ -87,7 +86,7 @@ def router_topk_backward(
     kept, ids = indices >= 0, indices.clamp(min=0).long()
     dp = torch.zeros_like(p)
     if dweights is not None:
-        if renormalize:  # w = p / z: the part along w itself cancels
+        if renormalize:  # w = p / z: the component along w cancels
             z = _nonzero(torch.where(kept, p.gather(1, ids), 0).sum(1, keepdim=True))
             dweights = (dweights - (dweights * weights).sum(1, keepdim=True)) / z
         dp = dp.scatter_add(1, ids, torch.where(kept, dweights, 0))
@@ -126,10 +125,10 @@ def wgrad(h, x):
 
 
 def spread_gate(indices, weights, scaling, offsets):
-    """g_te s_e for every row of B, and whether e was picked at all.  (T, K) -> (T, R) twice
+    """g_te s_e for every row of B, and whether e was picked.  (T, K) -> (T, R) twice
 
-    An id of -1 is an empty slot; a repeated id adds up.  The mask keeps a NaN in rows nobody picked
-    out of the sum, which multiplying by a zero gate would not.
+    An id of -1 is an empty slot; weights of repeated ids add up.  The mask excludes NaN in rows of experts
+    that were not picked, which a zero gate would not.
     """
     valid = (indices >= 0) & (indices < len(scaling))
     ids = torch.where(valid, indices, 0).long()  # (T, K)
@@ -141,19 +140,19 @@ def spread_gate(indices, weights, scaling, offsets):
 
 
 def slots_of_rows(s, indices, offsets):
-    """S of the picked experts, slot after slot, each as wide as the largest rank.  (T, R) -> (T, K r)"""
+    """S of the picked experts by slot, each as wide as the largest rank.  (T, R) -> (T, K r)"""
     zero = s.new_zeros(len(s), 1)
     return torch.cat([s, zero], 1).gather(1, _rows_of_picked(indices, offsets))
 
 
 def rows_of_slots(slots, indices, offsets):
-    """The inverse; rows of experts that a token did not pick are zero.  (T, K r) -> (T, R)"""
+    """The inverse of slots_of_rows; zero for experts that a token did not pick.  (T, K r) -> (T, R)"""
     s = slots.new_zeros(len(slots), offsets[-1] + 1)
     return s.scatter(1, _rows_of_picked(indices, offsets), slots)[:, :-1]
 
 
 def _rows_of_picked(indices, offsets):
-    """Row behind every column of the slots, R where there is none.  (T, K) -> (T, K r)"""
+    """The rank row of every column of the slots, R if there is none.  (T, K) -> (T, K r)"""
     starts = torch.tensor(offsets, device=indices.device)
     largest = max(stop - start for start, stop in pairwise(offsets))
     ranks, column = starts.diff(), torch.arange(largest, device=indices.device)
@@ -165,12 +164,12 @@ def _rows_of_picked(indices, offsets):
 
 
 def repeat_shared(s, offsets, shared_a):
-    """Row of S that pairs with each row of B: its own, or with a shared A the same r for everyone."""
+    """S with one column per row of B; with a shared A its r columns are repeated for each expert."""
     return s.repeat(1, len(offsets) - 1) if shared_a else s
 
 
 def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a):
-    """y = base + gate(x A^T) B with the routing given.  Returns y (T, D_out), S (T, R or r)."""
+    """y = base + gate(x A^T) B with a given routing.  Returns y (T, D_out), S (T, R or r)."""
     s, _ = shrink(x, a.to(x.dtype))
     gate, picked = spread_gate(indices, weights, scaling, offsets)
     h = torch.where(picked, repeat_shared(s, offsets, shared_a) * gate, 0)  # (T, R)
@@ -189,9 +188,9 @@ def grouped_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, sh
 
 
 def slot_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, slots):
-    """grouped_lora whose slots are "apart" in y (T K, D_out), or in x (T K, D_in) and summed ("sum").
+    """grouped_lora with one row per slot in y (T K, D_out) ("apart"), or in x (T K, D_in), summed ("sum").
 
-    Each slot as a token of its own with one expert.  base (T, D_out) or as y.
+    Computes each slot as a separate token with one expert.  base is (T, D_out), or has y's shape.
     Returns y and S of the slots (T, K r), r the largest rank.
     """
     T, K = indices.shape
@@ -226,7 +225,7 @@ def slot_lora_backward(dy, x, a, b, s, indices, weights, scaling, offsets, share
 
 
 def rank_gradient(dy, b, s, indices, weights, scaling, offsets, shared_a):
-    """What the backward needs in rank space: dS (T, R or r), dweights (T, K), H (T, R)."""
+    """Gradients in rank space: dS (T, R or r), dweights (T, K), and H (T, R)."""
     num_experts = len(scaling)
     gate, picked = spread_gate(indices, weights, scaling, offsets)
     s_rows = repeat_shared(s, offsets, shared_a)
@@ -275,5 +274,5 @@ def routed_lora_backward(
 
 
 def _nonzero(z):
-    """Gates that all underflowed to zero stay zero instead of turning into 0 / 0."""
+    """Replaces 0 by 1, so that gates that all underflowed to zero stay zero."""
     return torch.where(z == 0, 1, z)

@@ -1,7 +1,7 @@
-"""A file replaced in one step: written beside the old one, flushed to the disk, renamed over it.
+"""Replaces a file atomically: writes a temporary file in the same folder, syncs it, and renames it.
 
-A crash leaves the old or the new file, and at worst a temporary one beside it.  Who writes holds a
-lock on it, which ends with the process: a later write removes the temporary files that nobody holds.
+After a crash there is the old or the new file, and at worst a temporary one.  The writer holds a lock on the
+temporary file, which ends with the process; a later write removes temporary files that are not locked.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file open for writing that takes the place of `path` when the block ends without an error.
+    """Open a file for writing, which replaces `path` when the block ends without an error.
 
     Raises:
-        OSError: the folder or the disk does not take it; an older file is as it was.
+        OSError: if it cannot be written; an existing file is unchanged.
     """
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -38,12 +38,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Temporary files that killed writes of `path` left: ours by name and owner, and nobody's lock."""
+    """Remove temporary files of killed writes of `path`: matching name and owner, and not locked."""
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{16}}\.tmp")
     with os.scandir(path.parent) as entries:
         found = [Path(entry.path) for entry in entries if name.fullmatch(entry.name)]
     for temporary in found:
-        with suppress(OSError):  # another process wrote it, holds it or was faster: it stays
+        with suppress(OSError):  # it is another user's, locked, or already removed
             _remove_unheld(temporary)
 
 
@@ -60,7 +60,7 @@ def _remove_unheld(temporary):
 
 @contextmanager
 def _temporary(path):
-    """A locked file beside `path`, gone in the end unless it was renamed."""
+    """A locked temporary file next to `path`, removed at the end unless it was renamed."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
         try:
@@ -74,11 +74,11 @@ def _temporary(path):
 
 
 def _hold(file):
-    """Whether the file is ours to write: a cleaner may have been faster, and removes it."""
+    """Lock the file; False if another process's cleanup has locked or removed it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.fstat(file.fileno()).st_nlink > 0
     except BlockingIOError:
         return False
-    except OSError:  # no locks on this file system: then no cleaner removes anything
+    except OSError:  # the file system has no locks, so no cleanup removes it
         return True

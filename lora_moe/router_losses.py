@@ -1,7 +1,7 @@
-"""Losses of one Routing: functions of its tensors, with no one-hot of the choice.
+"""Losses of a single Routing, computed without one-hot encodings.
 
-Each takes `mask` (T,), nonzero for the tokens that count: padding has no part in a mean, a load or a
-gradient, whatever its rows hold.  Over a model they are called by losses.router_loss.
+Each has an argument `mask` (T,), nonzero for tokens that count: padding does not contribute to means, loads
+or gradients, even if its rows are NaN.  losses.router_loss applies them to a model.
 
 Letters: T tokens, E experts, K slots per token, B sequences.
 """
@@ -18,19 +18,18 @@ from .routing import Routing
 def load_balance_loss(
     routing: Routing, mask: torch.Tensor | None = None, gate: str = "softmax"
 ) -> torch.Tensor:
-    """E * sum_e f_e P_e, f_e the share of slots that went to e, P_e the mean gate: 1 when balanced.
+    """E * sum_e f_e P_e, with f_e the share of slots of expert e and P_e its mean gate: 1 if balanced.
 
-    The gradient flows through P.  Sigmoid gates do not sum to one: balanced is then E * mean(P).
+    The gradient flows through P.  Sigmoid gates do not sum to one; the balanced value is then E * mean(P).
 
     Args:
         routing: from a router.
         mask: (T,), nonzero for the tokens that count; None counts all.
-        gate: of that router, "softmax" or "sigmoid"; only a mask asks for it.
+        gate: the router's gate, "softmax" or "sigmoid"; only used with a mask.
     Returns:
         0-dim, fp32 (fp64).
     Raises:
-        ValueError: the caller supplied the routing, so there is no router to balance; or the mask is
-            not (T,).
+        ValueError: if the routing is not from a router, or the mask is not (T,).
     Source: Fedus et al. 2021 (Switch Transformers), arXiv 2101.03961, eq. 4-6, over K slots.
     """
     return routing.num_experts * (load_of(routing, mask) * _mean_prob(routing, mask, gate)).sum()
@@ -39,9 +38,9 @@ def load_balance_loss(
 def straight_through_balance(
     routing: Routing, mask: torch.Tensor | None = None, gate: str = "softmax"
 ) -> torch.Tensor:
-    """load_balance_loss whose gradient flows through f as well, as if f_e were P_e.
+    """load_balance_loss with a gradient through f too, as if f_e were P_e.
 
-    Args, Returns, Raises: as load_balance_loss.
+    Args, Returns, Raises: as in load_balance_loss.
     Source: Chen et al. 2024 (LLaVA-MoLE), arXiv 2401.16160, whose one-hot choice is straight-through.
     """
     P = _mean_prob(routing, mask, gate)
@@ -52,11 +51,11 @@ def straight_through_balance(
 def cv_squared(
     routing: Routing, mask: torch.Tensor | None = None, gate: str = "softmax"
 ) -> torch.Tensor:
-    """Var(P) / Mean(P)^2, P_e the mean gate of e: 0 when balanced, E - 1 when collapsed.
+    """Var(P) / Mean(P)^2, with P_e the mean gate of e: 0 if balanced, E - 1 if collapsed.
 
-    P is taken before the top-k, so that it is smooth; with K = E it is the source's importance.
+    P is computed before the top-k, so it is smooth; with K = E it is the source's importance.
 
-    Args, Returns, Raises: as load_balance_loss.
+    Args, Returns, Raises: as in load_balance_loss.
     Source: Shazeer et al. 2017 (Sparsely-Gated MoE), arXiv 1701.06538, eq. 6-7.
     """
     return _cv_squared(_mean_prob(routing, mask, gate))
@@ -71,8 +70,8 @@ def localized_cv_squared(
 ) -> torch.Tensor:
     """CV^2 of  Z_be = (1 + delta if the types of b and e agree else 1 - delta) * sum_{t in b} p_te.
 
-    p is the softmax of the logits.  Experts of a sequence's type are led to take more of it than
-    the others, balanced among themselves.
+    p is the softmax of the logits.  The loss balances tokens among the experts of a sequence's type, and
+    gives these more tokens than the others.
 
     Args:
         routing: from a router, for B sequences of equal length.
@@ -83,7 +82,7 @@ def localized_cv_squared(
     Returns:
         0-dim, fp32 (fp64).
     Raises:
-        ValueError: the caller supplied the routing, or T is no multiple of B.
+        ValueError: if the routing is not from a router, or T is not a multiple of B.
     Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, eq. 6-8.
     """
     T, B = _require(routing, "logits").shape[0], sample_types.shape[0]
@@ -102,7 +101,7 @@ def z_loss(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
         routing: from a router.
         mask: (T,), nonzero for the tokens that count; None counts all.
     Raises:
-        ValueError: the caller supplied the routing, or the mask is not (T,).
+        ValueError: if the routing is not from a router, or the mask is not (T,).
     Source: Zoph et al. 2022 (ST-MoE), arXiv 2202.08906, eq. 5.
     """
     lse = _require(routing, "lse")
@@ -114,9 +113,9 @@ def z_loss(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def router_entropy(routing: Routing, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """mean_t of -sum_e p_te log p_te in nats, p the softmax: log E when undecided, 0 when sure.
+    """mean_t of -sum_e p_te log p_te in nats, with p the softmax: log E if uniform, 0 if certain.
 
-    Args, Raises: as z_loss.
+    Args, Raises: as in z_loss.
     """
     logits, kept = _masked(routing, mask)
     logp = torch.log_softmax(logits, 1)
@@ -127,16 +126,16 @@ def router_entropy(routing: Routing, mask: torch.Tensor | None = None) -> torch.
 def label_loss(
     routing: Routing, labels: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """mean_t of lse_t - logits_t[label_t]: cross-entropy that teaches the router the right expert.
+    """mean_t of lse_t - logits_t[label_t]: cross-entropy between the router and expert labels.
 
     Args:
         routing: from a router.
-        labels: integers, an expert each: (T,) one per token, or (B,) one per sequence of T / B tokens;
-            -100 leaves the token out.
+        labels: integer expert ids: (T,) one per token, or (B,) one per sequence of T / B tokens; -100
+            excludes the token.
         mask: (T,), nonzero for the tokens that count; None counts all.
     Raises:
-        ValueError: the caller supplied the routing, the mask is not (T,), or T is no multiple of the
-            labels.
+        ValueError: if the routing is not from a router, the mask is not (T,), or T is not a multiple of
+            the number of labels.
     Source: Xu et al. 2024 (MeteoRA), arXiv 2405.13053.
     """
     logits, kept = _masked(routing, mask)
@@ -152,14 +151,14 @@ def label_loss(
 def _require(routing, field) -> torch.Tensor:
     value = getattr(routing, field)
     if value is None:
-        raise ValueError(f"routing: expected {field} from a router, got a routing by the caller")
+        raise ValueError(f"routing: expected {field} from a router, got a routing without it")
     return value
 
 
 def _masked(routing, mask):
-    """The logits, zero where a token does not count, and (T, 1) bool whether it does.
+    """The logits, zero for tokens that do not count, and (T, 1) bool whether a token counts.
 
-    Rows that do not count may hold NaN: they are replaced, not multiplied by zero.
+    Excluded rows are replaced instead of multiplied by zero, since they may be NaN.
     """
     logits = _require(routing, "logits")
     if mask is None:

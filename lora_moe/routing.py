@@ -1,4 +1,4 @@
-"""Routing: which experts each token takes, with which weights, and what the router losses need.
+"""Routing: each token's experts and weights, and the router statistics that the losses need.
 
 Letters: T tokens, E experts, K slots per token.
 """
@@ -15,16 +15,16 @@ _ops = torch.ops.lora_moe
 
 
 class Routing(NamedTuple):
-    """A decision for T tokens, as tensors; fp32, or fp64 when x is fp64.
+    """The routing decision for T tokens, as tensors; fp32, or fp64 if x is fp64.
 
-    indices    (T, K) int32, expert ids; -1 is an empty slot, an id that stands twice counts twice.
+    indices    (T, K) int32, expert ids; -1 is an empty slot, and repeated ids add up.
     weights    (T, K), the gate of each slot; differentiable.
     counts     (E,) int64, slots per expert.
     logits     (T, E), router outputs; differentiable.
     mean_prob  (E,), mean over tokens of the gate values (softmax or sigmoid); differentiable.
     lse        (T,), logsumexp of the logits; differentiable.
 
-    The last three are None where the caller supplied the routing.
+    The last three are None if the routing is not from a router.
     """
 
     indices: torch.Tensor
@@ -40,15 +40,15 @@ class Routing(NamedTuple):
 
     @staticmethod
     def from_ids(indices, weights=None, *, num_experts: int) -> Routing:
-        """Experts chosen by the caller: task ids, segments, tenants.
+        """A routing to given experts, for example by task, segment or tenant.
 
         Args:
             indices: (T,) or (T, K) integer expert ids in [0, num_experts), -1 for none.
             weights: same shape, floating; 1 for every slot by default.
             num_experts: E.
         Raises:
-            ValueError, TypeError: on shapes or dtypes.  The ids themselves are checked by the
-            operators on a CPU and masked on a GPU, so that no host synchronization is needed.
+            ValueError, TypeError: if a shape or dtype is invalid.  The operators check the ids on a
+                CPU and mask them on a GPU, which avoids a host synchronization.
         """
         _expect_integer("num_experts", num_experts)
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
@@ -64,13 +64,13 @@ class Routing(NamedTuple):
             )
         if indices.dim() == 1:
             indices, weights = indices[:, None], weights[:, None]
-        # ids that int32 cannot hold must not wrap around into valid ones, nor -2 into a uint8
+        # clamp, since ids beyond int32 could wrap around into valid ones, as could -2 in uint8
         ids = indices.long().clamp(-2, num_experts).int()
         return Routing(ids, _at_least_fp32(weights), _count(ids, num_experts))
 
     @staticmethod
     def from_gates(gates: torch.Tensor) -> Routing:
-        """Dense or soft gates (T, E), differentiable: every token takes every expert."""
+        """A dense routing from gates (T, E), differentiable: every token uses every expert."""
         if gates.dim() != 2 or not gates.is_floating_point():
             raise ValueError(
                 f"gates: expected floating (T, E), got {gates.dtype} {tuple(gates.shape)}"
@@ -91,15 +91,15 @@ class Routing(NamedTuple):
         top_p: float | None = None,
         threshold: float | None = None,
     ) -> Routing:
-        """What router_topk decides, from logits of any other router:  p = gate(logits),  weights = p[ids].
+        """The routing of router_topk from the logits of any router:  p = gate(logits),  weights = p[ids].
 
         Args:
             logits: (..., E), floating; differentiable.
             top_k, gate, renormalize, bias, top_p, threshold: as in functional.router_topk.
         Returns:
-            Routing with every field; logits are those given, as (T, E) and at least fp32.
+            Routing with all fields set; logits as (T, E), at least fp32.
         Raises:
-            ValueError, TypeError: an argument does not fit.
+            ValueError, TypeError: if an argument is invalid.
         """
         logits = checks.logits(logits)
         checks.decision(logits, logits.shape[1], top_k, gate, bias, like="logits")
@@ -114,11 +114,11 @@ class Routing(NamedTuple):
         return Routing(indices, weights, counts, logits, mean_prob, lse)
 
     def repeat(self, n: int) -> Routing:
-        """One decision per sequence, for its n tokens: row t becomes rows t*n .. t*n + n - 1."""
+        """Expand one row per sequence to its n tokens: row t becomes rows t*n .. t*n + n - 1."""
         return self._spread(n, lambda rows: rows.repeat_interleave(n, 0))
 
     def tile(self, n: int) -> Routing:
-        """One decision per sequence, for tokens in the order of (L, B): row b becomes rows b, B + b, ..."""
+        """Expand one row per sequence to tokens ordered as (L, B): row b becomes rows b, B + b, ..."""
         return self._spread(n, lambda rows: rows.repeat(n, *[1] * (rows.dim() - 1)))
 
     def _spread(self, n, spread):
@@ -140,7 +140,7 @@ def _at_least_fp32(weights):
 
 
 def _count(ids, num_experts):
-    """Slots per expert; empty and invalid ids fall into a bin that is cut off."""
+    """Slots per expert; empty and invalid ids go to an extra bin that is cut off."""
     valid = (ids >= 0) & (ids < num_experts)
     bins = torch.where(valid, ids, num_experts).long().flatten()
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)

@@ -1,4 +1,4 @@
-"""What sequences decided by their prompts, for the tokens that a cache decodes: per thread and layer."""
+"""Routings decided by sequences' prompts, for decoding with a cache; stored per thread and layer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .routing import Routing
 
 
 def cache_in_use():
-    """The cache of the model's call that holds tokens before these, or None."""
+    """The key-value cache of the current model call if it holds earlier tokens, else None."""
     call = thread.calls[-1] if thread.calls and not recomputing() else None
     return call.past if call is not None and call.cached else None
 
 
 def kept_decision(layer, rows: int) -> Routing | None:
-    """What the layer's prompts decided, if a cache decodes them now; raises where that is unknown.
+    """The routing of the layer's prompts when decoding with a cache, else None; raises if unknown.
 
-    It is that of the cache, or of the last forward where the model made its cache by itself.
+    It belongs to the cache, or to the last forward if the model created the cache itself.
     """
     past = cache_in_use()
     if past is None:
@@ -32,13 +32,13 @@ def kept_decision(layer, rows: int) -> Routing | None:
     if routing is None or routing.indices.shape[0] != rows:
         have = 0 if routing is None else routing.indices.shape[0]
         raise ValueError(
-            f"past_key_values: expected those of the last prompts, {have} sequences, got {rows}"
+            f"past_key_values: expected the cache of the last {have} sequences, got {rows}"
         )
     return routing
 
 
 def keep(layer, routing: Routing) -> None:
-    """Note what the layer's sequences decided, for when a cache holds them."""
+    """Store the routing of the layer's sequences, for decoding with a cache."""
     if recomputing():
         return
     routing = Routing(routing.indices, routing.weights.detach(), routing.counts)

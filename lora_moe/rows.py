@@ -1,4 +1,4 @@
-"""What routers and middles share: rows of the adapter, of the samples of a batch, of a matrix of gates."""
+"""Helpers of routers and middles: adapter rows, expanding samples to tokens, dense gates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .routing import Routing
 
 
 def adapter_rows(layer) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A and lora_B; rows of frozen experts take no gradient (with shared_a only those of lora_B)."""
+    """lora_A and lora_B; rows of frozen experts get no gradient (with shared_a only those of lora_B)."""
     A, B = layer.lora_A, layer.lora_B
     if not layer.frozen:
         return A, B
@@ -22,13 +22,13 @@ def adapter_rows(layer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def for_tokens(samples: Routing, x: torch.Tensor) -> Routing:
-    """One row per token of x, from one per sample."""
+    """Expand one row per sample to one per token of x."""
     rows = samples.indices.shape[0]
     return samples.repeat(math.prod(x.shape[:-1]) // rows if rows else 0)
 
 
 def dense_gates(routing: Routing, E: int) -> torch.Tensor:
-    """(T, E), each expert's weight summed over the slots that hold it."""
+    """(T, E), each expert's weight summed over its slots."""
     ids = routing.indices.long()
     valid = (ids >= 0) & (ids < E)
     weights = torch.where(valid, routing.weights, 0)

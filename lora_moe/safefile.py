@@ -1,14 +1,13 @@
-"""Safetensors files: written all or nothing, read as untrusted input.
+"""Safetensors files: written atomically, read as untrusted input.
 
-    8 bytes  N, little-endian
-    N bytes  JSON {key: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, ...}
-    data     the tensors, one after the other
+8 bytes  N, little-endian
+N bytes  JSON {key: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, ...}
+data     the tensors, one after the other
 
-The reader opens nothing but a regular file, never through a symbolic link, and checks the header
-against the file's size before it believes any of it: tensors must cover the data without a gap or
-an overlap.  What it allocates is bounded by the header's limit and by the tensors that the caller
-asks for; no pickle is ever loaded.  Reading takes the memory of the tensors in the caller's dtypes,
-and CHUNK more.
+The reader only opens regular files, never through a symbolic link, and checks the header against the
+file's size: tensors must cover the data without gaps or overlaps.  Allocations are bounded by the
+header's limit and the tensors that the caller requests; pickles are never loaded.  Reading takes the
+memory of the tensors in the caller's dtypes plus CHUNK.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ import torch
 from .opening import open_in, open_regular, path_in  # noqa: F401  readers take them here
 from .replace import replacing
 
-MAX_HEADER = 2 << 20  # bytes: some 10,000 tensors
+MAX_HEADER = 2 << 20  # bytes: about 10,000 tensors
 MAX_DIMENSIONS = 8
-CHUNK = 1 << 22  # bytes that are converted at a time
+CHUNK = 1 << 22  # bytes converted at a time
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-# of buffers, such as BatchNorm's count of batches: these are never converted
+# dtypes of buffers, such as BatchNorm's num_batches_tracked; never converted
 WHOLE_NUMBERS = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
@@ -47,20 +46,20 @@ _PICKLE_MAGIC = (b"PK", b"\x80")  # torch.save's zip archive, and a bare pickle
 class Slice(NamedTuple):
     """A tensor's place in a file."""
 
-    dtype: str  # a key of DTYPES or WHOLE_NUMBERS, or another name that the format knows
+    dtype: str  # a key of DTYPES or WHOLE_NUMBERS, or another dtype of the format
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     nbytes: int
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write beside the old file, flush to the disk, rename over it: a crash leaves one of the two.
+    """Write a file atomically: after a crash there is the old or the new file.
 
     Raises:
-        ValueError: the header would be larger than what read_header accepts; a tensor has no values
-            (on meta), a dtype that is neither in DTYPES nor in WHOLE_NUMBERS, or shares memory with
-            another: they would be apart when they are loaded.
-        OSError: the file cannot be written; an older one is as it was.
+        ValueError: if the header would be larger than read_header accepts, or a tensor is on meta, has
+            a dtype neither in DTYPES nor in WHOLE_NUMBERS, or shares memory with another, which
+            loading would not restore.
+        OSError: if the file cannot be written; an existing one is unchanged.
     """
     tensors = {key: t.detach() for key, t in tensors.items()}
     _expect_writable(tensors)
@@ -79,13 +78,13 @@ def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
             file.write(tensors[key].cpu().contiguous().flatten().view(torch.uint8).numpy())
         file.flush()
         with open(file.name, "rb") as written:
-            read_header(written)  # never replace an old file by one that will not load
+            read_header(written)  # never replace a file by one that does not load
 
 
 def write_described(
     path: Path, tensors: dict[str, torch.Tensor], key: str, description: dict
 ) -> None:
-    """A file that read_described reads; raises as write."""
+    """Write a file for read_described; raises as in write."""
     write(path, tensors, {"format": "pt", key: json.dumps(description)})
 
 
@@ -105,8 +104,8 @@ def _expect_writable(tensors):
     for (device, _, end, key), (other_device, begin, _, other) in pairwise(spans):
         if device == other_device and begin < end:
             raise ValueError(
-                f"{key}: expected memory of its own, but it shares it with {other}, and they would be"
-                " apart when loaded; give each its own, as tensor.clone() does"
+                f"{key}: expected tensors that share no memory, but it shares memory with {other}, which"
+                " loading would not restore; clone one of them with tensor.clone()"
             )
 
 
@@ -114,7 +113,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Slice]]:
     """The metadata and every tensor's place, checked against the size of the file.
 
     Raises:
-        ValueError: truncated, overlapping, oversized, or no safetensors file at all.
+        ValueError: if the file is truncated, overlapping, oversized, or not a safetensors file.
     """
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
@@ -124,8 +123,8 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Slice]]:
         limit = f"a header of at most {MAX_HEADER} bytes inside a file of {size}"
         raise ValueError(f"{file.name}: expected {limit}, got {length} bytes{hint}")
     text = file.read(length)
-    if text.count(b"[") + text.count(b"{") > length // 12 + 8:  # three in the 50 bytes of a tensor
-        raise ValueError(f"{file.name}: expected a header of tensors, got one of empty brackets")
+    if text.count(b"[") + text.count(b"{") > length // 12 + 8:  # a tensor has three in 50 bytes
+        raise ValueError(f"{file.name}: expected a header of tensors, got empty brackets")
     header = parse_json(text, file.name)
     if not isinstance(header, dict):
         raise ValueError(
@@ -145,20 +144,19 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, Slice]]:
 def read_described(
     file: BinaryIO, key: str, versions: Collection[int] = (), kind: str | None = None
 ) -> tuple[dict, dict[str, Slice]]:
-    """The JSON object that a header's metadata hold under `key`, and every tensor's place.
+    """The JSON object under `key` in the header's metadata, and every tensor's place.
 
     Args:
-        versions: the format versions that the caller reads, one of which is the object's "version"; () for
-            objects without one.
-        kind: what the caller expected the file to be, for the message.
+        versions: supported values of the object's "version"; () for objects without one.
+        kind: the expected kind of file, for the message.
     Raises:
-        ValueError: as read_header; or the file is someone else's, damaged, or of another version.
+        ValueError: as in read_header; or if the file is of another kind, damaged, or of another version.
     """
     metadata, slices = read_header(file)
     if key not in metadata:
         raise ValueError(
-            f"{file.name}: expected {key} in its metadata, got {brief(sorted(metadata))}; it is no"
-            f" {kind or f'{key} file'}"
+            f"{file.name}: expected {key} in its metadata, got {brief(sorted(metadata))}; this is not"
+            f" a {kind or f'{key} file'}"
         )
     found = parse_json(metadata[key], file.name)
     if not isinstance(found, dict):
@@ -174,14 +172,14 @@ def read_described(
 def open_tensors(
     stack: contextlib.ExitStack, path: Path
 ) -> tuple[dict[str, Slice], Callable[[str], torch.Tensor]]:
-    """Every tensor's place, and a function that reads one by its key as long as the stack is open."""
+    """Every tensor's place, and a function that reads a tensor by key while the stack is open."""
     file = stack.enter_context(open_regular(path))
     _, slices = read_header(file)
     return slices, lambda key: read_tensor(file, slices[key])
 
 
 def places_in_memory(state: Mapping[str, torch.Tensor]) -> dict[str, Slice]:
-    """What read_header would say of these tensors, but where they begin."""
+    """Places of these tensors as from read_header, with begin 0."""
     return {
         key: Slice(_NAMES.get(t.dtype, str(t.dtype)), tuple(t.shape), 0, t.nbytes)
         for key, t in state.items()
@@ -191,17 +189,17 @@ def places_in_memory(state: Mapping[str, torch.Tensor]) -> dict[str, Slice]:
 def read_tensors(
     file: BinaryIO, slices: dict[str, Slice], wanted: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a file, which must be those of `wanted` in shape, and finite in its dtypes.
+    """The tensors of a file, which must have the keys and shapes of `wanted` and be finite in its dtypes.
 
     Args:
-        wanted: {key: a tensor of the shape and dtype to read}; on meta, it costs nothing.
+        wanted: {key: tensor with the shape and dtype to read}, preferably on meta.
     Returns:
-        {key: a new tensor on the CPU}.
+        {key: new tensor on the CPU}.
     Raises:
-        ValueError: they are not; every misfit is listed, and nothing has been read then.
+        ValueError: if they do not match; every problem is listed, before anything is read.
     """
     problems = [f"{key}: missing" for key in wanted if key not in slices]
-    problems += [f"{ascii(key)[:200]}: not the model's" for key in slices if key not in wanted]
+    problems += [f"{ascii(key)[:200]}: not in the model" for key in slices if key not in wanted]
     for key in wanted.keys() & slices.keys():
         shape, (dtype, saved, *_) = tuple(wanted[key].shape), slices[key]
         if saved != shape:
@@ -213,19 +211,19 @@ def read_tensors(
 
 
 def fitting(dtype: torch.dtype) -> list[str]:
-    """Names of the dtypes in a file that may be read into a tensor of this one."""
+    """Names of the file dtypes that can be read into a tensor of this dtype."""
     whole = [name for name, known in WHOLE_NUMBERS.items() if known == dtype]
     return whole or list(DTYPES)
 
 
 def raise_all(expected: str, problems: Iterable[str]) -> None:
-    """ValueError with every problem on a line of its own; nothing if there is none."""
+    """Raise ValueError with one line per problem, if there is any."""
     if problems:
         raise ValueError(f"{expected}, got\n  " + "\n  ".join(sorted(problems)))
 
 
 def _finite(file, key, place, dtype):
-    """Finite also after it was converted; aminmax needs no memory, as isfinite does."""
+    """Read a tensor and check that it is finite after conversion; aminmax needs no memory."""
     tensor = read_tensor(file, place, dtype)
     bounds = tensor.aminmax() if tensor.is_floating_point() and tensor.numel() else ()
     if not all(math.isfinite(bound.item()) for bound in bounds):
@@ -234,13 +232,13 @@ def _finite(file, key, place, dtype):
 
 
 def read_tensor(file: BinaryIO, place: Slice, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """One tensor of read_header's, on the CPU, in its own dtype or in the one that is given.
+    """Read one tensor to the CPU, in its own dtype or in `dtype`.
 
     Raises:
-        ValueError: the file has become shorter.
+        ValueError: if the file has been truncated.
     """
     saved = _KNOWN[place.dtype]
-    if saved == torch.bool:  # a byte of a file may be more than 0 or 1
+    if saved == torch.bool:  # a byte may be neither 0 nor 1
         return read_tensor(file, place._replace(dtype="U8")) != 0
     tensor = torch.empty(place.shape, dtype=dtype or saved)
     flat, step = tensor.view(-1), CHUNK // saved.itemsize
@@ -262,7 +260,7 @@ def _fill(file, place, flat):
 
 
 def parse_json(text: str | bytes, name: str):
-    """JSON without NaN, repeated keys or nesting beyond Python's limit; raises ValueError."""
+    """Parse JSON; raises ValueError for NaN, duplicate keys or too deep nesting."""
     try:
         return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -295,5 +293,5 @@ def _no_constant(name):
 def _unique(pairs):
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("duplicate key")
     return result

@@ -1,8 +1,8 @@
-"""Models that are wrapped or spread over processes: their plain names, whole tensors, and who writes.
+"""Support for wrapped and sharded models: unwrapping, gathering full tensors, choosing the writer.
 
 FSDP2's parameters are DTensors, ZeRO-3's are empty outside of their layer, FSDP1's are parts of a flat one;
-all are made whole in a collective that every process of theirs takes part in.  Everything else is a
-plain tensor, and no process waits.
+gathering them is a collective of all processes that have a shard.  Other tensors are plain, and no process
+waits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 Key = TypeVar("Key", bound=Hashable)
-# names that wrappers put into the middle of a path
+# path segments that wrappers insert
 _SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -41,32 +41,32 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _synchronizes(model):
-    """DDP or DeepSpeed's engine, which know the parameters that were there when they were made."""
+    """Whether it is DDP or DeepSpeed's engine, which only sync parameters that exist when they wrap."""
     kinds = {kind.__name__ for kind in type(model).__mro__}
     return bool(kinds & {"DistributedDataParallel", "DeepSpeedEngine"})
 
 
 def expect_no_wrapper(model: nn.Module) -> None:
-    """Before experts are added: raises ValueError where nobody would synchronize them."""
+    """Raise ValueError if a wrapper would not synchronize experts that are added now."""
     while hasattr(model, "_orig_mod"):
         model = model._orig_mod
     kind = type(model).__name__ if _synchronizes(model) else None
     if kind is None and any(map(is_stepped_by_zero, model.parameters())):
-        kind = "a model that deepspeed.initialize has taken"
+        kind = "a model passed to deepspeed.initialize"
     if kind is not None:
         raise ValueError(
-            f"model: expected one without experts to be plain, got {kind}, which would not synchronize"
-            " experts that are added now: inject or load_adapter first, then wrap it"
+            f"model: expected an unwrapped model, got {kind}, which would not synchronize experts that"
+            " are added now: inject or load_adapter first, then wrap it"
         )
 
 
 def plain_path(path: str) -> str:
-    """The path without what wrappers put into it."""
+    """The path without the segments that wrappers insert."""
     return ".".join(name for name in path.split(".") if name not in _SEGMENTS)
 
 
 def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """{plain path: the module that trains} of what PEFT trains as a whole, beside the base's own."""
+    """{plain path: trainable copy} of the modules in PEFT's modules_to_save."""
     found = {}
     for path, module in model.named_modules():
         if any(c.__name__ == "ModulesToSaveWrapper" for c in type(module).__mro__):
@@ -76,16 +76,16 @@ def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
-    """{plain path: module}; for what PEFT trains as a whole, the module that trains."""
+    """{plain path: module}; for PEFT's modules_to_save the trainable copy."""
     modules = {plain_path(path): module for path, module in model.named_modules()}
     return modules | whole_modules(model)
 
 
-# --- who takes part --------------------------------------------------------------------------------
+# --- processes -------------------------------------------------------------------------------------
 
 
 def is_stepped_by_zero(parameter: torch.Tensor) -> bool:
-    """Whether an optimizer of DeepSpeed's ZeRO has it, which steps a flat copy in its place."""
+    """Whether DeepSpeed's ZeRO steps a flat copy of the parameter."""
     return hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer")
 
 
@@ -94,12 +94,12 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def is_collective(model: nn.Module, tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether making these tensors of the model whole needs every process."""
+    """Whether gathering these tensors of the model needs every process."""
     return any(map(is_sharded, tensors)) or any(map(_is_fsdp1, model.modules()))
 
 
 def is_writer(tensors: Iterable[torch.Tensor] = ()) -> bool:
-    """Whether this process writes files: the only one, rank 0, or the first that holds the shards."""
+    """Whether this process writes files: the only one, rank 0, or the first of the shards' mesh."""
     if not (dist.is_available() and dist.is_initialized()):
         return True
     mesh = _mesh(tensors)
@@ -107,7 +107,7 @@ def is_writer(tensors: Iterable[torch.Tensor] = ()) -> bool:
 
 
 def conclude(tensors: Iterable[torch.Tensor], error: Exception | None) -> None:
-    """At the end of a collective: wait for the writer, and raise everywhere if it failed."""
+    """End a collective: wait for the writer, and raise on every rank if it failed."""
     mesh = _mesh(tensors)
     groups = [None] if mesh is None else [mesh.get_group(d) for d in range(mesh.ndim)]
     told = [None if error is None else f"{type(error).__name__}: {error}"]
@@ -116,7 +116,7 @@ def conclude(tensors: Iterable[torch.Tensor], error: Exception | None) -> None:
     if error is not None:
         raise error
     if told[0] is not None:
-        raise RuntimeError(f"the process that writes raised {told[0]}")
+        raise RuntimeError(f"the writing process raised {told[0]}")
 
 
 def write_whole(
@@ -124,11 +124,11 @@ def write_whole(
     tensors: dict[Key, torch.Tensor],
     write: Callable[[dict[Key, torch.Tensor]], None],
 ) -> None:
-    """Call write(the tensors, whole) on the process that writes, which the others of a collective await.
+    """Call write(full tensors) on the writing process; in a collective the others wait.
 
     Raises:
-        Exception: what `write` raises, on the process that writes.
-        RuntimeError: the same, on the others of a collective.
+        Exception: what `write` raises, on the writing process.
+        RuntimeError: with the same message, on the other processes of a collective.
     """
     own = tensors.values()
     writes, collective, error = is_writer(own), is_collective(model, own), None
@@ -148,15 +148,15 @@ def _mesh(tensors):
     return next((t.device_mesh for t in tensors if hasattr(t, "device_mesh")), None)
 
 
-# --- whole tensors ---------------------------------------------------------------------------------
+# --- full tensors ----------------------------------------------------------------------------------
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2's parameters be those that the optimizer steps.
+    """Reshard FSDP2's parameters, so that they are the ones that the optimizer steps.
 
-    After a forward without a backward some are gathered copies, which forget what is written to them.
+    After a forward without a backward some are gathered copies, and writes to these would be lost.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # else nothing can be of its classes
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if not imported, no module is of its classes
     for module in model.modules() if fsdp else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
@@ -164,7 +164,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module, modified: bool = False):
-    """Inside, parameters are those that the optimizer steps, of FSDP1 whole ones."""
+    """Inside the block, parameters are the ones that the optimizer steps; FSDP1's are gathered."""
     reshard(model)
     with contextlib.ExitStack() as stack:
         if any(map(_is_fsdp1, model.modules())):
@@ -179,21 +179,21 @@ def _is_fsdp1(module):
 
 
 def whole_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """ZeRO-3's parameters are of shape (0,) outside of their layer."""
+    """The full shape; ZeRO-3's parameters have shape (0,) outside of their layer."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 @torch.no_grad()
 def gathered(tensors: dict[Hashable, torch.Tensor], keep: bool = True) -> dict:
-    """{name: the whole tensor, contiguous and with memory of its own}; a collective where one is sharded.
+    """{name: full tensor, contiguous and with its own memory}; a collective if one is sharded.
 
-    A process that does not `keep` them only takes part.
+    With keep=False, a process only takes part in the collective.
     """
     whole, seen = {}, set()
     for name, tensor in tensors.items():
         with _whole(tensor):
             value = tensor.detach()
-            if hasattr(tensor, "device_mesh"):  # one that is offloaded travels by its mesh's device
+            if hasattr(tensor, "device_mesh"):  # move an offloaded one to its mesh's device
                 value = value.to(tensor.device_mesh.device_type).full_tensor().cpu()
             if not keep:
                 continue
@@ -208,7 +208,7 @@ def gathered(tensors: dict[Hashable, torch.Tensor], keep: bool = True) -> dict:
 
 
 def whole_state(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """The state dict with whole tensors, what is tied in it the same one; a collective as gathered()."""
+    """The state dict with full tensors, where tied ones stay tied; a collective as in gathered()."""
     state = model.state_dict(keep_vars=True)
     whole = gathered({id(t): t for t in state.values()}, keep)
     return {name: whole[id(t)] for name, t in state.items()} if keep else {}
@@ -216,7 +216,7 @@ def whole_state(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy a whole value into a parameter or buffer, of which this process may hold a part."""
+    """Copy a full value into a parameter or buffer, which may be sharded."""
     if hasattr(tensor, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 
@@ -229,7 +229,7 @@ def fill(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _fill_master(tensor, value):
-    """ZeRO's optimizer steps an fp32 copy, and would put its old values back."""
+    """Update ZeRO's fp32 copy, whose old values its optimizer would otherwise restore."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     if hasattr(tensor, "ds_id"):

@@ -1,6 +1,6 @@
-"""An adapter's tensors by their names in a file: those that a model holds, and those that it wants of a file.
+"""An adapter's tensors by their names in a file: the model's, and those that it expects in a file.
 
-A file decides nothing: the wanted tensors have the shapes and dtypes of the model, and lie on meta.
+Files are untrusted: expected tensors have the shapes and dtypes of the model, on the meta device.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def keyed(layers):
 
 
 def taken_from(state_dict, model, layers):
-    """{name in the file: tensor of the model's state}; raises where one is missing."""
+    """{name in the file: tensor from state_dict}; raises if one is missing."""
     given = {plain_path(key).removeprefix("module."): t for key, t in state_dict.items()}
     names = {}
     for path, layer in layers.items():
@@ -47,13 +47,13 @@ def taken_from(state_dict, model, layers):
     names |= {key: key.removeprefix(_SAVED) for key in saved}
     missing = [name for name in names.values() if name not in given]
     safefile.raise_all(
-        "state_dict: expected the model's whole state", [f"{n}: missing" for n in missing]
+        "state_dict: expected the model's full state", [f"{n}: missing" for n in missing]
     )
     return {key: given[name] for key, name in names.items()}
 
 
 def modules_saved(model: nn.Module, layers: dict[str, LoraMoeLayer]) -> dict[str, nn.Module]:
-    """{path: module} of what modules_to_save names."""
+    """{path: module} of the modules in modules_to_save."""
     found = sharded.whole_modules(model)
     for names in {layer.config.modules_to_save for layer in layers.values()}:
         found |= modules_to_save(model, names)
@@ -61,7 +61,7 @@ def modules_saved(model: nn.Module, layers: dict[str, LoraMoeLayer]) -> dict[str
 
 
 def state_of(modules: dict[str, nn.Module]) -> dict[tuple[str, str], torch.Tensor]:
-    """{(path, name): tensor}; what two of the modules share, once."""
+    """{(path, name): tensor}, with shared tensors once."""
     state, seen = {}, set()
     for path, module in modules.items():
         for name, tensor in module.state_dict(keep_vars=True).items():
@@ -72,12 +72,12 @@ def state_of(modules: dict[str, nn.Module]) -> dict[tuple[str, str], torch.Tenso
 
 
 def saved_tensors(modules):
-    """{name in the file: tensor} of modules that train as a whole."""
+    """{name in the file: tensor} of fully trained modules."""
     return {f"{_SAVED}{path}.{name}": t for (path, name), t in state_of(modules).items()}
 
 
 def expect_loadable(layers, tensors):
-    """Nothing is written that load_adapter would refuse."""
+    """Raise for tensors that load_adapter would not accept."""
     wanted = _wanted_tensors({p: (m.base_layer, m.config) for p, m in layers.items()})
     problems = []
     for key, tensor in tensors.items():
@@ -91,11 +91,11 @@ def expect_loadable(layers, tensors):
     safefile.raise_all("model: expected an adapter that can be loaded again", problems)
 
 
-# --- what the model wants, and whether the file has it -------------------------------------------
+# --- the tensors that the model expects in the file ----------------------------------------------
 
 
 def wanted_by(layers, info):
-    """The tensors of a model that has experts; raises if the file holds other experts."""
+    """The tensors of a model with experts; raises if the file has other experts."""
     configs = dict(configs_of(info))
     problems = [f"{path}: only in the model" for path in layers if path not in configs]
     problems += [f"{path}: only in the file" for path in configs if path not in layers]
@@ -109,7 +109,7 @@ def wanted_by(layers, info):
 
 
 def wanted_at(model, info):
-    """The tensors, on the meta device, that experts at the saved paths of this model would have."""
+    """The tensors, on the meta device, of experts at the saved paths of this model."""
     modules = {plain_path(path): (path, m) for path, m in model.named_modules()}
     here = {modules[path][0]: config for path, config in configs_of(info) if path in modules}
     fused = {path: c.target_parameters for path, c in here.items() if c.target_parameters}
@@ -127,12 +127,12 @@ def wanted_at(model, info):
             problems.append(f"{path}: {reason}")
         else:
             found[path] = modules[path][1], config
-    safefile.raise_all("adapter: expected modules for its experts at the saved paths", problems)
+    safefile.raise_all("adapter: expected supported modules at the saved paths", problems)
     return _wanted_tensors(found)
 
 
 def _wanted_tensors(found):
-    """Of {path: (base, config)}."""
+    """The tensors of {path: (base, config)}."""
     return {
         key: tensor
         for path, (base, config) in found.items()
@@ -141,7 +141,7 @@ def _wanted_tensors(found):
 
 
 def wanted_modules(model, info):
-    """The tensors of the modules that the file says were trained as a whole."""
+    """The tensors of the file's modules_to_save."""
     modules = sharded.modules_by_path(model)
     missing = [path for path in info["modules_to_save"] if path not in modules]
     safefile.raise_all("adapter: expected modules_to_save of the model", missing)
@@ -149,7 +149,7 @@ def wanted_modules(model, info):
 
 
 def without_memory(wanted):
-    """The same without memory, and whole where this process holds a part."""
+    """The same tensors on meta, with their full shapes."""
     return {
         key: torch.empty(sharded.whole_shape(t), dtype=t.dtype, device="meta")
         for key, t in wanted.items()

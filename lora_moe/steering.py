@@ -1,9 +1,9 @@
-"""What the caller decides of a model's experts: routing by tasks, padding, on or off, frozen or not.
+"""Controls a model's experts: routing overrides, task ids, padding masks, disabling, freezing.
 
-with use_routing(model, task_ids=ids): ...   for the calls of this block in this thread
-set_routing(model, task_ids=ids)             for all calls of the process until the next set_routing
-with disable_adapters(model): ...            the base alone
-freeze_experts(model, [0, 1])                experts that no longer move
+with use_routing(model, task_ids=ids): ...   for calls in this block and thread
+set_routing(model, task_ids=ids)             for all calls in the process until the next set_routing
+with disable_adapters(model): ...            runs the base only
+freeze_experts(model, [0, 1])                keeps these experts unchanged
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from .sharded import whole_modules
 
 
 def injected(model: nn.Module) -> dict[str, LoraMoeLayer]:
-    """The model's LoraMoeLinear and LoraMoeExperts modules by their (first) path; empty if there are none.
+    """The model's LoraMoeLinear, LoraMoeMLP and LoraMoeExperts modules by (first) path; empty if none.
 
-    Of adapters that PEFT knows by names (see lora_moe.peft) these are the active one's, each by the path
-    of the module that it adapts.
+    For PEFT adapters (see lora_moe.peft), these are the active adapter's, by the path of the module that
+    they adapt.
     """
     layers = {
         name: m for name, m in model.named_modules() if isinstance(m, LoraMoeLayer) and m.active
     }
     adapted = {adapted_path(name, layer): layer for name, layer in layers.items()}
-    return adapted if len(adapted) == len(layers) else layers  # several adapters are active
+    return adapted if len(adapted) == len(layers) else layers  # several active adapters
 
 
 def adapted_path(name: str, layer: LoraMoeLayer) -> str:
-    """Of the module that a layer stands for or, as PEFT's adapter, stands in."""
+    """The path of the module that a layer replaces or, as a PEFT adapter, is inside of."""
     if layer.adapter_name is None:
         return name
     return name.removesuffix(f"lora_moe_experts.{layer.adapter_name}").removesuffix(".")
 
 
 def layers_of(model: nn.Module) -> dict[str, LoraMoeLayer]:
-    """injected(model), or ValueError where there is nothing."""
+    """injected(model); raises ValueError if it is empty."""
     layers = injected(model)
     if not layers:
-        raise ValueError("model: expected one with LoraMoeLinear modules (see inject), got none")
+        raise ValueError("model: expected a model with experts (see inject), got none")
     return layers
 
 
@@ -58,35 +58,35 @@ def use_routing(
     mask: torch.Tensor | None = None,
     routing: Routing | Mapping[str, Routing] | None = None,
 ):
-    """Decide the routing of the forwards inside the block, in this thread alone.
+    """Override the routing of forwards inside the block, in this thread only.
 
-    Several threads may each serve their own requests on one model.  Blocks nest: an inner one goes over
-    what it names and keeps the rest.  An activation checkpoint that ran inside the block sees the same in
-    its recompute, also after the block has ended and in another thread.
+    Threads can serve different requests with one model.  Blocks nest: an inner block overrides the
+    arguments that it sets, and keeps the others.  The recompute of an activation checkpoint uses the
+    same routing as its forward, even after the block has ended or in another thread.
 
-    A row serves all tokens of its sample.  Inside `generate` it also serves all of the sample's beams
-    and return sequences.  A model that is called with a batch of another size raises.
+    A row for a sample applies to all of its tokens, and inside `generate` also to its beams and return
+    sequences.  Calling the model with another batch size raises.
 
     Args:
-        model: with experts in it.
-        task_ids: integers, (B,) one per sample or (T,) one per token.  A layer whose router or middle reads
-            tasks takes them as tasks in [-1, num_tasks), -1 for none; one number is the task of all.  Any
-            other layer takes them as experts in [-1, E) with weight 1, in place of its router's, (B, K) or
-            (T, K) for several experts each.
-        mask: (B, L) or (T,), nonzero for the tokens that losses and statistics count, in place of the
+        model: a model with experts.
+        task_ids: integers, (B,) one per sample or (T,) one per token.  Layers with a router or middle that
+            reads tasks use them as tasks in [-1, num_tasks), -1 for none; a scalar is the task of all
+            tokens.  Other layers use them as expert ids in [-1, E) with weight 1, which replace the
+            router's; (B, K) or (T, K) gives several experts.
+        mask: (B, L) or (T,), nonzero for the tokens that losses and statistics count; replaces the
             model's attention_mask.
-        routing: a Routing for all layers, with a row for each token or for each sample (first
-            dimension) of the layers' input; or a dict from module path to Routing, for example a
-            replay of {name: layer.routing}; layers that it does not name keep their routers.  Weights
-            that require a gradient get one.  A model's own experts (LoraMoeExperts) are told by a dict
-            alone: task_ids and a Routing for all leave them to the model's router.
+        routing: a Routing for all layers, with one row per token or per sample (first dimension) of the
+            layers' input; or a dict from module path to Routing, for example to replay
+            {name: layer.routing}, where other layers keep their routers.  Weights that require a
+            gradient get one.  A model's own experts (LoraMoeExperts) are only overridden by a dict; with
+            task_ids or a single Routing, the model's router decides.
     Raises:
-        ValueError: both task_ids and routing are given, or nothing is; the model has no experts, a path
-            is unknown, an id is out of range (on a CPU), or a number of experts is not the layer's.
-        TypeError: task_ids are no integers.
+        ValueError: if task_ids and routing are both given, or no argument is; the model has no experts, a
+            path is unknown, an id is out of range (on a CPU), or the number of experts differs.
+        TypeError: if task_ids are not integers.
     """
     if task_ids is None and mask is None and routing is None:
-        raise ValueError("use_routing: expected task_ids, mask or routing, got none of them")
+        raise ValueError("use_routing: expected task_ids, mask or routing, got none of these")
     said = _said(model, task_ids, routing, mask)
     with deciding({layer: _told(layer, **fields) for layer, fields in said.items()}):
         yield
@@ -94,34 +94,34 @@ def use_routing(
 
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module):
-    """Inside the block and in this thread, the model is its base, bit for bit: no experts run.
+    """Disable the experts inside the block, in this thread: the output equals the base's bit for bit.
 
-    A reference policy for DPO or GRPO without a second model.
+    Gives the reference policy of DPO or GRPO without a second model.
 
     Raises:
-        ValueError: the model has no experts, or trains whole modules (modules_to_save), whose base
-            values are gone.
+        ValueError: if the model has no experts, or has modules_to_save, whose base values are
+            overwritten.
     """
     layers = layers_of(model)
     if wrapped := whole_modules(model):
         raise ValueError(
-            f"model: {', '.join(wrapped)} (modules_to_save) has its base kept by PEFT; use PEFT's own"
-            " `with model.disable_adapter():`, which puts it back for the block"
+            f"model: PEFT keeps the base values of {', '.join(wrapped)} (modules_to_save); use PEFT's"
+            " `with model.disable_adapter():`, which restores them for the block"
         )
     trained = sorted({n for layer in layers.values() for n in layer.config.modules_to_save})
     if trained:
         raise ValueError(
-            f"model: {', '.join(trained)} (modules_to_save) trains in place, so the base is gone;"
-            " keep a copy of the base as the reference instead"
+            f"model: {', '.join(trained)} (modules_to_save) trains in place, which overwrites the"
+            " base; keep a copy of the base as the reference instead"
         )
     with deciding({layer: _told(layer, disabled=True) for layer in layers.values()}):
         yield
 
 
 def _told(layer, **fields) -> Decision:
-    """What the blocks around say of the layer, with these fields on top."""
+    """The enclosing blocks' Decision for the layer, with these fields overridden."""
     before = thread.decisions.get(layer, Decision())
-    if fields.get("tasks") is not None:  # its router decides again
+    if fields.get("tasks") is not None:  # task ids override an outer routing
         before = before._replace(routing=None)
     return before._replace(**{k: v for k, v in fields.items() if v is not None})
 
@@ -133,13 +133,13 @@ def set_routing(
     *,
     mask: torch.Tensor | None = None,
 ) -> None:
-    """Decide the routing of the following forwards from outside, or give it back to the routers.
+    """Override the routing of all following forwards, or restore the routers.
 
-    What is set stays until the next call, for every thread; `use_routing` goes over it for a block of
-    code and a thread.  Each call decides for all layers, and forgets their last forward's routing.
+    The setting lasts until the next call, for all threads; `use_routing` overrides it in a block and
+    thread.  Each call sets all layers, and clears the routing of their last forward.
 
-    Args, Raises: as use_routing, but with neither task_ids nor routing the routers decide again.
-        Nothing changes where it raises.
+    Args, Raises: as in use_routing, but without task_ids and routing the routers are restored.
+        Nothing changes if it raises.
     """
     for layer, fields in _said(model, task_ids, routing, mask).items():
         layer.routing_override, layer.tasks, layer.mask = (
@@ -151,7 +151,7 @@ def set_routing(
 
 
 def _said(model, task_ids, routing, mask) -> dict[LoraMoeLayer, dict]:
-    """{layer: fields of its Decision}, None for what the caller leaves open."""
+    """{layer: fields of its Decision}, None for fields that are not set."""
     layers = layers_of(model)
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2)):
         got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -164,7 +164,7 @@ def _said(model, task_ids, routing, mask) -> dict[LoraMoeLayer, dict]:
 
 
 def _tasks(layers, task_ids) -> dict[str, Routing | int]:
-    """{path: tasks on the layer's device, as a Routing over tasks} of the layers that read them."""
+    """{path: tasks on the layer's device, as a Routing over tasks} of layers that read tasks."""
     counts = {
         name: n for name, layer in layers.items() if (n := layer.config.num_tasks) is not None
     }
@@ -174,7 +174,7 @@ def _tasks(layers, task_ids) -> dict[str, Routing | int]:
     moved: dict = {}
     if task_ids.dim() > 1:
         raise ValueError(
-            f"task_ids: expected (B,) or (T,), one task each, got {tuple(task_ids.shape)}"
+            f"task_ids: expected (B,) or (T,), one task per sample or token, got {tuple(task_ids.shape)}"
         )
     if task_ids.dim() == 0:
         return dict.fromkeys(counts, int(task_ids))
@@ -183,8 +183,8 @@ def _tasks(layers, task_ids) -> dict[str, Routing | int]:
 
 
 def _given(layers, task_ids, routing) -> dict[str, Routing]:
-    """{path: Routing on the layer's device} of the layers that the caller decides for."""
-    moved: dict = {}  # one copy for all layers of a device
+    """{path: Routing on the layer's device} of layers whose routing is overridden."""
+    moved: dict = {}  # one copy per device
     sources = _sources(layers, task_ids, routing)
     return {name: _moved(name, layers[name], source, moved) for name, source in sources.items()}
 
@@ -192,11 +192,11 @@ def _given(layers, task_ids, routing) -> dict[str, Routing]:
 def _sources(layers, task_ids, routing):
     if task_ids is not None and routing is not None:
         raise ValueError("routing: expected task_ids or routing, got both")
-    if not isinstance(routing, Mapping):  # nobody's routing fits a model's own experts by chance
+    if not isinstance(routing, Mapping):  # a common routing does not apply to a model's own experts
         named, layers = layers, {n: m for n, m in layers.items() if not m.config.target_parameters}
         if not layers and (task_ids is not None or routing is not None):
             raise ValueError(
-                "routing: expected a dict of Routing by path, as the model's own router decides for its"
+                "routing: expected a dict of Routing by path, as the model's own router picks its"
                 f" experts: {', '.join(named)}"
             )
     if task_ids is not None:
@@ -214,7 +214,7 @@ def _sources(layers, task_ids, routing):
 
 
 def _checked_ids(task_ids, E, what):
-    """A tensor of ids; on a CPU, where reading them costs nothing, in [-1, E), if E is not 0."""
+    """Ids as a tensor; on a CPU, where reading is free, checked to be in [-1, E) unless E is 0."""
     if not isinstance(task_ids, torch.Tensor):
         try:
             task_ids = torch.as_tensor(task_ids)
@@ -231,7 +231,7 @@ def _checked_ids(task_ids, E, what):
 
 
 def _moved(name, layer, routing, moved):
-    """The caller's decision on the layer's device, without a router's statistics: they are stale."""
+    """The caller's routing on the layer's device, without router statistics, which would be stale."""
     if not isinstance(routing, Routing):
         raise ValueError(f"routing: expected a Routing, got {type(routing).__name__}")
     if routing.num_experts != layer.config.num_experts:
@@ -251,18 +251,18 @@ def _on_device(layer, routing, moved):
 
 
 def freeze_experts(model: nn.Module, ids: int | Iterable[int] | None) -> None:
-    """Hold these experts still in every layer: no gradient, momentum or weight decay moves their rows.
+    """Freeze these experts in every layer: no gradient, momentum or weight decay changes their rows.
 
-    Their rows of lora_A and lora_B keep their bits under any torch.optim optimizer, also one that was
-    made before, fused ones and FSDP2's shards; with shared_a only their rows of lora_B, as the others need
-    A.  The router's rows are not frozen: tokens may still move to or from these experts.  save_adapter
-    saves which experts are frozen.
+    Their rows of lora_A and lora_B stay bitwise unchanged with any torch.optim optimizer, including
+    existing and fused ones, and with FSDP2; with shared_a only their rows of lora_B, since the experts
+    share A.  The router is not frozen, so tokens may still move to or from these experts.
+    save_adapter saves the ids of frozen experts.
 
     Args:
-        model: with experts in it.
-        ids: experts, in place of those that were frozen before; an empty list or None frees all.
+        model: a model with experts.
+        ids: expert ids, which replace the previous ones; an empty list or None unfreezes all.
     Raises:
-        ValueError: the model has no experts, or an id is not in [0, E) of each layer.
+        ValueError: if the model has no experts, or an id is not in [0, E) of every layer.
     """
     layers = layers_of(model)
     ids = () if ids is None else ids

@@ -1,4 +1,4 @@
-"""Which fused experts of a model a configuration names, by their parameters as PEFT does."""
+"""Finds the fused experts that match target_parameters, with PEFT's matching rule."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _EXPECTED = "target_parameters: expected weights of fused experts"
 def experts_of(
     model: nn.Module, config: LoraMoeConfig
 ) -> dict[str, tuple[nn.Module, LoraMoeConfig]]:
-    """{path: (module of fused experts, its own configuration)} of what the configuration names.
+    """{path: (module of fused experts, its configuration)} of the modules that match.
 
-    Warns of names that match no parameter.
+    Warns about names that match no parameter.
 
     Raises:
-        ValueError: nothing matches (the message lists what could), or a match cannot take experts.
+        ValueError: if nothing matches (the message lists candidates), or a match is not supported.
     """
     named = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -49,7 +49,7 @@ def experts_of(
 
 
 def unsupported_experts(model: nn.Module, names: dict[str, Iterable[str]]) -> dict[str, str]:
-    """{path: reason} of those modules whose parameters of these names cannot take a LoRA per expert."""
+    """{path: reason} of modules whose named parameters cannot have a LoRA per expert."""
     survey, reasons = Survey(model), {}
     for path, own in names.items():
         reason = reasons_around(Place(survey, path)) or _why_unfit(model.get_submodule(path), own)
@@ -63,8 +63,8 @@ def _why_unfit(module, names):
     if flat and not is_fused(module):
         kind = type(module).__name__
         return (
-            f"{', '.join(flat)} of a {kind} is one matrix, not one of each expert: name a linear module in"
-            " target_modules, or let a router train as a whole by modules_to_save"
+            f"{', '.join(flat)} of a {kind} is a single matrix, not one per expert: name linear modules in"
+            " target_modules, and routers to train in modules_to_save"
         )
     return why_unfit(module, names)
 

@@ -1,4 +1,4 @@
-"""Which modules of a model a configuration names, and what is said of names that match nothing."""
+"""Finds the modules that match target_modules, and suggests names if nothing matches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["is_all_linear", "matches", "targets_of", "why_not"]
 
 
 def targets_of(model: nn.Module, config: LoraMoeConfig) -> dict[str, nn.Module]:
-    """{path: module} of what the configuration names and does not exclude; raises where one is unsupported.
+    """{path: module} of the matching modules that are not excluded; raises if one is not supported.
 
-    Warns of names that match no module, and of modules that are not called in every branch.
+    Warns about names that match no module, and modules that are not called in every branch.
     """
     _expect_regular_expressions(config)
     modules, survey = dict(model.named_modules(remove_duplicate=False)), Survey(model)
@@ -53,7 +53,7 @@ def expect_regular_expression(name: str, pattern: str) -> None:
 
 
 def refuse(expected: str, reasons: dict[str, str]) -> None:
-    """ValueError with each path and its reason, if there is one."""
+    """Raise ValueError with each path and reason, if there is any."""
     if reasons:
         listed = ", ".join(f"{path} ({reason})" for path, reason in reasons.items())
         raise ValueError(f"{expected}, got {listed}")
@@ -65,7 +65,7 @@ def matches(name: str, pattern) -> bool:
     return any(name == suffix or name.endswith("." + suffix) for suffix in pattern)
 
 
-# --- what is told --------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------
 
 
 def _warn(message):
@@ -74,7 +74,7 @@ def _warn(message):
 
 
 def _unmatched(survey, modules, config):
-    """One sentence that names every name without a module."""
+    """One sentence that lists all names without a matching module."""
     parts = []
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field)
@@ -91,13 +91,13 @@ def _unmatched(survey, modules, config):
 def _partly_called(survey, found):
     readers = bypassed(survey, found)
     return readers and (
-        "target_modules: experts do not run where the weight is read without a call, which"
-        f" happens in some branches: {in_short({p: f'in {c}' for p, c in readers.items()})}"
+        "target_modules: experts do not run where the weight is read without calling the module,"
+        f" in some branches: {in_short({p: f'in {c}' for p, c in readers.items()})}"
     )
 
 
 def _hint(survey, modules, pattern, name):
-    """What may have been meant by a name, or by a regular expression, that matches nothing."""
+    """A suggestion for a name or regular expression that matches nothing."""
     if isinstance(pattern, str):
         meant = _meant(modules, pattern)
         rule = "one string is a regular expression that must match the whole path"
@@ -110,7 +110,7 @@ def _hint(survey, modules, pattern, name):
 
 
 def _meant(modules, pattern):
-    """A name that was written without its tuple, or a pattern without what comes before it."""
+    """A correction of a name without its tuple, or of a pattern without its prefix."""
     plain = re.fullmatch(r"[\w.]+", pattern)
     if any(re.fullmatch(rf"(.*\.)?({pattern})", path) for path in modules):
         return f"({pattern!r},)" if plain else repr(rf".*\.({pattern})")
@@ -129,7 +129,7 @@ def _nothing(survey, modules, config):
     hints = [hint for name in names if (hint := _hint(survey, modules, pattern, name))]
     linear = [path for path, reason in candidates(survey, modules, ()).items() if not reason]
     return (
-        f"target_modules: expected to match a module, but nothing matches {pattern!r}"
+        f"target_modules: expected at least one match, but nothing matches {pattern!r}"
         f"{''.join(hints)} (excluded: {config.exclude_modules!r}); linear modules here,"
         f" {len(linear)} in all: {', '.join(linear[:12])}"
     )

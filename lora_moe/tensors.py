@@ -1,4 +1,4 @@
-"""Which tensors a layer adds to its base: names, shapes, dtypes, the device, and their names in a file.
+"""The tensors that a layer adds to its base: names, shapes, dtypes, device, and names in files.
 
 Letters: E experts, R rank rows of all experts together, D_in and D_out the linear's sizes.
 """
@@ -21,7 +21,7 @@ _ADAPTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def file_names(config: LoraMoeConfig) -> dict[str, str]:
-    """{name of a layer's tensor: its name in the file}; the sizes of the layer do not matter."""
+    """{name of a layer's tensor: its name in the file}."""
     if config.target_parameters:
         names = [target.rpartition(".")[2] for target in config.target_parameters]
         return {f"lora_{x}_{name}": f"{name}.lora_{x}" for name in names for x in "AB"}
@@ -30,7 +30,7 @@ def file_names(config: LoraMoeConfig) -> dict[str, str]:
         plain = not isinstance(own, str) and own and all("." not in name for name in own)
         if not plain or len(set(own)) < len(own):
             raise ValueError(
-                f"target_modules: expected names of an FFN's linear maps, got {own!r:.99}"
+                f"target_modules: expected names of an FFN's linear layers, got {own!r:.99}"
             )
         names = {f"lora_{x}_{n}": f"{n}.lora_{x}" for n in own for x in "AB"}
     else:
@@ -43,13 +43,13 @@ def file_names(config: LoraMoeConfig) -> dict[str, str]:
 
 
 def under_keys(path: str, config: LoraMoeConfig, tensors: dict) -> dict:
-    """A layer's {name: value} under the names in the file."""
+    """A layer's {name: value} with the names in the file as keys."""
     names = file_names(config)
     return {f"{path}.{names[name]}".removeprefix("."): t for name, t in tensors.items()}
 
 
 def adapter_dtype(base: nn.Module, config: LoraMoeConfig) -> torch.dtype:
-    """Of lora_A and lora_B around this base; see LoraMoeConfig.adapter_dtype."""
+    """Dtype of lora_A and lora_B for this base; see LoraMoeConfig.adapter_dtype."""
     return _dtype_beside(getattr(getattr(base, "weight", None), "dtype", None), config)
 
 
@@ -61,7 +61,7 @@ def _dtype_beside(own, config):
 
 
 def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.Tensor]:
-    """Shapes and dtypes, as tensors without memory, of what a layer of ours adds to `base`."""
+    """The tensors that a layer adds to `base`, on the meta device."""
     if config.target_parameters:
         return _beside_fused(base, fused.config_at(base, config))
     if config.placement == FFN:
@@ -74,7 +74,7 @@ def adapter_tensors(base: nn.Module, config: LoraMoeConfig) -> dict[str, torch.T
         (D_in, D_out), dtype = linear_features(linear), adapter_dtype(linear, config)
         tensors[f"lora_A{of}"] = (config.ranks[0] if config.shared_a else R, D_in), dtype
         tensors[f"lora_B{of}"] = (R, D_out), dtype
-    router = accumulator(dtype)  # moves in steps that bf16 cannot hold
+    router = accumulator(dtype)  # its updates are too small for bf16
     tensors |= {
         name: (spec.shape, router) for name, spec in component_specs(config, *sizes).items()
     }
@@ -95,20 +95,20 @@ def _beside_fused(base, config):
 
 
 def component_specs(config: LoraMoeConfig, D_in: int, D_out: int) -> dict[str, TensorSpec]:
-    """What the configuration's router and middle ask a layer of these sizes for, by name."""
+    """The tensors that router and middle require in a layer of these sizes, by name."""
     specs = dict((config.router or TokenRouter()).tensors(config, D_in, D_out))
     if config.middle is not None:
         between = config.middle.tensors(config, D_in, D_out)
         if both := specs.keys() & between.keys():
             raise ValueError(
-                f"middle: expected names that the router does not use, got {sorted(both)}"
+                f"middle: expected tensor names that the router does not use, got {sorted(both)}"
             )
         specs |= between
     return specs
 
 
 def device_of(base):
-    """Where the experts go: beside the base, or where accelerate runs a base that it offloads."""
+    """The experts' device: the base's, or the execution device if accelerate offloads the base."""
     outer = getattr(base, "_hf_hook", None)
     for hook in getattr(outer, "hooks", (outer,)):
         device = getattr(hook, "execution_device", None)

@@ -1,8 +1,8 @@
-"""Each expert of a bank becomes a LoRA adapter of PEFT, in a folder of its own.
+"""to_peft: saves each expert of a bank as a PEFT LoRA adapter in its own folder.
 
     lora_A = the expert's rows of lora_A (r, D_in);   lora_B = its rows of lora_B, transposed (D_out, r)
 
-The routers stay behind: an adapter is what its expert adds with weight 1.
+Routers are not saved: an adapter equals its expert with weight 1.
 """
 
 from __future__ import annotations
@@ -32,28 +32,27 @@ from .targets import refuse
 def to_peft(
     model: nn.Module, directory: str | os.PathLike, experts: int | list[int] | None = None
 ) -> list[Path]:
-    """Write directory/expert_<id>/ with PEFT's two files for each expert, and nothing else.
+    """Write directory/expert_<id>/ with PEFT's two files for each expert.
 
-    PEFT loads such a folder, and then computes what the model does with
-    `use_routing(model, task_ids=id)`, the routers and other experts left out.  An expert that from_peft
-    read and that has not changed is written with the same keys, dtypes, bits and configuration.
+    In PEFT, such an adapter computes the same as the model with `use_routing(model, task_ids=id)`.  An
+    unchanged expert that from_peft loaded is written with the same keys, dtypes, bits and configuration.
 
-    LoRAs on a model's own experts (target_parameters) are one adapter of PEFT: it is written to directory
-    itself, and with it the experts around linear modules, where these are one each.  PEFT has no dropout
-    there.
+    LoRAs on a model's own experts (target_parameters) are written as one adapter to `directory` itself,
+    together with the experts of linear modules, which must have one expert each.  PEFT does not support
+    dropout there.
 
     Args:
-        model: with experts in it.
-        directory: made if it does not exist; files of the same names are replaced.
-        experts: ids; None is all of them.
+        model: a model with experts.
+        directory: created if it does not exist; files of the same names are replaced.
+        experts: expert ids; None is all experts.
     Returns:
         The folders, in the order of the ids.
     Raises:
-        ValueError: the model has no experts, its layers have different numbers of them, one stands under
-            two names, an id is not one of them, or a tensor holds NaN or infinite values; beside a model's
-            own experts ids are given, linear modules have more than one, or ranks differ.  Nothing is
-            written.
-        OSError: a file cannot be written.
+        ValueError: if the model has no experts, layers have different numbers of experts, a layer has
+            two names, an id is invalid, or a tensor has NaN or infinite values; or, with LoRAs on a
+            model's own experts, if ids are given, linear modules have several experts, or ranks
+            differ.  Nothing is written.
+        OSError: if a file cannot be written.
     """
     whole, model = model, unwrapped(model)
     layers = {plain_path(path): layer for path, layer in layers_of(model).items()}
@@ -84,28 +83,26 @@ def _write(model, layers, tensors, folders):
 
 def _expect_what_peft_adapts(model, layers):
     if "" in layers:
-        raise ValueError("model: expected a module that holds LoraMoeLinear, got one")
+        raise ValueError("model: expected a module around a LoraMoeLinear, got one")
     ffns = [path for path, layer in layers.items() if layer.config.placement == FFN]
     if ffns:
-        raise ValueError(
-            f"model: expected experts around linear modules, got {ffns[0]}, a whole FFN"
-        )
-    one = "model: expected experts around modules of one name, as PEFT adapts one alone"
+        raise ValueError(f"model: expected experts on linear modules, got {ffns[0]}, an FFN")
+    one = "model: expected experts on modules with a single name, as PEFT adapts only one"
     refuse(one, peft_format.shared(model, layers))
 
 
 def _expect_one_adapter(layers, experts):
     if experts is not None:
         raise ValueError(
-            "experts: expected None, as LoRAs on the model's own experts are one adapter of PEFT, got"
+            "experts: expected None, as LoRAs on the model's own experts are one PEFT adapter, got"
             f" {brief(experts)}"
         )
     expect_one_rank({p: m for p, m in layers.items() if m.config.target_parameters})
     for path, layer in layers.items():
         if not layer.config.target_parameters and layer.config.num_experts > 1:
             raise ValueError(
-                "model: expected one expert around each linear module beside the model's own experts, as"
-                f" PEFT has it, got {layer.config.num_experts} around {path}; save_adapter keeps them"
+                "model: expected one expert per linear module together with the model's own experts, as"
+                f" PEFT requires, got {layer.config.num_experts} on {path}; use save_adapter instead"
             )
 
 
@@ -128,7 +125,7 @@ def _ids(layers, experts):
 
 
 def _sources(model, layers) -> dict[tuple[str, str], torch.Tensor]:
-    """{(module path, name): tensor} of the banks, and of the modules that train as a whole."""
+    """{(module path, name): tensor} of the banks and the fully trained modules."""
     banks = {
         (path, name): getattr(layer, name)
         for path, layer in layers.items()
@@ -138,7 +135,7 @@ def _sources(model, layers) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def _tensors(layers, sources, e) -> dict[str, torch.Tensor]:
-    """{PEFT's key: tensor} of an expert, contiguous and with memory of its own."""
+    """{PEFT's key: tensor} of an expert, contiguous and with its own memory."""
     tensors = {
         f"{peft_format.PREFIX}{path}.{name}": tensor
         for (path, name), tensor in sources.items()
@@ -164,7 +161,7 @@ def _tensors(layers, sources, e) -> dict[str, torch.Tensor]:
 
 
 def _as_it_was(tensor, dtype):
-    """In the dtype that it was read from, where that still holds it bit for bit."""
+    """The tensor in the dtype that it was read from, if that is still exact."""
     if dtype is None:
         return tensor
     narrow = tensor.to(dtype)
@@ -182,7 +179,7 @@ def _expect_finite(e, tensors):
 
 
 def _config(model, layers, e, tensors) -> dict:
-    """As it was read, if it still says what the tensors are; else anew."""
+    """The configuration that was loaded if it still matches the tensors, else a new one."""
     own = {path: layer for path, layer in layers.items() if _key(path) in tensors}
     fused = {path: layer for path, layer in own.items() if layer.config.target_parameters}
     saved_paths = list(modules_saved(model, layers))
@@ -200,7 +197,7 @@ def _key(path):
 
 
 def _says(config, layers, e):
-    """Whether its ranks and scales are those of the layers, which are all that it had."""
+    """Whether the configuration's ranks and scales match the layers, and no layer was added."""
     for path, layer in layers.items():
         r, alpha = peft_format.rank_at(config, path), peft_format.alpha_at(config, path)
         scale = alpha / r**0.5 if config.get("use_rslora") else alpha / r
@@ -251,7 +248,7 @@ def _alpha(layer: LoraMoeLinear, e: int):
 
 
 def _with_pattern(values):
-    """(the most frequent value, {path: value} of the others), such that PEFT finds each path's own."""
+    """(most frequent value, {path: value} of the others), matched as PEFT does."""
     common = collections.Counter(values.values()).most_common(1)[0][0]
     others = {path: value for path, value in values.items() if value != common}
     if any(peft_format.matched(others, path, common) != v for path, v in values.items()):
@@ -260,7 +257,7 @@ def _with_pattern(values):
 
 
 def _targets(model, layers):
-    """Last names where these name no other module, else whole paths, else an expression."""
+    """Last names if these match no other module, else full paths, else a regular expression."""
     modules = [plain_path(path) for path, _ in model.named_modules()]
     modules = [path for path in modules if not any(path.startswith(f"{own}.") for own in layers)]
     for names in ({path.rpartition(".")[2] for path in layers}, set(layers)):

@@ -1,4 +1,4 @@
-"""Which tokens of a forward are none of padding, by the caller's mask or the model's own."""
+"""Finds the padding of a forward, from the caller's mask or the model's attention mask."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .notices import tell_once
 
 
 class Tokens(NamedTuple):
-    """What must be kept of a forward to tell later which of its tokens count."""
+    """A forward's input shape and mask, from which the tokens that count can be computed later."""
 
     shape: torch.Size  # of x
-    mask: torch.Tensor | None = None  # the caller's or the model's own
+    mask: torch.Tensor | None = None  # the caller's or the model's
 
     def counted(self) -> torch.Tensor | None:
-        """(T,) bool, or None where all tokens count; tells once of a mask that does not fit."""
+        """(T,) bool, or None if all tokens count; warns once about a mask that does not fit."""
         if self.mask is None:
             return None
         fitted = fit_mask(self.mask, self.shape)
@@ -36,10 +36,10 @@ def tokens_of(x: torch.Tensor, decision: Decision) -> Tokens:
 
 
 def fit_mask(mask, shape) -> torch.Tensor | None:
-    """(T,) bool for an input of this shape, or None where the mask does not fit.
+    """(T,) bool for an input of this shape, or None if the mask does not fit.
 
     A mask (B, L) fits x (B, L, ...), x (L, B, ...) as in XLNet, x (B * L, D), and x (B, l, D) with
-    l < L: the last l columns, as when a cache holds the others.
+    l < L, for which its last l columns apply, as with a cache.
     """
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (1, 2):
         return None
@@ -58,7 +58,7 @@ def _tell_unfit(mask, shape):
     got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     tell_once(
         "mask",
-        f"an attention mask {got} does not say which tokens of an input {tuple(shape)} are padding, so"
-        " all of them count in losses and statistics; say it with lora_moe.use_routing(model, mask=),"
-        " one number per token",
+        f"an attention mask {got} does not fit an input {tuple(shape)}, so padding is unknown and all"
+        " tokens count in losses and statistics; pass one number per token to"
+        " lora_moe.use_routing(model, mask=)",
     )

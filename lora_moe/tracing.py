@@ -1,8 +1,8 @@
-"""Shapes of what the operators return, for tracing; arguments by name; operands that no operator takes.
+"""Fake implementations of the operators for tracing, and checks of unsupported operands.
 
-A call whose operands lie on several devices, or are sparse, quantized or nested, reaches none of the
-kernels: PyTorch's table sends it to a function of this file, and that raises.  So nothing can read memory
-that nobody wrote, whoever calls.
+PyTorch dispatches calls with operands on several devices, or with sparse, quantized or nested operands, to
+functions of this file, which raise.  So no kernel reads invalid memory, even if an operator is called
+directly.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
 """
@@ -17,7 +17,7 @@ import torch
 from .plan import saved_ranks
 from .reference import accumulator
 
-# Keys of PyTorch's table that come before the kernels' own when an operand has them.
+# Dispatch keys with precedence over the kernels' keys.
 REFUSED_KEYS = (
     *("SparseCPU", "SparseCUDA", "SparseCsrCPU", "SparseCsrCUDA", "MkldnnCPU"),
     *("QuantizedCPU", "QuantizedCUDA", "NestedTensorCPU", "NestedTensorCUDA"),
@@ -26,7 +26,7 @@ REFUSED_KEYS = (
 
 @functools.cache
 def argument_names(operator: str) -> list[str]:
-    """As its schema has them."""
+    """Argument names from the operator's schema."""
     schema = getattr(torch.ops.lora_moe, operator).default._schema
     return [argument.name for argument in schema.arguments]
 
@@ -37,18 +37,18 @@ def _names_of(function):
 
 
 def call(function, v):
-    """function of those of an operator's arguments v that it names."""
+    """Call the function with the operator arguments v that it names."""
     return function(*(v[name] for name in _names_of(function)))
 
 
 def by_name(operator, function):
-    """`function`, which names the arguments that it reads, to be called with all of the operator's."""
+    """Wrap `function`, which names the arguments that it reads, to accept all operator arguments."""
     names = argument_names(operator)
     return lambda *args: call(function, dict(zip(names, args)))
 
 
 def on_one_device(name, function):
-    """`function` with the operands' devices compared first; a mixed call of real tensors ends here too."""
+    """Wrap `function` to check the operands first; calls with mixed devices end up here too."""
 
     def run(*args):
         check_operands(name, args)
@@ -58,7 +58,7 @@ def on_one_device(name, function):
 
 
 def refusing(name):
-    """In place of a kernel, for operands of which one is not dense."""
+    """A kernel that raises, for operands that are not all dense."""
 
     def run(*args):
         check_operands(name, args)
@@ -68,7 +68,7 @@ def refusing(name):
 
 
 def check_operands(operator, args):
-    """Raises unless all tensors are dense and on the first one's device."""
+    """Raise unless all tensors are dense and on the first one's device."""
     tensors = [
         (name, t)
         for name, given in zip(argument_names(operator), args, strict=True)
@@ -92,7 +92,7 @@ def keep(grad, needed):
     return grad if needed else grad.new_empty(0)
 
 
-# --- an operator's results by its name, from those of its arguments that decide their shapes -------
+# --- fake results, by operator name, from the arguments that determine the shapes ------------------
 
 
 def router_topk(x, w, top_k):

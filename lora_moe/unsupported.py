@@ -1,6 +1,6 @@
-"""Why a module cannot take experts, in a few words that end a sentence about it.
+"""Reasons why a module cannot have experts, as clauses for messages.
 
-Each check looks at one kind: what the module is, who holds it, whose weight it has.
+Each check tests one kind of reason: the module itself, its ancestors, or its weight.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from .linear import linear_features
 from .module_tree import Place, Survey
 from .placement import LoraMoeLayer
 
-# their kernels read their children's weights in some modes only; they stay unsupported without source
+# they read their children's weights only in some modes; unsupported even if the source is unavailable
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_ROUTER = re.compile(r"Router|Gat(e|ing)$")  # a class beside experts
+_ROUTER = re.compile(r"Router|Gat(e|ing)$")  # class names of routers
 _TENSOR_PARALLEL = re.compile(r"(Column|Row|Colwise|Rowwise)Parallel")
 _PEFT_LAYERS = {"BaseTunerLayer", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"}
 
 
 def unsupported(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """{path: reason} of those modules that cannot take experts."""
+    """{path: reason} of the modules that cannot have experts."""
     return reasons_of(Survey(model), paths)
 
 
 def reasons_of(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
-    """unsupported() of a model that has been surveyed."""
+    """unsupported() for an existing Survey."""
     reasons = {path: _reason(Place(survey, path)) for path in paths}
     return {path: reason for path, reason in reasons.items() if reason}
 
@@ -42,7 +42,7 @@ def bypassed(survey: Survey, paths: Iterable[str]) -> dict[str, str]:
 
 
 def why_not(model: nn.Module, path: str) -> str | None:
-    """The reason why the module at this path cannot take experts, None if it can."""
+    """The reason why the module at this path cannot have experts, or None."""
     return unsupported(model, [path]).get(path)
 
 
@@ -52,7 +52,7 @@ def _reason(place):
 
 
 def reasons_around(place: Place) -> str | None:
-    """Why a module cannot take experts whatever it computes, by what it is in; None if it can."""
+    """The reason from a module's ancestors and wrappers, independent of what it computes, or None."""
     if not place.path:
         return "the model itself cannot be replaced in place"
     return next((reason for check in _AROUND if (reason := check(place))), None)
@@ -62,7 +62,7 @@ def _name(module):
     return type(module).__name__
 
 
-# --- what it is already --------------------------------------------------------------------------
+# --- what already wraps it -----------------------------------------------------------------------
 
 
 def _has_experts(place):
@@ -72,10 +72,10 @@ def _has_experts(place):
 
 
 def _has_peft(place):
-    """PEFT may not be imported, and then nothing is of its classes."""
+    """Compares class names, since PEFT may not be imported."""
     if any(c.__name__ in _PEFT_LAYERS for m in place.chain for c in type(m).__mro__):
         return (
-            "PEFT has adapted it, and its adapter would freeze and no longer unload: call"
+            "PEFT has adapted it, and its adapter would be frozen and could not be unloaded: call"
             " merge_and_unload() or unload() first, then inject"
         )
     return None
@@ -97,18 +97,18 @@ def _is_sharded(place):
         )
     if any(_TENSOR_PARALLEL.search(type(m).__name__) for m in place.chain) or _distributed(place):
         return (
-            "tensor-parallel modules cannot take experts: shard with FSDP2 instead (inject"
+            "tensor-parallel modules cannot have experts: shard with FSDP2 instead (inject"
             " first, then fully_shard)"
         )
     return None
 
 
 def _is_offloaded_with_its_block(place):
-    """Such a hook moves all tensors of a block, by the names that they had when it was made."""
+    """Such a hook moves all tensors of a block by their original names."""
     hooks = (getattr(m, "_hf_hook", None) for m in place.chain[:-1])
     if any(getattr(h, "offload", False) and getattr(h, "place_submodules", False) for h in hooks):
         return (
-            "accelerate offloads it together with the block around it (preload_module_classes): inject"
+            "accelerate offloads it together with its parent block (preload_module_classes): inject"
             " first, then offload"
         )
     return None
@@ -130,14 +130,14 @@ def _is_not_linear(place):
         return f"{name} has no size yet: run the model once first"
     if banks := _fused_experts(place):
         named = ", ".join(banks)
-        return f"{name} holds fused experts ({named}): name them in target_parameters"
+        return f"{name} has fused experts ({named}): name them in target_parameters"
     if linear_features(module) is None or not _multiplies(place):
         return f"{name} is not linear"
     return None
 
 
 def _fused_experts(place):
-    """Names of the 3-D parameters of a bank of experts; a convolution's weight is none."""
+    """Names of the 3-D parameters of fused experts; not a convolution's weight."""
     convolution = isinstance(place.module, nn.modules.conv._ConvNd)
     if convolution or "expert" not in (place.path + _name(place.module)).lower():
         return []
@@ -145,7 +145,7 @@ def _fused_experts(place):
 
 
 def _multiplies(place):
-    """Sizes make a linear module; a two-dimensional weight alone may also be a norm's or a table."""
+    """Whether it is linear; with a 2-D weight but no in_features, check that forward multiplies by it."""
     if isinstance(getattr(place.module, "in_features", None), int):
         return True
     forward = place.forward_of(place.module)
@@ -153,7 +153,7 @@ def _multiplies(place):
 
 
 def _is_router(place):
-    """By class, by what it returns, by its size: what lies beside experts and decides on them."""
+    """Detect a router next to experts by its class, its return value or its size."""
     module, above = place.module, [m for _, m in place.holders]
     tuples = place.forward_of(module).returns_tuple
     experts = _experts_beside(module, place.parent)
@@ -171,7 +171,7 @@ def _is_named(module):
 
 
 def _experts_beside(module, parent):
-    """How many experts the parent holds beside this module, 0 where there are none."""
+    """The number of experts next to this module in its parent, 0 if there are none."""
     for name, sibling in parent.named_children():
         if sibling is module or "expert" not in (name + _name(sibling)).lower():
             continue
@@ -182,7 +182,7 @@ def _experts_beside(module, parent):
     return 0
 
 
-# --- who uses its weight -------------------------------------------------------------------------
+# --- uses of its weight --------------------------------------------------------------------------
 
 
 def _is_bypassed(place):
@@ -213,15 +213,14 @@ def _fits(path, pattern):
 
 
 def _is_tied(place):
-    """Where a model ties by itself; what others share works, and stays shared."""
+    """Only for models that tie weights themselves; other shared weights work and stay shared."""
     ties = any(callable(getattr(m, "tie_weights", None)) for _, m in place.holders)
     other = ties and (_same_weight(place) or _declared(place))
     if not other:
         return None
     return (
-        f"its weight is tied to that of {other}, which would come apart in tie_weights and"
-        " save_pretrained: give it a weight of its own first, and set"
-        " config.tie_word_embeddings = False"
+        f"its weight is tied to that of {other}, which tie_weights and save_pretrained would break:"
+        " untie them first, and set config.tie_word_embeddings = False"
     )
 
 
@@ -232,7 +231,7 @@ def _same_weight(place):
 
 
 def _declared(place):
-    """What transformers would tie it to: on the meta device the two may still be two objects."""
+    """What transformers will tie it to; on the meta device these may still be two objects."""
     for path, holder in place.holders:
         if not getattr(getattr(holder, "config", None), "tie_word_embeddings", False):
             continue

@@ -1,4 +1,4 @@
-"""A hook that tells what a user set up and will not get: what would be lost in silence."""
+"""Watch: a forward hook that warns about misuse that would otherwise be silent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 class ParentRan:
-    """A forward hook on a layer's parent, during the first full forward of the model."""
+    """Forward hook on a layer's parent, during the first full forward of the model."""
 
     def __init__(self):
         self.ran = False
@@ -27,15 +27,15 @@ class ParentRan:
 
 
 class Watch:
-    """A forward hook on the model that tells, once each, what a user set up and will not get.
+    """Forward hook on the model that warns about each misuse once.
 
-    Layers that did not run although their parent did; experts that are all frozen in training; an
-    auxiliary loss with coefficients that is never read.
+    Layers that did not run although their parent did; training with all experts frozen; an auxiliary
+    loss with nonzero coefficients that is never read.
     """
 
     def __init__(self):
-        self.watched = None  # [(path, layer, hook on its nearest parent that is called)]
-        self.ran = False  # the first full forward is over
+        self.watched = None  # [(path, layer, hook on its nearest called ancestor)]
+        self.ran = False  # whether the first full forward has ended
         self.trained = False
         self.read = False
 
@@ -55,7 +55,7 @@ class Watch:
                 hooks[parent] = ParentRan()
                 if parent:
                     modules[parent].register_forward_hook(hooks[parent])
-                else:  # the model itself, whose later hooks run after this one
+                else:  # the model itself has run when this hook is called
                     hooks[parent].ran = True
             self.watched.append((path, layer, hooks[parent]))
 
@@ -73,7 +73,7 @@ class Watch:
 
     def _tell_idle(self, model):
         if any(d.disabled for d in thread.decisions.values()):
-            return  # no layer notes its forward here
+            return  # layers do not record forwards here
         if not all(layer.enabled for _, layer, _ in self.watched):
             return
         watched, self.watched, self.ran = self.watched, None, True
@@ -88,8 +88,8 @@ class Watch:
         if idle:
             warnings.warn(
                 f"lora_moe: the experts of {', '.join(idle[:8])}{' ...' if idle[8:] else ''}"
-                f" ({len(idle)} in all) did not run although the module around them did: it reads"
-                " their weight without calling them; name them in exclude_modules",
+                f" ({len(idle)} in all) did not run although their parent module did: it reads their"
+                " weight without calling them; name them in exclude_modules",
                 stacklevel=2,
             )
 
@@ -103,8 +103,8 @@ class Watch:
         if not any(p.requires_grad for m in layers for p in m.parameters(recurse=False)):
             warnings.warn(
                 "lora_moe: the model trains, but every expert is frozen (requires_grad=False): call"
-                " inject after get_peft_model, prepare_model_for_kbit_training or whatever froze the"
-                " parameters, and do not pass peft_config= with it",
+                " inject after get_peft_model, prepare_model_for_kbit_training or other code that freezes"
+                " parameters, and do not pass peft_config=",
                 stacklevel=2,
             )
 
@@ -114,7 +114,7 @@ class Watch:
         layers = injected(model).values()
         found = [forward_records.record_of(m) for m in layers]
         if any(record.read for record in found):
-            self.read = True  # somebody adds the loss
+            self.read = True  # the loss is in use
         elif any(record.unread > 1 for record in found):
             self.read = True
             warnings.warn(

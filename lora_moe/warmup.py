@@ -1,4 +1,4 @@
-"""Compile a model's kernels before its first batch: on a GPU each takes seconds the first time."""
+"""warm_up: compiles a model's kernels before its first batch; on a GPU each takes seconds."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .mlp import LoraMoeMLP
 from .native_experts import LoraMoeExperts
 from .routing import Routing
 
-TOKENS = (1, 1024, 8192)  # one of every size class that plans and tiles know
+TOKENS = (1, 1024, 8192)  # one per size class of plans and tiles
 
 
 def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool = True) -> int:
-    """Run every kind of layer of ours in the model once, on zeros, forward and backward.
+    """Run every kind of expert layer in the model once on zeros, forward and backward.
 
-    Layers of the same sizes, configuration, dtypes and device share their kernels, so one stands for all.
-    Parameters, their gradients and the layers' routing stay as they are.
+    Layers with equal sizes, configuration, dtypes and device share kernels, so only one of them runs.
+    Parameters, gradients and the layers' recorded routing do not change.
 
     Args:
-        model: with layers of ours in it, where it will run and in its dtype.
-        tokens: numbers of tokens to run; the default has one of every size class, since within a class
-            another number never compiles anew.
-        backward: False where the model will only infer.
+        model: a model with experts, on its final device and in its final dtype.
+        tokens: numbers of tokens to run; the default has one per size class, since other numbers in a
+            class do not recompile.
+        backward: False for inference only.
     Returns:
-        How many kinds of layers there were.
+        The number of kinds of layers.
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: if the model has no experts.
     """
     kinds = {}
     for layer in model.modules():
@@ -42,7 +42,7 @@ def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool 
             shapes = *((p.shape, p.dtype, p.device) for p in parameters), layer.config.top_k
             kinds.setdefault((shapes, str(layer.config), layer.frozen), layer)
     if not kinds:
-        raise ValueError("model: expected one with LoraMoeLinear layers, see lora_moe.inject")
+        raise ValueError("model: expected a model with experts (see inject), got none")
     for layer in kinds.values():
         run = next(run for kind, run in _RUNS.items() if isinstance(layer, kind))
         for T in tokens:
@@ -54,7 +54,7 @@ def _run(layer, T, backward):
     empty = {"dtype": _dtype_of(layer.base_layer), "device": layer.lora_A.device}
     x = torch.zeros(T, layer.in_features, **empty, requires_grad=backward)
     base = torch.zeros(T, layer.out_features, **empty)
-    # whoever decides, the experts' kernels are the same
+    # the experts' kernels do not depend on the router
     override = None if layer.components is None else _first_experts(layer, x)
     with torch.set_grad_enabled(backward):
         y, _ = layer.add_experts(x, base, override)
@@ -104,7 +104,7 @@ def _first_experts(layer, x):
 
 
 def _dtype_of(base):
-    """Of its floating weights, bf16 where they are quantized."""
+    """Dtype of the base's floating-point weights, bf16 if they are quantized."""
     dtypes = (p.dtype for p in base.parameters() if p.dtype.is_floating_point)
     return next(dtypes, torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Methods of a model that know of its experts: generate and save_pretrained."""
+"""Wrappers of a model's generate and save_pretrained that handle its experts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .steering import injected
 
 
 class Wrapper:
-    """Stands for a method on the instance; a copy of the model takes a copy of this with it."""
+    """Replaces a method on the instance; copying the model copies it too."""
 
     name: str
     saves = False
@@ -47,20 +47,19 @@ class Generate(Wrapper):
 
 
 class SavePretrained(Wrapper):
-    """save_pretrained whose folder from_pretrained reads as the base, and load_adapter as the experts.
+    """save_pretrained into a folder from which from_pretrained loads the base and load_adapter the experts.
 
-    The base's weights have the base's own names.  The experts stand in lora_moe.safetensors, and beside
-    the base's weights as well, so that Trainer's resume finds them in the one state dict that it loads.
-    For the same reason a model whose own experts have LoRAs is written with its weights fused as it has
-    them, which from_pretrained reads as well: of unfused ones Trainer's resume would find none.
-    Where parameters are sharded and no state_dict is given, every process must call it.
+    The base's weights keep their original names.  The experts are saved in lora_moe.safetensors, and also
+    with the base's weights, because Trainer resumes from a single state dict.  For the same reason, a
+    model with LoRAs on its own experts is saved with fused weights, which from_pretrained also loads.
+    With sharded parameters and no state_dict, every process must call it.
     """
 
     name = "save_pretrained"
     saves = True
 
     def __call__(self, *args, **kwargs):
-        from .io import save_adapter  # which imports this module
+        from .io import save_adapter  # io imports this module
 
         kwargs = self.named(args, kwargs)
         save_directory = kwargs.pop("save_directory")
@@ -88,9 +87,9 @@ class SavePretrained(Wrapper):
 
 
 class Upload(Wrapper):
-    """What push_to_hub=True sends: the experts must be in the folder before save_pretrained returns.
+    """Saves the experts before push_to_hub=True uploads the folder, inside of save_pretrained.
 
-    PushToHubMixin has no public name for it.
+    PushToHubMixin has no public method for this.
     """
 
     name = "_upload_modified_files"
@@ -107,7 +106,7 @@ WRAPPERS = {wrapper.name: wrapper for wrapper in (Generate, SavePretrained, Uplo
 
 
 def base_names(model: nn.Module, state_dict: dict) -> dict:
-    """The same with `x.base_layer.weight` as `x.weight`, as the model has it without experts."""
+    """Rename `x.base_layer.weight` to `x.weight`, the original name."""
     layers = [path for path, m in model.named_modules() if isinstance(m, LoraMoeLayer)]
     renamed = {}
     for key, value in state_dict.items():

@@ -1,7 +1,7 @@
 """Converts published checkpoints of other packages to adapters of this one; see docs/convert.md.
 
-Each format has a file here, with its layout and its formula.  It is recognized by its configuration and
-keys; an importer refuses by name what it does not understand.
+Each format has a module here that documents its layout and formula.  Formats are recognized by their
+configuration and keys; unsupported tensors and fields raise by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMATS = (
 
 
 class Converted(NamedTuple):
-    """format: that of the source.  paths: files written.  notes: what else a user should know."""
+    """format: the source's format.  paths: files written.  notes: further information for the user."""
 
     format: str
     paths: tuple[Path, ...]
@@ -38,10 +38,10 @@ def convert(
     adapters: Iterable[str | os.PathLike] = (),
     top_k: int | None = None,
 ) -> Converted:
-    """Write directory/lora_moe.safetensors of another package's checkpoint, for load_adapter.
+    """Convert another package's checkpoint to directory/lora_moe.safetensors, for load_adapter.
 
-    No base model is needed, and none is written.  An adapter of this package (format lora_moe) is
-    converted in the other direction: each of its experts becomes a PEFT folder.
+    No base model is needed or written.  An adapter of this package (format lora_moe) is converted in the
+    other direction: each of its experts becomes a PEFT folder.
 
     Args:
         source: a folder with adapter_model or model as .safetensors or .bin, or such a file; for peft, also a
@@ -49,14 +49,14 @@ def convert(
         directory: created if it does not exist.
         format: one of FORMATS; None detects it.
         adapters: for meteora, the folders of the imported LoRAs in the order in which they were loaded.
-        top_k: experts per token if no file says it: meteora (None is 2) and peft (see LoraMoeConfig).
+        top_k: experts per token for meteora (None is 2) and peft (see LoraMoeConfig), whose files lack it.
     Returns:
         Converted(format, paths, notes).
     Raises:
-        ValueError: the format is not recognized; a tensor or a field is not understood (all are named) or
-            does not fit; a file is damaged, or is a pickle that does anything but build tensors (it is not
-            run).  Nothing is written.
-        OSError: a file is missing, cannot be read or cannot be written.
+        ValueError: if the format is not recognized; a tensor or field is unknown (all are listed) or
+            invalid; a file is damaged, or is a pickle that does more than build tensors (it is not run).
+            Nothing is written.
+        OSError: if a file is missing, cannot be read or cannot be written.
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format: expected one of {FORMATS}, got {brief(format)}")
@@ -74,7 +74,7 @@ def convert(
         if not found:
             raise ValueError(f"{source}: expected tensors of {format}, got none")
         path = bank.write(directory, found)
-    notes += [f"{s.name}: {', '.join(s.beside)} beside it: not read" for s in sources if s.beside]
+    notes += [f"{s.name}: ignored {', '.join(s.beside)} next to it" for s in sources if s.beside]
     return Converted(format, (path,), tuple(notes))
 
 

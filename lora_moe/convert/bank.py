@@ -1,4 +1,4 @@
-"""Experts by module path, as an importer reads them, and how they are written as an adapter's file.
+"""Experts by module path, as importers return them, and writing them as an adapter file.
 
 Letters: E experts, R rank rows of all experts together, r one expert's rank, D_in and D_out a linear's
 sizes.
@@ -29,7 +29,7 @@ NO_LOSSES = {"balance_coef": 0.0, "z_coef": 0.0}
 
 
 class Experts(NamedTuple):
-    """The experts around one linear map, with the one tensor of their router."""
+    """The experts of one linear layer, with the single tensor of their router."""
 
     config: LoraMoeConfig
     lora_A: torch.Tensor  # (R, D_in), (r, D_in) if shared
@@ -39,14 +39,14 @@ class Experts(NamedTuple):
 
 
 class FfnExperts(NamedTuple):
-    """The experts around one FFN, with a token router; the names of its linear maps are not in config."""
+    """The experts of one FFN, with a token router; config does not contain the layers' names."""
 
     config: LoraMoeConfig
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]  # {name: (lora_A, lora_B)}
     router_weight: torch.Tensor  # (E, D)
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(D_in, D_out) of each linear map, and of a last one that has no experts."""
+        """(D_in, D_out) of each adapted linear layer, and of a first or last one without experts."""
         sizes = {name: (A.shape[1], B.shape[1]) for name, (A, B) in self.pairs.items()}
         D = self.router_weight.shape[1]
         if all(D_in == D for D_in, _ in sizes.values()):
@@ -57,7 +57,7 @@ class FfnExperts(NamedTuple):
 
 
 class Place(nn.Module):
-    """Stands for a linear map that has not been loaded."""
+    """A placeholder for a linear layer that is not loaded."""
 
     def __init__(self, D_in: int, D_out: int):
         super().__init__()
@@ -68,7 +68,7 @@ def places(sizes: dict[str, tuple[int, int]]) -> nn.Module:
     """A model that consists only of a Place at each path.
 
     Raises:
-        ValueError: a path cannot be a module's, or lies inside another one.
+        ValueError: if a path cannot be a module's, or is inside another one.
     """
     model = nn.Module()
     for path, size in sizes.items():
@@ -90,12 +90,12 @@ def places(sizes: dict[str, tuple[int, int]]) -> nn.Module:
 
 
 def write(directory: str | os.PathLike, bank: dict[str, Experts | FfnExperts]) -> Path:
-    """Writes the adapter's file that load_adapter reads, with the tensors in their original dtypes.
+    """Write the adapter file for load_adapter, with the tensors in their original dtypes.
 
     Raises:
-        ValueError: a tensor holds NaN or infinite values, a path cannot be a module's, or an FFN's linear
-            maps do not fit each other.
-        OSError: the file cannot be written.
+        ValueError: if a tensor has NaN or infinite values, a path cannot be a module's, or the sizes of an
+            FFN's linear layers do not match.
+        OSError: if the file cannot be written.
     """
     sizes = {}
     for path, experts in bank.items():
@@ -122,7 +122,7 @@ def _layer(path, module, experts):
         values[experts.router_name] = experts.router
         return LoraMoeLinear(module, experts.config), values
     if ffn_width(module) != experts.router_weight.shape[1]:
-        raise ValueError(f"{path}: expected linear maps of an FFN, got {experts.sizes()}")
+        raise ValueError(f"{path}: expected linear layers of an FFN, got {experts.sizes()}")
     values = {"router_weight": experts.router_weight}
     for name, (A, B) in experts.pairs.items():
         values |= {f"lora_A_{name}": A, f"lora_B_{name}": B}
@@ -152,7 +152,7 @@ def expect_pairs(source: Source, pairs: Iterable[tuple[str, str, int]], gate: st
         else:
             widths.add((shape_a[1], shape_b[0]))
     if len(widths) > 1:
-        problems.append(f"{a}: expected experts of one size, got (D_in, D_out) of {sorted(widths)}")
+        problems.append(f"{a}: expected experts of equal size, got (D_in, D_out) {sorted(widths)}")
     elif widths and gate is not None:
         expected = (E, next(iter(widths))[0])
         if source.shape(gate) != expected:
@@ -161,7 +161,7 @@ def expect_pairs(source: Source, pairs: Iterable[tuple[str, str, int]], gate: st
 
 
 def expect_floats(source: Source, keys: Iterable[str]) -> list[str]:
-    """Problems of tensors that are not floating-point."""
+    """Problems: one line per tensor that is not floating-point."""
     kinds = list(safefile.DTYPES)
     found = ((key, source.places[key].dtype) for key in keys)
     return [
@@ -170,19 +170,19 @@ def expect_floats(source: Source, keys: Iterable[str]) -> list[str]:
 
 
 def refuse_unknown(source: Source, keys: Iterable[str], fields: Iterable[str], kind: str) -> None:
-    """Raises ValueError naming the tensors and configuration fields that would be lost."""
+    """Raise ValueError that names the tensors and configuration fields that would be lost."""
     lost = [f"tensor {ascii(key)[:200]}" for key in keys]
     lost = [*fields, *lost]
     if lost:
         more = f" and {len(lost) - 12} more" if lost[12:] else ""
         raise ValueError(
-            f"{source.name}: expected what {kind} has, got {', '.join(lost[:12])}{more}, which this importer"
-            " does not understand and would lose"
+            f"{source.name}: expected only tensors and fields of {kind}, got {', '.join(lost[:12])}{more},"
+            " which this importer does not support and would lose"
         )
 
 
 def unknown_fields(config: dict, known: Iterable[str]) -> list[str]:
-    """field=value of those that are set but not known."""
+    """field=value of fields that are set but unknown."""
     known = set(known)
     return [
         f"{field}={brief(value)}"
@@ -192,7 +192,7 @@ def unknown_fields(config: dict, known: Iterable[str]) -> list[str]:
 
 
 def number(source: Source, field: str, default=None):
-    """A field that must be a number; LoraMoeConfig checks its range."""
+    """A field that must be a number; LoraMoeConfig checks the range."""
     return number_in(source.name, source.config, field, default)
 
 

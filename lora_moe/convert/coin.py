@@ -5,8 +5,8 @@
 
     y = W0 x + (lora_alpha / r) sum_e softmax(router(x))_e B_e A_e x
 
-The fork stores each expert's weight under a second name without `.mlp`, which the file may also contain, and
-the adapter's name `default` may follow lora_A, lora_B and lora_router.
+The fork also stores each expert's weight under a second name without `.mlp`, and the adapter name `default`
+may follow lora_A, lora_B and lora_router.
 """
 
 from __future__ import annotations
@@ -103,5 +103,5 @@ def _expect_same(source, found, second):
                 source.read(key), source.read(first)
             ):
                 raise ValueError(
-                    f"{source.name}: {key}: expected the values of {first}, got others"
+                    f"{source.name}: {key}: expected the same values as {first}, got others"
                 )

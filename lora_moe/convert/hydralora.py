@@ -1,4 +1,4 @@
-"""HydraLoRA (arXiv 2404.19245), saved by its fork of PEFT: one A, and a head B_i per expert, N in all.
+"""HydraLoRA (arXiv 2404.19245), saved by its fork of PEFT: one A, and a head B_i for each of N experts.
 
 <path>.lora_A.weight (r, D_in)   <path>.lora_B0.weight, ... (D_out, r)   <path>.lora_route.weight (N, D_in)
 
@@ -63,8 +63,8 @@ def read(source: Source, notes: list[str]) -> dict[str, Experts]:
     raise_all(f"{source.name}: expected HydraLoRA's tensors", problems)
     if source.config.get("blc_weight"):
         notes.append(
-            f"blc_weight={source.config['blc_weight']!r:.20}, a training loss over task types, is not part"
-            " of the function and is left out; see lora_moe.losses"
+            f"blc_weight={source.config['blc_weight']!r:.20}, the weight of a training loss, is not"
+            " converted; see lora_moe.losses"
         )
     bank = {}
     for path, keys in found.items():

@@ -1,12 +1,12 @@
-"""MeteoRA (arXiv 2405.13053): a whole model that holds E imported LoRAs and a gate around each linear map.
+"""MeteoRA (arXiv 2405.13053): a full model with E imported LoRAs and a gate for each linear layer.
 
     <path>.moe_gate.weight (E, D_in)   <path>.lora_A.weight (R, D_in)   <path>.lora_B.weight (D_out, R)
 
     y = W0 x + sum over e in topk(gate(x)) of  softmax over the picked(gate(x))_e s_e B_e A_e x
 
 Expert e's rows of lora_A, and columns of lora_B, follow those of e - 1.  Ranks and scales s_e are in the
-adapter_config.json of the LoRAs that were imported, in the order in which they were loaded.  K is not in any
-file: MeteoRA's code uses 2, with a temperature of 1.
+adapter_config.json of the imported LoRAs, in loading order.  K is not in any file: MeteoRA's code uses 2,
+with a temperature of 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .bank import NO_LOSSES, Experts, expect_floats, number_in, refuse_unknown, 
 from .source import Source
 
 _KEY = re.compile(r"([\w.]+)\.(moe_gate|lora_A|lora_B)\.weight", re.ASCII)
-# belong to the base model, which is not converted
+# tensors of the base model, which is not converted
 _BASE = re.compile(r"(?!.*(lora|moe_gate))[\w.]+\.(weight|bias|inv_freq)", re.ASCII)
 _OF_LORA = {"r", "lora_alpha", "use_rslora"}
 
@@ -56,7 +56,7 @@ def read(source: Source, notes: list[str], adapters, top_k: int | None) -> dict[
     ranks, alphas = [c["r"] for c in configs], [c["lora_alpha"] for c in configs]
     roots = {c["use_rslora"] for c in configs}
     if len(roots) > 1:
-        raise ValueError("adapters: expected use_rslora in all of them or in none, got both")
+        raise ValueError("adapters: expected use_rslora in all adapters or in none, got both")
     E = len(configs)
     fields = {"num_experts": E, "r": ranks[0] if len(set(ranks)) == 1 else ranks, "alpha": alphas}
     fields |= {"top_k": min(2, E) if top_k is None else top_k, "renormalize": True, **NO_LOSSES}
@@ -66,7 +66,7 @@ def read(source: Source, notes: list[str], adapters, top_k: int | None) -> dict[
     raise_all(f"{source.name}: expected MeteoRA's tensors", problems)
     if base:
         notes.append(
-            f"{base} tensors of the base model are left out: load the adapter onto the same base"
+            f"{base} tensors of the base model are not converted: load the adapter onto the same base"
         )
     return {path: _experts(source, keys, config) for path, keys in found.items()}
 

@@ -1,18 +1,17 @@
-"""MixLoRA as its package and MoE-PEFT save it: a router and E experts around each FFN, plain LoRAs elsewhere.
+"""MixLoRA as saved by its package and by MoE-PEFT: a router and E experts per FFN, plain LoRAs elsewhere.
 
     mixlora.layers.<L>.mlp.moe_gate.weight                              (E, D)
     mixlora.layers.<L>.mlp.<proj>.experts.<e>.lora_{A,B}.weight         (r, D_in), (D_out, r)
     mixlora.layers.<L>.self_attn.<proj>.lora_{A,B}.weight
 
-    older files, with routing_strategy mixtral; w1, w2, w3 are gate, down and up; with or without mlp.
+    older files, with routing_strategy mixtral; w1, w2, w3 are gate, down and up; "mlp." is optional
     mixlora.layers.<L>.mlp.gate.weight
     mixlora.layers.<L>.mlp.experts.<e>.{w1,w2,w3}_proj.lora_{A,B}.weight
 
     MixLoRA (arXiv 2404.15159)   y = sum over e in top-K of g_e FFN_e(x),  g = softmax(W x) renormalized
 
 With mixlora-dynamic, a token uses experts until their gates sum to top_p, without renormalization.  The
-experts' r and lora_alpha come from expert_lora if the configuration has it.  Layers are those of
-`model.layers`.
+experts' r and lora_alpha come from expert_lora if the configuration has it.  Layers are in `model.layers`.
 """
 
 from __future__ import annotations
@@ -148,7 +147,7 @@ def _tell(source, notes):
         ("jitter_noise", "the router's input gets no noise in training"),
     ):
         if value := source.config.get(field):
-            notes.append(f"{source.name}: {field}={brief(value)} was not read: {said}")
+            notes.append(f"{source.name}: {field}={brief(value)} is ignored: {said}")
 
 
 def _shared(source, fields):
@@ -163,13 +162,13 @@ def _shared(source, fields):
 
 
 def _config(source, experts, E, strategy):
-    """Without the names of the linear maps."""
+    """The experts' configuration, without target_modules."""
     dynamic = strategy == "mixlora-dynamic"
     top_k = E if dynamic else number(source, "top_k", 2)
     fields = NO_LOSSES | _shared(source, experts) | {"top_k": top_k, "renormalize": not dynamic}
     if dynamic:
         fields["top_p"] = number(source, "top_p", 0.8)
-    if source.config.get("router_loss", True):  # when balanced, theirs is K and ours 1
+    if source.config.get("router_loss", True):  # a balanced loss is K there and 1 here
         fields["balance_coef"] = number(source, "router_aux_loss_coef", 0.001) * top_k
     return LoraMoeConfig(num_experts=E, placement=FFN, **fields)
 

@@ -1,14 +1,14 @@
-"""LoRAMoE and MoLA as MoE-PEFT saves them: a router and E experts around each linear map.
+"""LoRAMoE and MoLA as saved by MoE-PEFT: a router and E experts per linear layer.
 
     <kind>.layers.<L>.<module>.moe_gate.weight                  (E, D_in), kind loramoe or mola
     <kind>.layers.<L>.<module>.experts.<e>.lora_{A,B}.weight    (r, D_in), (D_out, r)
-    <kind>.layers.<L>.<module>.lora_{A,B}.weight                a plain LoRA: in LoRAMoE, outside the FFN
+    <kind>.layers.<L>.<module>.lora_{A,B}.weight                a plain LoRA; in LoRAMoE outside of the FFN
 
     LoRAMoE (arXiv 2312.09979)   y = W0 x + s sum_e softmax(W x)_e B_e A_e x
-    MoLA (arXiv 2402.08562)      the same over the top_k experts, their weights divided by their sum
+    MoLA (arXiv 2402.08562)      the same over the top_k experts, with renormalized weights
 
-s is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.  A plain LoRA becomes one expert of gate 1.
-Layers are those of `model.layers`, as in transformers' Llama, Mistral, Gemma, Phi and Qwen.
+s is lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora.  A plain LoRA becomes one expert with gate 1.
+Layers are in `model.layers`, as in transformers' Llama, Mistral, Gemma, Phi and Qwen.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _bank(source, keys, kind, E, r, found):
         config = LoraMoeConfig(num_experts=E, top_k=E, renormalize=False, **fields)
     else:
         top_k = number(source, "top_k", 2)
-        if source.config.get("router_loss"):  # when balanced, theirs is K and ours 1
+        if source.config.get("router_loss"):  # a balanced loss is K there and 1 here
             fields["balance_coef"] = number(source, "router_aux_loss_coef", 0.001) * top_k
         config = LoraMoeConfig(num_experts=E, top_k=top_k, renormalize=True, **fields)
     return Experts(config, A, B, source.read(keys["gate"]))

@@ -1,4 +1,4 @@
-"""Converts PEFT LoRAs to a bank of experts, and back.
+"""Converts PEFT LoRAs to a bank of experts and back.
 
     <path>.lora_A.weight (r, D_in)   <path>.lora_B.weight (D_out, r)     y = W0 x + s B A x
 
@@ -27,7 +27,7 @@ from .source import Source, files_in
 
 
 def folders(source: str | os.PathLike) -> list[Path]:
-    """Subfolders with an adapter, expert_2 before expert_10; the folder itself if it holds one."""
+    """Subfolders with an adapter, expert_2 before expert_10; the folder itself if it is one."""
     source = Path(source)
     if not source.is_dir() or (source / peft_format.CONFIG).exists() or files_in(source):
         return [source]
@@ -36,7 +36,7 @@ def folders(source: str | os.PathLike) -> list[Path]:
 
 
 def _parts(name):
-    """Text and numbers, alternating, text first."""
+    """Split into alternating text and numbers, text first."""
     return re.split(r"(\d+)", name)
 
 
@@ -46,8 +46,8 @@ def read(sources: Iterable[Source], notes: list[str], top_k: int | None) -> dict
     for lora in loras:
         if lora.config.get("target_parameters"):
             raise ValueError(
-                f"{lora.name}: expected a LoRA on linear modules, got target_parameters, which only the model"
-                " itself explains: load_adapter(model, folder) reads it"
+                f"{lora.name}: expected a LoRA on linear modules, got target_parameters, which need the"
+                " model: use load_adapter(model, folder)"
             )
     paths = list(dict.fromkeys(path for lora in loras for path in lora.paths))
     sizes, problems = {}, []
@@ -69,7 +69,7 @@ def read(sources: Iterable[Source], notes: list[str], top_k: int | None) -> dict
                     problems.append(f"{lora.name}: {path}: expected {sizes[path]}, got {size}")
     raise_all("adapters: expected LoRAs of one model", problems)
     fields = {"top_k": top_k, "target_modules": {p.rpartition(".")[2] for p in paths}}
-    notes.append("the routers are new: train them, or decide with use_routing(model, task_ids=)")
+    notes.append("the routers are new: train them, or route with use_routing(model, task_ids=)")
     return {path: _bank(path, loras, fields, sizes[path]) for path in paths}
 
 
@@ -87,18 +87,18 @@ def _bank(path, loras, fields, size):
 
 
 def write_back(source: str | os.PathLike, directory: str | os.PathLike) -> list[Path]:
-    """Writes each expert of one of our adapters as a PEFT folder; the base model is not needed.
+    """Write each expert of an adapter as a PEFT folder; the base model is not needed.
 
     Raises:
-        ValueError, OSError: as load_adapter and to_peft.
+        ValueError, OSError: as in load_adapter and to_peft.
     """
     info = adapter_info(source)
     sizes = {}
     for adapter in info["adapters"]:
         if adapter["config"].target_parameters:
             raise ValueError(
-                f"{source}: expected experts around linear modules, got LoRAs on a model's own experts, whose"
-                " parameters only the model orders: load_adapter(model, folder), then to_peft(model, folder)"
+                f"{source}: expected experts on linear modules, got LoRAs on a model's own experts, which"
+                " need the model: use load_adapter(model, folder), then to_peft(model, folder)"
             )
         for path in adapter["modules"]:
             try:

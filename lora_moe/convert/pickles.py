@@ -1,11 +1,11 @@
-"""State dicts written by torch.save: the only place in this package where a pickle is read.
+"""Reads state dicts written by torch.save; the only place in this package that reads pickles.
 
-    archive.zip   <name>/data.pkl          the pickle: keys, shapes, and which record holds which values
-                  <name>/data/0, 1, ...    records: the values, stored uncompressed
+archive.zip   <name>/data.pkl          the pickle: keys, shapes, and the record of each tensor
+              <name>/data/0, 1, ...    records: the values, stored uncompressed
 
-Only such an archive is read, and its pickle is first checked without being run: it may build dicts of
-tensors and nothing else, in a limited number of steps.  torch.load(weights_only=True) then runs it, and maps
-the records instead of reading them, so that a large file costs nothing until a tensor is read.
+Only such archives are read.  The pickle is first checked without running it: it may only build dicts of
+tensors, in a limited number of steps.  torch.load(weights_only=True) then runs it and memory-maps the
+records, so tensors are read only when they are used.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, on the CPU, mapped from the file.
 
     Raises:
-        ValueError: it is not a torch.save archive, its pickle does anything but build a dict of tensors,
-            one of these is not contiguous, or they claim more data than the file holds.
-        OSError: it cannot be read.
+        ValueError: if it is not a torch.save archive, its pickle does more than build a dict of tensors, a
+            tensor is not contiguous, or the tensors are larger than the file.
+        OSError: if it cannot be read.
     """
     with open_regular(path, pickles=True) as file:
         size = os.fstat(file.fileno()).st_size
@@ -88,7 +88,7 @@ def _tensors(path, state, size):
 
 
 def _expect_archive(path, file, size):
-    """Raises ValueError before torch sees the file."""
+    """Raise ValueError before torch reads the file."""
     if size > MAX_FILE:
         raise ValueError(f"{path}: expected at most {MAX_FILE} bytes, got {size}")
     if file.read(2) != b"PK":
@@ -113,7 +113,7 @@ def _expect_archive(path, file, size):
 
 
 def _expect_small_directory(path, file, size):
-    """Checks the end record, which zipfile trusts, before zipfile parses it."""
+    """Check the end record before zipfile parses it, since zipfile trusts it."""
     tail = min(size, 1 << 16)
     file.seek(size - tail)
     end = file.read(tail)
@@ -129,7 +129,7 @@ def _expect_small_directory(path, file, size):
 
 
 def _expect_tensors_only(path, pickled):
-    """Checks each step of the pickle without running it."""
+    """Check each step of the pickle without running it."""
     tuples, last = set(), ""
     try:
         for count, (step, value, _) in enumerate(pickletools.genops(pickled)):

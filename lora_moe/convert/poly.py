@@ -1,8 +1,8 @@
-"""Poly (arXiv 2202.13914) as PEFT saves it: each of N tasks mixes E skills by a row of sigmoids.  No splits.
+"""Poly (arXiv 2202.13914) as saved by PEFT, without splits: each of N tasks mixes E skills by sigmoid gates.
 
 <path>.poly_lora_A (1, E, D_in, r)   .poly_lora_B (1, E, r, D_out)   .poly_router.module_logits (N, E)
 
-y = W0 x + (1 / r) (sum_e g_te B_e) (sum_e g_te A_e) x,   g_t = sigmoid(G_t) / its sum,   t the task
+y = W0 x + (1 / r) (sum_e g_te B_e) (sum_e g_te A_e) x,   g_t = sigmoid(G_t) / its sum  for task t
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def read(source: Source, notes: list[str]) -> dict[str, Experts]:
     refuse_unknown(source, strange, fields, "Poly")
     if source.config.get("n_splits", 1) != 1 or source.config.get("poly_type", "poly") != "poly":
         raise ValueError(
-            f"{source.name}: expected n_splits=1 and poly_type='poly', as no layer here has the splits of"
-            f" multi-head routing (MHR), got {source.config.get('n_splits')!r:.50} and"
+            f"{source.name}: expected n_splits=1 and poly_type='poly', as the splits of multi-head"
+            f" routing (MHR) are not supported, got {source.config.get('n_splits')!r:.50} and"
             f" {source.config.get('poly_type')!r:.50}"
         )
     N, E, r = (number(source, field) for field in ("n_tasks", "n_skills", "r"))
@@ -45,7 +45,7 @@ def read(source: Source, notes: list[str]) -> dict[str, Experts]:
     for path, keys in found.items():
         problems += _misfits(source, path, keys, (N, E, r)) or expect_floats(source, keys.values())
     raise_all(f"{source.name}: expected Poly's tensors", problems)
-    notes.append("say the tasks with use_routing(model, task_ids=), as with PEFT's task_ids=")
+    notes.append("set the tasks with use_routing(model, task_ids=), as with PEFT's task_ids=")
     return {path: _experts(source, found, keys, (N, E, r)) for path, keys in found.items()}
 
 

@@ -1,4 +1,4 @@
-"""The source of a conversion: its configuration, and its tensors by key, read on demand."""
+"""Source: a checkpoint's configuration, and its tensors by key, read on demand."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import peft_format, safefile
 from .pickles import read_pickle
 
 PICKLES = (".bin", ".pt", ".pth")
-# the first of these found in the directory is used
+# the first pattern that matches files in the directory is used
 _FILES = (
     r"adapter_model\.safetensors",
     r"adapter_model\.bin",
@@ -26,10 +26,10 @@ _FILES = (
 
 
 class Source(NamedTuple):
-    """A folder or a file, opened.
+    """An opened checkpoint folder or file.
 
     name     for messages
-    config   adapter_config.json, {} without
+    config   adapter_config.json, {} if missing
     places   {key: dtype and shape}, as safefile.Slice
     read     key -> tensor in its own dtype
     beside   other files of the folder that may hold weights
@@ -46,11 +46,11 @@ class Source(NamedTuple):
 
 
 def opened(stack: contextlib.ExitStack, source: str | os.PathLike) -> Source:
-    """Opens a checkpoint folder, or one file of tensors; files stay open until the stack closes.
+    """Open a checkpoint folder or a tensor file; files stay open until the stack closes.
 
     Raises:
-        ValueError: a file is damaged, or two hold the same key.
-        OSError: there is no such file, or it cannot be read.
+        ValueError: if a file is damaged, or two have the same key.
+        OSError: if a file is missing or cannot be read.
     """
     path = Path(source)
     paths = files_in(path) if path.is_dir() else [path]
@@ -73,7 +73,7 @@ def opened(stack: contextlib.ExitStack, source: str | os.PathLike) -> Source:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of the first kind of checkpoint found in the folder."""
+    """The files in the folder that match the first matching pattern of _FILES."""
     names = sorted(os.listdir(folder))
     for pattern in _FILES:
         if found := [name for name in names if re.fullmatch(pattern, name)]:

@@ -7,7 +7,7 @@
     class MoeDPOTrainer(LoraMoeTrainerMixin, trl.DPOTrainer):      # any TRL trainer
         pass
 
-Imported on first use of lora_moe.hf; needs transformers (and accelerate, as its Trainer does).
+Imported on first use of lora_moe.hf; requires transformers and accelerate.
 """
 
 from .trainer import LoraMoeTrainer, LoraMoeTrainerMixin

@@ -1,7 +1,7 @@
-"""Each micro-batch's share of an optimizer step, by tokens.
+"""Shares: each micro-batch's share of the tokens of an optimizer step.
 
-The auxiliary loss is a mean over tokens.  Weighted by these shares, micro-batches add up to the mean over
-the whole step, however it is split, padded and distributed over processes.
+The auxiliary loss is a mean over tokens.  Weighted by these shares, the losses of micro-batches add up to
+the mean over the whole step, for any split, padding and number of processes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Shares:
         self.total = total.clamp(min=1)
 
     def of(self, batch) -> torch.Tensor | float:
-        """The share of this micro-batch; over a step the shares sum to 1, averaged over processes."""
+        """The share of this micro-batch; a step's shares sum to 1, averaged over processes."""
         tokens = tokens_in(batch)
         if self.total is None or tokens is None:
             return 1 / self.micro_batches

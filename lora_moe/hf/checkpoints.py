@@ -1,8 +1,8 @@
-"""Trainer checkpoints that hold the adapter and the trainer's state, and no base weights.
+"""Trainer checkpoints with the adapter and the trainer's state, without base weights.
 
 checkpoint-100/
     lora_moe.safetensors        experts, routers, modules_to_save
-    router_history.json         where tokens went (see lora_moe.history)
+    router_history.json         expert load (see lora_moe.history)
     trainer_state.json, optimizer.pt, scheduler.pt, rng_state.pth, training_args.bin
 """
 
@@ -26,13 +26,13 @@ BASE_WEIGHTS = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, SAFE_WEIGHT
 
 
 def is_adapter_only(directory) -> bool:
-    """Whether a checkpoint has our file and no base weights, which a plain Trainer would save as well."""
+    """Whether a checkpoint has our file and, unlike a plain Trainer's, no base weights."""
     files = set(os.listdir(directory)) if directory and os.path.isdir(directory) else set()
     return io.FILE_NAME in files and not files.intersection(BASE_WEIGHTS)
 
 
 def save(trainer, directory) -> None:
-    """Saves the adapter and the files that Trainer saves with a model; every process calls it."""
+    """Save the adapter and the files that Trainer saves with a model; every process calls it."""
     io.save_adapter(trainer.model, directory)
     if not trainer.args.should_save:
         return
@@ -43,7 +43,7 @@ def save(trainer, directory) -> None:
 
 
 def copy_adapter(source, target) -> None:
-    """Files that Trainer does not copy on its own when it pushes a checkpoint."""
+    """Copy the files that Trainer does not copy when it pushes a checkpoint."""
     for name in (io.FILE_NAME, history.FILE_NAME):
         if (Path(source) / name).is_file():
             shutil.copy(Path(source) / name, Path(target) / name)

@@ -13,12 +13,12 @@ from torch import nn
 
 from .. import quantized
 
-# methods of Trainer that the mixin overrides although their names start with an underscore
+# private methods of Trainer that the mixin overrides
 OVERRIDDEN = ("_load_from_checkpoint", "_load_best_model", "_push_from_checkpoint")
 
 
 def divides_loss(trainer, num_items_in_batch) -> bool:
-    """Whether Trainer.training_step divides what compute_loss returns by the accumulation steps.
+    """Whether Trainer.training_step divides the result of compute_loss by the accumulation steps.
 
     transformers 5.19 and later have the class attribute loss_is_scaled_for_ga; its default None, and all
     earlier versions, mean the expression below.
@@ -32,7 +32,7 @@ def divides_loss(trainer, num_items_in_batch) -> bool:
 
 @contextlib.contextmanager
 def outermost_loss(trainer, finish):
-    """Inside, this trainer's compute_loss returns finish(its result, num_items_in_batch).
+    """Inside the block, this trainer's compute_loss returns finish(its result, num_items_in_batch).
 
     An override of compute_loss need not call super() for this, and the order of bases does not matter.
     """
@@ -54,7 +54,7 @@ def outermost_loss(trainer, finish):
 
 
 def checkpointing_kwargs(args) -> str:
-    """The name of the argument with activation checkpointing's options; it changed in 5.20."""
+    """The name of the argument with activation checkpointing options, which changed in 5.20."""
     new, old = "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"
     return new if hasattr(args, new) else old
 
@@ -67,26 +67,26 @@ def checkpoints_activations(args) -> bool:
 
 
 def expect_gradients(model) -> None:
-    """Raises ValueError for a quantized model that transformers reports as not trainable."""
+    """Raise ValueError for a quantized model that transformers reports as not trainable."""
     quantizer = getattr(model, "hf_quantizer", None)
     if not getattr(model, "is_quantized", False) or quantizer is None:
         return
     if not quantized.passes_gradients(model):
         method = getattr(quantizer.quantization_config, "quant_method", "its method")
         raise ValueError(
-            f"model: expected a quantization that gradients pass through, got {method}, which"
+            f"model: expected a quantization with support for gradients, got {method}, which"
             " transformers reports as not trainable; load the base differently, for example in 4 bits"
             " with bitsandbytes, or dequantized"
         )
 
 
-# functions in TRL's modules that create a second model, from the policy's id or as a copy of the policy
+# functions in TRL's modules that create a second model from the policy's id, or copy the policy
 REFERENCE_MAKERS = ("create_model_from_path", "create_reference_model")
 
 
 @contextlib.contextmanager
 def references_made_by(make, trainer_class):
-    """Inside, TRL's trainers get `make(id or policy)` instead of creating a second model as reference.
+    """Inside the block, TRL's trainers use `make(id or policy)` as reference instead of a second model.
 
     DPO, GRPO, KTO and RLOO each call one of REFERENCE_MAKERS by its name in their own module.  Models that
     they load for other purposes have an architecture= or a second argument.
@@ -119,7 +119,7 @@ class _Maker:
 
 @contextlib.contextmanager
 def keeps_dtypes(model):
-    """Restores the dtypes and values of trainable parameters on exit.
+    """Restore the dtypes and values of trainable parameters on exit.
 
     TRL's trainers cast all trainable parameters on a quantized base to bf16, including routers.
     """

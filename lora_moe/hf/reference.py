@@ -1,8 +1,8 @@
-"""The initial policy, as a reference for DPO and similar methods, without a second model.
+"""Reference: the initial policy, for DPO and similar methods, without a second model.
 
-With fresh experts (B = 0) the policy equals the base, so the reference is the policy with its experts
-disabled. If experts were trained before, or there are modules_to_save, a copy of the trainable
-parameters is kept; the base is always shared.
+With fresh experts (B = 0) the policy equals the base, so the reference is the policy with disabled experts.
+If experts were trained before, or there are modules_to_save, it keeps a copy of the trainable parameters.
+The base is always shared.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ..steering import disable_adapters, layers_of
 
 
 class Reference(nn.Module):
-    """Calls the policy with the values that it had when this was created; holds no parameters.
+    """Calls the policy with the values that it had when this was created; has no parameters.
 
-    Attributes that it lacks come from the policy (config, get_output_embeddings ...).  It always runs
-    without gradients.
+    Missing attributes come from the policy (config, get_output_embeddings, ...).  It always runs without
+    gradients.
 
     Args:
-        policy: a model with experts in it.
+        policy: a model with experts.
     Raises:
-        ValueError: it has none.
+        ValueError: if it has no experts.
     """
 
     def __init__(self, policy: nn.Module):
         super().__init__()
         layers = layers_of(policy).values()
-        self.__dict__["policy"] = policy  # not a submodule: .eval() and .to() are up to the policy
+        self.__dict__["policy"] = policy  # not a submodule: .eval() must not affect the policy
         fresh = not any(layer.config.modules_to_save for layer in layers)
         fresh = fresh and not any(bool(B.any()) for layer in layers for _, B in layer.pairs())
         self.__dict__["start"] = None if fresh else _what_trains(policy)
@@ -45,7 +45,7 @@ class Reference(nn.Module):
             return functional_call(self.policy, self.start, args, kwargs)
 
     def _follow(self):
-        """Keep the copy on the policy's device; the policy may have moved to a GPU since."""
+        """Move the copy to the policy's device, which may have changed."""
         name, value = next(iter(self.start.items()))
         if value.device != self.policy.get_parameter(name).device:
             tensors = {**dict(self.policy.named_parameters()), **dict(self.policy.named_buffers())}
@@ -59,7 +59,7 @@ class Reference(nn.Module):
             return getattr(self.policy, name)
 
     def __setattr__(self, name, value):
-        # TRL and accelerate wrap a model's forward; the policy's own is wrapped in the same way
+        # TRL and accelerate replace a model's forward; the policy's is already replaced
         if name != "forward":
             super().__setattr__(name, value)
 
@@ -72,7 +72,7 @@ def _what_trains(policy):
 
 
 class _nothing_noted:
-    """Restores the layers' records of their forwards on exit."""
+    """Restore the layers' forward records on exit."""
 
     def __init__(self, model):
         self.records = [forward_records.record_of(layer) for layer in layers_of(model).values()]

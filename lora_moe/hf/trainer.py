@@ -1,10 +1,10 @@
 """Trainer for models with experts: auxiliary loss, adapter-only checkpoints, router metrics.
 
-The loss that an optimizer step of M micro-batches (over all processes) minimizes:
+An optimizer step of M micro-batches (over all processes) minimizes
 
     task loss as Trainer scales it  +  sum over m of  share_m * aux_loss_m,   shares by tokens, sum 1
 
-so that batch size, accumulation and padding do not change how strongly routers are balanced.
+so batch size, accumulation and padding do not change the strength of the auxiliary loss.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .reference import Reference
 
 
 class LoraMoeTrainerMixin:
-    """Use it before any Trainer: `class MoeSFTTrainer(LoraMoeTrainerMixin, trl.SFTTrainer): pass`.
+    """A mixin for any Trainer: `class MoeSFTTrainer(LoraMoeTrainerMixin, trl.SFTTrainer): pass`.
 
-    The model must have experts (from lora_moe.inject, or load_adapter to continue).  In addition to the
+    The model must have experts (from lora_moe.inject, or load_adapter to continue).  Changes to the
     Trainer:
 
     - aux_loss(model) trains the routers with the same strength for every batch size, gradient
       accumulation, padding and number of processes.  The logged `loss` is the task loss alone.
-    - Checkpoints hold lora_moe.safetensors and the trainer's state, no base weights; resume_from_checkpoint
+    - Checkpoints have lora_moe.safetensors and the trainer's state, no base weights; resume_from_checkpoint
       and load_best_model_at_end read them.  A PeftModel is saved by PEFT as usual.
     - router/max_over_mean, router/entropy, router/dead and router/aux_loss are in every log, with the prefix
       eval_ in evaluation logs (see lora_moe.monitor), and a collapse is reported once.
@@ -45,18 +45,17 @@ class LoraMoeTrainerMixin:
       experts are fresh, without a second model.
 
     Args:
-        *args, **kwargs: the Trainer's own.
+        *args, **kwargs: arguments of the Trainer.
         router_learning_rate: learning rate of the routers; by default that of the other parameters.
         router_metrics: log router metrics, and write router_history.json next to each saved adapter.
         router_heatmap: also draw router_history.png there (needs matplotlib).
         selection_bias_rate: rate of update_selection_bias, for layers with selection_bias=True.
     Raises:
-        ValueError: the model has no experts; several GPUs in one process (nn.DataParallel); a
-            quantization without gradients; a negative rate; or router_learning_rate together with a custom
-            optimizer.
+        ValueError: if the model has no experts; with several GPUs in one process (nn.DataParallel), a
+            quantization without gradients, a negative rate, or router_learning_rate and a custom optimizer.
     """
 
-    # the Trainer's own
+    # attributes of the Trainer
     model: nn.Module
     args: TrainingArguments
     accelerator: Accelerator
@@ -102,7 +101,7 @@ class LoraMoeTrainerMixin:
         )
 
     def call_model_init(self, trial=None):
-        """Trainer's own; each trial of a hyperparameter search has a new model to monitor."""
+        """As in Trainer; each trial of a hyperparameter search has a new model to monitor."""
         model = super().call_model_init(trial)
         if getattr(self, "router_monitor", None) is not None:
             self._watch(model)
@@ -118,11 +117,11 @@ class LoraMoeTrainerMixin:
         if getattr(self.args, "sync_ref_model", False) and isinstance(reference, Reference):
             raise ValueError(
                 "sync_ref_model: expected False, because the reference shares the policy's base and has"
-                " no weights of its own; alternatively, pass a ref_model"
+                " no weights; alternatively, pass a ref_model"
             )
 
     def _reference(self, source):
-        """Replaces the second model that TRL would create from an id or a policy; None lets TRL create it."""
+        """The reference instead of TRL's second model from an id or a policy; None lets TRL create it."""
         policy = source if isinstance(source, nn.Module) else getattr(self, "model", None)
         if policy is None or is_peft_model(policy) or not injected(policy):
             return None
@@ -175,7 +174,7 @@ class LoraMoeTrainerMixin:
         return super().log(logs, *args, **kwargs)
 
     def _router_metrics(self, logs):
-        """For Trainer's logs: a training log has a loss, an evaluation log has its runtime."""
+        """Metrics for Trainer's logs: a training log has a loss, an evaluation log a runtime."""
         step = self.state.global_step
         several = self.accelerator.num_processes > 1
         reduce = (lambda t: self.accelerator.reduce(t, "sum")) if several else None
@@ -190,7 +189,7 @@ class LoraMoeTrainerMixin:
     # --- the optimizer -----------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model):
-        """Trainer's own, without routers."""
+        """As in Trainer, without routers."""
         routers = _routers(model)
         named = dict(model.named_parameters())
         return [n for n in super().get_decay_parameter_names(model) if named.get(n) not in routers]
@@ -280,7 +279,7 @@ def _own_group(optimizer: torch.optim.Optimizer, routers: set, rate: float) -> N
     """Move the routers to a group with this learning rate and no decay."""
     moved = [p for group in optimizer.param_groups for p in group["params"] if p in routers]
     if not moved:
-        raise ValueError("router_learning_rate: expected routers that train, got none")
+        raise ValueError("router_learning_rate: expected trainable routers, got none")
     options = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if p not in routers]

@@ -1,8 +1,8 @@
-"""Task weights by EMTL, which equalizes the tasks' relative contributions to the shared parameters.
+"""EquitableLoss: EMTL's task weights, which equalize tasks' contributions to the shared parameters.
 
     c_t = L_t / ||g_t||,  g_t = dL_t / d shared          relative contribution, divided by the tasks' mean
     w   = argmin  sum_t (w_t - 1 / N)^2 + strength * Var_t(w_t / c_t)     with sum_t w_t = 1
-    loss  sum_t w_t L_t                                  w takes no gradient
+    loss  sum_t w_t L_t                                  w gets no gradient
 
 strength 0 gives equal weights; a large one makes w_t proportional to c_t, so that the step w_t ||g_t|| of
 each task is the same fraction of its loss.  The weights are positive and have a closed form.
@@ -25,12 +25,12 @@ TINY = 1e-8
 class EquitableLoss(nn.Module):
     """The combined loss of the tasks, weighted by their relative contributions.
 
-    Each forward runs one more backward pass per task, down to the shared parameters.
+    Each forward runs an additional backward pass per task, down to the shared parameters.
 
     Args:
         strength: weight of the variance, at least 0.
     Raises:
-        ValueError: strength is invalid.
+        ValueError: if strength is invalid.
     """
 
     def __init__(self, strength: float = 1.0):
@@ -46,10 +46,10 @@ class EquitableLoss(nn.Module):
         """sum_t w_t L_t, differentiable.
 
         Args:
-            losses: {task: 0-dim loss}, positive; the mean over the task's own tokens, without padding.
+            losses: {task: 0-dim loss}, positive; the mean over the task's tokens, without padding.
             shared: the parameters that all tasks train; those without requires_grad are ignored.
         Raises:
-            ValueError: there is no loss or no such parameter, or a loss is not 0-dim or has no graph.
+            ValueError: if there is no loss or no such parameter, or a loss is not 0-dim or has no graph.
         """
         shared = [p for p in shared if p.requires_grad]
         if not losses or not shared:

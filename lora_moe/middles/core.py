@@ -1,4 +1,4 @@
-"""One core matrix per task between a shared A and the experts' B (MTL-LoRA)."""
+"""CoreMiddle: one core matrix per task between a shared A and the experts' B (MTL-LoRA)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def identity(cores: torch.Tensor) -> None:
 @register
 @dataclasses.dataclass(frozen=True)
 class CoreMiddle(Middle):
-    """y = base + sum_e g_e s_e B_e C_t A x,  t the token's task; C (num_tasks, r, r), initially the identity.
+    """y = base + sum_e g_e s_e B_e C_t A x  for task t;  C (num_tasks, r, r), initially the identity.
 
-    Needs shared_a: the core is as wide as the shared A.  A token of task -1 has no core and no expert.
+    Requires shared_a: the core has the rank of the shared A.  A token of task -1 uses no core and no expert.
 
     Args:
         num_tasks: N, in [1, 65536].

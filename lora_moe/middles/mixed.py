@@ -1,4 +1,4 @@
-"""One LoRA of the mixed A and the mixed B (Polytropon)."""
+"""MixedMiddle: one LoRA from the mixed A and the mixed B (Polytropon)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..rows import adapter_rows, dense_gates
 @register
 @dataclasses.dataclass(frozen=True)
 class MixedMiddle(Middle):
-    """y = base + (sum_e g_e s_e B_e) (sum_e g_e A_e) x:  the gates mix the matrices, and not their products.
+    """y = base + (sum_e g_e s_e B_e) (sum_e g_e A_e) x:  the gates mix the matrices, not their products.
 
-    All experts have one rank, and an A of their own.  A token without experts equals base.
+    All experts have the same rank and separate A.  The output for a token without experts equals base.
 
     Source: Ponti et al. 2023 (Polytropon), arXiv 2202.13914.
     """

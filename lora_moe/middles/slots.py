@@ -1,4 +1,4 @@
-"""Soft slots: tokens mix into slots, experts work on slots, slots mix into tokens (Omni-SMoLA)."""
+"""SlotMiddle: mixes tokens into slots, applies experts, and mixes slots into tokens (Omni-SMoLA)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MAX_SEGMENTS = 65_536
 class SlotMiddle(Middle):
     """Z_e = sum_t softmax_t(logits)_te x_t,   y_t = base_t + sum_e softmax_e(logits)_te s_e B_e A_e Z_e.
 
-    Both softmaxes use the token router's logits; each expert has one slot per segment of a sequence.  Padding
-    enters no slot.  Not causal: a token sees later ones, so a cache is refused.
+    Both softmaxes use the token router's logits; each expert has one slot per segment of a sequence.  Slots
+    exclude padding.  Not causal: tokens depend on later ones, so decoding with a cache raises.
 
     Args:
         segments: number of equal segments per sequence, each with its own slots.
@@ -39,7 +39,7 @@ class SlotMiddle(Middle):
         if x.dim() != 3:
             raise ValueError(f"x: expected (B, L, D_in) for slots, got {tuple(x.shape)}")
         if routing.logits is None:
-            raise ValueError("routing: expected the router's own, as slots need its logits")
+            raise ValueError("routing: expected the router's, as slots need its logits")
         if batch.cached:
             raise RuntimeError(
                 "past_key_values: slots mix all tokens of a sequence, which is not causal and has no"
@@ -77,13 +77,13 @@ class SlotMiddle(Middle):
 @register
 @dataclasses.dataclass(frozen=True)
 class ModalSlotMiddle(SlotMiddle):
-    """SlotMiddle in which each expert sees the tokens of one modality, or of all.
+    """SlotMiddle in which each expert uses the tokens of one modality, or of all.
 
     task_ids give each token's modality; a token of modality -1 uses only the experts for all modalities.
 
     Args:
         num_tasks: number of modalities.
-        modalities: that of each expert, (E,), in [-1, num_tasks); -1 is all.
+        modalities: modality of each expert, (E,), in [-1, num_tasks); -1 is all.
     """
 
     kind: ClassVar[str] = "modal_slots"

@@ -1,4 +1,4 @@
-"""Rank-1 factors whose A and B are picked independently (conditional MixLoRA)."""
+"""UnpairedMiddle: rank-1 factors whose A and B are picked separately (conditional MixLoRA)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..rows import adapter_rows
 @register
 @dataclasses.dataclass(frozen=True)
 class UnpairedMiddle(Middle):
-    """y = base + sum_{j < K} g_j h_j s b_{l_j} a_{i_j} x:  slots j < K name rows of A, slots K + j rows of B.
+    """y = base + sum_{j < K} g_j h_j s b_{l_j} a_{i_j} x:  slots j < K are rows of A, slots K + j rows of B.
 
     The routing has 2 K slots, as from FactorRouter: ids i and weights g, then ids l and weights h.
     Every expert has rank 1.

@@ -5,10 +5,10 @@
 
     model = get_peft_model(model, MoeLoraConfig(num_experts=8, r=8, target_modules=["q_proj", "v_proj"]))
 
-Importing this package tells PEFT of the method; a process that loads such an adapter imports it, too.
+Importing this package registers the method with PEFT; processes that load such an adapter must import it too.
 """
 
-from .registration import register  # first: MoeLoraConfig names the new member of PEFT's enum
+from .registration import register  # first: MoeLoraConfig uses the new member of PEFT's enum
 
 from .config import MoeLoraConfig  # isort: skip
 from .layer import MoeLoraLinear

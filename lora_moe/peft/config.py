@@ -1,4 +1,4 @@
-"""MoeLoraConfig: LoraMoeConfig under the field names that PEFT's users know."""
+"""MoeLoraConfig: LoraMoeConfig with PEFT's field names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..config import FFN, LoraMoeConfig
 from ..peft_moe import RENAMED
 from .registration import member
 
-# a model's own experts are PEFT's own LoRA's: LoraConfig(target_parameters=); PEFT adapts no whole FFN
+# PEFT's LoraConfig(target_parameters=) already adapts a model's own experts; PEFT does not adapt FFNs
 _OWN = {field.name for field in dataclasses.fields(LoraMoeConfig)}
 _OWN -= {"target_parameters", "placement"}
 _MODULES = ("target_modules", "exclude_modules", "modules_to_save")
@@ -30,22 +30,22 @@ class MoeLoraConfig(PeftConfig):
 
     Args:
         r, lora_alpha: rank and alpha of every expert, or a list with one per expert.
-        lora_dropout: on the experts' input while training.
+        lora_dropout: on the experts' input in training.
         use_rslora: scale by alpha / sqrt(r).
-        target_modules, exclude_modules: names, or a regular expression, as in LoraConfig; "all-linear"
-            takes what lora_moe.inject takes.  None is PEFT's choice for LoRA and the model's type.
-        modules_to_save: modules that are trained as a whole and saved with the adapter.
+        target_modules, exclude_modules: names, or a regular expression, as in LoraConfig; "all-linear" is
+            as in lora_moe.inject.  None is PEFT's default for LoRA and the model type.
+        modules_to_save: modules that are fully trained and saved with the adapter.
         layers_to_transform, layers_pattern: as in LoraConfig.
         rank_pattern, alpha_pattern: {name or regular expression: value in place of r or lora_alpha}, as in
             LoraConfig.
         num_experts, top_k, gate, renormalize, temperature, top_p, threshold, router_bias, selection_bias,
-        shared_a, adapter_dtype, balance_coef, z_coef, router, middle: see lora_moe.LoraMoeConfig; a router
-            or a middle as the dict that its to_dict() makes.
-        frozen_experts: experts that do not train (lora_moe.freeze_experts); filled in on saving.
-        mixture: a LoraMoeConfig, or a dict of its fields, in place of the fields above.
+        shared_a, adapter_dtype, balance_coef, z_coef, router, middle: see lora_moe.LoraMoeConfig; router
+            and middle are passed as their to_dict().
+        frozen_experts: ids of frozen experts (lora_moe.freeze_experts); set on saving.
+        mixture: a LoraMoeConfig, or a dict of its fields, instead of the fields above.
         task_type, base_model_name_or_path, revision, inference_mode: as in PEFT.
     Raises:
-        ValueError: a field does not fit, or mixture and a field of this class say different things.
+        ValueError: if a field is invalid, or mixture conflicts with another field.
     """
 
     r: int | list[int] = 8
@@ -82,14 +82,14 @@ class MoeLoraConfig(PeftConfig):
         self.peft_type = member()
         if mixture is not None:
             self._take(_mixture_of(mixture))
-        own = self.at("")  # raises for what does not fit
+        own = self.at("")  # raises for invalid fields
         self._expect_patterns()
         for name in self._layer_fields():
             setattr(self, name, plain(getattr(own, RENAMED.get(name, name))))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                setattr(self, name, set(value))  # as PEFT's own
+                setattr(self, name, set(value))  # as in PEFT's configurations
         if isinstance(self.target_modules, str) and (
             self.layers_to_transform is not None or self.layers_pattern is not None
         ):
@@ -99,7 +99,7 @@ class MoeLoraConfig(PeftConfig):
             )
 
     def _take(self, mixture):
-        """Fields of a LoraMoeConfig, unless a field of this class says otherwise."""
+        """Set the fields of a LoraMoeConfig; raises if a field of this class conflicts."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in (*self._layer_fields(), *_MODULES):
             value = getattr(mixture, RENAMED.get(name, name))
@@ -108,7 +108,7 @@ class MoeLoraConfig(PeftConfig):
             if name in _MODULES and not value:
                 continue
             if own not in (defaults[name], value):
-                raise ValueError(f"{name}: expected mixture's {value!r} or nothing, got {own!r}")
+                raise ValueError(f"{name}: expected mixture's {value!r} or no value, got {own!r}")
             setattr(self, name, plain(value))
 
     def _expect_patterns(self):
@@ -126,12 +126,12 @@ class MoeLoraConfig(PeftConfig):
 
     @classmethod
     def _layer_fields(cls):
-        """Fields that decide what a layer is, whichever module it adapts."""
+        """Fields of a layer that do not depend on the adapted module."""
         names = (field.name for field in dataclasses.fields(cls))
         return [n for n in names if RENAMED.get(n, n) in _OWN and n not in _MODULES]
 
     def at(self, path: str) -> LoraMoeConfig:
-        """What the experts around the module at this path are."""
+        """The configuration of the experts of the module at this path."""
         fields = {}
         for name, patterns in (("r", self.rank_pattern), ("alpha", self.alpha_pattern)):
             pattern = get_pattern_key(patterns or {}, path)
@@ -150,12 +150,12 @@ class MoeLoraConfig(PeftConfig):
             raise ValueError(_in_our_names(str(error))) from None
 
     def to_dict(self) -> dict:
-        """Plain lists, in an order that does not change."""
+        """The fields with sets as sorted lists."""
         fields = super().to_dict()
         return {k: sorted(v) if isinstance(v, set) else v for k, v in fields.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """PEFT's adapter_config.json, and in README.md what to import."""
+        """Write adapter_config.json, and add the required import to README.md."""
         super().save_pretrained(save_directory, **kwargs)
         model_card.add_loading_with_peft(save_directory)
 
@@ -169,12 +169,12 @@ def _mixture_of(mixture) -> LoraMoeConfig:
         )
     if mixture.target_parameters:
         raise ValueError(
-            "mixture: expected one around linear modules, got target_parameters, for lora_moe.inject alone;"
-            " lora_moe.to_peft writes what PEFT's LoraConfig(target_parameters=) loads"
+            "mixture: expected experts on linear modules, got target_parameters, which only lora_moe.inject"
+            " supports; in PEFT use LoraConfig(target_parameters=), which loads files from lora_moe.to_peft"
         )
     if mixture.placement == FFN:
         raise ValueError(
-            "mixture: expected one around linear modules, got placement='ffn', for lora_moe.inject alone"
+            "mixture: expected placement='linear', got placement='ffn', which only lora_moe.inject supports"
         )
     return mixture
 

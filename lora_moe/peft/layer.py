@@ -1,9 +1,9 @@
-"""The layers that PEFT sees: a linear module with the experts of one or more named adapters.
+"""MoeLoraLinear: PEFT's tuner layer, a linear module with the experts of one or more named adapters.
 
-    base_layer                            the module itself
-    lora_moe_experts.<adapter>.lora_A     and what else an adapter has, all under the prefix "lora_moe_"
+base_layer                            the module itself
+lora_moe_experts.<adapter>.lora_A     and an adapter's other tensors, all with the prefix "lora_moe_"
 
-Several active adapters add up, as LoRA's do.
+Several active adapters add up, as in LoRA.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from ..linear import linear_features
 from ..tensors import device_of
 
 NO_MERGE = (
-    "merge: a mixture of LoRA experts picks its experts for each token, so no single weight stands for it"
-    " and it cannot be merged; keep the adapter, or call unload() to drop it, or lora_moe.to_peft for"
-    " one expert as a LoRA that can be merged"
+    "merge: a mixture of LoRA experts picks experts per token, so it is not a single weight and cannot be"
+    " merged; keep the adapter, or call unload() to drop it, or save an expert with lora_moe.to_peft as a"
+    " LoRA that can be merged"
 )
 
 
 class MoeExperts(LoraMoeLinear):
-    """One adapter's experts and router: a LoraMoeLinear whose base belongs to the layer around it."""
+    """One adapter's experts and router: a LoraMoeLinear whose base belongs to the enclosing layer."""
 
     def __init__(self, base: nn.Module, config: LoraMoeConfig, adapter_name: str):
         super().__init__(base, config)
         del self._modules["base_layer"]
-        # in a tuple it is no submodule, and has no second name in a state dict
+        # in a tuple it is not a submodule, and does not appear twice in a state dict
         self._base = (base,)
         self.adapter_name = adapter_name
 
@@ -43,7 +43,7 @@ class MoeExperts(LoraMoeLinear):
         return self.adapt(x, y)
 
     def _load_from_state_dict(self, *args):
-        nn.Module._load_from_state_dict(self, *args)  # there are no names of a base in it
+        nn.Module._load_from_state_dict(self, *args)  # this module has no base_layer
 
 
 class MoeLoraLinear(nn.Module, BaseTunerLayer):
@@ -61,7 +61,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def add(self, adapter_name: str, config: LoraMoeConfig, frozen: list[int]) -> None:
-        """Put an adapter's experts on this module; PEFT decides whether they are active."""
+        """Add an adapter's experts to this module; PEFT decides whether they are active."""
         experts = MoeExperts(self.base_layer, config, adapter_name)
         experts.frozen = frozen
         self.lora_moe_experts[adapter_name] = experts
@@ -98,7 +98,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             experts.enabled = not self.disable_adapters
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None):
-        """To the device alone: the experts' dtype is the configuration's choice."""
+        """Moves only the device: the configuration determines the experts' dtype."""
         if adapter_name not in self.lora_moe_experts:
             return
         experts = self.lora_moe_experts[adapter_name]

@@ -1,4 +1,4 @@
-"""MoeLoraModel: how PEFT puts mixtures of LoRA experts into a model, and takes them out again."""
+"""MoeLoraModel: PEFT's tuner that adds mixtures of LoRA experts to a model and removes them."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from .layer import NO_MERGE, MoeLoraLinear
 
 
 class MoeLoraModel(BaseTuner):
-    """A model with the experts of one or more MoeLoraConfig; made by get_peft_model.
+    """A model with the experts of one or more MoeLoraConfig; created by get_peft_model.
 
-    aux_loss, router_stats, use_routing, save_adapter and the other functions of lora_moe address the active
+    aux_loss, router_stats, use_routing, save_adapter and the other functions of lora_moe apply to the active
     adapter.
 
     Raises:
-        ValueError: a target is not linear or cannot take experts, with the reason; the model is unchanged.
+        ValueError: if a target is not linear or not supported, with the reason; the model is unchanged.
     """
 
     prefix = "lora_moe_"
     tuner_layer_cls = MoeLoraLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    # --- experts into the model ------------------------------------------------------------------
+    # --- adding experts --------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, *args, **kwargs) -> None:
         super().inject_adapter(model, *args, **kwargs)
         attach(model, saves=False)
 
     def _prepare_model(self, peft_config, model):
-        """Refuse before anything is replaced."""
+        """Check the targets before anything is replaced."""
         adapted = {path for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         if is_all_linear(peft_config.target_modules or ()):
             peft_config.target_modules = _all_linear(model, peft_config, adapted)
@@ -63,9 +63,9 @@ class MoeLoraModel(BaseTuner):
             layer.lora_moe_experts[adapter_name].requires_grad_(False)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The experts are fp32 already; without autocast they take the base's dtype, as PEFT's do.
+        """Experts are created in fp32; without autocast they are cast to the base's dtype, as in PEFT.
 
-        What adapter_dtype says goes over both.
+        adapter_dtype overrides both.
         """
         if autocast_adapter_dtype or self.peft_config[adapter_name].adapter_dtype is not None:
             return
@@ -75,7 +75,7 @@ class MoeLoraModel(BaseTuner):
             experts.lora_A.data = experts.lora_A.data.to(dtype)
             experts.lora_B.data = experts.lora_B.data.to(dtype)
 
-    # --- out of it -------------------------------------------------------------------------------
+    # --- removing experts ------------------------------------------------------------------------
 
     def _check_merge_allowed(self):
         raise ValueError(NO_MERGE)
@@ -86,17 +86,17 @@ class MoeLoraModel(BaseTuner):
         return model
 
     def _replace_module(self, parent, child_name, new_module, child):
-        """Under all names that the model has for it."""
+        """Replace the module under all of its names."""
         place(self.model, {child: new_module})
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, *args, **kwargs):
-        """PEFT saves the configuration after this: note which experts are frozen."""
+        """PEFT saves the configuration after this call, so store the ids of frozen experts."""
         frozen = {experts.frozen for experts in _experts_of(model, adapter_name)}
         if len(frozen) > 1:
             raise ValueError(
-                f"frozen: expected the same experts in every layer of {adapter_name!r}, as"
-                f" lora_moe.freeze_experts leaves them, got {sorted(frozen)}"
+                f"frozen: expected the same experts in every layer of {adapter_name!r}, as from"
+                f" lora_moe.freeze_experts, got {sorted(frozen)}"
             )
         config.frozen_experts = list(*frozen)
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
@@ -107,21 +107,21 @@ class MoeLoraModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, **kwargs):
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "adapter_names: expected none, as samples of a batch cannot take different mixtures;"
-                " put the experts into one mixture and route by lora_moe.use_routing(model, task_ids=)"
+                "adapter_names: expected None, as samples of a batch cannot use different mixtures; put the"
+                " experts into one mixture and route with lora_moe.use_routing(model, task_ids=)"
             )
         yield
 
 
 def _experts_of(model, adapter_name):
-    """An adapter's experts, layer by layer."""
+    """Yield an adapter's experts, layer by layer."""
     for layer in model.modules():
         if isinstance(layer, MoeLoraLinear) and adapter_name in layer.lora_moe_experts:
             yield layer.lora_moe_experts[adapter_name]
 
 
 def _all_linear(model, peft_config, adapted):
-    """Paths of what lora_moe.inject would take, and of what has an adapter already."""
+    """Paths of the modules that lora_moe.inject would select, and of those that have an adapter."""
     config = dataclasses.replace(peft_config.at(""), target_modules="all-linear")
     present = {path for path in adapted if isinstance(model.get_submodule(path), MoeLoraLinear)}
     try:

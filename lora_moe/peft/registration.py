@@ -1,7 +1,7 @@
-"""What PEFT must know of the method: a member of its enum of methods, and its table of classes.
+"""Registers the method with PEFT: adds a member to its PeftType enum, and the classes to its tables.
 
-PEFT's register_peft_method takes the names that its enum has, and Python's enums are closed: the member is
-made as enum.EnumType would have made it.  This is the only place that touches anything private of either.
+PEFT's register_peft_method only accepts members of PeftType, and Python enums are closed, so the member is
+created as enum.EnumType does.  Only this module uses private APIs for it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import re
 try:
     import peft
 except ImportError as error:
-    raise ImportError("lora_moe.peft: expected PEFT to be installed; pip install peft") from error
+    raise ImportError("lora_moe.peft: requires PEFT; run pip install peft") from error
 from peft import PeftType
 
 from ..peft_moe import PEFT_TYPE as NAME
 
-# before 0.21 PEFT called model.forward, past the hooks that read the padding mask, and had no hook on saving
+# before 0.21 PEFT bypassed hooks on the model's forward, and had no hook on saving
 OLDEST = (0, 21)
 
 
 def register(config_class: type, model_class: type) -> None:
-    """Tell PEFT of the method, once in a process."""
+    """Register the method with PEFT, once per process."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
@@ -31,16 +31,16 @@ def register(config_class: type, model_class: type) -> None:
 
 
 def member() -> PeftType:
-    """PeftType.LORA_MOE, made where PEFT does not have it."""
+    """PeftType.LORA_MOE, created if PEFT does not have it."""
     return PeftType(NAME) if NAME in PeftType.__members__ else _extended(PeftType, NAME)
 
 
 def _extended(cls: type[enum.Enum], name: str) -> enum.Enum:
-    """A new member of an enum of strings, its name as its value."""
+    """Add a member to a string enum, with its name as value."""
     new = str.__new__(cls, name)
     new._name_, new._value_, new.__objclass__ = name, name, cls
     new._sort_order_ = len(cls._member_names_)
-    type.__setattr__(cls, name, new)  # past the enum's own, which knows no new members
+    type.__setattr__(cls, name, new)  # bypasses EnumType.__setattr__
     cls._member_map_[name] = new
     cls._member_names_.append(name)
     cls._value2member_map_[name] = new
@@ -52,8 +52,8 @@ def _expect_version():
     if found < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ImportError(
-            f"lora_moe.peft: expected PEFT {oldest} or later, got {peft.__version__};"
-            f" pip install -U 'peft>={oldest}'"
+            f"lora_moe.peft: requires PEFT {oldest} or later, got {peft.__version__};"
+            f" run pip install -U 'peft>={oldest}'"
         )
 
 

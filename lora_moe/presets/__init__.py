@@ -1,9 +1,9 @@
-"""One function per paper; each returns what `inject` takes.
+"""Presets: one function per paper, which returns the configuration for `inject`.
 
     inject(model, presets.hydralora(num_experts=3, r=8, target_modules=("q_proj", "v_proj")))
 
-Keywords are those of LoraMoeConfig, and **fields takes any of its other fields.  Experts are frozen only if
-they are given by adapters=.  To choose a method, see docs/methods.md.
+Keywords are as in LoraMoeConfig, and **fields accepts its other fields.  Experts are frozen only if they are
+given as adapters=.  To choose a method, see docs/methods.md.
 """
 
 from .adapters import Adapters, meteora, moa, xlora

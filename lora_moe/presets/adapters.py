@@ -1,7 +1,7 @@
 """Presets over existing experts: MeteoRA, Mixture-of-LoRAs (MoA), X-LoRA.
 
-With adapters=, PEFT LoRA adapters as in from_peft, these become the experts, frozen, and only the routers
-train.  Without it, the experts are new and train as well.
+With adapters=, PEFT LoRA adapters as in from_peft become frozen experts, and only the routers train.
+Without it, the experts are new and trainable.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Adapters:
     Attributes:
         adapters: as in from_peft.
         top_k: as in LoraMoeConfig; None is all of them.
-        fields: fields of LoraMoeConfig for the router.
+        fields: router fields of LoraMoeConfig.
     """
 
     adapters: tuple
@@ -33,7 +33,7 @@ class Adapters:
     fields: Mapping
 
     def into(self, model: nn.Module) -> nn.Module:
-        """The same model with the experts added, all of them frozen."""
+        """Add the adapters as frozen experts, and return the same model."""
         top_k = len(self.adapters) if self.top_k is None else self.top_k
         from_peft(model, self.adapters, top_k=top_k, router=self.fields)
         freeze_experts(model, range(len(self.adapters)))
@@ -56,13 +56,13 @@ def meteora(
 ) -> LoraMoeConfig | Adapters:
     """y = W0 x + sum over e in top-K of  g_e s_e B_e A_e x,   g = softmax of the picked logits / temperature.
 
-    To teach the routers which adapter a sample belongs to:
+    To train the routers with each sample's adapter as label:
 
         losses.router_loss(model, losses.label_loss, labels)
 
     Args:
-        adapters: PEFT LoRA adapters, which become the frozen experts and determine their number, ranks,
-            scales and modules.
+        adapters: PEFT LoRA adapters that become frozen experts; they determine number, ranks, scales and
+            modules.
     Source: Xu et al. 2024 (MeteoRA), arXiv 2405.13053, and its code.
     """
     router = NO_LOSS | {"temperature": temperature, "renormalize": True} | fields
@@ -81,11 +81,11 @@ def moa(
 ) -> LoraMoeConfig | Adapters:
     """y = W0 x + s_e B_e A_e x,  e = argmax W x*:  one expert per sequence, by its mean or first token x*.
 
-    The weight is 1, so only the domain label trains the router:
+    The weight is 1, so only domain labels train the router:
 
         losses.router_loss(model, losses.label_loss, labels)          labels (B,), one expert per sequence
 
-    While decoding with a cache, the prompt's decision is kept.
+    Decoding with a cache reuses the prompt's routing.
 
     Args:
         by: "mean" or "first".
@@ -111,14 +111,14 @@ def xlora(
 ) -> LoraMoeConfig | Adapters:
     """y = W0 x + sum_e g_e s_e B_e A_e x,  g = softmax((W h + b) / temperature),  h the base's last state.
 
-    The two-pass classifier is included: after inject, call presets.two_passes(model), which runs the
-    base before each forward.  It corresponds to PEFT's classifier of depth 1 with scalings per layer,
-    and each layer has its own W and b.  Deeper classifiers, or one for all layers, are not supported.
-    There is no cache: use generate(use_cache=False).
+    After inject, call presets.two_passes(model), which runs the base before each forward.  This
+    corresponds to PEFT's classifier of depth 1 with scalings per layer: each layer has its own W and b.
+    Deeper classifiers, or one for all layers, are not supported.  Decoding with a cache is not supported:
+    use generate(use_cache=False).
 
     Args:
         hidden_size: size of h, the model's hidden size.
-        top_k: None is all; otherwise the gates of the others are zero and the picked gates are unchanged.
+        top_k: None is all; otherwise the other gates are zero, without renormalization.
         adapters: as in meteora.
     Source: Buehler and Buehler 2024 (X-LoRA), arXiv 2402.07148, and PEFT.
     """

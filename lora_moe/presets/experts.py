@@ -18,14 +18,14 @@ NO_LOSS: dict[str, Any] = {"balance_coef": 0.0, "z_coef": 0.0}
 def moelora(num_experts=8, r=128, alpha=256.0, *, target_modules=(), **fields) -> LoraMoeConfig:
     """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x,  E experts of rank r / E.
 
-    Every token uses all of them.
+    Every token uses all experts.
 
     Args:
         num_experts: E.
-        r: the total rank of all experts, a multiple of E.
+        r: total rank of all experts, a multiple of E.
         alpha: relative to r, so that s = alpha / r.
     Raises:
-        ValueError: r is not a multiple of E, or a field is invalid.
+        ValueError: if r is not a multiple of E, or a field is invalid.
     Source: Chen et al. 2024 (CoIN), arXiv 2403.08350, and its code.
     """
     piece = share("r", r, num_experts)
@@ -35,7 +35,7 @@ def moelora(num_experts=8, r=128, alpha=256.0, *, target_modules=(), **fields) -
 
 
 def hydralora(num_experts=3, r=8, alpha=16.0, *, target_modules=(), **fields) -> LoraMoeConfig:
-    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A x:   one A for all E heads B.
+    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A x:   one A and E heads B_e.
 
     Source: Tian et al. 2024 (HydraLoRA), arXiv 2404.19245, and its code.
     """
@@ -44,13 +44,13 @@ def hydralora(num_experts=3, r=8, alpha=16.0, *, target_modules=(), **fields) ->
 
 
 def loramoe(num_experts=8, r=4, alpha=32.0, *, target_modules=(), **fields) -> LoraMoeConfig:
-    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x, and a loss that separates kinds of experts.
+    """y = W0 x + sum_e softmax(W x)_e (alpha / r) B_e A_e x, and a loss on expert types.
 
-    Add the loss yourself, because it needs the kinds of experts and of samples:
+    Add the loss explicitly, since it needs the types of experts and samples:
 
         losses.router_loss(model, losses.localized_cv_squared, expert_types, sample_types, delta)
 
-    Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, and its code; the paper adapts the FFN's linears.
+    Source: Dou et al. 2024 (LoRAMoE), arXiv 2312.09979, and its code; the paper adapts FFNs.
     """
     sizes = {"num_experts": num_experts, "r": r, "top_k": num_experts}
     return LoraMoeConfig(**sizes, **NO_LOSS | _named(alpha, target_modules) | fields)
@@ -68,23 +68,23 @@ def mola(
 ) -> tuple[LoraMoeConfig, ...]:
     """y = W0 x + sum over e in top-K of  g_e (alpha / r) B_e A_e x,  g = softmax(W x) renormalized.
 
-    The list gives the number of experts of each transformer layer.  A layer beyond the list has none.
+    The list gives the number of experts per transformer layer; layers beyond the list have none.
 
     Args:
-        num_experts: E of each layer, in order, or an int for every layer.
-        r: the experts' rank, per layer or for all.
-        top_k: K; a layer with fewer experts uses them all.
-        target_modules: names, as in LoraMoeConfig; with a list, not a regular expression.
-        layers: the name of the module list that holds the layers.
+        num_experts: E per layer, in order, or one int for all layers.
+        r: rank of the experts, per layer or for all.
+        top_k: K; a layer with fewer experts uses all of them.
+        target_modules: as in LoraMoeConfig; with a list per layer, names instead of a regular expression.
+        layers: name of the module list of the layers.
     Returns:
         One configuration per layer, or a single one if E and r are ints.
     Raises:
-        ValueError: lists have different lengths, or a field is invalid.
+        ValueError: if lists have different lengths, or a field is invalid.
     Source: Gao et al. 2024 (MoLA), arXiv 2402.08562; the balance loss's coefficient is LoraMoeConfig's.
     """
     lengths = {len(v) for v in (num_experts, r) if not isinstance(v, int)}
     if len(lengths) > 1 or lengths == {0}:
-        raise ValueError(f"num_experts, r: expected lists of one length, got {sorted(lengths)}")
+        raise ValueError(f"num_experts, r: expected lists of equal length, got {sorted(lengths)}")
     named = {"z_coef": 0.0, "alpha": alpha}
     if not lengths:
         sizes = {"num_experts": num_experts, "r": r, "top_k": min(top_k, num_experts)}
@@ -107,7 +107,7 @@ def mola(
 def adamole(
     num_experts=8, r=4, alpha=8.0, *, max_threshold=None, target_modules=(), **fields
 ) -> LoraMoeConfig:
-    """y = W0 x + sum_e g_e (alpha / r) B_e A_e x,   g = relu(p - tau) / sum of these.
+    """y = W0 x + sum_e g_e (alpha / r) B_e A_e x,   g = relu(p - tau) / their sum.
 
     p = softmax(W x) and tau = max_threshold * sigmoid(v x + c): each token uses all experts above its
     threshold.
@@ -124,8 +124,8 @@ def adamole(
 def smora(num_experts=64, top_k=8, alpha=64.0, *, target_modules=(), **fields) -> LoraMoeConfig:
     """y = W0 x + (alpha / E) sum over e in top-K of K g_e b_e a_e x,  g = sigmoid(W x) renormalized.
 
-    Every rank of one LoRA is an expert.  The top-K is taken of sigmoid(W x) + bias; after each step, call
-    losses.update_selection_bias(model), which moves the bias towards balance, without a loss.
+    Every rank of one LoRA is an expert.  The top-K uses sigmoid(W x) + bias; after each step, call
+    losses.update_selection_bias(model), which balances through the bias, without a loss.
 
     Args:
         num_experts: E, the rank of the LoRA.

@@ -1,7 +1,7 @@
-"""Presets whose experts are whole FFNs: MixLoRA, LLaVA-MoLE.
+"""Presets whose experts are FFNs: MixLoRA, LLaVA-MoLE.
 
 Letters: E experts, r one expert's rank, K picked experts per token; FFN_e has (alpha / r) B_e A_e added to
-each adapted linear map.
+each adapted linear layer.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ def mixlora(
 ) -> LoraMoeConfig:
     """y = sum over e in top-K of  g_e FFN_e(x),   g = softmax(W x) renormalized.
 
-    One router decides for all linear maps of an FFN, and the experts are mixed after its nonlinearity.  A
-    linear map in target_modules that is outside any FFN, as in attention, gets a plain LoRA of rank r.  There
-    is no capacity limit: no token is dropped.
+    One router decides for all linear layers of an FFN, and the experts are mixed after its nonlinearity.
+    Linear layers in target_modules outside of FFNs, as in attention, get a plain LoRA of rank r.  There is no
+    capacity limit, so no token is dropped.
 
     Args:
-        top_p: MixLoRA's dynamic router: a token uses experts, best first, until their gates sum to top_p,
-            and top_k is ignored; the gates are not renormalized.
-        switch: its switch router: K = 1, g_e is the gate itself, and z_coef is 0.001.
-        target_modules: linear maps, such as gate_proj, up_proj, down_proj and q_proj.
+        top_p: MixLoRA's dynamic router: a token uses experts, best first, until their gates sum to top_p;
+            top_k is ignored, and gates are not renormalized.
+        switch: MixLoRA's switch router: K = 1, g_e is the gate, and z_coef is 0.001.
+        target_modules: linear layers, such as gate_proj, up_proj, down_proj and q_proj.
     Raises:
-        ValueError: top_p and switch are both given, or a field is invalid.
-    Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, and its code, whose balance loss is K when balanced:
+        ValueError: if top_p and switch are both given, or a field is invalid.
+    Source: Li et al. 2024 (MixLoRA), arXiv 2404.15159, and its code, where a balanced loss is K: our
     balance_coef is K times its 0.01.  The dynamic and switch routers are MoE-PEFT's; the balance loss of its
-    dynamic router is ours times the mean number of experts per token.
+        dynamic router is ours times the mean number of experts per token.
     """
     if top_p is not None and switch:
         raise ValueError(f"top_p: expected None with switch=True, got {top_p!r:.99}")
@@ -54,8 +54,8 @@ def mixlora(
 def llava_mole(num_experts=3, r=32, alpha=64.0, *, target_modules=(), **fields) -> LoraMoeConfig:
     """y = FFN_e(x),   e = argmax of W x + c:   each token uses one expert, with weight 1.
 
-    The task loss does not train the router, because its weight is constant.  The router learns from the
-    balance loss alone; add the source's own, whose one-hot choice passes gradients through:
+    The weight is constant, so the task loss does not train the router.  Only the balance loss does; add
+    the source's, which is straight-through:
 
         losses.router_loss(model, losses.straight_through_balance)
 

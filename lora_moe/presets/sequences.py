@@ -1,4 +1,4 @@
-"""Presets that decide for several tokens at once: conditional MixLoRA, Omni-SMoLA."""
+"""Presets that route several tokens together: conditional MixLoRA, Omni-SMoLA."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .experts import NO_LOSS
 def conditional_mixlora(
     num_experts=16, top_k=4, alpha=8.0, *, scored=True, target_modules=(), **fields
 ) -> LoraMoeConfig:
-    """y = W0 x + (alpha / K) sum_{j < K} g_j h_j b_{l_j} a_{i_j} x:  a sequence's K rows of A and K of B.
+    """y = W0 x + (alpha / K) sum_{j < K} g_j h_j b_{l_j} a_{i_j} x:  K rows of A and K of B per sequence.
 
         p = softmax(W m)                                                  i = top-K of p
         q = softmax(softmax(V m) + softmax(sum_k softmax(U_k a_{i_k})))   l = top-K of q
 
     g and h are p and q, each divided by the sum over the picked;  m is the sequence's mean token, without
-    padding.  While decoding with a cache, the prompt's decision is kept.
+    padding.  Decoding with a cache reuses the prompt's routing.
 
     Args:
-        num_experts: E, the factors of rank 1.
+        num_experts: E, the number of rank-1 factors.
         top_k: K, the rank of their sum.
         scored: False omits g and h, as in the public code, whose routers then get no gradient.
     Source: Shen et al. 2024 (conditional MixLoRA), arXiv 2402.15896, and its code, where weighting the
@@ -51,11 +51,11 @@ def smola(
 
         D = softmax over t of W x,   C = softmax over e of W x
 
-    Not causal: each token sees all of its segment, except padding.  A cache is refused.
+    Not causal: each token depends on all of its segment, except padding.  Decoding with a cache raises.
 
     Args:
         segments: number of equal segments per sequence.
-        modalities: that of each expert, -1 for all tokens; task_ids give each token's.
+        modalities: modality of each expert, -1 for all tokens; task_ids give each token's.
     Source: Wu et al. 2023 (Omni-SMoLA), arXiv 2312.00968; one slot per expert and the definition of a segment
     are inferred from the abstract.
     """

@@ -1,4 +1,4 @@
-"""Presets that route by the batch's tasks (use_routing): MTL-LoRA, Poly, MoRE, MLoRE, C-LoRAE, BranchLoRA."""
+"""Presets that route by task ids (use_routing): MTL-LoRA, Poly, MoRE, MLoRE, C-LoRAE, BranchLoRA."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .experts import NO_LOSS, share
 def mtl_lora(
     num_tasks: int, num_experts=3, r=8, alpha=16.0, *, temperature=0.1, target_modules=(), **fields
 ) -> LoraMoeConfig:
-    """y = W0 x + (alpha / r) sum_e softmax(w_t / temperature)_e B_e C_t A x,   t the task.
+    """y = W0 x + (alpha / r) sum_e softmax(w_t / temperature)_e B_e C_t A x  for task t.
 
     One A, E heads B and, per task, a core matrix C_t (r, r), initially the identity, and weights w_t (E,).
 
@@ -47,9 +47,9 @@ def poly(
 ) -> LoraMoeConfig:
     """y = W0 x + (alpha / r) (sum_e g_e B_e) (sum_e g_e A_e) x,   g_e = p_e / sum of p,   p = sigmoid(G_t).
 
-    The task t mixes E skills, each a LoRA, into one LoRA; in training, p is a sample of the relaxed
-    Bernoulli distribution with logits G_t.  This is PEFT's Poly with its scale 1 / r and n_splits=1;
-    more splits (multi-head routing, MHR) are not supported.
+    Task t mixes E skills, each a LoRA, into one LoRA; in training, p is sampled from the relaxed
+    Bernoulli distribution with logits G_t.  This is PEFT's Poly with scale 1 / r and n_splits=1; more
+    splits (multi-head routing, MHR) are not supported.
 
     Args:
         num_experts: E, the number of skills.
@@ -66,14 +66,14 @@ def more(
 ) -> LoraMoeConfig:
     """y = W0 x + (alpha / r) (1 + p_e - stop(p_e)) B[:, :n] A[:n] x,   n = (e + 1) r / E.
 
-    p = softmax(W z_t + c) and e = argmax p:  the task t picks one of E ranks of one LoRA through its
+    p = softmax(W z_t + c) and e = argmax p:  task t picks one of E ranks of a LoRA through its
     embedding z_t.
 
-    The paper's contrastive loss on the embeddings is presets.contrastive_loss.
+    presets.contrastive_loss is the paper's contrastive loss on the embeddings.
 
     Args:
         num_experts: E, the number of ranks to pick from.
-        r: the largest of them, a multiple of E.
+        r: the largest rank, a multiple of E.
     Source: Zhang et al. 2025 (MoRE), arXiv 2505.22694, and its code.
     """
     sizes = {"num_experts": num_experts, "r": share("r", r, num_experts), "top_k": num_experts}
@@ -92,7 +92,7 @@ def contrastive_loss(
     mask: torch.Tensor | None = None,
     temperature: float = 0.05,
 ):
-    """MoRE's loss on the task embeddings, for the forwards inside the block:
+    """MoRE's loss on the task embeddings, for forwards inside the block:
 
         with presets.contrastive_loss(model, task_ids, mask) as contrast:
             loss = model(...).loss
@@ -103,9 +103,9 @@ def contrastive_loss(
 
     Args:
         task_ids: (B,), one task per sample.
-        mask: (B, L), nonzero for real tokens; None is all.
+        mask: (B, L), zero for padding; None if there is none.
     Raises:
-        ValueError: no layer uses `more`.
+        ValueError: if no layer uses `more`.
     Source: Zhang et al. 2025 (MoRE), arXiv 2505.22694, and its code.
     """
     layers = [y for y in layers_of(model).values() if isinstance(y.config.router, PrefixRouter)]
@@ -150,16 +150,15 @@ def mlore(
 ) -> LoraMoeConfig:
     """y = W0 x + s B_0 A_0 x + s B_t A_t x + sum over e in top-K of  p_e s_e B_e A_e x.
 
-    p = softmax(W_t m), with m the sequence's mean token: a generic expert, the expert of task t, and the
-    best of M shared ones.  Expert 0 is generic, expert 1 + t belongs to task t, and the shared ones
-    follow.  In training, the router's logits have learned noise.  Balance: losses.router_loss(model,
-    losses.cv_squared). While decoding with a cache, the prompt's decision is kept.  This covers the
-    router and the experts, not the vision decoder.
+    p = softmax(W_t m), with m the sequence's mean token.  Expert 0 is generic, expert 1 + t belongs to
+    task t, and M shared experts follow.  In training, the router's logits have learned noise.  The
+    balance loss is losses.router_loss(model, losses.cv_squared).  Decoding with a cache reuses the
+    prompt's routing.  This covers the router and the experts, not the vision decoder.
 
     Args:
-        r: the rank of each shared expert, (M,).
+        r: ranks of the shared experts, (M,).
         top_k: K.
-        alpha: s = alpha / r of each expert; a number, or one per expert (1 + num_tasks + M,).
+        alpha: s = alpha / r; a number, or one per expert (1 + num_tasks + M,).
         generic_r, task_r: ranks of the generic and of the task experts.
     Source: Yang et al. 2024 (MLoRE), arXiv 2403.17749, with 15 ranks from 16 to 128; their steps, the
     ranks of the other experts and the scale are inferred.
@@ -181,10 +180,10 @@ def c_lorae(
     target_modules=(),
     **fields,
 ) -> LoraMoeConfig:
-    """y = W0 x + g1(x) s_U B_U A_U x + g2(x) s_t B_t A_t x,   [g1, g2] = softmax(W x),   t the task.
+    """y = W0 x + g1(x) s_U B_U A_U x + g2(x) s_t B_t A_t x,   [g1, g2] = softmax(W x)  for task t.
 
-    Expert 0, U, is for all tasks and has rank r; expert 1 + t belongs to task t and has rank r / N.  The
-    scale of each is alpha / its rank (inferred).  The achievement loss is methods.c_lorae.AchievementLoss.
+    Expert 0, U, is shared by all tasks and has rank r; expert 1 + t belongs to task t and has rank r / N.
+    Scales are alpha / rank (inferred).  The achievement loss is methods.c_lorae.AchievementLoss.
 
     Args:
         num_tasks: N, at most r.
@@ -218,15 +217,14 @@ def branch_lora(
 ) -> LoraMoeConfig:
     """y = W0 x + (alpha / (E r)) sum over j in top-K of  g_j B_j A x,  g = softmax(W_t x*) renormalized.
 
-    One trunk A, E branches B_j, and one router W_t per task t, created by inject; x* is the first token
-    of the sequence (or the mean of its tokens).  All tasks train together; to learn them one after
-    another, with branches that freeze, use methods.branch_lora.  While decoding with a cache, the
-    prompt's decision is kept.
+    One trunk A, E branches B_j, and one router W_t per task t; x* is the first token of the sequence (or
+    the mean of its tokens).  All tasks train together; for sequential tasks with freezing branches, use
+    methods.branch_lora.  Decoding with a cache reuses the prompt's routing.
 
     Args:
         num_branches: E.
         alpha: relative to the total rank E r.
-        by: "first" or "mean"; in a causal model the first token sees no other, so the mean tells more.
+        by: "first" or "mean"; in a causal model the first token has no context, so the mean is better.
     Source: Zhang et al. 2025 (BranchLoRA), arXiv 2506.02041.
     """
     sizes = {"num_experts": num_branches, "r": r, "top_k": top_k, "shared_a": True}

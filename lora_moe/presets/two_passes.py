@@ -1,4 +1,4 @@
-"""X-LoRA's first pass: the base alone, before each forward of the model."""
+"""two_passes: X-LoRA's first pass, which runs the base before each forward of the model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _thread = threading.local()
 
 
 def two_passes(model: nn.Module):
-    """Run the base before each forward of the model, for its layers with a HiddenRouter (see xlora).
+    """Run the base before each forward of the model, for layers with a HiddenRouter (see xlora).
 
-    The first pass has the same arguments without labels, no gradient and no experts.  The routing
-    depends on its last hidden states, which the model returns with output_hidden_states.  There is no
-    cache: a forward that uses one raises, because the cached tokens would have no first pass.
+    The first pass uses the same arguments without labels, no gradients and no experts.  Its last hidden
+    states determine the routing; the model must support output_hidden_states.  A forward with a cache
+    raises, because cached tokens would have no first pass.
 
     Args:
         model: a model with experts, from transformers or with the same arguments.
     Returns:
-        A handle; call handle.remove() to undo it.
+        A handle; handle.remove() undoes it.
     Raises:
-        ValueError: no layer has a HiddenRouter.
+        ValueError: if no layer has a HiddenRouter.
     """
     if not _readers(model):
         raise ValueError("model: expected layers with a HiddenRouter, got none")

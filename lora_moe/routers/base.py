@@ -1,4 +1,4 @@
-"""The base class of routers; how to write one is in docs/routers.md."""
+"""Router: the base class of routers; docs/routers.md shows how to write one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..routing import Routing
 if TYPE_CHECKING:
     from ..config import LoraMoeConfig
 
-# fields of LoraMoeConfig that describe how the token router decides, with their defaults
+# fields of LoraMoeConfig that configure the token router, with their defaults
 TOKEN_FIELDS = {
     "gate": "softmax",
     "renormalize": None,
@@ -28,8 +28,7 @@ class Router(Component):
     """x -> Routing: a frozen dataclass for LoraMoeConfig(router=).
 
     Attributes:
-        config_fields: the fields of TOKEN_FIELDS that it takes from the configuration; a configuration that
-            sets any other is refused.
+        config_fields: the fields of TOKEN_FIELDS that it reads; a configuration that sets any other raises.
     """
 
     known: ClassVar[dict] = {}
@@ -39,7 +38,7 @@ class Router(Component):
         return self.config_fields
 
     def __init_subclass__(cls, **kwargs):
-        """A class that overrides `route` alone decides per token again."""
+        """A subclass that overrides only `route` routes per token, even if its base class does not."""
         super().__init_subclass__(**kwargs)
         if "route" in vars(cls) and "per_sample" not in vars(cls):
             cls.per_sample = Router.per_sample  # type: ignore[method-assign]
@@ -47,19 +46,19 @@ class Router(Component):
     def per_sample(
         self, x: torch.Tensor, tensors: dict[str, torch.Tensor], batch: Batch
     ) -> Routing | None:
-        """The decision with one row per sample of x (B, L, D_in), where all L tokens share it; else None.
+        """The routing with one row per sample of x (B, L, D_in) if all L tokens share it, else None.
 
-        A layer then asks for no `route`, and may mix the experts once per sample.
+        A layer then does not call `route`, and may mix the experts once per sample.
         """
         return None
 
     def route(self, x: torch.Tensor, tensors: dict[str, torch.Tensor], batch: Batch) -> Routing:
-        """The decision for each token of x.
+        """The routing of each token of x.
 
         Args:
             x: (..., D_in), before dropout.
-            tensors: those of `tensors`, by name.
-            batch: the layer, tasks, padding.
+            tensors: the tensors that `tensors` declares, by name.
+            batch: the layer, tasks and padding.
         Returns:
             Routing with T rows; aux_loss and statistics need its logits, lse and mean_prob.
         """

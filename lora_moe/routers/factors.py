@@ -1,4 +1,4 @@
-"""Rank-1 factors of A and then of B, picked one after another (conditional MixLoRA)."""
+"""FactorRouter: picks rank-1 factors of A, then of B given those of A (conditional MixLoRA)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class FactorRouter(Router):
         p = softmax(W x)                                                          i = top-K of p
         q = softmax(softmax(V x) + weight * softmax(sum_k softmax(U_k a_{i_k})))  l = top-K of q
 
-    Best first; the j-th of A is paired with the j-th of B; see UnpairedMiddle.
+    Sorted best first; the j-th of A is paired with the j-th of B, see UnpairedMiddle.
 
     Args:
-        scored: weight the factors by p and q, each divided by the sum over the picked.  The public code picks
-            without weights, so that no gradient reaches its routers; False does the same.
+        scored: weight the factors by p and q, each divided by the sum over the picked.  False uses no
+            weights, as in the public code, so the routers get no gradient.
         weight: weight of the condition on A, at least 0.
     Source: Shen et al. 2024, arXiv 2402.15896.
     """

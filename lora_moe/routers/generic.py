@@ -1,4 +1,4 @@
-"""A generic expert, the task's own, and the best of those shared by all tasks (MLoRE)."""
+"""GenericRouter: a generic expert, the task's expert, and top-k shared experts (MLoRE)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .noisy import noisy_logits
 @register
 @dataclasses.dataclass(frozen=True)
 class GenericRouter(Router):
-    """Expert 0 and expert 1 + t with weight 1, and top-k of p = softmax(W_t x) of the M experts after them.
+    """Experts 0 and 1 + t with weight 1, and the top-k of p = softmax(W_t x) among the M remaining experts.
 
     The weights are p without renormalization.  In training, the logits have noise (softplus(V_t x) +
-    0.01) * n. Losses and statistics see the M shared experts' logits: losses.cv_squared is the paper's
-    balance loss. A token of task -1 uses expert 0 alone.
+    0.01) * n.  Losses and statistics use the logits of the M shared experts; losses.cv_squared is the paper's
+    balance loss.  A token of task -1 uses only expert 0.
 
     Args:
         num_tasks: N; the configuration has E = 1 + N + M experts.
@@ -43,12 +43,12 @@ class GenericRouter(Router):
         M = config.num_experts - 1 - self.num_tasks
         if config.top_k > M:
             raise ValueError(
-                f"top_k: expected at most {max(M, 0)}, the experts besides the generic one and the"
-                f" {self.num_tasks} task experts, got {config.top_k}"
+                f"top_k: expected at most {max(M, 0)}, the number of experts without the generic one and"
+                f" the {self.num_tasks} task experts, got {config.top_k}"
             )
         if config.balance_coef:
             raise ValueError(
-                "balance_coef: expected 0 with GenericRouter, which balances shared experts alone (add"
+                "balance_coef: expected 0 with GenericRouter, which balances only shared experts (add"
                 f" losses.router_loss(model, losses.cv_squared)), got {config.balance_coef:g}"
             )
         shape = (self.num_tasks, M, D_in)
@@ -79,7 +79,7 @@ class GenericRouter(Router):
 
 
 def _own(rows, weights, tasks):
-    """Each row's products with its task's matrix.  (T, D), (N, M, D), (T,) -> (T, M)"""
+    """Each row's product with its task's matrix.  (T, D), (N, M, D), (T,) -> (T, M)"""
     N, M, D = weights.shape
     every = rows @ weights.to(rows).reshape(N * M, D).T  # (T, N M)
     task = tasks.clamp(min=0)[:, None, None].expand(-1, 1, M)

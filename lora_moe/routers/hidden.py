@@ -1,4 +1,4 @@
-"""A router that reads the result of a first pass of the base model, not the layer's input (X-LoRA)."""
+"""HiddenRouter: reads hidden states from a first pass of the base model (X-LoRA)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _last: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # for recomputat
 
 
 def show(layers, states: torch.Tensor) -> None:
-    """Sets what these layers' routers read in this thread's next forwards.  states (B, L, hidden)"""
+    """Set the states (B, L, hidden) that these layers' routers read in this thread's next forwards."""
     for layer in layers:
         _thread.states[layer] = _last[layer] = states
 
@@ -36,7 +36,7 @@ def show(layers, states: torch.Tensor) -> None:
 @register
 @dataclasses.dataclass(frozen=True)
 class HiddenRouter(Router):
-    """top-k of gate((W h + b) / temperature),  h the base model's last hidden state of the same token.
+    """top-k of gate((W h + b) / temperature),  with h the token's last hidden state in the base model.
 
     h comes from a first pass without experts and without gradients, which presets.two_passes(model)
     runs before each forward of the model.
@@ -67,7 +67,7 @@ class HiddenRouter(Router):
         if h is None:
             raise RuntimeError(
                 "HiddenRouter: expected a first pass before the forward; call"
-                " lora_moe.presets.two_passes(model) once, and call the model as a whole"
+                " lora_moe.presets.two_passes(model) once, and run the whole model"
             )
         if h.shape[:-1] != x.shape[:-1]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The token router with noise and dropped experts during training."""
+"""NoisyRouter: the token router with noise and dropped experts in training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FLOOR = 0.01  # of learned noise
 class NoisyRouter(Router):
     """top-k of gate((W x + noise) / temperature),   noise = std * n   or   (softplus(V x) + 0.01) * n.
 
-    n is normal, one number per token and expert; there is no noise in evaluation mode.  Losses and statistics
-    use the logits without noise and with every expert.
+    n is standard normal per token and expert; there is no noise in evaluation mode.  Losses and statistics
+    use the logits of all experts without noise.
 
     Args:
         std: standard deviation of the noise, in [0, 1e6).
-        learned: the standard deviation depends on the token by V (E, D_in), initially zero; std is then 0.
-        expert_dropout: in [0, 1): the probability that a token may not use an expert; at least one always
-            remains.
+        learned: standard deviation from the token through V (E, D_in), initially zero; std must be 0.
+        expert_dropout: in [0, 1): the probability that an expert is dropped for a token; at least one
+            always remains.
     Source: Shazeer et al. 2017, arXiv 1701.06538, eq. 3-5 (learned).
     """
 

@@ -1,4 +1,4 @@
-"""One token router per task."""
+"""PerTaskRouter: one token router per task (BranchLoRA)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PerTaskRouter(Router):
 
     Args:
         num_tasks: N, in [0, 65536]; 0 if routers are added later.
-        known_experts: E_t, the number of experts each router knows, (N,), from the first.  None is all.
+        known_experts: E_t, (N,): each router picks among its first E_t experts.  None is all.
     Source: Zhang et al. 2025 (BranchLoRA), arXiv 2506.02041, its task-specific routers.
     """
 
@@ -81,6 +81,6 @@ class PerTaskRouter(Router):
         return without(decide(logits, config), tasks < 0)
 
     def _logits(self, x, weight, E):
-        """(T, E), -inf for the experts that the router does not know."""
+        """(T, E), -inf for experts beyond the router's."""
         logits = F.router_topk(x, weight, 1).logits  # products in full precision
         return nn.functional.pad(logits, (0, E - weight.shape[0]), value=-torch.inf)

@@ -1,4 +1,4 @@
-"""The task decides by a row of sigmoids, sampled while training (Polytropon)."""
+"""PolyRouter: sigmoid gates from a table row per task, sampled in training (Polytropon)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .task import without
 @register
 @dataclasses.dataclass(frozen=True)
 class PolyRouter(Router):
-    """Top-k of  g = sigmoid(G_t) / (sum over the picked),  t the task;  in training  sigmoid(G_t + n).
+    """Top-k of  g = sigmoid(G_t) / (sum over the picked)  for task t;  in training  sigmoid(G_t + n).
 
     n = log u - log(1 - u), u uniform in (0, 1), one number per sample and expert: a sample of the relaxed
     Bernoulli distribution of temperature 1.  G (num_tasks, E) is initially uniform in +-1e-3.  A token of
@@ -47,7 +47,7 @@ class PolyRouter(Router):
         return self.of(batch.tasks(x), tensors, batch)
 
     def of(self, tasks: torch.Tensor, tensors, batch) -> Routing:
-        """The decision of each of the tasks (T,), -1 for none."""
+        """The routing for tasks (T,), -1 for none."""
         logits = tensors["router_table"][tasks.clamp(min=0)]  # (T, E)
         noisy = logits + logistic_noise(logits) if batch.training else logits
         decided = _decide(noisy, batch.config)
@@ -62,7 +62,7 @@ def _decide(logits, config):
 
 
 def logistic_noise(like: torch.Tensor) -> torch.Tensor:
-    """log u - log(1 - u), u uniform, of the shape and dtype of `like`."""
+    """log u - log(1 - u), with u uniform, in the shape and dtype of `like`."""
     eps = torch.finfo(like.dtype).eps
     u = torch.rand_like(like).clamp(eps, 1 - eps)
     return u.log() - torch.log1p(-u)

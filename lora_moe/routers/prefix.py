@@ -1,4 +1,4 @@
-"""The task picks a rank: a prefix of the experts (MoRE)."""
+"""PrefixRouter: each task picks a rank, as a prefix of the experts (MoRE)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .threshold import with_logits
 class PrefixRouter(Router):
     """Experts 0 .. e of task t, each with weight 1 + p_e - stop(p_e);  p = softmax(W z_t + c),  e = argmax p.
 
-    Expert j is the j-th part of one LoRA's rank, so that a prefix is a LoRA of smaller rank.  The weight
-    is 1, and its gradient is that of p_e (straight-through).  A token of task -1 uses no expert.
+    Expert j is the j-th part of one LoRA's rank, so a prefix is a LoRA of smaller rank.  The weight is 1
+    with the gradient of p_e (straight-through).  A token of task -1 uses no expert.
 
     Args:
         num_tasks: N, the rows of the task embedding z (N, D_in).

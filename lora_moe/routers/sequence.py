@@ -1,4 +1,4 @@
-"""One decision per sequence: by its first token, or by the mean of its tokens."""
+"""SequenceRouter: one routing decision per sequence, from its first or its mean token."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ ROUTE_BY = ("first", "mean")
 @register
 @dataclasses.dataclass(frozen=True)
 class SequenceRouter(Router):
-    """All tokens of a sequence use the decision of `then` for one row: the first token, or their mean.
+    """All tokens of a sequence use the routing that `then` computes for its first or mean token.
 
-    Padding does not count.  If the model is called with labels, neither do tokens from the first labeled
-    one on, which are not available when the model generates.  While decoding with a cache, in this thread,
-    the prompt's decision is kept, so the logits of `generate` differ from those of one forward over prompt
-    and answer.  In a causal model the first token sees no other: if all sequences start the same way, use
-    the mean.
+    Padding is excluded, and if the model is called with labels, so are tokens from the first labeled one
+    on, which do not exist yet in generation.  Decoding with a cache, in this thread, reuses the prompt's
+    routing, so the logits of `generate` differ from those of one forward over prompt and answer.  In a
+    causal model the first token attends to no other: use the mean if all sequences start the same way.
 
     Args:
         by: "first" or "mean".
-        then: the router that decides; None is the token router.
+        then: the router that is applied; None is the token router.
     """
 
     kind: ClassVar[str] = "sequence"
@@ -58,7 +57,7 @@ class SequenceRouter(Router):
     def per_sample(self, x, tensors, batch):
         if x.dim() != 3:
             raise ValueError(
-                f"x: expected (B, L, D_in) to decide by sequence, got {tuple(x.shape)}"
+                f"x: expected (B, L, D_in) to route per sequence, got {tuple(x.shape)}"
             )
         kept = kept_decision(batch.layer, x.shape[0])
         if kept is None:
@@ -70,7 +69,7 @@ class SequenceRouter(Router):
         return for_tokens(self.per_sample(x, tensors, batch), x)
 
     def row(self, x: torch.Tensor, batch) -> torch.Tensor:
-        """The row that each sequence decides by.  (B, L, D_in) -> (B, D_in)"""
+        """The router's input for each sequence.  (B, L, D_in) -> (B, D_in)"""
         mask = batch.prompt(x)
         if mask is None:
             return x[:, 0] if self.by == "first" else x.mean(1)

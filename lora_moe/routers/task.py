@@ -1,4 +1,4 @@
-"""The task decides: a row of a table, or one expert per task."""
+"""TaskRouter: routing by task, from a row of a table or with one expert per task."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TABLES = ("logits", "weights", "expert")
 @register
 @dataclasses.dataclass(frozen=True)
 class TaskRouter(Router):
-    """Tokens of task t use the experts given by row t of a table, whatever the tokens are.
+    """Tokens of task t use the experts in row t of a table, independent of their values.
 
-    logits    top-k of gate(G_t / temperature), G (num_tasks, E) trained
-    weights   all experts with the weights G_t, initially 1 / E, trained
-    expert    expert t alone, with weight 1; nothing to train
+    logits    top-k of gate(G_t / temperature), with trainable G (num_tasks, E)
+    weights   all experts with trainable weights G_t, initially 1 / E
+    expert    only expert t, with weight 1; no parameters
 
     A token of task -1 uses no expert.
 
@@ -49,7 +49,7 @@ class TaskRouter(Router):
         if self.table == "expert":
             if self.num_tasks > E:
                 raise ValueError(
-                    f"num_tasks: expected at most {E}, one expert each, got {self.num_tasks}"
+                    f"num_tasks: expected at most {E}, one expert per task, got {self.num_tasks}"
                 )
             return {}
         even = functools.partial(nn.init.constant_, val=1 / E)
@@ -64,7 +64,7 @@ class TaskRouter(Router):
         return self.of(batch.tasks(x), tensors, batch.config)
 
     def of(self, tasks: torch.Tensor, tensors, config) -> Routing:
-        """The decision of each of the tasks (T,), -1 for none."""
+        """The routing for tasks (T,), -1 for none."""
         if self.table == "expert":
             return Routing.from_ids(tasks, num_experts=config.num_experts)
         rows = tensors["router_table"][tasks.clamp(min=0)]  # (T, E)
@@ -73,7 +73,7 @@ class TaskRouter(Router):
 
 
 def without(routing: Routing, none: torch.Tensor) -> Routing:
-    """The same with empty slots for the tokens in `none` (T,) bool, also in its statistics."""
+    """The routing with empty slots, also in counts, for the tokens in `none` (T,) bool."""
     ids = routing.indices.masked_fill(none[:, None], -1)
     weights = routing.weights.masked_fill(none[:, None], 0)
     counts = Routing.from_ids(ids, num_experts=routing.num_experts).counts

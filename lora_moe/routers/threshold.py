@@ -1,4 +1,4 @@
-"""A learned threshold per token: from no expert to all of them (AdaMoLE)."""
+"""ThresholdRouter: a learned threshold per token, which picks none to all experts (AdaMoLE)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ThresholdRouter(Router):
 
 
 def decide_above(logits: torch.Tensor, tau: torch.Tensor, highest: float) -> Routing:
-    """ThresholdRouter's decision from W x (T, E) and v x + c (T, 1)."""
+    """ThresholdRouter's routing from W x (T, E) and v x + c (T, 1)."""
     E = logits.shape[1]
     p = torch.softmax(logits, 1)
     left = torch.relu(p - highest * torch.sigmoid(tau))
@@ -70,6 +70,6 @@ def decide_above(logits: torch.Tensor, tau: torch.Tensor, highest: float) -> Rou
 
 
 def with_logits(routing: Routing, logits: torch.Tensor) -> Routing:
-    """The decision with the logits (T, E) of a softmax router, for losses and statistics."""
+    """Add the logits (T, E) of a softmax router, for losses and statistics."""
     mean_prob = torch.softmax(logits, 1).sum(0) / max(logits.shape[0], 1)
     return routing._replace(logits=logits, mean_prob=mean_prob, lse=torch.logsumexp(logits, 1))

@@ -1,4 +1,4 @@
-"""The token router: top-k of W x + bias, configured by the fields of LoraMoeConfig."""
+"""TokenRouter: top-k of W x + bias per token, configured by the fields of LoraMoeConfig."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .base import TOKEN_FIELDS, Router
 @register
 @dataclasses.dataclass(frozen=True)
 class TokenRouter(Router):
-    """Every token decides for itself:  top-k of gate((W x + bias) / temperature).
+    """Routes each token by the top-k of gate((W x + bias) / temperature).
 
-    For SequenceRouter(then=); on its own it is the same as router=None.
+    Used in SequenceRouter(then=); as a layer's router it is the same as router=None.
     """
 
     kind: ClassVar[str] = "token"

@@ -1,4 +1,4 @@
-"""Two slots per token: an expert for all tasks, and the task's own."""
+"""UniversalRouter: two slots per token, an expert for all tasks and the task's expert (C-LoRAE)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIR_GATES = (*GATES, "sum")
 class UniversalRouter(Router):
     """y += g1(x) s_0 B_0 A_0 x + g2(x) s_t B_t A_t x;  expert 0 is universal, expert 1 + t belongs to task t.
 
-    A token of task -1 keeps g1(x) and has no second expert.
+    A token of task -1 uses only expert 0, with weight g1(x).
 
     Args:
         num_tasks: N = E - 1; 0 means only the universal expert, with weight 1.
@@ -48,7 +48,7 @@ class UniversalRouter(Router):
     def tensors(self, config, D_in, D_out):
         if config.num_experts != self.num_tasks + 1:
             raise ValueError(
-                f"num_experts: expected {self.num_tasks + 1}, one more than tasks, got {config.num_experts}"
+                f"num_experts: expected num_tasks + 1 = {self.num_tasks + 1}, got {config.num_experts}"
             )
         return {"router_weight": TensorSpec((2, D_in))} if self.gated else {}
 
@@ -64,5 +64,5 @@ class UniversalRouter(Router):
                 torch.stack([torch.zeros_like(second), second], 1), num_experts=E
             )
         gate = F.router_topk(x, tensors["router_weight"], 2, gate=self.gate, renormalize=False)
-        ids = torch.where(gate.indices == 0, 0, second[:, None])  # (T, 2), the heavier one first
+        ids = torch.where(gate.indices == 0, 0, second[:, None])  # (T, 2), larger weight first
         return Routing.from_ids(ids, gate.weights, num_experts=E)

@@ -1,9 +1,9 @@
-"""Serve a saved mixture of LoRA experts in vLLM, on as many GPUs as it takes.
+"""vLLM plugin that serves a saved mixture of LoRA experts on one or more GPUs.
 
     vllm serve BASE --load-format lora_moe --additional-config '{"lora_moe": {"adapter": DIR}}'
 
-vLLM finds `register` through the entry point `vllm.general_plugins`.  Nothing here imports vLLM before that,
-except `loader` and `method`, which run inside vLLM; docs/serving.md says what is supported and how it scales.
+vLLM finds `register` through the entry point `vllm.general_plugins`.  Only `loader` and `method`, which run
+inside vLLM, import it at module level.  docs/serving.md describes what is supported and how it scales.
 """
 
 LOAD_FORMAT = "lora_moe"

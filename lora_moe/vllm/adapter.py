@@ -1,4 +1,4 @@
-"""A saved adapter as a server reads it: strictly, and refused as a whole before the base is loaded.
+"""Adapter: reads and validates a saved adapter for serving, before the base is loaded.
 
 Only mixtures that route per token can be served; see rules.refusal.
 """
@@ -20,7 +20,7 @@ from .rules import refusal
 
 
 class Adapter:
-    """A file written by save_adapter, or by PEFT for a lora_moe.peft adapter; close it after reading.
+    """A file saved by save_adapter, or by PEFT for a lora_moe.peft adapter; close it after reading.
 
     Attributes:
         configs: {module path: LoraMoeConfig}
@@ -30,9 +30,9 @@ class Adapter:
         source: a directory, or a Hub repository "owner/name".
         revision: revision of a repository.
     Raises:
-        ValueError: it is damaged, is not an adapter, has missing or unexpected tensors, or cannot be served;
-            every reason is listed.
-        OSError: it is missing or cannot be read.
+        ValueError: if it is damaged, is not an adapter, has missing or unexpected tensors, or cannot be
+            served; every reason is listed.
+        OSError: if it is missing or cannot be read.
     """
 
     def __init__(self, source: str | os.PathLike, revision: str | None = None):
@@ -69,7 +69,7 @@ class Adapter:
     def tensors(
         self, path: str, D_in: int, D_out: int, dtype: torch.dtype
     ) -> dict[str, torch.Tensor]:
-        """{name in LoraMoeLinear: whole tensor}; lora_A and lora_B in `dtype`, the router's in fp32."""
+        """{name in LoraMoeLinear: full tensor}; lora_A and lora_B in `dtype`, the router's in fp32."""
         config = self.configs[path]
         names = under_keys(path, config, {name: name for name in file_names(config)})
         wanted = {
@@ -98,7 +98,7 @@ class Adapter:
             if reason := refusal(config):
                 problems.append(f"{path}: {reason}")
         problems += [
-            f"{path}: in modules_to_save, trained in full; put its weights into the base's checkpoint and"
+            f"{path}: is in modules_to_save and fully trained; move its weights to the base's checkpoint and"
             " save the adapter without it"
             for path in info["modules_to_save"]
         ]
@@ -109,4 +109,4 @@ class Adapter:
         expected = {key for path, c in configs for key in under_keys(path, c, file_names(c))}
         problems = [f"{key}: missing" for key in expected - self._slices.keys()]
         problems += [f"{ascii(key)[:200]}: unknown" for key in self._slices.keys() - expected]
-        safefile.raise_all("adapter: expected the tensors that its configuration names", problems)
+        safefile.raise_all("adapter: expected the tensors of its configuration", problems)

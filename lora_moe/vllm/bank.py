@@ -1,4 +1,4 @@
-"""This rank's part of the experts of one linear layer, as buffers of the layer.
+"""Banks: this rank's part of the experts of one linear layer, as buffers of the layer.
 
 Letters: E experts, R rank rows of all experts together, D_in and D_out the whole linear's sizes.
 """
@@ -26,9 +26,9 @@ PREFIX = "lora_moe_"
 
 
 class Projection(NamedTuple):
-    """An adapter's tensors for one projection of a layer: whole, under the names of LoraMoeLinear."""
+    """An adapter's full tensors for one projection of a layer, with the names in LoraMoeLinear."""
 
-    index: int | None  # in the layer; None is one bank over all of its outputs
+    index: int | None  # in the layer; None for one bank over all of its outputs
     config: LoraMoeConfig
     tensors: dict[str, torch.Tensor]
 
@@ -36,11 +36,11 @@ class Projection(NamedTuple):
 class Banks:
     """The banks of one layer: registers their buffers and calls them.
 
-    Buffers, not parameters, so that the base's weight loader does not look for them.  Those of the router and
-    the scales are fp32; lora_A and lora_B have the base's dtype.
+    They are buffers, not parameters, so the base's weight loader ignores them.  The router and the scales are
+    fp32; lora_A and lora_B have the base's dtype.
 
     Args:
-        layer: gets the buffers.
+        layer: the layer that gets the buffers.
         shard: this rank's part of the layer.
         projections: the projections with experts; indices are unique.
         dtype: dtype of the base.
@@ -80,10 +80,10 @@ class Banks:
     ) -> torch.Tensor:
         """y plus the experts.  (..., D_in of this rank), (..., D_out of this rank)
 
-        In a row-parallel layer, this is this rank's part of a sum that the layer itself computes.
+        In a row-parallel layer, the result is this rank's part of a sum that the layer computes.
 
         Args:
-            all_reduce: sums over the ranks; called where shard.sums_logits.
+            all_reduce: sums over the ranks; used if shard.sums_logits.
         """
         shape = y.shape
         x = x.to(y.dtype).reshape(-1, x.shape[-1])
@@ -102,7 +102,7 @@ class Banks:
 
 
 def _side_by_side(buffers):
-    """The same in contiguous memory, bank after bank (B along its columns): one launch reads them all."""
+    """Move the banks to adjacent memory (B along its columns), so that one launch reads them all."""
     joined = [dict(named) for named in buffers]
     for name in NAMES:
         tensors = [named[name] for named in buffers]
@@ -121,7 +121,7 @@ def _buffers(shard, projection, dtype) -> dict[str, torch.Tensor | None]:
     config, tensors = projection.config, projection.tensors
     E = config.num_experts
     weight, bias = tempered(config, tensors["router_weight"].float(), tensors.get("router_bias"))
-    if isinstance(config.router, ThresholdRouter):  # its logit follows the experts'
+    if isinstance(config.router, ThresholdRouter):  # its logit comes after the experts'
         weight = torch.cat([weight, tensors["threshold_weight"].float()])
         bias = torch.cat([torch.zeros(E), tensors["threshold_bias"].float()])
     w, a, b = shard.cut(projection.index, weight, tensors["lora_A"], tensors["lora_B"])

@@ -1,4 +1,4 @@
-"""The load format `lora_moe`: the base with any other format, then the experts around its linear layers."""
+"""The load format `lora_moe`: loads the base in another format, then adds experts to its linear layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = init_logger("vllm.lora_moe")
 
 
 class LoraMoeLoader(BaseModelLoader):
-    """Loads the base with `base_load_format`, then the adapter; vLLM's additional_config names both."""
+    """Loads the base with `base_load_format`, then the adapter; both are set in additional_config."""
 
     def __init__(self, load_config: LoadConfig):
         super().__init__(load_config)
@@ -52,16 +52,16 @@ class LoraMoeLoader(BaseModelLoader):
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
     ) -> nn.Module:
         options = options_of(vllm_config.additional_config)
-        # read first: what cannot be served stops the start before the base is loaded
+        # read first, so that an unsupported adapter raises before the base is loaded
         with Adapter(options["adapter"], options.get("revision")) as adapter:
-            # vLLM's compile cache is keyed by this, and not by what a loader loads
+            # vLLM's compile cache depends on this, not on what a loader loads
             vllm_config.additional_config[LOAD_FORMAT]["digest"] = adapter.digest
             inner = self._inner(options.get("base_load_format", "auto"))
             model = inner.load_model(
                 vllm_config=vllm_config, model_config=model_config, prefix=prefix
             )
             if model_config is not vllm_config.model_config:
-                return model  # a draft model, which proposes tokens for this one
+                return model  # a draft model for speculative decoding
             placed = attach(model, adapter, model_config)
         logger.info(
             "lora_moe: experts of %s on %d layers of this rank",
@@ -72,11 +72,11 @@ class LoraMoeLoader(BaseModelLoader):
 
 
 def attach(model: nn.Module, adapter: Adapter, model_config: ModelConfig) -> int:
-    """Add the adapter to the linear layers of this rank's model; returns the number of layers.
+    """Add the adapter to the linear layers of this rank's model, and return the number of layers.
 
     Raises:
-        ValueError: a path does not name a linear layer of the model, or names one of a different size or of
-            a kind that cannot be sharded; all are listed, and the model is unchanged.
+        ValueError: if a path is not a linear layer of the model, or one of a different size or of an
+            unsupported class; all are listed, and the model is unchanged.
     """
     modules = dict(model.named_modules())
     packed = get_packed_modules_mapping(model)
@@ -94,9 +94,9 @@ def attach(model: nn.Module, adapter: Adapter, model_config: ModelConfig) -> int
         index = 0 if index is None and len(shards[name].widths) == 1 else index
         taken = placed.setdefault(name, {})
         if index in taken or (taken and None in (index, *taken)):
-            problems.append(f"{path}: names the same outputs of {name} as {[*taken.values()]}")
+            problems.append(f"{path}: has the same outputs of {name} as {[*taken.values()]}")
         taken[index] = path
-    raise_all("adapter: expected experts around linear layers of this base", problems)
+    raise_all("adapter: expected experts on linear layers of this base", problems)
     for name, by_index in placed.items():
         shard, projections = shards[name], []
         for index, path in by_index.items():
@@ -109,19 +109,17 @@ def attach(model: nn.Module, adapter: Adapter, model_config: ModelConfig) -> int
 
 
 def _problem(path, name, index, modules, shards, adapter, model_config) -> list[str]:
-    """Why the experts cannot be added at a path, [] if they can; records the layer's shard."""
+    """Why experts cannot be added at a path, [] if they can; stores the layer's shard."""
     if name is None:
         return [f"{path}: no such module"]
     layer = modules[name]
     if not isinstance(layer, LinearBase):
-        return [f"{path}: {name} is a {type(layer).__name__}, which cannot take experts"]
+        return [f"{path}: {name} is a {type(layer).__name__}, which does not support experts"]
     if model_config.use_mla and name.endswith("kv_b_proj"):
         return [f"{path}: latent attention reads the weight of {name} without calling it"]
     shard = shards[name] = shard_of(layer)
     if shard is None:
-        return [
-            f"{path}: {name} is a {type(layer).__name__}, whose sharding over ranks is not known here"
-        ]
+        return [f"{path}: {name} is a {type(layer).__name__}, whose sharding over ranks is unknown"]
     if index is not None and index >= len(shard.widths):
         return [f"{path}: {name} has {len(shard.widths)} outputs, not an output {index}"]
     whole = 0 if index is None and len(shard.widths) == 1 else index

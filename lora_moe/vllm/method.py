@@ -1,7 +1,7 @@
-"""vLLM's side of a linear layer with experts: the layer's own method, whatever it is, then the experts.
+"""LoraMoeMethod: a vLLM linear method that calls the layer's original method, then adds the experts.
 
-vLLM's linear layers compute through `quant_method`, and so do the LoRA layers around them; wrapping it
-leaves the base's loading, quantization and parallelism unchanged.
+vLLM's linear layers, and LoRA layers around them, compute through `quant_method`; wrapping it leaves the
+base's loading, quantization and parallelism unchanged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LoraMoeMethod(LinearMethodBase):
         self.base, self.banks = base, banks
 
     def create_weights(self, *args, **kwargs):
-        raise RuntimeError("lora_moe: experts are attached to a layer that is already loaded")
+        raise RuntimeError("lora_moe: experts can only be attached to a loaded layer")
 
     def process_weights_after_loading(self, layer):
         self.base.process_weights_after_loading(layer)
@@ -40,18 +40,18 @@ class LoraMoeMethod(LinearMethodBase):
         y = self.base.apply(layer, x, bias)
         return self.banks.add(layer, x, y, tensor_model_parallel_all_reduce)
 
-    def __getattr__(self, name):  # anything else vLLM asks of the layer's method
+    def __getattr__(self, name):  # all other attributes are the base method's
         return getattr(self.__dict__["base"], name)
 
 
 def wrap(layer: LinearBase, banks: Banks) -> None:
-    """From now on the layer adds these experts; their input is the layer's own input, never quantized."""
+    """Make the layer add these experts; their input is the layer's unquantized input."""
     layer.quant_method = LoraMoeMethod(layer.quant_method, banks)
     layer.requires_unquantized_input = True
 
 
 def shard_of(layer: LinearBase) -> Shard | None:
-    """How this layer is sharded, None if its class is not known here."""
+    """How this layer is sharded, or None if its class is unknown."""
     if (type(layer).forward, type(layer).weight_loader) not in _KNOWN:
         return None
     kind = "replicated"
@@ -65,12 +65,12 @@ def shard_of(layer: LinearBase) -> Shard | None:
         if replicas is None:
             return None
     elif ranks > 1:
-        rank, ranks = 0, 1  # whole on every rank
+        rank, ranks = 0, 1  # replicated on every rank
     return Shard(kind, rank, ranks, layer.input_size, widths, replicas)
 
 
 def replicas_of(layer: ColumnParallelLinear, projections: int) -> tuple[int, ...] | None:
-    """How many ranks hold the same part of each projection; None if that is not clear."""
+    """How many ranks have the same part of each projection, or None if that is unknown."""
     shared = getattr(layer, "num_kv_head_replicas", None)
     if shared is None:
         return (1,) * projections

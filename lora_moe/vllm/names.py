@@ -1,4 +1,4 @@
-"""Where a transformers module is in vLLM's model, which fuses some modules into one layer."""
+"""Maps paths of transformers modules to layers of vLLM's model, which fuses some modules."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _QKV = {"q": 0, "k": 1, "v": 2}
 def places(
     path: str, model: nn.Module, modules: dict[str, nn.Module], packed: dict[str, list[str]]
 ) -> Iterator[tuple[str, int | None]]:
-    """(name of a layer, which of its outputs; None for all of them): what the path may mean, best first.
+    """Candidates for a path, best first: (name of a layer, index of its output or None for all).
 
     Args:
         path: path of the module in transformers.
-        model: vLLM's model, whose hf_to_vllm_mapper knows the names of the base's own weights.
+        model: vLLM's model, whose hf_to_vllm_mapper maps the names of the base's weights.
         modules: its modules by name.
         packed: {a fused layer's last name: last names of its parts}.
     """
@@ -30,12 +30,12 @@ def places(
 
 
 def _mapped(path, model):
-    """Through the table that maps the base's own weights."""
+    """The candidate from the model's table for weight names."""
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     if mapper is None:
         return None
     with_shard = getattr(mapper, "_map_name_with_shard", None)
-    if with_shard is None:  # packed modules say the rest
+    if with_shard is None:  # packed modules are handled by the caller
         name = mapper.map_name(f"{path}.weight")
         return None if name is None else (name.removesuffix(".weight"), None)
     # the full name of a weight, because patterns may match its end

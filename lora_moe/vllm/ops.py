@@ -1,7 +1,7 @@
-"""Three operators that are opaque to the compiler.
+"""Three serving operators that are opaque to the compiler.
 
-vLLM compiles a model once for any number of tokens; these operators choose the kernel, and run the checks, at
-run time.
+vLLM compiles a model once for any number of tokens; these operators choose kernels and run checks at run
+time.
 
     add_experts   y + the experts of every bank of a layer, from x
     shrink        S = x A^T and the logits, from this rank's part of x
@@ -31,7 +31,7 @@ _SCHEMAS = {
 def add_experts(x, y, w, a, b, scaling, experts, bias, router_bias, rules):
     """y with every bank's experts added to its columns.  x (T, D_in), y (T, widths of this rank)
 
-    Banks with the same rule run in one call; others are called one after another, out of place.
+    Banks with the same rule run in one call; others run one after another, out of place.
     """
     rules = from_text(rules)
     if alike(rules) and (len(rules) > 1 or x.is_cpu):
@@ -70,7 +70,7 @@ def add_gated(s, logits, y, b, scaling, experts, bias, router_bias, rules):
 
 
 def _gated(s, logits, y, b, scaling, experts, bias, router_bias, rule: Rule):
-    """Linear in S once the gate is known: the results of ranks that each have a part of x add up."""
+    """Linear in S for a given gate, so results of ranks with parts of x add up."""
     if router_bias is not None:
         logits = logits + router_bias
     gates = dense_gates(rule.decide(logits, bias), rule.experts) * scaling  # (T, E)

@@ -8,17 +8,17 @@ from . import LOAD_FORMAT
 
 FIELDS = {
     "adapter": "a directory, or a repository 'owner/name' on the Hub",
-    "revision": "of a repository: a branch, tag or commit",
-    "base_load_format": "vLLM's load format of the base, 'auto' by default",
-    "digest": "of the adapter's bytes; the loader writes it",
+    "revision": "a branch, tag or commit of a repository",
+    "base_load_format": "vLLM's load format for the base, 'auto' by default",
+    "digest": "digest of the adapter's bytes, set by the loader",
 }
 
 
 def options_of(additional_config) -> dict:
-    """Checked options.
+    """Validated options.
 
     Raises:
-        ValueError: the adapter is missing, or there is an unknown field.
+        ValueError: if the adapter is missing, or a field is unknown.
     """
     found = additional_config.get(LOAD_FORMAT) if isinstance(additional_config, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get("adapter"), str):

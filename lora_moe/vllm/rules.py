@@ -1,6 +1,6 @@
-"""How a bank of experts routes, as plain numbers: the operators' inputs besides tensors.
+"""Rule: the non-tensor inputs of the operators, which describe how a bank of experts routes.
 
-The compiler sees it as a constant string, so that neither a graph nor a cache holds one of our objects.
+They are passed as a constant string, so that compiled graphs and caches contain none of our objects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Rule:
     """One bank's place in the layer's output, its ranks, and the token router's fields.
 
     start, stop      its columns in this rank's output
-    max_threshold    of a ThresholdRouter, None for the token router
+    max_threshold    of a ThresholdRouter; None for the token router
     """
 
     start: int
@@ -63,21 +63,21 @@ def rule_of(config: LoraMoeConfig, start: int, stop: int) -> Rule:
 
 
 def refusal(config: LoraMoeConfig) -> str | None:
-    """Why a server cannot serve these experts, None if it can: routing must be per token."""
+    """Why these experts cannot be served, or None; routing must be per token."""
     router, middle = config.router, config.middle
     if config.target_parameters:
         return (
             "LoRAs on the model's own experts (target_parameters); only linear layers are supported"
         )
     if config.placement == FFN:
-        return f"experts around an FFN (placement={config.placement!r}); only linear layers are supported"
+        return f"experts of FFNs (placement={FFN!r}); only linear layers are supported"
     if middle is not None:
         return (
             f"{type(middle).__name__} replaces the gate between A and B; only the gate is supported"
         )
     if router is not None and not isinstance(router, (NoisyRouter, ThresholdRouter)):
-        needs = "the tasks of a request" if router.task_count else "more than a token's own input"
-        return f"{type(router).__name__} decides by {needs}; only token routers are supported"
+        needs = "the tasks of a request" if router.task_count else "more than a token's input"
+        return f"{type(router).__name__} depends on {needs}; only token routers are supported"
     return None
 
 

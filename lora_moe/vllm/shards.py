@@ -1,11 +1,11 @@
-"""Which part of a bank of experts each rank of a tensor-parallel layer holds.
+"""Shard: the part of a bank of experts on each rank of a tensor-parallel layer.
 
     layer                 router W      A             B
     replicated            whole         whole         whole
     column, merged, QKV   whole         whole         the columns of this rank's outputs
     row                   cut on D_in   cut on D_in   whole; the logits are summed over the ranks
 
-The base decides how it is sharded; the experts follow, so that each rank adds their outputs to its own.
+The experts are sharded like the base, so each rank adds their outputs to its own.
 
 Letters: E experts, R rank rows of all experts together, D_in and D_out the whole linear's sizes.
 """
@@ -26,13 +26,13 @@ class Shard:
 
     Args:
         kind: one of KINDS.
-        rank, ranks: this rank, and how many share the layer.
-        D_in: the width of the whole input.
+        rank, ranks: this rank, and the number of ranks that share the layer.
+        D_in: width of the full input.
         widths: width of each projection's output on this rank.
-        replicas: how many consecutive ranks hold the same part of each projection, for example of a key or
+        replicas: number of consecutive ranks with the same part of each projection, for example of a key or
             value head if there are more ranks than heads; if empty, 1 for each.
     Raises:
-        ValueError: an argument is invalid.
+        ValueError: if an argument is invalid.
     """
 
     kind: str
@@ -56,18 +56,18 @@ class Shard:
             )
         if self.kind == "row" and (len(self.widths) != 1 or self.D_in % self.ranks):
             raise ValueError(
-                f"row: expected one projection and D_in that {self.ranks} ranks divide, got"
+                f"row: expected one projection and D_in divisible by {self.ranks} ranks, got"
                 f" {len(self.widths)} and {self.D_in}"
             )
 
     @property
     def sums_logits(self) -> bool:
-        """Whether a rank sees only a part of the input, so that logits are summed over the ranks."""
+        """Whether ranks have only a part of the input, so logits are summed over the ranks."""
         return self.kind == "row" and self.ranks > 1
 
     @property
     def wholes(self) -> tuple[int, ...]:
-        """D_out of each whole projection."""
+        """Full D_out of each projection."""
         if self.kind != "column":
             return self.widths
         return tuple(w * self.ranks // n for w, n in zip(self.widths, self.replicas, strict=True))
@@ -114,7 +114,7 @@ class Shard:
         Returns:
             router, A and B as in the table above.
         Raises:
-            ValueError: a width is not the whole layer's.
+            ValueError: if a width is not that of the full layer.
         """
         for name, got, expected in (
             ("router_weight", router.shape[1], self.D_in),

@@ -263,7 +263,7 @@ def test_dropout_of_the_experts_goes_pytorchs_way():
     ("weight", "base", "expected"),
     [
         (torch.zeros(D_OUT, D_IN + 1), torch.zeros(T, D_OUT), r"base_weight: expected \(40, 24\)"),
-        (torch.zeros(D_OUT, D_IN), None, "base_weight: expected one only with base"),
+        (torch.zeros(D_OUT, D_IN), None, "base_weight: expected None unless base"),
         (
             torch.zeros(D_OUT, D_IN).double(),
             torch.zeros(T, D_OUT),

@@ -134,4 +134,6 @@ def test_torch_without_cuda():
 def test_info_says_why_not():
     state = backend_info()["backends"]["cuda"]
     assert not state["available"]
-    assert re.search("LORA_MOE_BUILD_CUDA=1 builds it|LORA_MOE_BACKEND=|not load", state["reason"])
+    assert re.search(
+        "build with LORA_MOE_BUILD_CUDA=1|LORA_MOE_BACKEND=|failed to load", state["reason"]
+    )

@@ -45,7 +45,7 @@ PROMPTS = torch.randint(3, 38, (3, 5), generator=torch.Generator().manual_seed(0
 
 
 def test_first_token_of_a_causal_model_warns_and_reads_the_mean():
-    with pytest.warns(UserWarning, match="sequences decide by their mean"):
+    with pytest.warns(UserWarning, match="routing by the mean instead"):
         model = llama()
         bl.inject(model, bl.branch_lora(E, R, target_modules=("q_proj",)))
     assert bl.state_of(model)[1].route_by == "mean"
@@ -102,7 +102,7 @@ def test_a_cache_of_other_prompts_is_refused():
     model = branched(llama(), route_by="mean")
     cache = model(PROMPTS, use_cache=True).past_key_values
     model(PROMPTS[:2])
-    with pytest.raises(ValueError, match="past_key_values: expected those of the last prompts, 2"):
+    with pytest.raises(ValueError, match="past_key_values: expected the cache of the last 2"):
         model(PROMPTS[:, :1], past_key_values=cache)
 
 

@@ -168,11 +168,11 @@ def test_bf16_input_with_fp32_parameters():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"modalities": {}}, "modalities: expected 1 to 64 of them, got 0"),
-        ({"modalities": ["text"]}, "modalities: expected a dict by name"),
+        ({"modalities": {}}, "modalities: expected 1 to 64 entries, got 0"),
+        ({"modalities": ["text"]}, "modalities: expected a dict with names as keys"),
         ({"modalities": {"text": 0}}, r"modalities\['text'\]: expected an integer in \[1, 65536\], got 0"),
-        ({"modalities": {"a.b": 3}}, "modalities: expected names that a ModuleDict can hold, got 'a.b'"),
-        ({"tasks": {"keys": Task()}}, "tasks: expected names that a ModuleDict can hold, got 'keys'"),
+        ({"modalities": {"a.b": 3}}, "modalities: expected names that are valid in a ModuleDict, got 'a.b'"),
+        ({"tasks": {"keys": Task()}}, "tasks: expected names that are valid in a ModuleDict, got 'keys'"),
         ({"tasks": {"a": "mae"}}, r"tasks\['a'\]: expected a Task, got 'mae'"),
         ({"width": True}, "width: expected an integer"),
         ({"shared_ranks": ()}, r"shared_ranks: expected 1 to 64 ranks, got \(\)"),

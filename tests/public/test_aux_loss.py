@@ -96,7 +96,7 @@ def test_aux_loss_is_not_silently_lost():
 def test_aux_loss_before_anything_ran():
     with pytest.raises(ValueError, match="got none"):
         aux_loss(nn.Linear(2, 2))
-    with pytest.raises(RuntimeError, match="no layer has a routing"):
+    with pytest.raises(RuntimeError, match="no layer has run yet"):
         aux_loss(Model())
 
 

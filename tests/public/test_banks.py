@@ -134,9 +134,9 @@ def test_all_banks_are_two_launches(monkeypatch):
     "change, error, message",
     [
         ({"lora_As": []}, ValueError, r"banks: expected 3 of each operand, got \[0, 3"),
-        ({"starts": [20, 0, 27]}, ValueError, "starts: expected ascending columns"),
-        ({"starts": [0, 20, 28]}, ValueError, "starts: expected columns of base's 36, got 37"),
-        ({"starts": [0, 19, 27]}, ValueError, "starts: expected ascending columns"),
+        ({"starts": [20, 0, 27]}, ValueError, "starts: expected ascending, disjoint columns"),
+        ({"starts": [0, 20, 28]}, ValueError, "starts: expected columns within base's 36, got 37"),
+        ({"starts": [0, 19, 27]}, ValueError, "starts: expected ascending, disjoint columns"),
         ({"base": torch.zeros(4, 36)}, ValueError, r"base: expected \(5, 36\)"),
         ({"top_k": 5}, ValueError, r"top_k: expected an integer in \[1, 4\]"),
         ({"x": torch.zeros(5, 33, requires_grad=True)}, ValueError, "expected no gradients"),

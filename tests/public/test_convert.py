@@ -166,7 +166,7 @@ def test_one_adapter_that_is_a_pickle(tmp_path):
 def test_other_weights_beside_it_are_named(tmp_path):
     source, *_ = coin(tmp_path / "source")
     (source / "non_lora_trainables.bin").touch()
-    assert "non_lora_trainables.bin beside it" in convert(source, tmp_path / "out").notes[-1]
+    assert "ignored non_lora_trainables.bin" in convert(source, tmp_path / "out").notes[-1]
 
 
 def test_a_large_file_is_converted_within_its_memory(tmp_path):

@@ -123,8 +123,8 @@ def test_what_is_converted_says_so(tmp_path):
         tmp_path, routing_strategy="mixlora-dynamic", top_p=0.7, router_aux_loss_coef=0.02, jitter_noise=0.1
     )  # fmt: skip
     done = convert(folder, tmp_path / "out")
-    assert [note for note in done.notes if "jitter_noise=0.1 was not read" in note]
-    assert [note for note in done.notes if "act_fn='silu' was not read" in note]
+    assert [note for note in done.notes if "jitter_noise=0.1 is ignored" in note]
+    assert [note for note in done.notes if "act_fn='silu' is ignored" in note]
     ffn, lora = (a["config"] for a in adapter_info(tmp_path / "out")["adapters"])
     assert (ffn.placement, ffn.top_p, ffn.top_k, ffn.normalizes) == ("ffn", 0.7, E, False)
     assert ffn.balance_coef == pytest.approx(0.02 * E) and ffn.target_modules == tuple(SIZES)
@@ -181,5 +181,5 @@ def test_linear_maps_that_make_no_ffn(tmp_path):
         if ".down_proj." in key and "lora_A" in key:
             tensors[key] = torch.zeros(3, F + 1)
     torch.save(tensors, folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="expected linear maps of an FFN"):
+    with pytest.raises(ValueError, match="expected linear layers of an FFN"):
         convert(folder, tmp_path / "out")

@@ -52,7 +52,7 @@ MISFITS = {
         ("experts.0.lora_B.weight", torch.ones(F, R + 1), r"expected \(D_out, 2\), got \(12, 3\)"),
     ],
     "mola": [
-        ("experts.1.lora_A.weight", torch.ones(R, D + 1), "expected experts of one size"),
+        ("experts.1.lora_A.weight", torch.ones(R, D + 1), "expected experts of equal size"),
         ("experts.1.lora_A.weight", torch.ones(R, D, dtype=torch.int64), "expected one of"),
         ("experts.1.lora_A.weight", torch.full((R, D), math.nan), "finite"),
     ],
@@ -63,7 +63,7 @@ MISFITS = {
     ],
     "coin": [
         ("loraA.2.mlp.weight", None, "expected loraA and loraB of each expert"),
-        ("loraA.2.weight", torch.ones(R, D), "expected the values of"),
+        ("loraA.2.weight", torch.ones(R, D), "expected the same values as"),
         ("lora_router.weight", None, "and a router"),
     ],
     "meteora": [

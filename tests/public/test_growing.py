@@ -196,7 +196,7 @@ def test_an_optimizer_that_is_not_told_raises():
     train(model, stale, 1)
     grow(model, 1)
     model(X).square().mean().backward()
-    with pytest.raises(RuntimeError, match=r"pass it to grow\(model, n, optimizer=\)"):
+    with pytest.raises(RuntimeError, match=r"pass the optimizer to grow\(model, n, optimizer=\)"):
         stale.step()
     other.step()
     new = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

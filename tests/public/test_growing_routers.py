@@ -100,7 +100,7 @@ def test_routers_of_ones_own():
             state(model)["up", "router_columns"][:, :E], before["up", "router_columns"]
         )
         run(model)
-        with pytest.raises(ValueError, match=r"one row or column for each expert, got \(8, 9\)"):
+        with pytest.raises(ValueError, match=r"one row or column per expert, got \(8, 9\)"):
             grow(with_experts(router=Pairs()), 1)
     finally:
         for kind in ("test columns", "test pairs"):
@@ -117,7 +117,7 @@ def test_what_cannot_grow_is_as_it_was():
         grow(model, 1, router="freeze")
     with pytest.raises(ValueError, match="num_experts: expected an integer"):
         grow(model, 5000)
-    with pytest.raises(ValueError, match="expected the plain model, got DataParallel"):
+    with pytest.raises(ValueError, match="expected the unwrapped model, got a DataParallel"):
         grow(nn.DataParallel(model), 1)
     with pytest.raises(ValueError, match="optimizer: expected a torch optimizer, got dict"):
         grow(model, 1, optimizer={})
@@ -185,7 +185,7 @@ def test_generated_weights_that_do_not_fit():
     key = "up.lora_A.weight"
     cases = [
         ({k: t for k, t in tensors.items() if k != key}, f"{key}: missing"),
-        (tensors | {"up.lora_C.weight": torch.ones(1)}, "up.lora_C.weight': not the model's"),
+        (tensors | {"up.lora_C.weight": torch.ones(1)}, "up.lora_C.weight': not in the model"),
         (tensors | {key: torch.ones(3, D)}, r"expected \(2, 8\), got \(3, 8\)"),
         (tensors | {key: torch.full((2, D), float("nan"))}, "expected finite values"),
         (

@@ -65,9 +65,9 @@ def poison(value, dtype=torch.float32):
 
 UNFIT = {
     "missing": (drop(A, B), [A, B, "missing"]),
-    "extra": (put("evil", torch.zeros(1)), ["'evil': not the model's"]),
+    "extra": (put("evil", torch.zeros(1)), ["'evil': not in the model"]),
     "extra-control-characters": (put("\x1b[2J", torch.zeros(1)), [r"'\\x1b\[2J': not"]),
-    "base-weight": (put("blocks.0.q.weight", torch.zeros(8, 6)), ["not the model's"]),
+    "base-weight": (put("blocks.0.q.weight", torch.zeros(8, 6)), ["not in the model"]),
     "transposed": (put(A, torch.zeros(6, 8)), [rf"{A}: expected \(8, 6\), got \(6, 8\)"]),
     "flat": (put(A, torch.zeros(48)), [rf"{A}: expected \(8, 6\), got \(48,\)"]),
     "all-at-once": (
@@ -152,13 +152,19 @@ LIES = {
     "other-version": (lambda info: {**info, "version": 3}, "version 1 or 2, got 3"),
     "version-text": (lambda info: {**info, "version": "1"}, "version 1 or 2, got '1'"),
     "no-adapters": (lambda info: {**info, "adapters": []}, "module paths"),
-    "adapters-no-list": (lambda info: {**info, "adapters": {}}, "expected adapters"),
-    "adapter-with-more": (lambda info: info["adapters"][0].update(x=1), "expected bank, router"),
-    "bank-no-dict": (lambda info: info["adapters"][0].update(bank=[]), "expected bank of"),
-    "router-unknown": (config_field("kind", "evil"), "expected a kind of"),
-    "router-kind-no-text": (config_field("kind", ["token"]), "expected a kind of"),
-    "context-unknown": (lambda info: info["adapters"][0].update(context={"x": 1}), "context of"),
-    "frozen-no-list": (config_field("frozen", 3), "list of frozen experts"),
+    "adapters-no-list": (lambda info: {**info, "adapters": {}}, "expected a list of adapters"),
+    "adapter-with-more": (
+        lambda info: info["adapters"][0].update(x=1),
+        "expected the sections bank, router",
+    ),
+    "bank-no-dict": (lambda info: info["adapters"][0].update(bank=[]), "expected bank with"),
+    "router-unknown": (config_field("kind", "evil"), "expected a kind from"),
+    "router-kind-no-text": (config_field("kind", ["token"]), "expected a kind from"),
+    "context-unknown": (
+        lambda info: info["adapters"][0].update(context={"x": 1}),
+        "expected context with",
+    ),
+    "frozen-no-list": (config_field("frozen", 3), "list of frozen expert ids"),
     "frozen-outside": (config_field("frozen", [4]), r"\[0, 4\)"),
     "saved-modules-unknown": (
         lambda info: info.update(modules_to_save=["head"]),
@@ -170,7 +176,7 @@ LIES = {
     "rank": (config_field("r", 2_000_000), "r: expected"),
     "alpha": (config_field("alpha", 1e38), "alpha: expected"),
     "alpha-text": (config_field("alpha", "__import__('os')"), "alpha: expected"),
-    "module-twice": (modules("blocks.0.q", "blocks.0.q"), "each once"),
+    "module-twice": (modules("blocks.0.q", "blocks.0.q"), "expected unique module paths"),
     "module-dots": (modules("blocks..q"), "module paths"),
     "module-parent": (modules("../../etc/passwd"), "module paths"),
     "module-absolute": (modules("/etc/passwd"), "module paths"),
@@ -228,7 +234,7 @@ def test_a_refused_file_is_read_into_less_than_twice_its_size(tmp_path):
 
 def test_other_safetensors_files(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / FILE)
-    with pytest.raises(ValueError, match="no lora-moe adapter"):
+    with pytest.raises(ValueError, match="not a lora-moe adapter"):
         load_adapter(Model(), tmp_path)
 
 
@@ -262,5 +268,5 @@ def test_missing_files_say_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="pickles"):
         load_adapter(Model(), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match=r"without adapter_model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
         load_adapter(Model(), tmp_path)

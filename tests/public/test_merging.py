@@ -77,7 +77,7 @@ def test_coefficients_by_layer_and_a_constant_routing():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("router", "a router decides for each token, and cannot be merged"),
+        ("router", "per-token routing cannot be merged"),
         (None, "cannot be merged"),
         ([1.0, 2.0], "expected 3 finite numbers"),
         ([1.0, math.nan, 0.0], "expected 3 finite numbers"),
@@ -85,7 +85,7 @@ def test_coefficients_by_layer_and_a_constant_routing():
         ({"up": C, "down": C, "head": C}, "unknown \\['head'\\]"),
         (
             Routing.from_ids(torch.tensor([0, 1]), num_experts=3),
-            "a routed mixture cannot be merged",
+            "per-token routing cannot be merged",
         ),
         (Routing.from_ids(torch.tensor([0, 0]), num_experts=2), "expected 3 finite numbers"),
     ],
@@ -155,17 +155,17 @@ def overridden():
 
 
 REFUSED = {
-    "int8": (lambda: replaced(Int8()), "Int8 keeps its weight in a way of its own"),
+    "int8": (lambda: replaced(Int8()), "Int8 has an unknown weight format"),
     "int8 with Linear's forward": (
         lambda: replaced(type("Packed", (Int8,), {"forward": nn.Linear.forward})()),
         r"quantized \(torch.int8\)",
     ),
-    "custom": (lambda: replaced(Fancy(12, 9)), "Fancy keeps its weight"),
+    "custom": (lambda: replaced(Fancy(12, 9)), "Fancy has an unknown weight format"),
     "tied": (tied, "its weight is tied to that of other"),
     "overlapping": (overlapping, "its weight is tied to that of"),
     "hooked": (hooked, "it has forward hooks"),
-    "parametrized": (parametrized, "keeps its weight in a way of its own"),
-    "overridden": (overridden, "keeps its weight in a way of its own"),
+    "parametrized": (parametrized, "has an unknown weight format"),
+    "overridden": (overridden, "has an unknown weight format"),
 }
 
 
@@ -203,7 +203,7 @@ def test_an_overflow_changes_nothing():
     with torch.no_grad():
         model.down.lora_B.mul_(1e6)
     before = {key: t.clone() for key, t in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"down: expected a sum that torch.float16 holds"):
+    with pytest.raises(ValueError, match=r"down: expected a finite sum in torch.float16"):
         merge(model, C)
     assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
 
@@ -229,7 +229,7 @@ def test_a_middle_is_no_matrix():
         kind = "test odd"
 
     try:
-        with pytest.raises(ValueError, match="up: its middle, Odd, makes it more than a sum"):
+        with pytest.raises(ValueError, match="up: with its middle Odd it is not a sum"):
             merge(with_experts(middle=Odd()), C)
     finally:
         Middle.known.pop("test odd")
@@ -240,7 +240,7 @@ def test_meta_and_wrappers():
     model.up.base_layer.to("meta")
     with pytest.raises(ValueError, match="up: its weight is on meta"):
         merge(model, C)
-    with pytest.raises(ValueError, match="expected the plain model, got DataParallel"):
+    with pytest.raises(ValueError, match="expected the unwrapped model, got a DataParallel"):
         merge(nn.DataParallel(with_experts()), C)
     with pytest.raises(ValueError, match="got none"):
         merge(Model(), C)

@@ -102,7 +102,7 @@ def test_graft_refuses():
         graft_weights(with_experts(), compatibility=-1)
     model = inject(Model(), LoraMoeConfig(num_experts=3, target_modules=("up",)))
     inject(model, LoraMoeConfig(num_experts=2, target_modules=("down",)))
-    with pytest.raises(ValueError, match=r"as many experts in each layer, got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"equally many experts per layer, got \[2, 3\]"):
         graft_weights(model)
 
 

@@ -65,7 +65,7 @@ def test_an_ffn_of_another_form_is_told(kind):
     config = LoraMoeConfig(num_experts=E, r=R, placement="ffn", target_modules=names)
     layer = LoraMoeMLP(kind(), config)
     with pytest.raises(
-        RuntimeError, match="expected an FFN whose forward calls each linear map once"
+        RuntimeError, match="expected an FFN whose forward calls each linear layer once"
     ):
         layer(torch.randn(B, L, D))
     from lora_moe.context import thread
@@ -92,8 +92,8 @@ def test_what_is_an_ffn():
     "base, fields, error, message",
     [
         (nn.Linear(2, 2), {}, TypeError, "base: expected an FFN"),
-        (Gated(), {"target_modules": ("w1",)}, ValueError, "target_modules: expected names of"),
-        (Gated(), {"target_modules": ()}, ValueError, "target_modules: expected names of"),
+        (Gated(), {"target_modules": ("w1",)}, ValueError, "target_modules: expected names from"),
+        (Gated(), {"target_modules": ()}, ValueError, "target_modules: expected names from"),
     ],
 )
 def test_what_does_not_fit_raises(base, fields, error, message):

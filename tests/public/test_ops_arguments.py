@@ -136,7 +136,7 @@ def test_an_extension_for_other_schemas_is_refused():
     old = [Extension(), Extension(operators=VERSION - 1), Extension(operators=VERSION + 1)]
     for extension in old:
         with pytest.raises(
-            backend.BackendUnavailable, match=r"built for operators of version .*build it again"
+            backend.BackendUnavailable, match=r"built for operator version .*rebuild it"
         ):
             backend._built_for_these_operators(extension)
     assert backend._built_for_these_operators(Extension(operators=VERSION)) == {

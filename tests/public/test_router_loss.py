@@ -141,5 +141,5 @@ def test_what_it_refuses():
         assert 0 < losses.router_loss(model, losses.router_entropy).item() < 1.3863
     with use_routing(model, task_ids=torch.zeros(B, dtype=torch.long)):
         model(x)
-    with pytest.raises(ValueError, match="whose router decided"):
+    with pytest.raises(ValueError, match="that used its router"):
         losses.router_loss(model, losses.router_entropy)

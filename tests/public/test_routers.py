@@ -249,5 +249,5 @@ def test_a_name_of_the_layers_is_refused():
         def tensors(self, config, D_in, D_out):
             return {"weight": TensorSpec((D_in,))}
 
-    with pytest.raises(ValueError, match="weight: expected a name"):
+    with pytest.raises(ValueError, match="weight: expected a tensor name"):
         LoraMoeLinear(nn.Linear(4, 4), LoraMoeConfig(router=Greedy()))

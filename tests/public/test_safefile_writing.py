@@ -104,9 +104,15 @@ def test_a_directory_without_the_file_says_what_is_there(tmp_path):
 
 
 BAD = {
-    "shared": (lambda t: {"a": t, "b": t}, "a: expected memory of its own, .* with b"),
-    "overlapping": (lambda t: {"b": t[:6], "a": t[5:]}, "b: expected memory .* with a"),
-    "all inside": (lambda t: {"b": t, "a": t[5:6]}, "b: expected memory .* with a"),
+    "shared": (lambda t: {"a": t, "b": t}, "a: expected tensors that share no memory, .* with b"),
+    "overlapping": (
+        lambda t: {"b": t[:6], "a": t[5:]},
+        "b: expected tensors that share no memory, .* with a",
+    ),
+    "all inside": (
+        lambda t: {"b": t, "a": t[5:6]},
+        "b: expected tensors that share no memory, .* with a",
+    ),
     "on meta": (lambda t: {"a": t.to("meta")}, "a: expected values to save"),
     "float8": (
         lambda t: {"a": t.to(torch.float8_e4m3fn)},

@@ -155,7 +155,7 @@ def test_fused_experts_are_named_with_what_to_do():
     model = nn.ModuleDict({"mlp": Sparse(Router(), Bank())})
     with pytest.raises(
         ValueError,
-        match=r"mlp\.experts \(a Bank holds fused experts \(gate_up_proj, down_proj\): name them in",
+        match=r"mlp\.experts \(a Bank has fused experts \(gate_up_proj, down_proj\): name them in",
     ):
         inject(model, names("experts"))
     with pytest.raises(

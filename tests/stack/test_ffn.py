@@ -224,7 +224,7 @@ def test_ffns_of_other_families(family):
 @pytest.mark.parametrize("family", ["bart", "opt", "whisper", "bert", "mixtral", "mamba"])
 def test_models_whose_ffn_is_no_module_are_refused(family):
     made, _ = families.FAMILIES[family]()
-    with pytest.raises(ValueError, match="expected linear maps of an FFN with placement='ffn'"):
+    with pytest.raises(ValueError, match="expected linear layers of an FFN with placement='ffn'"):
         inject(made, presets.mixlora(3, 2, target_modules="all-linear"))
 
 
@@ -274,7 +274,7 @@ def test_trainer_trains_saves_and_resumes(tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"target_modules": ("q_proj",)}, "expected linear maps of an FFN with placement='ffn'"),
+        ({"target_modules": ("q_proj",)}, "expected linear layers of an FFN with placement='ffn'"),
         ({"target_modules": FFN, "middle": {"kind": "slots"}}, "middle: expected None"),
         (
             {"target_modules": (*FFN, "q_proj"), "r": (1, 2, 3, 4)},
@@ -295,5 +295,5 @@ def test_a_file_for_other_ffns_is_refused(tmp_path):
         load_adapter(wide, tmp_path)
     without = tiny.base(0)
     without.model.layers[0].mlp = nn.Identity()
-    with pytest.raises(ValueError, match=r"layers.0.mlp: a Identity is no FFN"):
+    with pytest.raises(ValueError, match=r"layers.0.mlp: a Identity is not an FFN"):
         load_adapter(without, tmp_path)

@@ -61,7 +61,7 @@ def test_other_methods_and_missing_files(tmp_path):
         from_peft(llama(), [tmp_path / "ia3"])
     lora().save_pretrained(tmp_path / "bin", safe_serialization=False)
     with pytest.raises(
-        FileNotFoundError, match=r"adapter_model\.bin.*a pickle runs code and is not opened"
+        FileNotFoundError, match=r"adapter_model\.bin.*pickles run code and are not opened"
     ):
         from_peft(llama(), [tmp_path / "bin"])
     with pytest.raises(
@@ -69,7 +69,7 @@ def test_other_methods_and_missing_files(tmp_path):
     ):
         from_peft(llama(), [tmp_path / "nowhere"])
     for wrong in ([], {}, str(tmp_path), tmp_path, None, 5):
-        with pytest.raises(ValueError, match="adapters: expected a list of one or more"):
+        with pytest.raises(ValueError, match="adapters: expected a non-empty list"):
             from_peft(llama(), wrong)
     with pytest.raises(ValueError, match=r"adapters\[0\]: expected a directory or a pair"):
         from_peft(llama(), [5])
@@ -149,7 +149,7 @@ def test_hostile_files_are_not_opened(tmp_path):
 
 def test_unfit_models_and_routers(tmp_path):
     paths = [path for path, _ in saved(tmp_path, TASKS[:1])]
-    with pytest.raises(ValueError, match="expected one without experts"):
+    with pytest.raises(ValueError, match="expected a model without experts"):
         from_peft(lora_moe.inject(llama(), LoraMoeConfig(target_modules=("o_proj",))), paths)
     with pytest.raises(ValueError, match="PEFT has adapted it"):
         from_peft(lora(), paths)
@@ -157,7 +157,7 @@ def test_unfit_models_and_routers(tmp_path):
         empty = hf.LlamaForCausalLM(llama().config)
     with pytest.raises(ValueError, match="the meta device"):
         from_peft(empty, paths)
-    with pytest.raises(ValueError, match=r"router: expected some of .*got \['r'\]"):
+    with pytest.raises(ValueError, match=r"router: expected fields from .*got \['r'\]"):
         from_peft(llama(), paths, router={"r": 3})
     with pytest.raises(ValueError, match="router: expected a dict"):
         from_peft(llama(), paths, router="token")
@@ -174,10 +174,10 @@ def test_a_module_of_two_names_is_refused_both_ways(tmp_path):
         from_peft(Twice(), [tmp_path / "lora"])
     model = lora_moe.inject(Twice(), LoraMoeConfig(target_modules=("first",)))
     with pytest.raises(
-        ValueError, match=r"modules of one name.*first \(it has the names first, second\)"
+        ValueError, match=r"modules with a single name.*first \(it has the names first, second\)"
     ):
         to_peft(model, tmp_path / "out")
     layer = lora_moe.LoraMoeLinear(nn.Linear(4, 4), LoraMoeConfig())
-    with pytest.raises(ValueError, match="expected a module that holds LoraMoeLinear, got one"):
+    with pytest.raises(ValueError, match="expected a module around a LoraMoeLinear, got one"):
         to_peft(layer, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -175,7 +175,7 @@ DAMAGED = {
     "router": (
         CONFIG,
         lambda c: c.update(target_parameters=[*moes.TARGETS, "mlp.gate.weight"]),
-        "weight of a MixtralTopKRouter is one matrix",
+        "weight of a MixtralTopKRouter is a single matrix",
     ),
 }
 
@@ -199,12 +199,12 @@ HOSTILE = {
     "wrong number": (("bank", "num_experts", 3), r"expected 4, the number of the model's own"),
     "token router": (("router", "kind", "token"), "expected num_experts and target_parameters"),
     "more of a router": (("router", "top_k", 2), "router"),
-    "a bias": (("bank", "target_parameters", ["gate_up_proj_bias"]), "is no fused weight of"),
-    "an attribute": (("bank", "target_parameters", ["forward"]), "is no fused weight of"),
+    "a bias": (("bank", "target_parameters", ["gate_up_proj_bias"]), "is not a fused weight of"),
+    "an attribute": (("bank", "target_parameters", ["forward"]), "is not a fused weight of"),
     "a number": (("bank", "target_parameters", [3]), "target_parameters: expected module names"),
     "another place": (
         ("modules", None, ["model.layers.0.self_attn.q_proj"]),
-        "holds no experts of",
+        "has no experts with",
     ),
 }
 
@@ -230,17 +230,15 @@ def test_hostile_descriptions_change_nothing(change, message, tmp_path):
 
 def test_what_has_no_place_is_refused(tmp_path):
     trained_by_peft(tmp_path)
-    with pytest.raises(ValueError, match="expected a plain LoRA beside other"):
+    with pytest.raises(ValueError, match="expected a plain LoRA with other"):
         from_peft(moes.base(), [tmp_path, tmp_path])
-    with pytest.raises(ValueError, match="expected one without experts for a folder of PEFT"):
+    with pytest.raises(ValueError, match="expected a model without experts for a PEFT adapter"):
         load_adapter(moes.ours(), tmp_path)
-    with pytest.raises(
-        ValueError, match="got target_parameters, which only the model itself explains"
-    ):
+    with pytest.raises(ValueError, match="got target_parameters, which need the model"):
         convert.convert(tmp_path, tmp_path / "out")
     save_adapter(moes.ours(), tmp_path / "native")
     with pytest.raises(
-        ValueError, match="expected experts around linear modules, got LoRAs on a model's"
+        ValueError, match="expected experts on linear modules, got LoRAs on a model's"
     ):
         convert.convert(tmp_path / "native", tmp_path / "out")
     with pytest.raises(ValueError, match="gate: expected 'softmax' with target_parameters"):
@@ -250,6 +248,6 @@ def test_what_has_no_place_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"expected one r for all experts of model\.layers\.0"):
         to_peft(moes.ours(num_experts=4, r=(1, 2, 2, 2)), tmp_path / "out")
     mixed = inject(moes.ours(), LoraMoeConfig(num_experts=3, target_modules=("q_proj",)))
-    with pytest.raises(ValueError, match="expected one expert around each linear module beside"):
+    with pytest.raises(ValueError, match="expected one expert per linear module together with"):
         to_peft(mixed, tmp_path / "out")
     assert not (tmp_path / "out").exists()

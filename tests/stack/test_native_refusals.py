@@ -23,9 +23,9 @@ REFUSED = {
     "nothing": ({"target_parameters": ("nowhere",)}, "nothing matches.*mlp.experts.gate_up_proj"),
     "router": (
         {"target_parameters": ("mlp.gate.weight",)},
-        "weight of a MixtralTopKRouter is one matrix",
+        "weight of a MixtralTopKRouter is a single matrix",
     ),
-    "linear": ({"target_parameters": ("q_proj.weight",)}, "name a linear module in target_modules"),
+    "linear": ({"target_parameters": ("q_proj.weight",)}, "name linear modules in target_modules"),
 }
 
 
@@ -46,7 +46,7 @@ CONFIGURATIONS = {
         "balance_coef: expected 0 with target_parameters, as the model has",
     ),
     "placement": ({"placement": "ffn"}, "placement: expected 'linear' with target_parameters"),
-    "modules": ({"target_modules": ("q_proj",)}, "pass inject a list of two configurations"),
+    "modules": ({"target_modules": ("q_proj",)}, "pass a list of two configurations to inject"),
     "ranks": ({"r": (1, 2, 3, 4)}, "num_experts: expected the model's number of experts"),
 }
 
@@ -74,16 +74,16 @@ def test_what_cannot_take_experts_is_refused():
         data = experts.down_proj.detach().to(torch.float8_e4m3fn)
         experts.down_proj = nn.Parameter(data, requires_grad=False)
 
-    refused(quantize, r"quantized \(torch.float8_e4m3fn\): load the model in bfloat16")
+    refused(quantize, r"quantized \(torch.float8_e4m3fn\); load the model in bfloat16")
     refused(lambda e: setattr(e, "_is_expert_parallel", True), "expert parallelism")
     model = moes.base()
     model.config._experts_implementation = "someones_own"
-    with pytest.raises(ValueError, match="experts_implementation='someones_own' is not known"):
+    with pytest.raises(ValueError, match="experts_implementation='someones_own' is not supported"):
         inject(model, moes.config())
     twice = moes.ours()
     with pytest.raises(ValueError, match="already has experts"):
         inject(twice, moes.config())
-    with pytest.raises(ValueError, match="the model's own experts; to_peft writes"):
+    with pytest.raises(ValueError, match="the model's own experts; save with to_peft"):
         merge(twice, [1.0] * moes.E)
     offloaded = moes.base()
     accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
@@ -94,5 +94,5 @@ def test_what_cannot_take_experts_is_refused():
             moes.base().model.layers[0].mlp.experts, moes.config(target_parameters=("w",))
         )
     assert "only linear layers are supported" in refusal(moes.config(num_experts=4))
-    with pytest.raises(TypeError, match="fused experts, got something else"):
+    with pytest.raises(TypeError, match="expected fused experts, but"):
         LoraMoeExperts(nn.Linear(3, 3), moes.config())

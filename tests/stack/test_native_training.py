@@ -45,9 +45,7 @@ def test_statistics_are_the_models_decision():
     torch.testing.assert_close(stats["load"].float(), load)
     assert stats["entropy"] is None
     assert out.aux_loss > 0
-    with pytest.warns(
-        UserWarning, match="the model's own router decides.*output_router_logits=True"
-    ):
+    with pytest.warns(UserWarning, match="the model's own router picks.*output_router_logits=True"):
         assert aux_loss(model) == 0
 
 
@@ -75,7 +73,7 @@ def test_replays_a_decision_and_leaves_the_router_to_the_model():
     with use_routing(model, routing=dict.fromkeys(replay, beyond)), too_high:
         model(TOKENS)
     for said in ({"task_ids": torch.tensor([0, 1])}, {"routing": next(iter(replay.values()))}):
-        refused = pytest.raises(ValueError, match="the model's own router decides")
+        refused = pytest.raises(ValueError, match="the model's own router picks")
         with refused, use_routing(model, **said):
             pass
 
@@ -137,7 +135,7 @@ def test_our_trainer_reports_the_models_routers(tmp_path):
     trainer = LoraMoeTrainer(model, arguments, train_dataset=tiny.sequences(4))
     trainer.train()
     assert trainer.state.log_history[0]["router/max_over_mean"] > 1
-    with pytest.raises(ValueError, match="router_learning_rate: expected routers that train"):
+    with pytest.raises(ValueError, match="router_learning_rate: expected trainable routers"):
         LoraMoeTrainer(
             model, arguments, router_learning_rate=0.1, train_dataset=tiny.sequences(4)
         ).train()

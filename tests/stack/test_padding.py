@@ -195,7 +195,7 @@ def test_a_mask_that_does_not_fit_counts_all_and_is_told_once(mask):
             model(TOKENS)
     else:
         model(TOKENS, attention_mask=mask)
-    with pytest.warns(UserWarning, match="does not say which tokens") as told:
+    with pytest.warns(UserWarning, match="does not fit an input") as told:
         aux_loss(model)
         router_stats(model)
     assert len(told) == 1 and counted(layer) is None

@@ -93,8 +93,8 @@ BAD = {
     "saved": ({"modules_to_save": "score"}, None, r"expected names in modules_to_save, got 'score'"),
     "pattern": ({"rank_pattern": {"(.*)*x": 1}}, None, r"rank_pattern: expected module names, or reg"),
     "missing": ({}, "0.mlp.up_proj.lora_moe_experts.lora_B", r"up_proj\.lora_B: missing"),
-    "extra": ({"router_bias": None, "modules_to_save": []}, "+lm_head.weight", r"'lm_head\.weight': not the"),
-    "nothing": ({}, "lora_moe_experts", r"expected tensors of lora_moe_experts beside it, got none"),
+    "extra": ({"router_bias": None, "modules_to_save": []}, "+lm_head.weight", r"'lm_head\.weight': not in"),
+    "nothing": ({}, "lora_moe_experts", r"expected lora_moe_experts tensors in the file"),
 }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_the_slowest_patterns_that_pass_are_quick():
     begin = time.perf_counter()
     assert peft_format.matched(patterns, "a" * 80, 3) == 3
     assert time.perf_counter() - begin < 3
-    with pytest.raises(ValueError, match="expected at most 16 with repetitions, got 17"):
+    with pytest.raises(ValueError, match="expected at most 16 patterns with repetitions, got 17"):
         peft_format.expect_patterns("rank_pattern", {f"a{i}.*": 1 for i in range(17)})
 
 

@@ -88,8 +88,8 @@ def test_tensors_that_no_configuration_names(saved):
 
 
 UNSERVED = {
-    "TaskRouter decides by the tasks": {"router": TaskRouter(num_tasks=4)},
-    "SequenceRouter decides by more than": {"router": SequenceRouter()},
+    "TaskRouter depends on the tasks": {"router": TaskRouter(num_tasks=4)},
+    "SequenceRouter depends on more than": {"router": SequenceRouter()},
     "CoreMiddle replaces the gate": {"shared_a": True, "middle": CoreMiddle(num_tasks=2)},
 }
 
@@ -109,7 +109,7 @@ def test_what_no_token_decides_is_refused_by_name(said, fields, tmp_path):
     [
         ("LoRAs on the model's own experts", {"target_parameters": ("mlp.experts.down_proj",)}),
         (
-            "experts around an FFN",
+            "experts of FFNs",
             {"placement": "ffn", "target_modules": ("gate_proj", "up_proj", "down_proj")},
         ),
     ],
@@ -133,7 +133,7 @@ def test_experts_that_are_around_no_linear_layer(said, fields, tmp_path):
 def test_modules_that_train_as_a_whole_are_refused(tmp_path):
     model = model_with(LoraMoeConfig(**SIZES, target_modules=("q",), modules_to_save=("o",)))
     lora_moe.save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="o: in modules_to_save"):
+    with pytest.raises(ValueError, match="o: is in modules_to_save"):
         Adapter(tmp_path)
 
 
@@ -181,7 +181,7 @@ def test_nothing_imports_vllm_before_it_serves():
         ({}, "expected the adapter with --load-format lora_moe"),
         ({"lora_moe": {"adapter": 3}}, "expected the adapter with"),
         ({"lora_moe": {"adapter": "a", "adaptor": "b"}}, r"got \['adaptor'\]"),
-        ({"lora_moe": {"adapter": "a", "revision": 1}}, "revision: expected of a repository"),
+        ({"lora_moe": {"adapter": "a", "revision": 1}}, "revision: expected a branch"),
     ],
 )
 def test_options_that_a_server_does_not_know(config, said):

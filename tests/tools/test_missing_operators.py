@@ -19,7 +19,7 @@ from lora_moe import backend, missing_operators
 from ..support.packages import NO_TRITON, PIP, ROOT, build_wheel, copy_checkout, make_venv, run
 
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-REBUILD = "type in a checkout: pip install --no-build-isolation --no-deps --force-reinstall ."
+REBUILD = "run in a checkout: pip install --no-build-isolation --no-deps --force-reinstall ."
 STATE = NO_TRITON + (
     "import json, sys, lora_moe\n"
     "print(json.dumps(lora_moe.backend_info()['backends']['cpp'] | {'file': lora_moe.__file__}))"
@@ -150,8 +150,8 @@ def test_sources_that_hide_the_installed_package(checkout, skipped, python, tmp_
     facts, warned = state(python, checkout, PYTHONPATH=skipped)
     assert facts["file"].startswith(str(checkout))
     assert facts["reason"] == (
-        f"the sources in {checkout} hide the installed package in {skipped}; leave that folder, or"
-        f" type: pip install --no-build-isolation --no-deps -e {checkout}"
+        f"the sources in {checkout} shadow the installed package in {skipped}; leave that folder, or"
+        f" run: pip install --no-build-isolation --no-deps -e {checkout}"
     )
     assert f"RuntimeWarning: lora_moe: {facts['reason']}" in warned
 

@@ -1,4 +1,4 @@
-"""BranchLoRA's layers in a model, and the tasks and masks of a batch."""
+"""Adds BranchLoRA's layers to a model, and sets the tasks and masks of a batch."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def inject(
 ) -> nn.Module:
     """lora_moe.inject with branches, initially without a router.
 
-    Everything else is frozen, except `modules_to_save`.  The model's attention_mask says which tokens are
-    padding.  In a causal model, tokens from the first labeled one on do not decide, because they are not
-    available when it generates.  During generation the prompt's decision is kept (see SequenceRouter).
+    Everything else is frozen, except `modules_to_save`.  Padding is read from the model's attention_mask.
+    In a causal model, tokens from the first labeled one on do not affect the routing, because they do not
+    exist yet in generation.  Generation reuses the prompt's routing (see SequenceRouter).
 
-    In a causal model the first token sees no other.  If all sequences start the same way, with a BOS token
-    or a chat template, it says nothing about the sequence: the mean is used instead, with a warning.
+    In a causal model the first token attends to no other.  If all sequences start the same way, with a BOS
+    token or a chat template, it is uninformative: the mean is used instead, with a warning.
 
     Args:
         model: a Hugging Face model, or any module whose forward takes attention_mask.
         config: see branch_lora().
-        route_by: "first", "mean" or "token": what a sequence decides by.
+        route_by: "first", "mean" or "token": the router's input.
         fixed_opening: False if the sequences of a causal model differ in their first token.
-        modules_to_save: names of modules whose own parameters are also trained and saved (a projector).
+        modules_to_save: names of further modules that are trained and saved, such as a projector.
     Returns:
         The same model; call begin_task next.
     Raises:
-        ValueError: an argument is invalid, nothing matches, or the model already has branches.
+        ValueError: if an argument is invalid, nothing matches, or the model already has branches.
     """
     if route_by not in ROUTE_BY:
         raise ValueError(f"route_by: expected one of {ROUTE_BY}, got {route_by!r}")
@@ -61,8 +61,8 @@ def inject(
     if route_by == "first" and fixed_opening and getattr(model, "can_generate", bool)():
         route_by = "mean"
         warnings.warn(
-            "the first token of a causal model sees no other, and a fixed opening is always the"
-            " same token: sequences decide by their mean (fixed_opening=False reads the first)",
+            "the first token of a causal model attends to no other and is the same with a fixed"
+            " opening: routing by the mean instead (fixed_opening=False uses the first token)",
             stacklevel=2,
         )
     known = set(injected(model).values())
@@ -78,18 +78,18 @@ def inject(
 
 
 def router_of(route_by: str, num_tasks: int, known: tuple[int, ...] = ()) -> Router:
-    """One router per task, which reads tokens or sequences; each knows `known` experts."""
+    """One router per task, per token or sequence; known[t] is the number of experts of router t."""
     bank = PerTaskRouter(num_tasks, known)
     return bank if route_by == "token" else SequenceRouter(route_by, bank)
 
 
 def set_task(model: nn.Module, task: int | Sequence[int] | torch.Tensor) -> None:
-    """Set the task whose router decides from now on: one task, or (B,) tasks, one per sequence.
+    """Set the task whose router is used from now on: one task, or (B,) tasks, one per sequence.
 
     Like lora_moe.set_routing(model, task_ids=), except for tasks that continue with an earlier task's router.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: if there is no such task.
     """
     _, course = state_of(model)
     known = len(course.bank)
@@ -109,10 +109,10 @@ def tell(model: nn.Module, course: Course) -> None:
 
 
 def set_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
-    """Set which tokens may decide, (B, L), instead of the model's arguments; None restores these.
+    """Set which tokens may affect the routing, (B, L), overriding the model's arguments; None restores these.
 
-    For a model without a two-dimensional attention_mask, or a loss outside the model: the answer's tokens
-    must not decide.
+    For models without a two-dimensional attention_mask, or a loss outside of the model: exclude the answer's
+    tokens.
     """
     layers, _ = state_of(model)
     if mask is not None and mask.dim() != 2:
@@ -122,7 +122,7 @@ def set_mask(model: nn.Module, mask: torch.Tensor | None) -> None:
 
 
 def branch_layers(model: nn.Module) -> dict[str, LoraMoeLinear]:
-    """The model's layers with branches, by their (first) path; empty if there are none."""
+    """The model's layers with branches, by (first) path; empty if there are none."""
     return {name: layer for name, layer in injected(model).items() if Count.of(layer)}
 
 

@@ -1,4 +1,4 @@
-"""Learning tasks one after another: which task an input belongs to, and what was forgotten.
+"""Continual learning: TaskSelector, which finds an input's task, and metrics of forgetting.
 
 Letters: N tasks, B samples, d the width of an embedding.
 """
@@ -18,15 +18,15 @@ class TaskSelector(nn.Module):
 
         L = lambda * sum over samples of  (1 - cos(e_img, k_img)) + (1 - cos(e_txt, k_txt))
 
-    Embeddings come from fixed encoders.  The minimizer of L is then known: the direction of the sum of the
-    unit embeddings.  Keys are these sums, which are exact after every batch, in any order and without a
-    learning rate; gradient descent on L converges to the same (see loss).
+    Embeddings come from fixed encoders, so the minimizer of L is known: the direction of the sum of the
+    unit embeddings.  Keys are these sums: exact after every batch, in any order and without a learning
+    rate; gradient descent on L converges to the same (see loss).
 
     Source: BranchLoRA (arXiv 2506.02041), its task selector.
 
     Args:
         text_dim: width of text embeddings.
-        image_dim: width of image embeddings; None for text alone.
+        image_dim: width of image embeddings; None for text only.
     """
 
     def __init__(self, text_dim: int, image_dim: int | None = None):
@@ -35,7 +35,7 @@ class TaskSelector(nn.Module):
         self.register_buffer("image_keys", None if image_dim is None else torch.zeros(0, image_dim))
 
     def begin_task(self) -> int:
-        """Add keys, initially zero; returns the task's number."""
+        """Add keys, initially zero, and return the task's number."""
         for name, keys in list(self.named_buffers()):
             setattr(self, name, torch.cat([keys, keys.new_zeros(1, keys.shape[1])]))
         return len(self.text_keys) - 1
@@ -49,7 +49,7 @@ class TaskSelector(nn.Module):
             keys[-1] += normalize(embeddings.to(keys), dim=1).sum(0)
 
     def loss(self, text, image=None, coefficient: float = 1.0) -> torch.Tensor:
-        """L of a batch for the newest task; for encoders that train, or to measure a task's spread."""
+        """L of a batch for the newest task, to train encoders or measure a task's spread."""
         terms = [
             (1 - normalize(e, dim=1) @ normalize(keys[-1].to(e), dim=0)).sum()
             for keys, e in self._pairs(text, image)
@@ -68,7 +68,7 @@ class TaskSelector(nn.Module):
 
     def _pairs(self, text, image):
         if image is not None and self.image_keys is None:
-            raise ValueError("image: expected none, the selector was made without image_dim")
+            raise ValueError("image: expected None, as the selector was created without image_dim")
         given = [("text", self.text_keys, text), ("image", self.image_keys, image)]
         for name, keys, embeddings in given:
             if embeddings is None:
@@ -91,9 +91,9 @@ def continual_metrics(accuracy: Sequence[Sequence[float]]) -> ContinualMetrics:
         ACC = mean_j A_Nj      MAA = mean_i mean_{j <= i} A_ij      BWT = mean_{j < N} (A_Nj - A_jj)
 
     Args:
-        accuracy: N rows; row i holds at least A_i0 .. A_ii, and the rest is ignored.
+        accuracy: N rows; row i has at least A_i0 .. A_ii, and the rest is ignored.
     Raises:
-        ValueError: there are no rows, or one is too short.
+        ValueError: if there are no rows, or one is too short.
     Source: Chen et al. 2024 (CoIN), arXiv 2403.08350.
     """
     rows = [[float(a) for a in row[: i + 1]] for i, row in enumerate(accuracy)]

@@ -1,4 +1,4 @@
-"""State that a model's layers share over the tasks, and the count of the branches that a task relies on.
+"""Course, the task state that a model's layers share, and Count, which measures the use of branches.
 
 Letters: B sequences, L tokens each, E branches, K picked ones.
 """
@@ -17,11 +17,11 @@ class Course:
     """A model's position in its sequence of tasks, shared by all of its layers.
 
     Attributes:
-        route_by: "first", "mean" or "token": what a sequence decides by.
-        modules_to_save: names of the modules that train besides the layers.
-        bank: bank[t] is the number of task t's router.
+        route_by: "first", "mean" or "token": the router's input.
+        modules_to_save: names of further modules that are trained.
+        bank: bank[t] is the index of task t's router.
         learning: whether a task has begun and not ended.
-        task: the task whose router decides: a number, or (B,) one per sequence; see set_task.
+        task: the task whose router is used: a number, or (B,) one per sequence; see set_task.
     """
 
     def __init__(self, route_by: str, modules_to_save: tuple[str, ...] = ()):
@@ -32,12 +32,12 @@ class Course:
 
     @property
     def counting(self) -> bool:
-        """Whether the task being learned decides, and not, for example, an earlier one under evaluation."""
+        """Whether the task being learned is used, not, for example, an earlier one in evaluation."""
         return self.learning and isinstance(self.task, int) and self.task == len(self.bank) - 1
 
 
 class Count:
-    """A forward hook that adds the current task's routed weight per branch to layer.usage.
+    """Forward hook that adds the current task's routed weight per branch to layer.usage.
 
     `usage` (E,) fp32 is a buffer of the layer, so that all DDP processes agree on it.
     """
@@ -70,5 +70,5 @@ class Count:
             L = args[0].shape[1]
         elif (counted := run.tokens.counted()) is not None:
             weights = weights * counted[:, None].to(weights.device)
-        layer.usage = layer.usage.float()  # .half() must not stop the counting
+        layer.usage = layer.usage.float()  # restore fp32 after .half()
         layer.usage.index_add_(0, ids[::L].flatten().long(), weights[::L].flatten().float())

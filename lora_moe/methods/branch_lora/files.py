@@ -3,10 +3,10 @@
     branch_lora.safetensors
         tensors   <module path>.{lora_A, branches.<j>, routers.<i>, usage}, <name> of other parameters,
                   selector.{text_keys, image_keys}
-        metadata  {"format": "pt", "branch_lora": JSON of the configuration, the tasks and what is frozen}
+        metadata  {"format": "pt", "branch_lora": JSON of the configuration, tasks and frozen branches}
 
-The file is untrusted, as in lora_moe.io: the model determines keys, shapes and dtypes, and is changed last
-or not at all.  The trainer saves the optimizer's state.
+The file is untrusted, as in lora_moe.io: keys, shapes and dtypes must match the model, which is changed only
+after all checks.  The optimizer's state is saved by the trainer.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _FIELDS = {
 
 
 def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector | None = None):
-    """Write branches, routers, usage, other trainable parameters and the selector's keys; all or nothing.
+    """Write branches, routers, usage, other trainable parameters and the selector's keys, atomically.
 
     Returns:
         The file's path.
     Raises:
-        ValueError: the model has no branches.
-        OSError: the file cannot be written; an older one is intact.
+        ValueError: if the model has no branches.
+        OSError: if the file cannot be written; an existing one is unchanged.
     """
     layers, course = state_of(model)
     layer = next(iter(layers.values()))
@@ -70,16 +70,16 @@ def save(model: nn.Module, directory: str | os.PathLike, selector: TaskSelector 
 
 
 def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
-    """Read what save wrote into a model without branches; training continues where it stopped.
+    """Load a saved state into a model without branches, to continue training.
 
-    The last task's router decides; see set_task.
+    The last task's router is used; see set_task.
 
     Returns:
         The selector, or None if none was saved.
     Raises:
-        ValueError: the file is not ours, is damaged, does not fit the model (every mismatch is
-            listed), or holds NaN or infinite values.  The model is unchanged.
-        OSError: the file is missing or cannot be read.
+        ValueError: if the file is not ours, is damaged, does not fit the model (every mismatch is
+            listed), or has NaN or infinite values.  The model is unchanged.
+        OSError: if the file is missing or cannot be read.
     """
     with safefile.open_in(directory, FILE_NAME) as file:
         found, slices = safefile.read_described(file, "branch_lora", [FORMAT_VERSION])
@@ -105,7 +105,7 @@ def load(model: nn.Module, directory: str | os.PathLike) -> TaskSelector | None:
 
 
 def _fields_of(config):
-    """The configuration at the time of its first router, as files have always stored it."""
+    """The configuration at the time of the first router, as the file format requires."""
     router = config.router if isinstance(config.router, PerTaskRouter) else config.router.inner
     fewest = min(router.experts_of(config), default=config.num_experts)
     plain = dataclasses.replace(config, router=None, num_experts=fewest, r=config.ranks[0])
@@ -113,7 +113,7 @@ def _fields_of(config):
 
 
 def _keyed(model, layers, also):
-    """{key: tensor} of the layers and of the other modules that train."""
+    """{key: tensor} of the layers and the other trained modules."""
     tensors = {f"{p}.{n}": t for p, layer in layers.items() for n, t in _tensors_of(layer).items()}
     for module in also:
         tensors |= {f"{module}.{n}": p for n, p in model.get_submodule(module).named_parameters()}
@@ -121,7 +121,7 @@ def _keyed(model, layers, also):
 
 
 def _tensors_of(layer):
-    """{name: tensor} of a layer, each branch and router by itself."""
+    """{name: tensor} of a layer, with separate branches and routers."""
     tensors = {"lora_A": layer.lora_A, "usage": layer.usage.float()}
     tensors |= {f"branches.{j}": rows for j, rows in enumerate(branches_of(layer))}
     return tensors | {f"routers.{i}": router for i, router in enumerate(routers_of(layer))}
@@ -132,7 +132,7 @@ def _keys(selector):
 
 
 def _check(name, found, tensors):
-    """Raises unless the description is a possible state; makes its config a LoraMoeConfig."""
+    """Raise unless the description is a valid state; converts its config to a LoraMoeConfig."""
     fits = found.keys() == _FIELDS.keys()
     if not fits or any(type(found[field]) is not kind for field, kind in _FIELDS.items()):
         raise ValueError(f"{name}: expected the fields {list(_FIELDS)}, got {brief(found)}")
@@ -165,7 +165,7 @@ def _ids(values, high):
 
 
 def _modules(model, found):
-    """{path: linear module} of the layers, and {key: parameter} of the other modules that train."""
+    """{path: linear module} of the layers, and {key: parameter} of the other trained modules."""
     modules = dict(model.named_modules())
     problems = [f"{name}: no such module" for name in found["also"] if name not in modules]
     for path in found["frozen"]:
@@ -180,16 +180,16 @@ def _modules(model, found):
 
 
 def _expect_count(name, found, also, slices):
-    """Checks the number of tensors before describing any, so that a small file cannot ask for a long list."""
+    """Check the number of tensors first, so that a small file cannot cause a long list of problems."""
     layer = 2 + found["branches"] + len(found["routers"])  # lora_A and usage
     keys = sum(key in slices for key in _SELECTOR)
     expected = len(found["frozen"]) * layer + len(also) + keys
-    if expected > len(slices) + 1000:  # fewer are named one by one
+    if expected > len(slices) + 1000:  # smaller differences are listed one by one
         raise ValueError(f"{name}: expected {expected} tensors, got {len(slices)}")
 
 
 def _wanted(bases, found):
-    """The layers' tensors on meta: nothing is allocated before the file is known to contain them."""
+    """The layers' tensors on meta, so nothing is allocated before the file is checked."""
     config, wanted = found["config"], {}
     for path, base in bases.items():
         trunk = adapter_tensors(base, config)["lora_A"]  # (r, D_in)
@@ -205,7 +205,7 @@ def _wanted(bases, found):
 
 
 def _wanted_keys(slices):
-    """The selector's tensors, of the saved sizes, if it was saved."""
+    """The selector's tensors in the saved sizes, if there are any."""
     shapes = {key: slices[key].shape for key in _SELECTOR if key in slices}
     if shapes and _SELECTOR[0] not in shapes:
         raise ValueError(f"{_SELECTOR[0]}: missing")

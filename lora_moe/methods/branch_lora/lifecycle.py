@@ -1,4 +1,4 @@
-"""The lifecycle of a task: it gets a router, and afterwards the branches that it relies on are frozen.
+"""The lifecycle of a task: begin_task adds a router, end_task freezes the most used branches.
 
 Letters: E branches.
 """
@@ -28,7 +28,7 @@ def begin_task(model: nn.Module, *, router: bool = True) -> int:
     Returns:
         The task's number, 0 for the first.
     Raises:
-        ValueError: a task is already being learned.
+        ValueError: if a task is already being learned.
     """
     layers, course = state_of(model)
     if course.learning:
@@ -46,16 +46,16 @@ def begin_task(model: nn.Module, *, router: bool = True) -> int:
 
 
 def end_task(model: nn.Module, freeze: int | None = None) -> None:
-    """Freeze in each layer the `freeze` branches that the task used most, and the task's router.
+    """Freeze each layer's `freeze` most used branches, and the task's router.
 
-    These may include branches frozen by an earlier task; then fewer are newly frozen.  The branches keep what
-    they learned, but their output can still change with the trunk, which every task trains.
+    These may include branches that are already frozen.  A frozen branch's output can still change with the
+    trunk, which every task trains.
 
     Args:
         model: see inject.
         freeze: number of branches; top_k by default, 0 for none.
     Raises:
-        ValueError: no task is being learned, or freeze is negative.
+        ValueError: if no task is being learned, or freeze is negative.
     """
     layers, course = state_of(model)
     if not course.learning:
@@ -70,12 +70,12 @@ def end_task(model: nn.Module, freeze: int | None = None) -> None:
 
 
 def add_branches(model: nn.Module, n: int) -> None:
-    """Add n branches to each layer for the tasks that begin from now on; outputs stay bitwise unchanged.
+    """Add n branches to each layer for new tasks; outputs stay bitwise unchanged.
 
     Uses lora_moe.grow: lora_B is a new parameter, so create the optimizer afterwards.
 
     Raises:
-        ValueError: n is not positive, or the layers would exceed LoraMoeConfig's bounds.
+        ValueError: if n is not positive, or the layers would exceed LoraMoeConfig's bounds.
     """
     layers, _ = state_of(model)
     if type(n) is not int or n < 1:
@@ -86,7 +86,7 @@ def add_branches(model: nn.Module, n: int) -> None:
 
 
 def add_router(layer: LoraMoeLinear, route_by: str) -> None:
-    """Add a router for one more task, which knows all current branches; the others do not change."""
+    """Add a router for one more task with all current branches; other routers do not change."""
     known = tuple(router.shape[0] for router in routers_of(layer))
     known = (*known, layer.config.num_experts)
     config = dataclasses.replace(layer.config, router=router_of(route_by, len(known), known))
@@ -99,7 +99,7 @@ def add_router(layer: LoraMoeLinear, route_by: str) -> None:
 
 
 def freeze_most_used(layer: LoraMoeLinear, k: int) -> None:
-    """The k most used branches among those used at all; ties go to the lower id."""
+    """Freeze the k most used branches with nonzero usage; ties go to the lower id."""
     usage = layer.usage.tolist() if k else []
     order = sorted(range(len(usage)), key=lambda e: (-usage[e], e))
     layer.frozen = {e for e in order[:k] if usage[e] > 0} | set(layer.frozen)

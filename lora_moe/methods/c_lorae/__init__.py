@@ -2,13 +2,13 @@
 
     y_i = W0 x_i + g1(x_i) s_U B_U A_U x_i + g2(x_i) s_t B_t A_t x_i             t: the sample's task
 
-One *universal* expert U of rank r sees every task; each *task* expert of rank r / N sees only its own.  Each
-linear has a gate that looks at the token and weights the two.  Expert 0 of the layer is U and expert 1 + t
-belongs to task t, so a token has two slots and one call of F.grouped_lora runs both, in any batch of tasks,
-without a loop over experts.
+One *universal* expert U of rank r is used by every task; each *task* expert of rank r / N by one task.  A
+gate in each linear layer weights the two per token.  Expert 0 of the layer is U and expert 1 + t belongs to
+task t, so a token has two slots, and one call of F.grouped_lora runs both for any mix of tasks, without a
+loop over experts.
 
-    config.py         CLoraeConfig, and the LoraMoeConfig that it corresponds to
-    adapters.py       adds experts to a model; a batch's tasks
+    config.py         CLoraeConfig, and the corresponding LoraMoeConfig
+    adapters.py       adds experts to a model, and sets a batch's tasks
     information.py    mutual_information_loss keeps universal and task experts from collapsing
     files.py          experts and visual adapters on disk
     achievement.py    the loss that balances the tasks

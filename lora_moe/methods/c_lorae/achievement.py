@@ -1,4 +1,4 @@
-"""The achievement-based multi-task loss, and two related ones that weight tasks by their metrics alone.
+"""AchievementLoss: the achievement-based multi-task loss, and two related losses.
 
     a_t <- (1 - momentum) a_t + momentum metric_t        at each evaluation; the first value is taken as is
     p_t  = single_task_metric_t * (1 + margin)           a single-task model's metric plus a margin
@@ -33,21 +33,21 @@ TINY = 1e-8
 class AchievementLoss(nn.Module):
     """Combines the losses of several tasks, weighted by how far each is from its achievable metric.
 
-    For a solved task, `raw_weights` goes to zero.  Normalized by the sum, its weight also goes to zero; the
-    softmax, the published default, divides e^0 by the others' e^w, so no task's weight falls below
-    1 / (1 + e (N - 1)).  If every raw weight is zero, and before the first update, all weights are equal.
+    The raw weight of a solved task is zero.  With normalization="sum" its weight is zero too; with the
+    softmax, the published default, no task's weight falls below 1 / (1 + e (N - 1)).  If all raw weights are
+    zero, and before the first update, all weights are equal.
 
     Args:
         potentials: {task: metric of a model trained on this task alone}, in (0, 1] or in any unit that
             the metrics share, higher is better.  "dtp" and "focal" only use the names.
-        margin: how far above these metrics to aim.
+        margin: relative margin above these metrics.
         gamma: at least 0.
         momentum: weight of the newest metric in the moving average, in (0, 1].
         form: "geometric" or "sum".
         normalization: "softmax" or "sum".
         weighting: "achievement", "dtp" or "focal".
     Raises:
-        ValueError: an argument is invalid.
+        ValueError: if an argument is invalid.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class AchievementLoss(nn.Module):
         """Record an evaluation: one metric per task.
 
         Raises:
-            ValueError: a task is missing or unknown, a metric is not finite or is negative, or is above 1
-                if the weighting needs a fraction.  Nothing changes then.
+            ValueError: if a task is missing or unknown, or a metric is not finite, negative, or above 1
+                although the weighting needs a fraction.  Nothing changes then.
         """
         if set(metrics) != set(self.tasks):
             raise ValueError(
@@ -123,13 +123,13 @@ class AchievementLoss(nn.Module):
     def forward(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The combined loss of the tasks, differentiable.
 
-        A batch may lack some tasks: omit these, and the weights of the others are divided by their sum, so
-        that the scale of the loss does not depend on which tasks a batch contains.
+        Omit tasks that are not in the batch: the weights of the others are divided by their sum, so the
+        scale of the loss does not depend on the batch's tasks.
 
         Args:
             losses: {task: 0-dim loss} of the tasks in the batch; positive for the geometric form.
         Raises:
-            ValueError: a task is unknown, or there is none.
+            ValueError: if a task is unknown, or there is none.
         """
         unknown = sorted(set(losses) - set(self.tasks))
         if unknown or not losses:
@@ -152,6 +152,6 @@ class AchievementLoss(nn.Module):
 
 
 def _shares(weights):
-    """Divided by their sum; equal if all are zero."""
+    """The weights divided by their sum; equal if all are zero."""
     total = weights.sum()
     return torch.where(total > 0, weights / torch.where(total > 0, total, 1), 1 / len(weights))

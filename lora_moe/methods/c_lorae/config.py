@@ -1,4 +1,4 @@
-"""CLoraeConfig: all options of a C-LoRAE model, and the mixture of experts that it corresponds to."""
+"""CLoraeConfig: all options of a C-LoRAE model, and the corresponding LoraMoeConfig."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class CLoraeConfig:
     """All options of a C-LoRAE model: a universal expert of rank r, N task experts of rank r // N.
 
     Args:
-        num_tasks: N.  0 means only the universal expert, an ordinary LoRA: the ablation.
+        num_tasks: N.  0 means only the universal expert, a plain LoRA: the ablation.
         r: rank of the universal expert, at least N.
         alpha: an expert of rank r_e is scaled by s = alpha / r_e (inferred).
         task_alpha: the same for the task experts; None is alpha, so that s_t = N s_U.
         gate: "softmax" of two logits of the token; "sigmoid" of each; "sum", both weights 1: the
-            ablation.  The two logits from x are inferred; the paper's text has not been compared.
-        dropout: on the experts' input during training, never on the gate's; in [0, 1).
-        mutual_information: keep what mutual_information_loss needs.
+            ablation.  The two logits from x are inferred, not checked against the paper's text.
+        dropout: on the experts' input in training, not on the gate's; in [0, 1).
+        mutual_information: store what mutual_information_loss needs.
         target_modules, exclude_modules: as in LoraMoeConfig.
     Raises:
-        ValueError: a field is invalid.
+        ValueError: if a field is invalid.
     """
 
     num_tasks: int
@@ -69,7 +69,7 @@ class CLoraeConfig:
 
     @property
     def mixture(self) -> LoraMoeConfig:
-        """The same for lora_moe.inject."""
+        """The corresponding configuration for lora_moe.inject."""
         task = self.alpha if self.task_alpha is None else self.task_alpha
         return LoraMoeConfig(
             num_experts=1 + self.num_tasks,
@@ -85,7 +85,7 @@ class CLoraeConfig:
         )
 
     def one_lora(self) -> CLoraeConfig:
-        """The baseline: one LoRA with the same total rank, plus one for the gate's parameters."""
+        """The baseline: one LoRA with the same total rank, plus 1 for the gate's parameters."""
         return dataclasses.replace(
             self,
             num_tasks=0,

@@ -6,10 +6,9 @@ r"""Unified multimodal information extraction as text: instructions, answers, a 
     events     attack: bombed | attacker = rebels | target = the bridge
 
 An answer is a list of records of one kind, or `none` if there are none.  In a value, each of ``; : | = \`` is
-escaped with a backslash.  The reader accepts exactly what the writer can write, apart from spaces around the
-signs: a record with a wrong number of fields, an empty field or a type outside the schema is malformed.
-Malformed records are counted, and the scores count each as a wrong prediction, so that a model gains nothing
-from extra output.
+escaped with a backslash.  The reader accepts exactly what the writer can write, except for spaces around
+separators: a record with a wrong number of fields, an empty field or a type outside the schema is malformed.
+Scores count each malformed record as a wrong prediction, so that a model gains nothing from extra output.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class Event(NamedTuple):
 
 
 class Schema(NamedTuple):
-    """What to extract: `name` is its name in the instruction, `types` the allowed types or labels, `roles`
-    those of an event's arguments."""
+    """What to extract: `name` in the instruction, `types` are the allowed types or labels, `roles` those
+    of an event's arguments."""
 
     kind: str
     name: str
@@ -50,7 +49,7 @@ class Schema(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """A parsed answer: the well-formed records, and the number of others."""
+    """A parsed answer: the well-formed records, and the number of malformed ones."""
 
     records: frozenset
     malformed: int
@@ -69,9 +68,9 @@ def instruction(schema: Schema, text: str, *, image: bool = True, brief: bool = 
         schema: what to extract.
         text: the sentence; line breaks become spaces.
         image: mention that there is an image.
-        brief: only the sentence and the task's name, for a model that is trained on the task.
+        brief: only the sentence and the task's name, for a model trained on the task.
     Raises:
-        ValueError: the schema's kind is unknown.
+        ValueError: if the schema's kind is unknown.
     """
     if schema.kind not in KINDS:
         raise ValueError(f"kind: expected one of {KINDS}, got {schema.kind!r}")
@@ -84,16 +83,16 @@ def instruction(schema: Schema, text: str, *, image: bool = True, brief: bool = 
 
 
 def write(schema: Schema, records) -> str:
-    """The answer that `read` reads back, in the order given (a set: sorted).
+    """The answer for records, in the given order (sets are sorted); `read` is the inverse.
 
     Raises:
-        ValueError: a record does not fit the schema.
+        ValueError: if a record does not fit the schema.
     """
     ordered = not isinstance(records, (set, frozenset))
     records = list(records) if ordered else sorted(records, key=_order)
     answer = "; ".join(_write_record(schema, record) for record in records) or NONE
     if read(schema, answer) != Reading(frozenset(map(_cleaned, records)), 0):
-        raise ValueError(f"records: expected {schema.kind} of {schema}, each once, got {records!r}")
+        raise ValueError(f"records: expected unique {schema.kind} of {schema}, got {records!r}")
     return answer
 
 
@@ -108,7 +107,7 @@ def read(schema: Schema, answer: str) -> Reading:
 def f1(predicted: Sequence[Reading], wanted: Sequence[frozenset]) -> Score:
     """Micro precision, recall and F1 over all answers: exact match of whole records.
 
-    Entity F1 (type and text) and relation F1 (type, head, tail) are this.
+    This is entity F1 (type and text) and relation F1 (type, head, tail).
     """
     right = sum(len(p.records & w) for p, w in zip(predicted, wanted, strict=True))
     said = sum(len(p.records) + p.malformed for p in predicted)
@@ -116,17 +115,17 @@ def f1(predicted: Sequence[Reading], wanted: Sequence[frozenset]) -> Score:
 
 
 def trigger_f1(predicted: Sequence[Reading], wanted: Sequence[frozenset]) -> Score:
-    """Of events: type and trigger."""
+    """F1 of events' types and triggers."""
     return f1(*_mapped(lambda event: {(event.type, event.trigger)}, predicted, wanted))
 
 
 def argument_f1(predicted: Sequence[Reading], wanted: Sequence[frozenset]) -> Score:
-    """Of events: each argument with its event's type, its role and its text."""
+    """F1 of events' arguments: the event's type, the role and the text."""
     return f1(*_mapped(lambda e: {(e.type, *pair) for pair in e.arguments}, predicted, wanted))
 
 
 def set_f1(predicted: Reading, wanted: frozenset) -> float:
-    """2 |P & W| / (|P| + |W|) of one item, malformed records in P; 1 if both are empty."""
+    """2 |P & W| / (|P| + |W|) of one item, where P includes malformed records; 1 if both are empty."""
     size = len(predicted.records) + predicted.malformed + len(wanted)
     return 2 * len(predicted.records & wanted) / size if size else 1.0
 
@@ -141,7 +140,7 @@ def _mapped(parts_of, predicted, wanted):
 
 
 def _score(right, said, wanted):
-    """If nothing is expected and nothing is predicted, the answer is perfect."""
+    """Precision, recall and F1; all are 1 if nothing is expected or predicted."""
     precision = right / said if said else float(wanted == 0)
     recall = right / wanted if wanted else float(said == 0)
     total = precision + recall
@@ -190,7 +189,7 @@ def _read_event(schema, kind, fields):
 
 
 def _split(text, sign):
-    """Splits at each unescaped `sign`; a backslash escapes one character."""
+    """Split at each unescaped `sign`; a backslash escapes one character."""
     parts, start, i = [], 0, 0
     while i < len(text):
         if text[i] == sign:
@@ -205,7 +204,7 @@ def _escaped(value):
 
 
 def _plain(field):
-    """The value of a field, or None if it contains a sign that a value cannot hold."""
+    """The value of a field, or None if it contains an unescaped separator."""
     rest = re.sub(r"\\[;:|=\\]", "", field)
     if re.search(r"[;:|=\\]", rest):
         return None

@@ -1,4 +1,4 @@
-"""C-LoRAE on disk: experts, gates and visual adapters in one file."""
+"""Saves and loads C-LoRAE's experts, gates and visual adapters in one file."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FORMAT_VERSION = 1
 
 
 def save(model: nn.Module, directory: str | os.PathLike) -> Path:
-    """Write experts, gates and visual adapters to directory/c_lorae.safetensors, all or nothing.
+    """Write experts, gates and visual adapters to directory/c_lorae.safetensors, atomically.
 
     Raises:
-        ValueError: the model has none of them.
-        OSError: the file cannot be written; an older one is intact.
+        ValueError: if the model has none of these.
+        OSError: if the file cannot be written; an existing one is unchanged.
     """
     tensors, path = _keyed(model), safefile.path_in(directory, FILE_NAME)
     safefile.write_described(path, tensors, "c_lorae", _describe(model))
@@ -31,14 +31,14 @@ def save(model: nn.Module, directory: str | os.PathLike) -> Path:
 
 @torch.no_grad()
 def load(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
-    """Read what save wrote into a model prepared in the same way (inject, add_visual).
+    """Load a saved file into a model prepared in the same way (inject, add_visual).
 
-    The model determines what the file must hold: paths, ranks, gates, shapes; it keeps its dtypes.
+    Paths, ranks, gates and shapes in the file must match the model, which keeps its dtypes.
 
     Raises:
-        ValueError: the file is damaged, is not ours, does not fit the model (every mismatch is listed) or
-            holds NaN or infinite values.  The model is unchanged.
-        OSError: the file cannot be read.
+        ValueError: if the file is damaged, is not ours, does not fit the model (every mismatch is listed)
+            or has NaN or infinite values.  The model is unchanged.
+        OSError: if the file cannot be read.
     """
     wanted, expected = _keyed(model), _describe(model)
     with safefile.open_in(directory, FILE_NAME) as file:
@@ -67,7 +67,7 @@ def _keyed(model):
 
 
 def _describe(model):
-    """A saved file's description of itself; JSON."""
+    """The JSON description in the file."""
     modules = {}
     for path, module in _trained(model).items():
         if isinstance(module, GatedVisual):

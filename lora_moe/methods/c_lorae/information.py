@@ -1,4 +1,4 @@
-"""Mutual information between the universal expert's and the task experts' outputs, as a loss.
+"""mutual_information_loss, between the outputs of the universal and the task experts.
 
 Letters: B samples, L tokens each, D_in and D_out the linear's sizes.
 """
@@ -16,13 +16,13 @@ from ...routing import Routing
 
 
 class Pooling:
-    """A forward hook that keeps each sample's mean token and the task of its forward.
+    """Forward hook that stores each sample's mean token and task.
 
     An expert is linear, so the mean of its outputs is its output for the mean token: B rows of work
     instead of T.
 
     Attributes:
-        mean: (B, D_in) of the last forward, with its graph; None before.
+        mean: (B, D_in) of the last forward, with its graph; initially None.
     """
 
     def __init__(self, layer: LoraMoeLinear):
@@ -37,7 +37,7 @@ class Pooling:
 
     @staticmethod
     def of(module: nn.Module):
-        """The module's own hook, none or one."""
+        """Yield the module's hook, if it has one."""
         return (hook for hook in module._forward_hooks.values() if isinstance(hook, Pooling))
 
     def __call__(self, layer, args, _output):
@@ -45,12 +45,12 @@ class Pooling:
             return
         (x, *_) = args
         self.mean = x.flatten(1, -2).mean(1) if x.dim() > 2 else x
-        # expert 1 + t belongs to task t, and the universal one is 0 in each row
+        # expert 1 + t belongs to task t; every row has the universal expert 0
         second = layer.routing.indices.amax(1)  # (T,)
         self.tasks = second.view(self.mean.shape[0], -1)[:, 0].long() - 1
 
     def representations(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """u, d (B, D_out): both experts' ungated outputs, mean over each sample's tokens; tasks (B,).
+        """u, d (B, D_out): both experts' ungated outputs, averaged over each sample's tokens; tasks (B,).
 
         d is zero if a sample has no task.
         """
@@ -64,7 +64,7 @@ class Pooling:
         return *both.chunk(2), tasks
 
     def __getstate__(self):
-        """For copies and pickles: the last forward's graph stays behind."""
+        """For copies and pickles, without the last forward's graph."""
         return self.__dict__ | {"mean": None, "tasks": None}
 
 
@@ -80,21 +80,21 @@ def mutual_information_loss(
 
     u_b and d_b are a sample's universal and task representation (Pooling.representations).
     Add it to the loss with a small coefficient: maximizing the bound keeps the task expert informative about
-    the same samples as the universal one.  It is known that C-LoRAE maximizes a mutual information.  The two
-    variables (task and gate are an equal candidate), this bound, the pooling (over all positions, including
-    padding) and the temperature are inferred.
+    the same samples as the universal one.  The paper states that C-LoRAE maximizes a mutual information.  The
+    two variables (task and gate would be equally plausible), this bound, the pooling (over all positions,
+    including padding) and the temperature are inferred.
 
     Args:
         model: injected with mutual_information=True, after a forward.
         temperature: tau.
-        negatives: the c of the sum.  "batch": all samples that have a task.  "task": those of b's own
-            task, so that nothing is gained by distinguishing tasks and the universal expert does not learn
-            to.  It is not known which one C-LoRAE uses.
+        negatives: the c of the sum.  "batch": all samples with a task.  "task": samples of b's task, so
+            that distinguishing tasks does not lower the loss, and the universal expert does not learn to.
+            It is unknown which one C-LoRAE uses.
     Returns:
         0-dim, fp32 (fp64), differentiable.
     Raises:
-        ValueError: no layer keeps what is needed, or negatives is invalid.
-        RuntimeError: no forward has run yet.
+        ValueError: if no layer has mutual_information=True, or negatives is invalid.
+        RuntimeError: if no forward has run yet.
     Source of the bound: van den Oord et al. 2018 (CPC), arXiv 1807.03748, eq. 4-5.
     """
     poolings = [p for module in model.modules() for p in Pooling.of(module)]
@@ -102,9 +102,7 @@ def mutual_information_loss(
         raise ValueError("model: expected layers with mutual_information=True, got none")
     ran = [pooling for pooling in poolings if pooling.mean is not None]
     if not ran:
-        raise RuntimeError(
-            "model: expected a forward to have run, but no layer holds its samples yet"
-        )
+        raise RuntimeError("model: expected a forward before this call, but no layer has run yet")
     losses = [info_nce(*pooling.representations(), temperature, negatives) for pooling in ran]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 

@@ -1,15 +1,15 @@
-"""A gated visual adapter: adds image features to the blocks of a T5 encoder or a decoder.
+"""GatedVisual: an adapter that adds image features to the blocks of a T5 encoder or a decoder.
 
     "attention"   h_i <- h_i + tanh(gate) * Attention(query: norm(h_i), keys and values: v_1 .. v_P)
     "addition"    h_i <- h_i + tanh(gate) * W mean_p v_p
 
-The gate starts at zero, so the model starts unchanged, bit for bit.  An adapter runs in a hook before its
-block: block and model keep their classes and parameter names, and an activation checkpoint around the
+The gate is initially zero, so the model is initially unchanged bit for bit.  An adapter runs in a hook before
+its block: block and model keep their classes and parameter names, and an activation checkpoint around the
 block recomputes the adapter too.
 
 Letters: B samples, L tokens, P patches of an image, D the model's width, D_v the image features'.
 
-It is known that C-LoRAE feeds visual features through adapters; which of the two it uses is inferred.
+The paper states that C-LoRAE uses visual adapters; which of the two forms it uses is inferred.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class GatedVisual(nn.Module):
         heads: number of attention heads.
         head_width: width of each head.
     Attributes:
-        images: (B, P, D_v) for the following forwards, or None for text alone; see set_images.
-        mask: (B, P) bool, True where there is a patch; None means everywhere.
+        images: (B, P, D_v) for the following forwards, or None for text only; see set_images.
+        mask: (B, P) bool, False for missing patches; None if there are none.
     Raises:
-        ValueError: an argument is invalid.
+        ValueError: if an argument is invalid.
     """
 
     def __init__(self, width, image_width, mode="attention", heads=4, head_width=32):
@@ -86,13 +86,13 @@ class GatedVisual(nn.Module):
         have, rows = given.shape[0], h.shape[0]
         if rows % have:
             raise ValueError(
-                f"images: expected one for each of the {rows} samples, or for each group of equally"
-                f" many beams, got {have}"
+                f"images: expected {rows}, one per sample, or one per group of equally many beams,"
+                f" got {have}"
             )
         return given if have == rows else given.repeat_interleave(rows // have, 0)
 
     def before(self, block, args, kwargs):
-        """The hook: passes the block's first argument, its hidden states, through the adapter."""
+        """The hook, which passes the block's hidden states through the adapter."""
         if args:
             return (self(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": self(kwargs["hidden_states"])}
@@ -101,7 +101,7 @@ class GatedVisual(nn.Module):
         return dict(self.named_parameters())
 
     def __getstate__(self):
-        """For copies and pickles: the last batch's images stay behind."""
+        """For copies and pickles, without the last batch's images."""
         return self.__dict__ | {"images": None, "mask": None}
 
 
@@ -113,7 +113,7 @@ def add_visual(
     width: int | None = None,
     **options,
 ) -> nn.Module:
-    """Put a GatedVisual before each of the blocks, as its submodule `visual`.
+    """Add a GatedVisual before each of the blocks, as its submodule `visual`.
 
     Args:
         model: a Hugging Face encoder, decoder or both.
@@ -123,9 +123,9 @@ def add_visual(
         width: D; model.config.hidden_size by default.
         options: options of GatedVisual.
     Returns:
-        The same model, which is unchanged in its results until set_images and training.
+        The same model; its results do not change before set_images and training.
     Raises:
-        ValueError: a path is unknown or has an adapter; the model is unchanged.
+        ValueError: if a path is unknown or has an adapter; the model is unchanged.
     """
     known = dict(model.named_modules())
     unknown = [path for path in blocks if not path or path not in known]
@@ -146,14 +146,14 @@ def add_visual(
 def set_images(
     model: nn.Module, images: torch.Tensor | None, mask: torch.Tensor | None = None
 ) -> None:
-    """Give the following forwards their images, until the next call.
+    """Set the images of the following forwards, until the next call.
 
     Args:
         model: a model with GatedVisual modules.
-        images: (B, P, D_v), or None for text alone.
+        images: (B, P, D_v), or None for text only.
         mask: (B, P) bool, at least one True per row.
     Raises:
-        ValueError: there are no such modules, or a shape is wrong.  Nothing changes then.
+        ValueError: if there are no such modules, or a shape is wrong.  Nothing changes then.
     """
     adapters = [m for m in model.modules() if isinstance(m, GatedVisual)]
     if not adapters:

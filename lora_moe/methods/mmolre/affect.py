@@ -1,8 +1,8 @@
 """Standard metrics of sentiment and emotion (CMU-MOSI, CMU-MOSEI and similar data sets).
 
 Sentiment is a score, usually in [-3, 3]; emotions are a class, or a set of labels.  F1 of a class c is
-2 TP / (2 TP + FP + FN), zero if that is 0 / 0; weighted F1 is its mean over the classes, weighted by
-how often each one is true.
+2 TP / (2 TP + FP + FN), zero if that is 0 / 0; weighted F1 is its mean over the classes, weighted by their
+true frequency.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch
 
 
 def sentiment_metrics(prediction: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """MAE, Pearson's correlation, seven-class accuracy, and two-class accuracy and F1 by both conventions.
+    """MAE, Pearson's correlation, seven-class accuracy, and two-class accuracy and F1 in both conventions.
 
     Args:
-        prediction, truth: scores of the same shape, N of them in all.
+        prediction, truth: N scores, of the same shape.
     Returns:
         mae            mean |prediction - truth|
         corr           Pearson's correlation; NaN if one side is constant
@@ -25,7 +25,7 @@ def sentiment_metrics(prediction: torch.Tensor, truth: torch.Tensor) -> dict[str
                                               exactly 0 counts as negative
         F1 is weighted over the two classes.  NaN if no item is left.
     Raises:
-        ValueError: shapes differ, or there are no items.
+        ValueError: if shapes differ, or there are no items.
     """
     p, y = _pair(prediction, truth)
     sides = y != 0
@@ -52,13 +52,13 @@ def multiclass_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, 
 
 
 def multilabel_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Each of C labels is predicted if its logit is positive.
+    """Accuracy and F1 of C labels, each predicted if its logit is positive.
 
     Args:
         logits, labels: (N, C), labels of 0 and 1.
     Returns:
         accuracy       fraction of all N * C decisions that are correct
-        weighted_f1    mean over labels of their F1, weighted by how often each label is present
+        weighted_f1    mean F1 of the labels, weighted by their true frequency
         macro_f1       the same, unweighted
     """
     there, true = logits > 0, labels > 0.5
@@ -74,7 +74,7 @@ def multilabel_metrics(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, 
 
 
 def weighted_f1(picked: torch.Tensor, true: torch.Tensor) -> float:
-    """Mean of the classes' F1, weighted by how often each one is true; NaN without items.  (N,), (N,)"""
+    """Mean of the classes' F1, weighted by true frequency; NaN without items.  (N,), (N,)"""
     if not true.numel():
         return float("nan")
     classes = torch.cat([picked, true]).unique()
@@ -84,7 +84,7 @@ def weighted_f1(picked: torch.Tensor, true: torch.Tensor) -> float:
 
 
 def _f1(picked, true):
-    """F1 of each column of two (N, C) bool."""
+    """F1 per column of two (N, C) bool tensors."""
     hits = (picked & true).sum(0).double()
     return 2 * hits / (picked.sum(0) + true.sum(0)).clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""UniTSE: the shared and the task experts of one block, with one router per task.
+"""UniTSE: the shared and task experts of one block, with one router per task.
 
 Letters: B items, L positions, D width, N shared experts, E experts of all tasks together, R rank rows
 of all experts, S streams: 1 if all tasks read the same input, or one per task.
@@ -25,16 +25,16 @@ class UniTSE(nn.Module):
         f_n(X)_i = B_n phi(A_n [x_{i-1}; x_i; x_{i+1}] + b1_n) + b2_n
 
     Parameters: lora_A (3, R, D), one slice per tap: x_{i-1}, x_i, x_{i+1}; bias_A (R,); lora_B (R, D),
-    whose row r pairs with row r of lora_A; bias_B (E, D); router_weight (tasks * K, D), K the number of
-    experts that a task chooses from.  Rows and experts are ordered: shared, then each task's own.
-    There is no W0 besides the experts, so B does not start at zero: A and B are drawn such that the mean of
-    K experts, with a ReLU, has the variance of their input; biases start at zero, routers near zero.
-    The attribute gates (tasks, B, L, E) holds the last forward's gates, detached; None before.
+        whose row i pairs with row i of lora_A; bias_B (E, D); router_weight (tasks * K, D), with K experts
+        available to each task.  Rows and experts are ordered: shared, then one per task.
+        Without a W0, B is not initialized to zero: A and B are drawn so that the mean of K experts, with a
+        ReLU, has the variance of their input; biases are initially zero, routers near zero.
+        The attribute gates (tasks, B, L, E) has the last forward's gates, detached; initially None.
 
     Args:
         width: D.
         shared_ranks: ranks of the N shared experts.
-        task_ranks: rank of each task's own expert, one per task; all zeros for tasks without one.
+        task_ranks: rank of each task's expert, one per task; all zero for no task experts.
         activation, route, residual: as in MMoLREConfig.
     """
 
@@ -73,7 +73,7 @@ class UniTSE(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial values again (see the class)."""
+        """Draw new initial values (see the class)."""
         if self.lora_A.is_meta:
             return
         self.lora_A.uniform_(-1, 1).mul_(math.sqrt(2 / self.width))
@@ -88,11 +88,11 @@ class UniTSE(nn.Module):
 
         Args:
             x: (B, L, D), the same for all tasks, or (tasks, B, L, D).
-            mask: (B, L) bool, False at padding, which is read as zero and becomes zero; None: no padding.
+            mask: (B, L) bool, False at padding, which is zeroed in input and output; None: no padding.
         Returns:
             (tasks, B, L, D) in x's dtype.
         Raises:
-            ValueError: a shape is wrong.
+            ValueError: if a shape is wrong.
         """
         x = self._streams(x, mask)  # (S, B, L, D)
         taps, logits = F.shrink(x, self.lora_A.flatten(0, 1), self.router_weight)

@@ -1,4 +1,4 @@
-"""Checks of MMoLRE's arguments: each message names the argument, what was expected and what was received."""
+"""Argument validation of MMoLRE; messages name the argument, what was expected, and the value."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def number(name, value, high):
 
 
 def named(name, entries):
-    expect(isinstance(entries, Mapping), name, "a dict by name", entries)
-    expect(1 <= len(entries) <= MAX_NAMES, name, f"1 to {MAX_NAMES} of them", len(entries))
+    expect(isinstance(entries, Mapping), name, "a dict with names as keys", entries)
+    expect(1 <= len(entries) <= MAX_NAMES, name, f"1 to {MAX_NAMES} entries", len(entries))
     for key in entries:  # they name submodules
         fits = isinstance(key, str) and key.isidentifier() and not hasattr(nn.ModuleDict, key)
-        expect(fits, name, "names that a ModuleDict can hold", key)
+        expect(fits, name, "names that are valid in a ModuleDict", key)
     return dict(entries)

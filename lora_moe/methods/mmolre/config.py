@@ -1,4 +1,4 @@
-"""MMoLREConfig: all options of a model, checked before anything is allocated."""
+"""MMoLREConfig: all options of a model, validated before anything is allocated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_WIDTH = 65_536
 
 
 def expect_options(activation, route):
-    """Of a block."""
+    """Check the options of a block."""
     known = activation in tuple(ACTIVATIONS)
     expect(known, "activation", f"one of {[*ACTIVATIONS]}", activation)
     expect(route in ROUTES, "route", f"one of {ROUTES}", route)
@@ -32,7 +32,7 @@ def expect_options(activation, route):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a task's head outputs and how it is trained.
+    """A task's output and its loss.
 
     Args:
         loss: "mae" or "mse" (regression), "multiclass" (cross-entropy of class ids) or "multilabel"
@@ -53,23 +53,23 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class MMoLREConfig:
-    """All options of the model, checked before anything is allocated.
+    """All options of the model, validated before anything is allocated.
 
     Args:
         modalities: {name: features per position}, one or more, such as {"text": 768, "audio": 74}.
         tasks: {name: Task}.
-        width: D, of the experts' inputs and outputs; other features are projected to it first.
+        width: D of the experts' inputs and outputs; features of other widths are projected first.
         shared_ranks: rank of each shared expert; they may differ.
-        task_rank: rank of each task's own expert in a block; 0 for none.
+        task_rank: rank of each task's expert in a block; 0 for none.
         blocks: number of stacked UniTSE blocks per modality.
         activation: phi, one of "relu", "gelu", "silu", "tanh".
         route: "token": gates at each position; "mean": one set of gates per item, from its mean.
         residual: add a block's input to its output.
-        dropout: on the fused vector during training; in [0, 1).
+        dropout: on the fused vector in training; in [0, 1).
         hard_sharing: the baseline: one stream for all tasks, so one router and no task experts
             (task_rank is 0); fusion and heads remain separate.
     Raises:
-        ValueError: a field is invalid; the message names it, what was expected and what was received.
+        ValueError: if a field is invalid; the message names the field, what was expected and its value.
     """
 
     modalities: Mapping[str, int]
@@ -109,7 +109,7 @@ class MMoLREConfig:
         expect(not own, "task_rank", "0 with hard_sharing, which has no task experts", own)
 
     def to_dict(self) -> dict:
-        """Plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
+        """The fields as plain lists, strings and numbers; from_dict(config.to_dict()) == config."""
         return dataclasses.asdict(self) | {"shared_ranks": list(self.shared_ranks)}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A whole MMoLRE model in one safetensors file."""
+"""Saves and loads an MMoLRE model in one safetensors file."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .model import MMoLRE
 
 
 def save(model: MMoLRE, path: str | os.PathLike) -> None:
-    """Write configuration and weights to one safetensors file, all or nothing.
+    """Write configuration and weights to one safetensors file, atomically.
 
     Args:
         path: path of the file, not of a directory.
     Raises:
-        ValueError: a parameter could not be read back, such as one on meta.
-        OSError: the file cannot be written; an older one is unchanged.
+        ValueError: if a parameter cannot be saved, such as one on meta.
+        OSError: if the file cannot be written; an existing one is unchanged.
     """
     safefile.write_described(Path(path), model.state_dict(), "mmolre", model.config.to_dict())
 
 
 def load(path: str | os.PathLike) -> MMoLRE:
-    """The model that save wrote, on the CPU, in eval mode; the file is untrusted.
+    """Load a saved model, on the CPU and in evaluation mode; the file is untrusted.
 
     Raises:
-        ValueError: it is damaged, does not hold an MMoLRE model, or holds tensors that do not match its
+        ValueError: if the file is damaged, is not an MMoLRE model, or has tensors that do not match its
             configuration or values that are not finite.
-        OSError: it is missing or cannot be read.
+        OSError: if it is missing or cannot be read.
     """
     with safefile.open_regular(Path(path)) as file:
         found, slices = safefile.read_described(file, "mmolre")
@@ -59,7 +59,7 @@ def load(path: str | os.PathLike) -> MMoLRE:
 
 
 def _shapes(config):
-    """{name: shape} of a model's parameters; all blocks of a modality are alike, so one is built."""
+    """{name: shape} of a model's parameters; blocks of a modality are equal, so only one is built."""
     with torch.device("meta"):
         first = MMoLRE(dataclasses.replace(config, blocks=1)).state_dict()
     shapes = {}

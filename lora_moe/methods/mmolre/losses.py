@@ -1,4 +1,4 @@
-"""One loss per kind of task: mae, mse, multiclass, multilabel."""
+"""Task losses: mae, mse, multiclass, multilabel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import MMoLREConfig
 def task_losses(
     config: MMoLREConfig, outputs: Mapping[str, torch.Tensor], labels: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """{task: its mean loss}, unweighted; missing labels do not count.
+    """{task: mean loss}, unweighted; missing labels are excluded.
 
     Args:
         outputs: the model's outputs.

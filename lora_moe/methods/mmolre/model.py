@@ -1,4 +1,4 @@
-"""MMoLRE: one stack of blocks per modality, and one fusion and one head per task.
+"""MMoLRE: a stack of blocks per modality, and a fusion and a head per task.
 
 Letters: B items, L positions, D width.
 """
@@ -44,9 +44,9 @@ class Fusion(nn.Module):
 class MMoLRE(nn.Module):
     """Maps two or more feature sequences to one prediction per task.
 
-    Each modality is projected to D and passes through its own stack of UniTSE blocks: all tasks share the
-    input of the first block and have separate outputs, and the shared experts of later blocks couple them
-    again.  Then each task fuses the modalities and applies its head.
+    Each modality is projected to D and passes through its own stack of UniTSE blocks.  Tasks share the
+    input of the first block and have separate outputs, which later blocks process with shared experts.
+    Then each task fuses the modalities and applies its head.
     """
 
     def __init__(self, config: MMoLREConfig):
@@ -91,14 +91,14 @@ class MMoLRE(nn.Module):
             features: {modality: (B, L, features)}; lengths may differ between modalities.
             masks: {modality: (B, L) bool}, False at padding; an omitted modality has no padding.
         Raises:
-            ValueError: a modality is missing or unknown, or a shape is wrong.
+            ValueError: if a modality is missing or unknown, or a shape is wrong.
         """
         masks = masks or {}
         self._check(features, masks)
         encoded = {}
         for name, blocks in self.encoders.items():
             mask, x = masks.get(name), features[name]
-            if mask is not None:  # before the projection, whose gradient a NaN there would reach
+            if mask is not None:  # before the projection, where NaN would reach a gradient
                 x = x.masked_fill(~mask[..., None], 0)
             h = self.project[name](x)
             for block in blocks:

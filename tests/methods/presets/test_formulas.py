@@ -178,7 +178,7 @@ def test_more_of_mola_a_list_for_each_layer():
     model.layers.append(nn.ModuleDict({"k_proj": nn.Linear(6, 6)}))
     inject(model, made)
     assert [y["q_proj"].config.num_experts for y in model.layers[:2]] == [2, 4]
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="equal length"):
         presets.mola((2, 4), (8,), target_modules=("q_proj",))
     with pytest.raises(ValueError, match="names with a list"):
         presets.mola((2, 4), target_modules="all-linear")

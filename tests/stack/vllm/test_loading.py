@@ -74,7 +74,7 @@ def test_what_vllm_asks_of_a_layers_own_method_is_answered(base, every_kind):
     assert layer.quant_method.something == 3
     with pytest.raises(AttributeError):
         _ = layer.quant_method.nothing_of_that_name
-    with pytest.raises(RuntimeError, match="already loaded"):
+    with pytest.raises(RuntimeError, match="only be attached to a loaded layer"):
         layer.quant_method.create_weights()
 
 
@@ -141,7 +141,7 @@ def test_a_truncated_file(base, every_kind, tmp_path):
 def test_another_base(every_kind, tmp_path):
     """Fewer layers and another width: every mismatch is listed."""
     other = models.save_base(tmp_path / "other", num_hidden_layers=7, intermediate_size=64)
-    with pytest.raises(ValueError, match="around linear layers of this base") as refused:
+    with pytest.raises(ValueError, match="on linear layers of this base") as refused:
         loaded(configured(other, every_kind))
     said = str(refused.value)
     assert "model.layers.7.mlp.gate_proj: no such module" in said
@@ -177,7 +177,7 @@ def test_a_layer_that_is_cut_in_a_way_of_its_own(base, every_kind, monkeypatch):
 
     monkeypatch.setattr(llama, "QKVParallelLinear", Other)
     with pytest.raises(
-        ValueError, match=r"q_proj: .*is a Other, whose sharding over ranks is not known"
+        ValueError, match=r"q_proj: .*is a Other, whose sharding over ranks is unknown"
     ):
         loaded(configured(base, every_kind))
 
