@@ -17,7 +17,7 @@ COLORS = {
     "BranchLoRA": figures.OURS,
     "joint": figures.INK,
 }
-LABELS = {"ACC": "accuracy in the end (ACC)", "BWT": "change since a task was learned (BWT)"}
+LABELS = {"ACC": "final accuracy (ACC)", "BWT": "forgetting (BWT)"}
 
 
 def draw(out, data, runs, seeds):
