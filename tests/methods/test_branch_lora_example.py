@@ -69,7 +69,7 @@ def test_the_evidence_runs(tmp_path):
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
     text = (tmp_path / "report.md").read_text()
     claim = "| a selector replaces the task's identity | selector is right: share - 90 |"
-    assert claim in text and "selector is right" in text and "seeds [0]" in text
+    assert claim in text and "selector is right" in text and "seeds 0" in text
     runs = {}
     for order in ("given", "reversed", "hashed"):
         _setting, *lines = (tmp_path / f"{order}.jsonl").read_text().splitlines()

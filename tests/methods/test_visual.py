@@ -154,5 +154,5 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r"mask: expected \(B, P\)"):
         visual.set_images(model, IMAGES, MASK[:2])
     visual.set_images(model, IMAGES[:2])
-    with pytest.raises(ValueError, match="each of the 3 samples"):
+    with pytest.raises(ValueError, match="images: expected 3, one per sample"):
         run(model)
