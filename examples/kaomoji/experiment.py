@@ -120,17 +120,18 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)  # before forking: each process uses one thread
     started = time.perf_counter()
-    size, path, grid, seeds = FULL, RATES, GRID, TUNING_SEEDS
+    size, path, grid = FULL, RATES, GRID
     if args.quick:  # also tunes, but the rates stay in its folder
-        size, path, grid, seeds = QUICK, args.out / RATES.name, GRID[:1], TUNING_SEEDS[:1]
-        args.seeds = args.seeds[:1]
+        size, path, grid, args.seeds = QUICK, args.out / RATES.name, GRID[:1], args.seeds[:1]
     if not (args.tune or args.quick or path.exists()):
         raise SystemExit("the rates are missing: python -m examples.kaomoji --tune")
     fast_bf16 = lora_moe.backend.cpu_isas()[0] == "avx512_bf16"
     study = Study(size, torch.bfloat16 if fast_bf16 else torch.float32)
     if args.tune or args.quick:
         of = partial(score, study)
-        evidence.tune(args.out, path, ARMS, grid, seeds, of, args.processes, setting=args.quick)
+        evidence.tune(
+            args.out, path, ARMS, grid, TUNING_SEEDS, of, args.processes, setting=args.quick
+        )
     if args.tune:
         print(evidence.tuning(path))
         return
