@@ -1,4 +1,4 @@
-"""aux_loss and router_stats over a model, and the selection bias."""
+"""aux_loss and router_stats over a model; the selection bias."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_aux_loss_is_the_mean_over_layers():
     assert loss.shape == () and loss.item() == pytest.approx(want / 2)
     loss.backward()
     assert all(layer.router_weight.grad.any() for layer in (model.a, model.b))
-    assert model.a.lora_B.grad.any()  # it shapes what the second router reads
+    assert model.a.lora_B.grad.any()  # layer a's experts change the input of layer b's router
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -85,7 +85,7 @@ def test_aux_loss_is_not_silently_lost():
     checkpoint(model, inputs()[0].requires_grad_(), use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         aux_loss(model)
-    with torch.no_grad():  # nobody expects a gradient here
+    with torch.no_grad():  # no gradient is expected here
         assert aux_loss(model) > 0
     model.eval()
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_a_step_that_skips_a_layer_can_forget_it():
     (model(x).sum() + aux_loss(model)).backward()
     set_routing(model)
     model.a(x)
-    aux_loss(model).backward()  # model.b's graph is gone and is not asked for
+    aux_loss(model).backward()  # model.b's graph is freed and must not be needed
     assert list(router_stats(model)) == ["a"]
 
 
@@ -148,7 +148,7 @@ def test_selection_bias_moves_towards_balance():
     model = Model(selection_bias=True)
     x = torch.randn(200, D, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 1
-    model.a.router_weight.data[1, 0] += 3  # nearly everybody wants expert 1
+    model.a.router_weight.data[1, 0] += 3  # most tokens pick expert 1
     model(x)
     mean = 200 * K / E
     want = [0.125 * (c < mean) - 0.125 * (c > mean) for c in model.a.routing.counts.tolist()]
@@ -162,7 +162,7 @@ def test_selection_bias_moves_towards_balance():
     assert router_stats(model)["a"]["max_over_mean"] < 1.25
 
 
-def test_selection_bias_is_asked_for():
+def test_update_selection_bias_requires_the_option():
     model = Model()
     model(inputs()[0])
     with pytest.raises(ValueError, match="selection_bias=True"):

@@ -1,4 +1,4 @@
-"""routed_lora_banks: layers with the same input give what routed_lora gives for each, on every backend."""
+"""routed_lora_banks equals routed_lora called for each layer on the same input, on every backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLANS = {"cpp": ["segmented"], "reference": ["segmented"]}.get(BACKEND, ["decode
 def banks_of(
     dtype, T, ranks=4, shared_a=False, gap=0, apart=False, biases=True, adapter_dtype=None
 ):
-    """Operands that lie one after the other in memory, or apart."""
+    """Operands that are adjacent in memory, or separate."""
     g, n = torch.Generator().manual_seed(0), len(WIDTHS)
 
     def normal(*shape, scale=1.0):
@@ -71,7 +71,7 @@ def check(v, name):
         y, want = F.routed_lora_banks(**v), one_by_one(v)
     if BACKEND in ("cpp", "reference"):
         assert torch.equal(y, want)
-    else:  # the sums over D_in are split by the rank rows of all banks
+    else:  # the rank rows of all banks together determine how the sums over D_in are split
         assert_accurate("y", y, want.double(), units=16 if y.dtype == torch.float32 else 2)
     assert (want - v["base"]).abs().max() > 0.1
 
@@ -112,7 +112,7 @@ def test_no_tokens_and_leading_dimensions():
 
 @pytest.mark.skipif(BACKEND != "triton", reason="launches are Triton's")
 def test_all_banks_are_two_launches(monkeypatch):
-    """A layer of Llama (q, k, v; o; gate, up; down) makes 8 of them in decoding."""
+    """A decoder layer of Llama (q, k, v; o; gate, up; down) takes 8 launches in decoding."""
     counted = []
     for name in ("decode", "shrink"):
         module = importlib.import_module(f"lora_moe.triton_kernels.{name}")
@@ -143,6 +143,6 @@ def test_all_banks_are_two_launches(monkeypatch):
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_what_does_not_fit_raises(change, error, message):
+def test_mismatched_operands_raise(change, error, message):
     with pytest.raises(error, match=message):
         F.routed_lora_banks(**banks_of(torch.float32, 5) | change)

@@ -1,4 +1,4 @@
-"""LoraMoeConfig: what it accepts survives a round trip, and what it refuses allocates no memory."""
+"""LoraMoeConfig: accepted values survive a round trip, and refused values allocate no memory."""
 
 import json
 import tracemalloc
@@ -63,7 +63,7 @@ def test_refused_values_are_named(name, value):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert "expected" in str(error.value) and "got" in str(error.value)
-    assert len(str(error.value)) < 500  # a hostile value is not echoed at full length
+    assert len(str(error.value)) < 500  # the message truncates hostile values
     assert peak < 2 << 20
 
 

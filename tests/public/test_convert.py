@@ -1,4 +1,4 @@
-"""Importers: files created here in each format's layout, against the format's formula."""
+"""Importers: files in each format's layout, created here, against the format's formula."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A tiny Llama's names around two blocks; its logits are of order one."""
+    """Two blocks named as in a tiny Llama; the logits are of order one."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Model(nn.Module):
 
 
 def by_formula(formula):
-    """The logits of a model whose linear maps at PATHS add formula(path, x)."""
+    """The logits of a model where the linear maps at PATHS add formula(path, x)."""
     model = Model()
     for path in PATHS:
         module = model.get_submodule(path)
@@ -73,7 +73,7 @@ def expect_formula(directory, formula):
     model = load_adapter(Model(), directory)
     with torch.no_grad():
         got, expected, base = model(X), by_formula(formula), Model()(X)
-    assert (expected - base).abs().max() > 0.05  # the experts have a say
+    assert (expected - base).abs().max() > 0.05  # the experts change the output
     error = (got - expected).abs().max() / expected.abs().max()
     assert error <= 1e-12, float(error)
     return model
@@ -81,7 +81,7 @@ def expect_formula(directory, formula):
 
 @pytest.mark.parametrize("file", ["bin", "safetensors"])
 @pytest.mark.parametrize("kind", MADE)
-def test_the_formulas_logits(tmp_path, kind, file):
+def test_logits_equal_the_formula(tmp_path, kind, file):
     source, formula, options = MADE[kind](tmp_path / "source", file=file)
     converted = convert(source, tmp_path / "out", **options)
     assert converted.format == kind and converted.paths == (tmp_path / "out/lora_moe.safetensors",)
@@ -99,13 +99,13 @@ def test_scales_and_names_that_may_differ(tmp_path):
     expect_formula(tmp_path / "b", formula)
 
 
-def test_what_trains_on_is_as_it_was(tmp_path):
+def test_training_settings_are_converted(tmp_path):
     source, *_ = moe_peft(tmp_path / "mola", router_loss=True, router_aux_loss_coef=0.01, top_k=2)
     convert(source, tmp_path / "a")
     model = load_adapter(Model(), tmp_path / "a")
     config = injected(model)["model.layers.0.mlp.up_proj"].config
     assert config.balance_coef == 0.02 and config.z_coef == 0 and config.dropout == 0.05
-    # MoE-PEFT's loss is E sum_e P_e * (share of tokens that took e), K where it is balanced
+    # MoE-PEFT's loss is E sum_e P_e * (share of tokens that took e), which is K when balanced
     with torch.enable_grad():
         model(X)
         routing = injected(model)["model.layers.0.mlp.up_proj"].routing

@@ -1,4 +1,4 @@
-"""MixLoRA files created here in its layout: once converted, they give the mixlora package's own logits."""
+"""MixLoRA files created here in its layout give the mixlora package's logits after conversion."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def converted(folder, tmp_path):
 
 
 def theirs(folder):
-    """The mixlora package's own model; its experts' dropout is off."""
+    """The model as the mixlora package builds it, with the experts' dropout off."""
     mixlora = pytest.importorskip("mixlora.model")
     model = tiny.base(0).eval()
     mixlora.inject_adapter_in_model(model, *mixlora.load_adapter_weights(str(folder), device="cpu"))
@@ -84,7 +84,7 @@ def theirs(folder):
     ],
     ids=str,
 )
-def test_their_own_code_gives_the_same_logits(options, tmp_path):
+def test_the_mixlora_package_gives_the_same_logits(options, tmp_path):
     folder = folder_of(tmp_path, **options)
     model = converted(folder, tmp_path)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_experts_may_have_a_rank_and_a_scale_of_their_own(tmp_path):
     assert torch.equal(*logits)
 
 
-def test_what_is_converted_says_so(tmp_path):
+def test_notes_and_configuration_of_a_conversion(tmp_path):
     folder = folder_of(
         tmp_path, routing_strategy="mixlora-dynamic", top_p=0.7, router_aux_loss_coef=0.02, jitter_noise=0.1
     )  # fmt: skip
@@ -149,7 +149,7 @@ def test_what_is_converted_says_so(tmp_path):
     ],
     ids=str,
 )
-def test_what_is_not_understood_is_refused_by_name(change, message, tmp_path):
+def test_unknown_fields_are_refused_by_name(change, message, tmp_path):
     folder = folder_of(tmp_path)
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -166,7 +166,7 @@ def test_what_is_not_understood_is_refused_by_name(change, message, tmp_path):
         ("mixlora.layers.0.self_attn.v_proj.lora_A.weight", "expected lora_A and lora_B"),
     ],
 )
-def test_tensors_that_are_not_understood_are_refused_by_name(key, message, tmp_path):
+def test_unknown_tensors_are_refused_by_name(key, message, tmp_path):
     folder = folder_of(tmp_path)
     tensors = torch.load(folder / "adapter_model.bin")
     torch.save(tensors | {key: torch.zeros(3, D)}, folder / "adapter_model.bin")

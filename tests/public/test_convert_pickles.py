@@ -1,4 +1,4 @@
-"""Pickles given to lora-moe convert: no code runs, and hostile ones cost little."""
+"""Pickles given to lora-moe convert: no code runs, and hostile files cost little time and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..support.cost import measured
 
 
 class Trace:
-    """Leaves a file when it is unpickled."""
+    """Creates a directory when unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -35,7 +35,7 @@ def test_a_malicious_pickle_is_not_run(tmp_path):
         convert(source, tmp_path / "out")
     assert not trace.exists()
     torch.load(source / "adapter_model.bin", weights_only=False)
-    assert trace.exists()  # it would have run
+    assert trace.exists()  # an unrestricted load runs it
 
 
 def archive(path, pickled, compression=zipfile.ZIP_STORED, records=()):
@@ -50,7 +50,7 @@ STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cp
 
 
 def rebuilt(shape, strides):
-    """A pickle of {"a": a tensor of one stored value, with this shape and these strides}."""
+    """A pickle of {"a": a tensor with one stored value and this shape and these strides}."""
     numbers = [
         b"(" + b"".join(b"J" + n.to_bytes(4, "little") for n in part) + b"t"
         for part in (shape, strides)

@@ -1,4 +1,4 @@
-"""Checkpoints of PEFT's Poly compute the same here; what is no such checkpoint is refused."""
+"""PEFT's Poly checkpoints give the same outputs after conversion; other files are refused."""
 
 from __future__ import annotations
 

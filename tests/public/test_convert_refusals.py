@@ -1,4 +1,4 @@
-"""Importers name what they do not understand, and write nothing."""
+"""Importers name the fields and tensors that they do not support, and write nothing."""
 
 from __future__ import annotations
 

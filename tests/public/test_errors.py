@@ -1,4 +1,4 @@
-"""Invalid arguments raise before anything is computed, and the message names the argument and its value."""
+"""Invalid arguments raise before any computation; the message names the argument and its value."""
 
 import math
 
@@ -45,7 +45,7 @@ WRONG_VALUES = {
 WRONG = [(name, value) for name, values in WRONG_VALUES.items() for value in values]
 
 
-def test_the_good_arguments_are_good():
+def test_the_valid_arguments_are_accepted():
     y, _ = F.routed_lora(**GOOD)
     assert y.shape == (T, D_OUT)
 
@@ -62,7 +62,7 @@ def test_shapes_of_both_sides_are_stated():
         F.routed_lora(**{**GOOD, "lora_B": torch.randn(7, 7)})
 
 
-def test_shared_a_wants_equal_ranks_and_r_rows():
+def test_shared_a_requires_equal_ranks_and_r_rows():
     with pytest.raises(ValueError, match="rank_offsets: expected equal ranks"):
         F.routed_lora(**{**GOOD, "rank_offsets": [0, 2, 6, 9, 12]}, shared_a=True)
     with pytest.raises(ValueError, match=r"lora_A: expected \(3, 6\)"):

@@ -1,4 +1,4 @@
-"""What holds to the bit on every backend: nothing added, ties, NaN of others, batches, repeats."""
+"""Bitwise guarantees on every backend: adding nothing, ties, NaN in other rows, batches, repeats."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..support.functions import (
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 40])
 def test_bf16_numbers_that_are_not_subnormal_are_kept(rows):
-    """A CPU's bf16 dot takes what is below 2^-126 for zero; no product and no sum of others changes."""
+    """A CPU's bf16 dot may flush inputs below 2^-126 to zero; all other products and sums are exact."""
     tiny = 2.0**-126
     x = torch.full((rows, 64), tiny, dtype=torch.bfloat16)
     x[:, ::2] *= 1.5
@@ -40,7 +40,7 @@ def test_bf16_numbers_that_are_not_subnormal_are_kept(rows):
     assert torch.equal(y.double(), want)
     s, _ = F.shrink(x, a)
     assert torch.equal(s.double(), x.double() @ a.double().T)
-    below = x / 4  # subnormal: as they are, or zero
+    below = x / 4  # subnormal: kept or flushed to zero
     s, _ = F.shrink(below, a)
     assert (s.double() - below.double() @ a.double().T).abs().max() <= tiny * 32
 
@@ -118,7 +118,7 @@ def test_exact_ties_go_to_the_lower_id():
 def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype):
     with pinned():
         check_batch_invariance(case, sample(case, dtype))
-        if dtype in (torch.bfloat16, torch.float16):  # few tokens round adapters as they read them
+        if dtype in (torch.bfloat16, torch.float16):  # few tokens round adapters on reading
             check_batch_invariance(case, sample(case, dtype, adapter_dtype=torch.float32))
 
 
@@ -136,7 +136,7 @@ def check_batch_invariance(case, v):
 @pytest.mark.parametrize("T", [1, 5, 100])
 @every_dtype
 def test_zero_experts_leave_the_base_as_it_is(dtype, T):
-    """The smallest numbers included, which the CPU's own rounding to bf16 would lose."""
+    """This includes subnormal numbers, which the CPU's own rounding to bf16 would flush."""
     case = BY_NAME["long"]
     v = sample(case, dtype)
     tiny = torch.finfo(dtype).smallest_normal / 4
@@ -194,7 +194,7 @@ def test_calls_without_a_graph_give_the_same_bits(shape, scaling):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [5, 70])
 def test_sums_over_nothing(tokens, dtype):
-    """No slots, no rank rows, no columns: results are the base or zeros, never what memory held."""
+    """No slots, rank rows or columns: results are the base or zeros, never uninitialized memory."""
     x, base = torch.randn(tokens, 24, dtype=dtype), torch.randn(tokens, 16, dtype=dtype)
     a, b = (torch.randn(4, d, dtype=dtype, requires_grad=True) for d in (24, 16))
     nobody = Routing.from_ids(torch.empty(tokens, 0, dtype=torch.int64), num_experts=1)
@@ -232,8 +232,8 @@ def test_saved_shapes_do_not_depend_on_the_routing():
 @pytest.mark.parametrize("T", [1, 5, 64, 65])
 @pytest.mark.parametrize("shared_a", [False, True], ids=["private-a", "shared-a"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_wide_adapters_act_as_if_they_were_rounded_first(dtype, shared_a, T):
-    """Few tokens round the picked experts' rows only; the bits are those of rounding all of them."""
+def test_wide_adapters_equal_adapters_rounded_first(dtype, shared_a, T):
+    """With few tokens, only the picked experts' rows are rounded; the bits equal those of rounding all."""
     g = torch.Generator().manual_seed(T)
     E, r, D_in, D_out = 6, 5, 97, 131
     x, base = (torch.randn(T, d, generator=g).to(dtype) for d in (D_in, D_out))

@@ -1,4 +1,4 @@
-"""Export, CUDA graphs and whole graphs: no operator reads a value or mutates."""
+"""Export, CUDA graphs and full graphs: no operator reads a value on the host or mutates its inputs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..support.cases import BY_NAME, leaves, sample
 from ..support.functions import BACKEND, FUNCTIONS, USED, experts_of, inputs_of, routed
 
 CASE = BY_NAME["unequal ranks"]
-# the plan of a GPU kernel, and so a graph, is for a class of sizes
+# a GPU kernel's plan, and so an exported graph, covers one class of token counts
 LARGEST = plan.DECODE_T if BACKEND == "triton" else 4096
 
 
 class Routed(nn.Module):
-    """Every public function once."""
+    """Calls every public function once."""
 
     def __init__(self, options):
         super().__init__()
@@ -69,7 +69,7 @@ def test_export_with_any_number_of_tokens(options, tmp_path):
 
 
 def test_an_exported_graph_is_json():
-    """AOTInductor writes the arguments of operators as JSON, which has no infinity."""
+    """AOTInductor writes operator arguments as JSON, which has no infinity."""
     _, program = exported({})
     calls = [n for n in program.graph.nodes if str(n.target).startswith("lora_moe.")]
     assert {str(n.target).split(".")[1] for n in calls} >= {
@@ -91,7 +91,7 @@ def test_graphs_saved_with_an_infinite_top_p_still_run():
 
 
 class Seen(TorchDispatchMode):
-    """The operators of a call, with the devices of their tensors."""
+    """Records the operators of a call with the devices of their tensors."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +138,7 @@ def test_no_operator_mutates_or_has_shapes_that_depend_on_values():
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"threshold": 0.1}], ids=str)
 def test_two_layers_compile_with_dynamic_sizes(options):
-    """A number with a name becomes a symbol then, of which PyTorch loses track between two Functions."""
+    """A named float becomes a symbol with dynamic=True; PyTorch loses track of it between two Functions."""
     torch._dynamo.reset()
     v = leaves(sample(BY_NAME["odd"]), "x", "lora_A")
 
@@ -156,7 +156,7 @@ def test_two_layers_compile_with_dynamic_sizes(options):
 
 
 def test_forward_and_backward_compile_to_one_graph_each_and_read_no_value():
-    """All outputs of all functions in the loss; a new number of tokens compiles nothing anew."""
+    """The loss uses all outputs of all functions; a new number of tokens does not recompile."""
     torch._dynamo.reset()
     graphs = []
 
@@ -181,7 +181,7 @@ def test_forward_and_backward_compile_to_one_graph_each_and_read_no_value():
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     names = sorted({n for f in FUNCTIONS for n in USED[f]} - {"H"})
-    for tokens in (31, 20, 27):  # not 33, which would stand for D_out as well
+    for tokens in (31, 20, 27):  # not 33: it equals D_out, and the two sizes would share one symbol
         v = inputs_of(CASE, torch.float32)
         v = {k: t[:tokens] if k in ("x", "base", "weights", "logits") else t for k, t in v.items()}
         v = leaves(v, *names)

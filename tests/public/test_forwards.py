@@ -1,4 +1,4 @@
-"""What is read from the source of a forward: which weights it reads, what it calls, what it returns."""
+"""Analysis of a forward's source: which weights it reads, which children it calls, what it returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_moe.forwards import Forward
 
 
 class Block(nn.Module):
-    """A parent of two linears; what its subclasses differ in is the forward."""
+    """A parent of two linears; subclasses differ only in their forward."""
 
     fused = False
 
@@ -123,14 +123,14 @@ def flagged(cls):
 
 
 def patched():
-    """As Liger and others do: another forward for one object."""
+    """As in Liger and others: one object's forward is replaced."""
     block = Calls()
     block.forward = types.MethodType(Reads.forward, block)
     return block
 
 
 def hooked():
-    """As accelerate does: a partial that wraps the old forward."""
+    """As in accelerate: a partial wraps the old forward."""
     block = Reads()
     old = block.forward
     block.forward = functools.update_wrapper(functools.partial(old), old)
@@ -201,7 +201,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("make, multiplies, tuples", OWN.values(), ids=OWN)
-def test_its_own_weight_and_what_it_returns(make, multiplies, tuples):
+def test_own_weight_and_return_type(make, multiplies, tuples):
     forward = Forward(make())
     assert (forward.multiplies, forward.returns_tuple) == (multiplies, tuples)
 

@@ -1,4 +1,4 @@
-"""freeze_experts in one process: frozen rows stay bitwise unchanged under every optimizer."""
+"""freeze_experts in one process: frozen rows keep their bits under every optimizer."""
 
 import copy
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_moe import LoraMoeConfig, freeze_experts, inject, injected, load_adapter, save_adapter
 
-RANKS = (1, 3, 2)  # expert 1 has the rows 1, 2 and 3
+RANKS = (1, 3, 2)  # expert 1 owns rows 1, 2 and 3
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=False),
     "AdamW, foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1, foreach=True),
@@ -55,7 +55,7 @@ def train(adapted, optimizer, steps=3):
 
 
 def expect_still(before, after, rows=slice(1, 4)):
-    """These rows have kept their bits, and no others."""
+    """Exactly these rows keep their bits; all others change."""
     for name, tensor in after.items():
         same = (tensor == before[name]).all(1)
         still = torch.zeros_like(same)
@@ -66,7 +66,7 @@ def expect_still(before, after, rows=slice(1, 4)):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_frozen_rows_keep_their_bits(name):
-    """Also when the optimizer is older, and full of momentum."""
+    """The optimizer was created before freezing and already holds momentum."""
     adapted = model()
     optimizer = OPTIMIZERS[name]([p for p in adapted.parameters() if p.requires_grad])
     train(adapted, optimizer)
@@ -89,7 +89,7 @@ def test_lbfgs_evaluates_in_between():
 
 
 class DecayThenAdamW(torch.optim.AdamW):
-    """A step of its own around that of its base class."""
+    """Overrides step and calls the base class's step."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -122,7 +122,7 @@ def test_a_step_that_raises_spoils_no_later_one():
 
 
 def test_an_optimizer_for_each_parameter():
-    """As those that step inside backward; each puts back its own alone."""
+    """Optimizers that step inside backward; each restores its own parameter only."""
     adapted = model()
     freeze_experts(adapted, [1])
     before = tensors(adapted)
@@ -164,7 +164,7 @@ def test_a_shared_a_is_not_frozen():
 
 
 @pytest.mark.parametrize("way", ["saved", "copied"])
-def test_frozen_experts_travel(way, tmp_path):
+def test_frozen_experts_survive_saving_and_copying(way, tmp_path):
     adapted = model()
     freeze_experts(adapted, [1])
     if way == "saved":
@@ -177,15 +177,15 @@ def test_frozen_experts_travel(way, tmp_path):
     expect_still(before, tensors(other))
 
 
-def test_rows_that_are_not_there_are_refused():
-    """A flat shard, as FSDP1 makes it, or a flat copy, as ZeRO steps it."""
+def test_flat_shards_are_refused():
+    """A flat shard as in FSDP1, or a flat copy as ZeRO steps it."""
     adapted = model()
     freeze_experts(adapted, [1])
     layer = adapted[0]
     flat = nn.Parameter(torch.zeros(40))
     layer.lora_A._hp_mapping = SimpleNamespace(hp_fragment=flat.data[10:20])
     optimizer = OPTIMIZERS["SGD"]([p for p in adapted.parameters() if p.requires_grad])
-    optimizer.step()  # another's
+    optimizer.step()  # does not hold the flat parameter yet
     optimizer.add_param_group({"params": [flat]})
     with pytest.raises(RuntimeError, match=r"ZeRO.*train with DDP or FSDP2"):
         optimizer.step()

@@ -31,7 +31,7 @@ from ..support.functions import (
 
 
 def forward_bound(case, dtype):
-    """Rounding y once costs 0.42 u; the C++ kernels round nothing else, or in bf16 also H: 0.60 u."""
+    """Rounding y once costs 0.42 u. The C++ kernels round nothing else, except H in bf16: 0.60 u."""
     wide = case.D_in >= 256 and case.R // case.E >= 8
     low = dtype in (torch.bfloat16, torch.float16)
     if BACKEND == "cpp" and low and wide:
@@ -51,7 +51,7 @@ def test_routed_lora(case, dtype):
     for (name, out), want, usual in zip(outputs.items(), truth, plain, strict=True):
         if name == "y":
             assert_accurate(name, out, want, usual, **forward_bound(case, dtype))
-        else:  # the router works in fp32 whatever x is
+        else:  # the router computes in fp32 for any dtype of x
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             assert_accurate(name, out, want, units=16, dtype=wide)
     want = torch.bincount(routing.indices.flatten().long(), minlength=case.E)
@@ -61,7 +61,7 @@ def test_routed_lora(case, dtype):
 @every_dtype
 @every_case
 def test_routed_lora_gradients(case, dtype):
-    """Of everything, with every output of the routing in the loss (balance, z-loss, distillation)."""
+    """All gradients, with every output of the routing in the loss (balance, z-loss, distillation)."""
     inputs = leaves(sample(case, dtype), *PARAMETERS)
     y, routing = routed(inputs, case)
     outputs = list(routing_outputs(y, routing).values())
@@ -73,7 +73,7 @@ def test_routed_lora_gradients(case, dtype):
     )
     for name in got:
         assert got[name].dtype == inputs[name].dtype
-        if name == "router_bias" and dtype == torch.float32:  # of E numbers chance decides
+        if name == "router_bias" and dtype == torch.float32:  # E numbers are too few
             assert_accurate("drouter_bias", got[name], want[name], units=16)
         else:
             assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype)
@@ -82,12 +82,12 @@ def test_routed_lora_gradients(case, dtype):
 @every_dtype
 @some_cases("odd", "tiles fit", "unequal ranks", "shared A", "many experts", "no rows")
 def test_grouped_lora(case, dtype):
-    """The caller's routing: empty slots, repeated ids, negative weights; values and gradients."""
+    """A routing by the caller: empty slots, repeated ids, negative weights; values and gradients."""
     names = ("x", "lora_A", "lora_B", "base", "weights")
     inputs = sample(case, dtype)
     g = torch.Generator().manual_seed(3)
     ids = torch.randint(-1, case.E, (case.T, case.K), generator=g, dtype=torch.int32)
-    ids[: case.T // 2, -1] = ids[: case.T // 2, 0]  # repeated: adds up
+    ids[: case.T // 2, -1] = ids[: case.T // 2, 0]  # repeated ids add up
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs["weights"] = torch.randn(case.T, case.K, generator=g).to(wide)
 
@@ -147,7 +147,7 @@ def test_shrink_without_router_and_expand_without_base():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_fp32_adapters_on_a_low_precision_x(dtype):
-    """PEFT's normal case: products in x's dtype, gradients in the adapter's, summed in fp32."""
+    """The normal case with PEFT: products in x's dtype; gradients in the adapter's, summed in fp32."""
     case = BY_NAME["long"]
     inputs = leaves(sample(case, dtype, adapter_dtype=torch.float32), *PARAMETERS)
     y, routing = routed(inputs, case)
@@ -161,7 +161,7 @@ def test_fp32_adapters_on_a_low_precision_x(dtype):
     want = gradients(eager.routed_lora(exact, case, routing.indices)[:1], dys, exact, PARAMETERS)
     for name in ("lora_A", "lora_B", "router_weight"):
         assert got[name].dtype == torch.float32
-        # dy and H are rounded to dtype on their way in, the sum over tokens is not
+        # dy and H are rounded to dtype as operands; the sum over tokens is not
         assert relative_error(got[name], want[name]) < 1.0 * UNIT[dtype], name
 
 
@@ -230,7 +230,7 @@ def test_frozen_experts_get_exact_zeros(shared_a):
         want["lora_B"][rows] = 0
         if not shared_a:
             want["lora_A"][rows] = 0
-    for name in got:  # what is left may be summed in other tiles
+    for name in got:  # the other rows may be summed in other tiles
         assert torch.equal(got[name] == 0, want[name] == 0), name
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6)
 
@@ -260,7 +260,7 @@ def test_changed_saved_tensor_and_second_backward_raise():
 
 
 def test_rank_masks_are_gates_of_single_rank_experts():
-    """MoRE: a task sees a prefix of the ranks, each with its own scale; a gate per rank row, E = R."""
+    """MoRE: a task uses a prefix of the ranks, each with its own scale: a gate per rank row, E = R."""
     case = BY_NAME["tiles fit"]
     v = leaves(sample(case), "x", "lora_A", "lora_B")
     x, a, b = v["x"], v["lora_A"], v["lora_B"]

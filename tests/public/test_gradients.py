@@ -1,7 +1,7 @@
-"""Incoming gradients as real losses produce them: expanded, transposed, sliced, missing; on every backend.
+"""Incoming gradients as losses produce them: expanded, transposed, sliced, missing; on every backend.
 
-`y.sum()` passes one expanded number, `y.T @ z` a transposed matrix, `y[:, ::2]` through a view a slice,
-and an output that the loss does not use passes nothing.  The reference is the stacked formulation of
+`y.sum()` passes one expanded number, `y.T @ z` a transposed matrix, `y[:, ::2]` of a view a slice, and an
+output that the loss does not use passes none.  The reference is the stacked formulation of
 eager.py in fp64, with gradients from autograd.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts.
@@ -33,7 +33,7 @@ from ..support.functions import (
 
 
 def expanded(g, shape):
-    """A row for all tokens."""
+    """One row shared by all tokens."""
     return torch.randn(shape[1:], generator=g, dtype=torch.float64).expand(shape)
 
 
@@ -48,13 +48,13 @@ def transposed(g, shape):
 
 
 def sliced(g, shape):
-    """Every second row and column of a larger tensor, from an odd offset on."""
+    """Every second row and column of a larger tensor, starting at an odd offset."""
     frame = torch.randn([2 * n + 3 for n in shape], generator=g, dtype=torch.float64)
     return frame[tuple(slice(1, 2 * n + 1, 2) for n in shape)]
 
 
 def rows_of_a_frame(g, shape):
-    """Unit stride along columns, rows apart."""
+    """Unit stride along columns, with gaps between rows."""
     frame = torch.randn(*shape[:-1], shape[-1] + 3, generator=g, dtype=torch.float64)
     return frame[..., 2 : shape[-1] + 2]
 
@@ -64,10 +64,10 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name
 
 
 def as_laid_out(layout, g, output):
-    """A gradient of `output` in its dtype, and the same numbers in fp64, contiguous."""
+    """A gradient of `output` in its dtype, and the same numbers contiguous in fp64."""
     wanted = layout(g, tuple(output.shape))
     strides = wanted.stride()
-    # a plain .to() keeps no stride of 0, nor gaps
+    # .to() alone would drop strides of 0 and gaps
     storage = wanted.as_strided((wanted.untyped_storage().nbytes() // 8,), (1,), 0)
     grad = storage.to(output.dtype).as_strided(wanted.shape, strides, wanted.storage_offset())
     assert grad.stride() == strides
@@ -101,8 +101,8 @@ def check(function, case, dtype, layout, which=None):
         if truth_of.norm() < 1e-12:  # no tokens, or weights that sum to 1
             assert out.shape == truth_of.shape and (out.abs() < 1e-5).all(), name
         else:
-            # H and dS of 16 bits are rounded before sums in which terms cancel; a gradient read by
-            # another layout's strides is off by its own size
+            # H and dS are rounded to 16 bits before sums in which terms cancel; reading a gradient with
+            # another layout's strides gives an error as large as the gradient itself
             assert_accurate(f"d{name}", out, truth_of, dtype=dtype, units=4 if low else 64)
 
 
@@ -137,12 +137,12 @@ ALONE = [(function, which) for function, n in OUTPUTS.items() for which in range
 )
 @some_cases("odd", "shared A", "no rows")
 def test_one_output_alone(case, function, which):
-    """The gradients of all the others are missing."""
+    """The gradients of all other outputs are missing."""
     check(function, case, torch.float32, sliced, which)
 
 
 def test_a_loss_on_the_routing_beside_one_on_y():
-    """Issues begin so: y.square().sum() + weights.sum()."""
+    """A form common in bug reports: y.square().sum() + weights.sum()."""
     case = BY_NAME["tiles fit"]
     v = leaves(sample(case), *PARAMETERS)
     y, routing = routed(v, case)

@@ -1,4 +1,4 @@
-"""More experts: existing rows stay bitwise unchanged, optimizers are updated, routers follow the option."""
+"""grow: old rows keep their bits, optimizers are updated, and routers follow the `router` option."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_save_and_load_after_growing(tmp_path):
         assert torch.equal(run(load_adapter(fresh, tmp_path)), run(model))
 
 
-def test_decisions_that_stand_and_copies():
+def test_routings_set_before_growing_and_copies():
     model = with_experts()
     set_routing(model, task_ids=torch.arange(6) % E)
     expected = run(model)
@@ -120,7 +120,7 @@ def test_other_functions_after_growing(tmp_path):
     close(merge(model, [0, 1, 0, 0])(X), expected)
 
 
-def test_experts_of_peft_keep_where_they_came_from(tmp_path):
+def test_experts_from_peft_are_exported_unchanged(tmp_path):
     from lora_moe import from_peft
 
     to_peft(with_experts(), tmp_path / "a")
@@ -189,7 +189,7 @@ def test_an_optimizer_goes_on(kind, router, bank):
     assert {"lora_A", "lora_B", "router_weight"} <= moved
 
 
-def test_an_optimizer_that_is_not_told_raises():
+def test_an_optimizer_not_passed_to_grow_raises():
     model = with_experts()
     stale = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     other = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
@@ -203,7 +203,7 @@ def test_an_optimizer_that_is_not_told_raises():
     train(model, new, 1)
 
 
-def test_what_does_not_train_is_as_it_was():
+def test_frozen_and_shared_parameters_are_kept():
     model = with_experts()
     model.up.lora_A.requires_grad_(False)
     shared = with_experts("shared")

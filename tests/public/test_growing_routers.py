@@ -1,4 +1,4 @@
-"""More experts: routers of tasks, routers of one's own and generated weights."""
+"""grow: task routers, custom routers and generated weights."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_new_tasks_for_new_experts(kind):
     run(model, task_ids=torch.full((6,), N + 1))
 
 
-def test_routers_of_ones_own():
+def test_custom_routers():
     from dataclasses import dataclass
 
     @register
@@ -107,7 +107,7 @@ def test_routers_of_ones_own():
             Router.known.pop(kind)
 
 
-def test_what_cannot_grow_is_as_it_was():
+def test_refused_growth_changes_nothing():
     model = with_experts()
     before = state(model)
     for wrong in (0, -1, True, 1.5, "2"):

@@ -1,4 +1,4 @@
-"""inject, remove, injected and set_routing: which objects change, and which must not."""
+"""inject, remove, injected and set_routing: which objects they change and which they must not."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_second_configuration_for_other_modules(model):
     first.router_weight.requires_grad_(False)
     inject(model, LoraMoeConfig(num_experts=2, r=[1, 3], target_modules=["v_proj"]))
     assert model.layers[0].q_proj is first and first.lora_A.requires_grad
-    assert not first.router_weight.requires_grad  # a choice of the user's
+    assert not first.router_weight.requires_grad  # set by the user
     assert model.layers[0].v_proj.config.num_experts == 2
 
 
@@ -133,7 +133,7 @@ def test_task_ids_pick_one_expert_per_sample(model):
     y = model(IDS)
     for layer in injected(model).values():
         assert layer.routing.indices.flatten().tolist() == [3, 3, 3, -1, -1, -1]
-    for layer in injected(model).values():  # only expert 3 may matter, and only to the first sample
+    for layer in injected(model).values():  # only expert 3 may matter, in sample 0
         layer.lora_B.data[:6] = 1e3
     assert torch.equal(model(IDS), y)
     base = remove(model)(IDS)
@@ -147,7 +147,7 @@ def test_routing_stays_until_replaced_and_can_be_cleared(model):
     set_routing(model, task_ids=torch.tensor([0, 1]))
     assert all(
         layer.routing is None for layer in injected(model).values()
-    )  # the old one is forgotten
+    )  # inject clears the routing of the last forward
     fixed = model(IDS)
     assert torch.equal(model(IDS), fixed) and not torch.allclose(fixed, free)
     set_routing(model, task_ids=torch.tensor([2, 1]))
@@ -160,7 +160,7 @@ def test_one_routing_for_all_layers_with_gradients(model):
     inject(model, config("q_proj"))
     randomise(model)
     gates = torch.rand(2, 4, requires_grad=True)
-    set_routing(model, routing=Routing.from_gates(gates))  # per sample
+    set_routing(model, routing=Routing.from_gates(gates))  # one row per sample
     model(IDS).square().sum().backward()
     assert gates.grad.all()
     layer = model.layers[1].q_proj

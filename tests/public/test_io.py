@@ -1,4 +1,4 @@
-"""Saving and loading adapters: either everything is loaded, or nothing changes."""
+"""Saving and loading adapters: a load is complete or changes nothing."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_into_a_model_with_the_same_experts(saved):
     assert not torch.allclose(other(X), model(X))
     load_adapter(other, saved)
     assert torch.equal(other(X), model(X))
-    assert injected(other) == layers  # the same objects: an optimizer's references stay good
+    assert injected(other) == layers  # the same objects, so an optimizer's references stay valid
     assert all(other.get_parameter(n) is p for n, p in parameters.items())
 
 
@@ -99,7 +99,7 @@ def test_the_model_decides_the_dtype(saved, dtype):
         assert layer.lora_A.dtype == dtype and torch.equal(layer.lora_A, want.to(dtype))
 
 
-def test_what_a_model_may_choose_for_itself(saved):
+def test_fields_that_a_model_may_choose(saved):
     own = LoraMoeConfig(**{**CONFIG.to_dict(), "dropout": 0.3, "balance_coef": 0.0})
     model = trained(own, seed=2)
     load_adapter(model, saved)
@@ -121,7 +121,7 @@ def test_the_base_is_not_in_the_file(saved):
     assert safetensors.torch.load_file(saved / FILE).keys() == KEYS
 
 
-VERSION_1 = {  # as 0.1 wrote it, all fields there were
+VERSION_1 = {  # all fields that version 0.1 wrote
     "num_experts": 4, "r": [1, 2, 3, 2], "top_k": 2, "alpha": 5.0, "dropout": 0.0, "gate": "softmax",
     "renormalize": True, "shared_a": False, "selection_bias": True, "target_modules": ["q", "v"],
     "exclude_modules": [], "balance_coef": 0.01, "z_coef": 0.001,
@@ -129,7 +129,7 @@ VERSION_1 = {  # as 0.1 wrote it, all fields there were
 
 
 def as_version_1(directory, fields=VERSION_1):
-    """The saved file as version 1 had it: a flat configuration and the layer's own names."""
+    """Rewrites the saved file as version 1: a flat configuration and the layer's own names."""
     names = {"router.weight": "router_weight", "router.selection_bias": "selection_bias"}
 
     def rename(tensors):
@@ -199,7 +199,7 @@ def test_a_kill_during_a_save_leaves_one_whole_version(saved):
         float(v) for layer in injected(fresh).values() for v in layer.lora_B.detach().flatten()
     }
     assert values in ({0.0}, {1.0})
-    # beside what the killed write leaves: our own temporary file, or the one that safetensors makes for it
+    # plus what a killed write leaves: our temporary file, or the one that safetensors creates for it
     left = {
         name for name in os.listdir(saved) if not (name.endswith(".tmp") or name.startswith(".tmp"))
     }

@@ -1,4 +1,4 @@
-"""Files that do not fit are refused, and the model is as it was."""
+"""Files that do not fit are refused and leave the model unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def snapshot(model):
 
 
 def describe(directory, change):
-    """The saved file again, its description (a dict) changed by `change`."""
+    """Rewrites the saved file with its description (a dict) changed by `change`."""
     with safetensors.safe_open(Path(directory) / FILE, "pt") as file:
         info = json.loads(file.metadata()["lora_moe"])
     info = change(info) or info
@@ -196,8 +196,8 @@ def test_lying_descriptions_are_refused(saved, change, message):
     assert_unchanged(model, before)
 
 
-def test_no_memory_is_taken_for_what_the_file_only_claims(saved):
-    """A valid configuration of 64 Ki rows for each module, in a file of a few kilobytes."""
+def test_no_memory_is_allocated_for_what_a_file_only_claims(saved):
+    """A valid configuration with 4096 rank rows per module, in a file of a few kilobytes."""
     describe(saved, lambda info: [config_field(*f)(info) for f in (("r", [1024] * 4),)] and info)
     wide = nn.ModuleDict({"blocks": nn.ModuleList([Block(100_000), Block(100_000)]).to("meta")})
     tracemalloc.start()

@@ -49,7 +49,7 @@ def test_dropout_only_while_training():
 
 
 def test_dropout_uses_one_mask_in_forward_and_backward():
-    """With the routing and the mask fixed, y is linear in x and in B: differences are exact."""
+    """With a fixed routing and mask, y is linear in x and in B, so finite differences are exact."""
     layer, x, direction = dropout_layer(), tokens(6), tokens(6, seed=5)
     layer.routing_override = Routing.from_ids(torch.tensor([0, 1, 2, 3, -1, 0]), num_experts=4)
     dy = torch.randn(6, D_OUT, generator=torch.Generator().manual_seed(6))
@@ -71,7 +71,7 @@ def test_dropout_uses_one_mask_in_forward_and_backward():
 
 
 class KeepsItsDtype(nn.Linear):
-    """A base that autocast does not reach: bitsandbytes' linears answer in x's dtype."""
+    """A base that autocast does not affect: bitsandbytes' linears return x's dtype."""
 
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -80,7 +80,7 @@ class KeepsItsDtype(nn.Linear):
 
 @pytest.mark.parametrize("kind", [nn.Linear, KeepsItsDtype])
 def test_autocast_follows_the_base(kind):
-    """bf16 out where the base answers in bf16; as accurate as fp32 where it answers in fp32."""
+    """The output is bf16 where the base returns bf16, and as accurate as fp32 where it returns fp32."""
     layer, x = make(base=kind(D_IN, D_OUT)), tokens(8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
@@ -88,7 +88,7 @@ def test_autocast_follows_the_base(kind):
     assert y.dtype == (torch.bfloat16 if narrow else torch.float32)
     y.float().sum().backward()
     assert all(layer.get_parameter(name).grad.dtype == torch.float32 for name in PARAMETERS)
-    if narrow:  # what autocast rounds: x and all weights but the router's
+    if narrow:  # autocast rounds x and all weights except the router's
         x = x.bfloat16()
         for p in (layer.weight, layer.bias, layer.lora_A, layer.lora_B):
             p.data = p.data.bfloat16().float()
@@ -151,7 +151,7 @@ def test_compiles_whole_with_a_dynamic_number_of_tokens(name):
             results.append([y, x.grad, layer.lora_A.grad, layer.lora_B.grad, layer.routing.weights])
         for eager, traced in zip(*results, strict=True):
             assert relative_error(traced, eager) < 1e-6
-    assert len(graphs) <= 2  # one for all sizes, perhaps one for the first
+    assert len(graphs) <= 2  # one for all sizes, and possibly one for the first size
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -176,7 +176,7 @@ def test_checkpoint_gives_the_same_gradients(reentrant, name):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_recompute_leaves_no_trace(reentrant):
-    """What a checkpoint recomputes must not stay alive behind `routing`, nor count twice."""
+    """What a checkpoint recomputes must not be kept alive through `routing`, nor counted twice."""
     layer, x = make(), tokens(6).requires_grad_()
     y = checkpoint(lambda x: layer(x).square(), x, use_reentrant=reentrant)  # the square saves y
     routing = layer.routing
@@ -186,7 +186,7 @@ def test_a_recompute_leaves_no_trace(reentrant):
 
 
 def test_resuming_continues_bit_for_bit(tmp_path):
-    """Twenty steps, or ten, a checkpoint on disk and ten more: the same weights and moments."""
+    """Twenty steps give the same weights and moments as ten, a checkpoint on disk and ten more."""
     config = LoraMoeConfig(num_experts=4, r=2, top_k=2)
     x = torch.randn(24, 12, generator=torch.Generator().manual_seed(1))
 

@@ -50,7 +50,7 @@ def test_starts_as_the_base_bit_for_bit(config):
     assert not torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_initial_values_come_from_torchs_generator():
+def test_initial_values_come_from_the_torch_generator():
     config = LoraMoeConfig(num_experts=16, r=16)
     first, again, other = (
         (torch.manual_seed(seed), LoraMoeLinear(nn.Linear(64, 8), config))[1] for seed in (0, 0, 1)
@@ -73,7 +73,7 @@ def test_idle_experts_get_exact_zeros_not_none():
     busy[6:9] = True
     for grad in (layer.lora_A.grad, layer.lora_B.grad):
         assert torch.equal(grad.any(1), busy)
-    assert not layer.router_weight.grad.any()  # the caller decided; DDP waits for a gradient
+    assert not layer.router_weight.grad.any()  # not the router's choice; DDP needs a gradient
 
 
 def test_frozen_experts_get_exact_zeros():
@@ -89,7 +89,7 @@ def test_frozen_experts_get_exact_zeros():
 
 
 class Conv1D(nn.Module):
-    """As in transformers: the weight lies transposed."""
+    """As in transformers: the weight is stored transposed."""
 
     def __init__(self):
         super().__init__()
@@ -102,7 +102,7 @@ class Conv1D(nn.Module):
 
 
 class Quantized(nn.Module):
-    """An integer weight and a scale: nothing of it says which dtype an adapter should have."""
+    """An integer weight and a scale: no parameter shows which dtype the adapter should have."""
 
     def __init__(self):
         super().__init__()
@@ -115,7 +115,7 @@ class Quantized(nn.Module):
 
 
 class WeightOnly(nn.Module):
-    """Sizes are known from the weight's shape alone; the forward takes more than x."""
+    """Only the weight's shape gives the sizes; the forward takes more than x."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ def test_linear_like_bases(kind):
     assert_accurate("y", layer(x, *args, **kwargs).flatten(0, 1), want, units=16)
 
 
-def test_weight_and_bias_are_the_bases():
+def test_weight_and_bias_are_those_of_the_base():
     base = nn.Linear(D_IN, D_OUT, dtype=torch.bfloat16)
     layer = make(base=base)
     assert layer.weight is base.weight and layer.bias is base.bias
@@ -204,7 +204,7 @@ def test_narrow_models(dtype, adapters):
 
 @pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_adapters_are_fp32_or_wider(base):
-    """As PEFT's, and all of them the same: FSDP2 refuses trainable parameters of mixed dtypes."""
+    """As in PEFT, and all of the same dtype: FSDP2 refuses trainable parameters of mixed dtypes."""
     layer = LoraMoeLinear(nn.Linear(4, 4, dtype=base), CONFIGS["selection-bias"])
     want = {torch.float64 if base == torch.float64 else torch.float32}
     assert {layer.get_parameter(name).dtype for name in PARAMETERS} == want
@@ -226,7 +226,7 @@ def test_adapter_dtype_on_request(asked, got):
 
 @pytest.mark.parametrize("move", [lambda m: m.half(), lambda m: m.to(torch.bfloat16)])
 def test_scaling_is_never_rounded(move):
-    """alpha / r = 16 / 3 is no bf16 number."""
+    """alpha / r = 16 / 3 is not representable in bf16."""
     layer = move(LoraMoeLinear(nn.Linear(8, 8), LoraMoeConfig(num_experts=2, r=3, alpha=16)))
     assert torch.equal(layer.scaling, torch.full((2,), 16 / 3))
 

@@ -138,7 +138,7 @@ def test_no_tokens_is_no_loss():
         assert loss(empty).item() == 0.0
 
 
-def test_a_routing_by_the_caller_has_no_router_to_balance():
+def test_a_routing_by_the_caller_has_no_balance_loss():
     routing = Routing.from_ids(torch.zeros(T, dtype=torch.long), num_experts=E)
     for loss, _ in LOSSES:
         with pytest.raises(ValueError, match="from a router"):

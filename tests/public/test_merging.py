@@ -1,4 +1,4 @@
-"""Merging a fixed mixture into the base."""
+"""merge: a fixed mixture merged into the base."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..support.merging import BANKS, C, Conv1D, Model, X, close, mixture, with_e
 def test_into_the_base(bank):
     model = with_experts(bank)
     expected, base = mixture(model), mixture(model, [0.0] * 3)
-    assert (expected - base).abs().max() > 0.1  # the experts have a say
+    assert (expected - base).abs().max() > 0.1  # the experts change the output
     assert merge(model, C) is model and not injected(model)
     assert type(model.up) is nn.Linear and type(model.down) is Conv1D
     close(model(X), expected)
     assert not model._forward_hooks and not model._forward_pre_hooks
 
 
-def test_the_weight_is_the_formulas():
+def test_the_merged_weight_equals_the_formula():
     model = with_experts("unequal")
     layer, W = model.up, model.up.weight.detach().clone()
     begin = 0
@@ -100,7 +100,7 @@ def test_coefficients_that_are_none(weights, message):
 
 
 class Int8(nn.Linear):
-    """As bitsandbytes': a subclass of nn.Linear with integers as weight, and a forward of its own."""
+    """As in bitsandbytes: a subclass of nn.Linear with an integer weight and its own forward."""
 
     def __init__(self):
         super().__init__(12, 9)
@@ -182,11 +182,11 @@ def test_bases_that_cannot_be_merged_into(kind):
         return
     x = X.float()
     expected = mixture(model, x=x)
-    with torch.no_grad():  # what remains possible
+    with torch.no_grad():  # merging into a LoRA still works
         close(merge(model, C, into="lora")(x), expected, 1e-5)
 
 
-def test_a_base_that_stands_under_two_names_is_merged_once():
+def test_a_base_with_two_names_is_merged_once():
     model = Model()
     model.again = model.up
     inject(model, LoraMoeConfig(num_experts=3, r=2, target_modules=("up", "again")))
@@ -210,7 +210,7 @@ def test_an_overflow_changes_nothing():
 
 def test_sharded_weights():
     model = with_experts()
-    model.up.weight.ds_id = 1  # as ZeRO-3 marks its parameters
+    model.up.weight.ds_id = 1  # ZeRO-3 marks its parameters this way
     with pytest.raises(ValueError, match="up: its weight is sharded"):
         merge(model, C)
     model.down.lora_B.ds_id = 2

@@ -1,4 +1,4 @@
-"""Merging a fixed mixture into one LoRA, and Graft's coefficients."""
+"""merge: a fixed mixture merged into one LoRA; Graft's coefficients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_into_one_lora(bank):
     model = with_experts(bank)
     expected = mixture(model)
     merge(model, C, into="lora")
-    ranks = {"equal": 4, "unequal": 3, "shared": 3}  # without the expert whose coefficient is zero
+    ranks = {"equal": 4, "unequal": 3, "shared": 3}  # the expert with coefficient zero is left out
     assert {layer.config.ranks for layer in injected(model).values()} == {(ranks[bank],)}
     close(model(X), expected)
     close(mixture(model, [1.0]), expected)
@@ -63,7 +63,7 @@ def updates(layer):
 
 
 @pytest.mark.parametrize("bank", BANKS)
-def test_graft_weights_are_the_formulas(bank):
+def test_graft_weights_equal_the_formula(bank):
     model = with_experts(bank)
     got = graft_weights(model, local=0.25, compatibility=2.0, total=1.5)
     M = {path: updates(layer) for path, layer in injected(model).items()}

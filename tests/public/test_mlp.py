@@ -1,4 +1,4 @@
-"""LoraMoeMLP: equal to its formula, one whole FFN per expert, in fp64; and its effect on the base."""
+"""LoraMoeMLP equals its formula, one whole FFN per expert, in fp64; its effect on the base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NEAR = {"rtol": 1e-4, "atol": 2e-5} if GPU else {"rtol": 1e-12, "atol": 1e-12}
 
 
 class Residual(nn.Module):
-    """Bloom's form: it adds what it was given; and an argument more."""
+    """Bloom's form: takes one more argument, the residual, and adds it."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ ROUTERS = {
 
 
 def formula(layer, p, x, routing):
-    """sum over slots of w FFN_e(x), token by token; a token without experts is the FFN's."""
+    """sum over slots of w FFN_e(x), token by token; the plain FFN for a token without experts."""
     rows, base = x.reshape(-1, D), expert(layer, {}, 0)
     logits = rows @ p["router_weight"].T + p.get("router_bias", 0)
     gates = torch.softmax(logits, 1) if layer.config.gate == "softmax" else torch.sigmoid(logits)
@@ -160,7 +160,7 @@ def test_bfloat16(autocast):
     assert all(t.grad.isfinite().all() and t.grad.any() for t in layer.adapter_state().values())
 
 
-def test_dropout_is_on_the_experts_input_alone():
+def test_dropout_affects_the_input_of_experts_only():
     layer, x = layer_of("gated", dropout=0.5), input_of()
     layer.train()
     for _, lora_B in layer.pairs():

@@ -1,4 +1,4 @@
-"""LoraMoeMLP as a module: copies, removal, and FFNs of a form that it does not take."""
+"""LoraMoeMLP as a module: copies, removal, and FFNs whose form it does not support."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_moe.mlp import LoraMoeMLP
 from ..support.ffns import B, D, E, F, Fused, Gated, L, Plain, R, expert, input_of, layer_of
 
 
-def test_copies_and_pickles_have_hooks_of_their_own():
+def test_copies_and_pickles_have_their_own_hooks():
     layer, x = layer_of("gated"), input_of()
     y = layer(x)
     other = copy.deepcopy(layer)
@@ -32,12 +32,12 @@ def test_without_adapters_and_released_it_is_the_base():
     want = expert(layer, {}, 0)(x)
     with disable_adapters(layer):
         assert torch.equal(layer(x), want)
-    assert torch.equal(layer.base_layer(x), want)  # by itself, outside of the layer
+    assert torch.equal(layer.base_layer(x), want)  # called outside of the layer
     layer.release()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in layer.base_layer.modules())
 
 
-def test_some_models_look_at_its_linear_maps():
+def test_its_linear_maps_are_attributes():
     layer = layer_of("gated")
     assert layer.down_proj is layer.base_layer.down_proj
     with pytest.raises(AttributeError, match="w1"):
@@ -60,7 +60,7 @@ class Idle(Gated):
 
 
 @pytest.mark.parametrize("kind", [Mixing, Reshaping, Idle])
-def test_an_ffn_of_another_form_is_told(kind):
+def test_an_ffn_of_another_form_is_refused(kind):
     names = ("gate_proj", "up_proj", "down_proj")
     config = LoraMoeConfig(num_experts=E, r=R, placement="ffn", target_modules=names)
     layer = LoraMoeMLP(kind(), config)
@@ -96,7 +96,7 @@ def test_what_is_an_ffn():
         (Gated(), {"target_modules": ()}, ValueError, "target_modules: expected names from"),
     ],
 )
-def test_what_does_not_fit_raises(base, fields, error, message):
+def test_mismatched_configurations_raise(base, fields, error, message):
     config = {"num_experts": E, "r": R, "placement": "ffn", "target_modules": ("up_proj",)} | fields
     with pytest.raises(error, match=message):
         LoraMoeMLP(base, LoraMoeConfig(**config))

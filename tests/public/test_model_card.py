@@ -1,4 +1,4 @@
-"""The README.md that save_adapter leaves beside an adapter."""
+"""The README.md that save_adapter writes beside an adapter."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_names_a_router_of_another_kind(tmp_path):
     assert "3 experts of rank 2, TaskRouter, around 1 module" in card_of(adapted(config), tmp_path)
 
 
-def test_its_head_is_what_the_hub_reads(tmp_path):
+def test_its_metadata_is_what_the_hub_reads(tmp_path):
     yaml = pytest.importorskip("yaml")
     text = card_of(named("owner/base-1.7B"), tmp_path)
     head = yaml.safe_load(text.split("---\n")[1])
@@ -68,7 +68,7 @@ def test_a_card_that_is_there_stays_and_is_never_read(tmp_path):
     load_adapter(adapted(), tmp_path)
 
 
-def test_a_disk_that_takes_no_card_loses_no_adapter(tmp_path, monkeypatch):
+def test_a_card_that_cannot_be_written_loses_no_adapter(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -36,7 +36,7 @@ def test_counts_every_micro_batch_without_padding(coefficient):
         with use_routing(made, mask=mask):
             made(x).sum().backward()
         monitor.update()
-        monitor.update()  # nothing new has run
+        monitor.update()  # no new forward has run
         for name, layer in injected(made).items():
             ids = layer.routing.indices[mask].flatten().long()
             want[name] = want.get(name, 0) + torch.bincount(ids, minlength=4)
@@ -53,7 +53,7 @@ def test_counts_every_micro_batch_without_padding(coefficient):
     assert monitor.history.steps == [7]
     for name, load in loads.items():
         assert monitor.history.load_of[name][0] == pytest.approx(load.tolist(), abs=1e-5)
-    assert monitor.summary(step=8) == {}  # forgotten
+    assert monitor.summary(step=8) == {}  # the counts were reset
 
 
 def test_several_forwards_of_a_step_all_count():
@@ -90,7 +90,7 @@ def test_processes_are_summed():
     extra = torch.tensor([[1000, 0, 0, 0], [1000, 0, 0, 0]])
     monitor.summary(1, reduce=lambda counts: counts + extra)
     assert all(rows[0][0] > 0.9 for rows in alone.values())
-    monitor.summary(2, reduce=lambda counts: counts + extra)  # although nothing ran here
+    monitor.summary(2, reduce=lambda counts: counts + extra)  # no layer of this process has run
     assert all(rows[1] == [1, 0, 0, 0] for rows in alone.values())
 
 
@@ -102,7 +102,7 @@ def collapse(made):
             layer.router_bias[1:3] = 9.0
 
 
-def test_a_collapse_is_told_once_and_balance_never():
+def test_a_collapse_warns_once_and_balance_never():
     made = model(router_bias=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -156,7 +156,7 @@ def history(steps=5, layers=3, experts=4, collapsed=False):
 
 def test_history_travels(tmp_path):
     made = history()
-    made.append(6, {"layers.0.q_proj": [0.7, 0.1, 0.1, 0.1]})  # the others did not run
+    made.append(6, {"layers.0.q_proj": [0.7, 0.1, 0.1, 0.1]})  # the other layers did not run
     made.save(tmp_path)
     read = History.load(tmp_path)
     assert (read.experts, read.steps, read.load_of) == (made.experts, made.steps, made.load_of)
@@ -164,7 +164,7 @@ def test_history_travels(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_a_long_history_keeps_its_whole_course():
+def test_a_long_history_covers_the_whole_run():
     made = history(steps=4 * MAX_STEPS, layers=1)
     assert len(made.steps) <= MAX_STEPS
     assert made.steps[0] == 1 and made.steps[-1] >= 4 * MAX_STEPS - 8
@@ -207,15 +207,15 @@ def test_a_missing_history(tmp_path):
     with pytest.raises(FileNotFoundError, match=FILE_NAME):
         History.load(tmp_path)
     monitor = RouterMonitor(model())
-    monitor.load(tmp_path)  # a checkpoint from before: nothing to go on with
+    monitor.load(tmp_path)  # a checkpoint without a history: nothing to resume
     assert monitor.history.steps == []
 
 
-# --- the picture -----------------------------------------------------------------------------------
+# --- the plot --------------------------------------------------------------------------------------
 
 
 def share_of(path, color):
-    """Of the pixels near a color."""
+    """The share of pixels close to a color."""
     from matplotlib.image import imread
 
     pixels = imread(path)[..., :3]
@@ -225,21 +225,21 @@ def share_of(path, color):
 WHITE, DARK, RED = (0.97, 0.97, 0.97), (0.01, 0.06, 0.15), (0.73, 0.16, 0.20)
 
 
-def test_the_picture_shows_balance_and_collapse(tmp_path):
+def test_the_plot_shows_balance_and_collapse(tmp_path):
     pytest.importorskip("matplotlib")
     from lora_moe.heatmap import draw
 
     draw(history(experts=8), tmp_path / "even.png")
     draw(history(experts=8, collapsed=True), tmp_path / "one.png")
     assert share_of(tmp_path / "even.png", DARK) < 0.02
-    assert share_of(tmp_path / "one.png", DARK) > 0.3  # seven of eight are dead
+    assert share_of(tmp_path / "one.png", DARK) > 0.3  # seven of eight experts are dead
     assert share_of(tmp_path / "one.png", RED) > 0.03
 
 
 @pytest.mark.parametrize(
     "layers, experts", [(1, 2), (90, 8), (3, 40)], ids=["one", "many layers", "many experts"]
 )
-def test_pictures_of_every_size(tmp_path, layers, experts):
+def test_plots_of_every_size(tmp_path, layers, experts):
     pytest.importorskip("matplotlib")
     from lora_moe.heatmap import draw
 

@@ -1,4 +1,4 @@
-"""The operators within PyTorch: opcheck on each, gradcheck, compile, autocast, checkpointing, threads."""
+"""The operators in PyTorch: opcheck and gradcheck on each, compile, autocast, checkpointing, threads."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_every_operator_is_checked():
 @no_double
 @some_cases("odd", "unequal ranks", "shared A", "dense")
 def test_gradcheck(case):
-    if case.T * case.R > 300:  # gradcheck runs the function once per number
+    if case.T * case.R > 300:  # gradcheck runs the function once per input number
         case = type(case)(**{**vars(case), "T": 3})
     v = leaves(sample(case, torch.float64), *PARAMETERS)
     names = [n for n in PARAMETERS if v[n] is not None]
@@ -98,7 +98,7 @@ def test_compile_fullgraph_and_dynamic_tokens():
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counting)
     names = [n for n in PARAMETERS if sample(case)[n] is not None]
-    # of one size class, as the plan may change with it; not 64, which would stand for R as well
+    # all in one size class, as the plan may differ between classes; not 64, which equals R
     for rows in (63, 33, 20):
         v = sample(case)
         v = leaves({**v, "x": v["x"][:rows], "base": v["base"][:rows]}, *PARAMETERS)
@@ -139,7 +139,7 @@ def test_activation_checkpointing_with_exact_ties(use_reentrant):
 
     def gradients(run):
         v = leaves(sample(case), *PARAMETERS)
-        ties = torch.zeros(case.E, 1).repeat(1, case.D_in).requires_grad_()  # every logit is equal
+        ties = torch.zeros(case.E, 1).repeat(1, case.D_in).requires_grad_()  # all logits are equal
         y = run(lambda x, w: routed({**v, "x": x, "router_weight": w}, case)[0], v["x"], ties)
         y.square().sum().backward()
         return [t.grad for t in (ties, v["x"], v["lora_A"], v["lora_B"])]
@@ -167,7 +167,7 @@ def test_eight_threads_at_once():
 
 
 def test_two_hundred_steps_follow_the_reference():
-    """A tiny model's loss curve, within 1e-4 of the reference's mathematics in fp64."""
+    """A tiny model's loss curve stays within 1e-4 of the reference in fp64."""
 
     def losses(dtype, run):
         g = torch.Generator().manual_seed(0)

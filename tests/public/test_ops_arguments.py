@@ -1,4 +1,4 @@
-"""Operators that are called with operands that do not belong together, and extensions that do not fit."""
+"""Operators called with operands that do not match; extensions built for other schemas."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..support.operators import operator_calls, ops
 
 @pytest.mark.skipif(backend_info()["serving"]["cpu"] != "cpp", reason="of the C++ backend")
 def test_the_cpp_operators_check_their_own_arguments():
-    """A caller of the bare operator cannot make it read out of bounds."""
+    """A direct call of an operator cannot make it read out of bounds."""
     good = operator_calls(BY_NAME["odd"])["routed_lora"][0]
     with pytest.raises(ValueError, match="offsets: expected ascending rows"):
         ops.routed_lora(*good[:8], [0, 6, 3, 9], *good[9:])
@@ -61,7 +61,7 @@ def test_the_cpp_operators_name_dtypes_as_pytorch_does(dtype):
 
 
 def mixed_calls():
-    """Every tensor of every operator's call in turn on another device, then sparse."""
+    """Each tensor of each operator's call in turn, moved to another device or made sparse."""
     for name, calls in operator_calls(BY_NAME["unequal ranks"]).items():
         for i, value in enumerate(calls[0]):
             if isinstance(value, torch.Tensor):
@@ -84,7 +84,7 @@ MIXED = list(mixed_calls())
 
 @pytest.mark.parametrize("index", range(len(MIXED)))
 def test_operands_of_two_kinds_reach_no_kernel(index):
-    """Whoever calls: a kernel's fake would answer with memory that nobody wrote."""
+    """A direct call is checked too: a kernel's fake would return uninitialized memory."""
     name, i, value, (error, message) = MIXED[index]
     args = list(operator_calls(BY_NAME["unequal ranks"])[name][0])
     args[i] = value
@@ -117,7 +117,7 @@ def test_a_call_on_meta_gives_the_shapes(name):
 
 
 def test_extensions_are_built_for_this_version_of_the_schemas():
-    """A schema that changes takes its number along: nothing else keeps an old build from misreading it."""
+    """Changing a schema requires a new VERSION: nothing else keeps an old build from misreading operands."""
     digest = hashlib.sha256(repr(sorted(SCHEMAS.items())).encode()).hexdigest()[:12]
     assert (VERSION, digest) == (5, "26b8d06878e1")
     header = Path(__file__).parents[2] / "csrc/tensors.h"
@@ -125,7 +125,7 @@ def test_extensions_are_built_for_this_version_of_the_schemas():
 
 
 class Extension:
-    """What backend.py sees of one."""
+    """The part of an extension that backend.py uses."""
 
     def __init__(self, **facts):
         self.build_info = lambda: facts

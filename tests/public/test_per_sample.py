@@ -1,4 +1,4 @@
-"""Experts mixed once per sample, or gated per token: both against loops in fp64, and which is taken."""
+"""Experts mixed once per sample or gated per token: both against loops in fp64, and which one runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CONFIGS = {
     "weights": config(router=TaskRouter(N, "weights"), **SHARED),
     "given": config(**SHARED, **UNEQUAL),
 }
-TRITON = backend_info()["serving"]["cpu"] == "triton"  # which has no fp64
+TRITON = backend_info()["serving"]["cpu"] == "triton"  # Triton has no fp64
 DTYPE = torch.float32 if TRITON else torch.float64
 NEAR = {"rtol": 1e-4, "atol": 2e-5} if TRITON else {"rtol": 1e-11, "atol": 1e-11}
 
@@ -57,7 +57,7 @@ def mixes(request, monkeypatch):
 
 @pytest.fixture
 def ways(monkeypatch):
-    """Of each call of a layer, whether it may mix."""
+    """Replaces plan.mixes by a recorder that always allows mixing."""
     calls = []
     monkeypatch.setattr(plan, "mixes", lambda *shape: not calls.append(shape))
     return calls
@@ -88,7 +88,7 @@ def told(layer, name, gates=None):
 
 
 def gates_of(name, layer, x, p):
-    """(B, E), by the papers' formulas."""
+    """(B, E), from the papers' formulas."""
     k = layer.config.top_k
     if name == "given":
         return gates_given()
@@ -243,7 +243,7 @@ def test_few_or_no_samples_and_tokens(name, shape):
 
 
 def test_tasks_of_tokens_one_task_for_all_and_flat_tokens(ways):
-    """What is not one row per sample is gated per token, and the same."""
+    """Inputs without one row per sample are gated per token, with the same result."""
     layer, x = made("poly")
     with torch.no_grad(), told(layer, "poly"):
         want = layer(x)
@@ -269,7 +269,7 @@ def test_tasks_of_tokens_one_task_for_all_and_flat_tokens(ways):
 
 @pytest.mark.parametrize("fields", [{"top_k": 2}, {"top_p": 0.5}, {"threshold": 0.2}])
 def test_experts_that_no_token_picked_are_not_mixed(ways, fields):
-    """There may be NaN in them."""
+    """They may hold NaN."""
     layer, x = made("sequence", **fields)
     with torch.no_grad():
         layer(x)

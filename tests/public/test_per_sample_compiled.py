@@ -1,4 +1,4 @@
-"""Experts mixed once per sample in compiled layers, for one batch size and for any."""
+"""Layers that mix experts once per sample, compiled for a fixed and for a dynamic batch size."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_compiled_for_one_batch_size_and_for_any(name, monkeypatch):
         torch.testing.assert_close(dx, truth, **NEAR)
 
 
-def test_a_batch_size_that_must_stay_free(monkeypatch):
-    """The number of LoRAs would be a constant of the graph."""
+def test_a_dynamic_batch_size(monkeypatch):
+    """Mixing would make the number of LoRAs a constant of the graph."""
     monkeypatch.setattr(plan, "mixes", lambda *shape: True)
     layer, x = made("sequence")
     for dim in (0, 1):

@@ -1,4 +1,4 @@
-"""Poly: PEFT's own layer computes the same, and training draws what it should."""
+"""Poly equals PEFT's own layer; its sampling in training follows the relaxed Bernoulli distribution."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layer_of(base):
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["per token", "per sample"])
 def test_equals_pefts_layer(train, mixed, monkeypatch):
-    """In training, from the same state of the generator."""
+    """In training, both start from the same generator state."""
     peft = pytest.importorskip("peft")
     from peft.tuners.poly.layer import Linear
 
@@ -66,7 +66,7 @@ def test_training_samples_relaxed_bernoulli_variables():
             layer(x)
         drawn.append(layer.routing.weights.gather(1, layer.routing.indices.long().argsort(1)))
     drawn = torch.stack(drawn).view(-1, 3, 2, E)
-    assert torch.equal(drawn[:, :, 0], drawn[:, :, 1])  # one number for all tokens of a sample
+    assert torch.equal(drawn[:, :, 0], drawn[:, :, 1])  # one sample for all tokens of a sequence
     assert not torch.equal(drawn[:, 0], drawn[:, 1])
     torch.manual_seed(7)
     theirs = torch.distributions.RelaxedBernoulli(torch.tensor(1.0), logits=layer.router_table[:2])

@@ -1,4 +1,4 @@
-"""router_loss over a model with padding, in fp64 against literal sums over real tokens."""
+"""router_loss over a model with padding, in fp64, against literal sums over the real tokens."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Two(nn.Module):
 
 
 def run(seed=0, **fields):
-    """A model after its forward over a padded batch, and each layer's router input."""
+    """A model after a forward over a padded batch, and the router input of each layer."""
     torch.manual_seed(seed)
     model = inject(Two(), LoraMoeConfig(num_experts=E, target_modules=("a", "b"), **fields)).train()
     for layer in (model.a, model.b):
         nn.init.normal_(layer.router_weight)
     x = torch.randn(B, L, D, dtype=torch.float64)
-    x[MASK == 0] = 100.0  # reaches nothing
+    x[MASK == 0] = 100.0  # padding, which must not affect the loss
     with use_routing(model, mask=MASK):
         model(x)
     with torch.no_grad():
-        return model, [x, torch.tanh(model.a.base_layer(x))]  # the experts add zero at first
+        return model, [x, torch.tanh(model.a.base_layer(x))]  # B = 0, so the experts add zero
 
 
 def probabilities(layer, x, gate=torch.softmax):
@@ -79,7 +79,7 @@ def importance(layer, x):
 
 
 def straight_through(layer, x):
-    """Shares of the slots whose gradient is that of the mean gates."""
+    """The shares of the slots, with the gradient of the mean gates."""
     p = torch.stack(list(probabilities(layer, x).values()))
     hard = torch.zeros_like(p).scatter(1, p.topk(2, 1).indices, 0.5)
     f = (hard + p - p.detach()).mean(0)
@@ -119,7 +119,7 @@ def test_mean_over_layers_without_padding(case):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
 
 
-def test_a_loss_that_asks_for_the_gate_gets_the_layers():
+def test_a_loss_with_a_gate_argument_gets_that_of_the_layer():
     model, inputs = run(gate="sigmoid")
     want = 0
     for layer, x in zip((model.a, model.b), inputs, strict=True):

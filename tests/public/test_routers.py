@@ -26,7 +26,7 @@ TASKS = torch.tensor([1, -1, 0])
 @register
 @dataclasses.dataclass(frozen=True)
 class Scaled(Middle):
-    """The gate, and each task's own scale of the sum."""
+    """The gate times a scale that depends on the task."""
 
     kind: ClassVar[str] = "scaled, of a test"
     num_tasks: int
@@ -61,7 +61,7 @@ ROUTERS = {
 
 
 def made(name, **fields):
-    """fp64, with experts and routers that matter."""
+    """A layer in fp64 with random experts and router."""
     torch.manual_seed(0)
     config = LoraMoeConfig(num_experts=E, r=R, alpha=2.0 * R, **ROUTERS[name] | fields)
     layer = LoraMoeLinear(nn.Linear(D_IN, D_OUT, dtype=torch.float64), config)
@@ -71,7 +71,7 @@ def made(name, **fields):
 
 
 def topk(logits, k, normalize=True):
-    """softmax over all, the k largest, divided by their sum.  (..., E) -> (..., E)"""
+    """softmax over all experts, the k largest divided by their sum.  (..., E) -> (..., E)"""
     p = logits.softmax(-1)
     picked = torch.zeros_like(p).scatter(-1, p.topk(k).indices, 1)
     p = p * picked
@@ -79,7 +79,7 @@ def topk(logits, k, normalize=True):
 
 
 def gates(name, layer, x):
-    """(B, L, E), as the docstrings say, by loops over samples."""
+    """(B, L, E): the docstrings' formulas, in loops over samples."""
     own = dict(layer.named_parameters())
     out = []
     for b, t in enumerate(TASKS.tolist()):
@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_refused(fields, message):
         LoraMoeConfig(num_experts=E, **fields)
 
 
-def test_components_in_components_have_a_bound():
+def test_nesting_of_components_is_bounded():
     fields = {"kind": "token"}
     for _ in range(1000):
         fields = {"kind": "sequence", "then": fields}
@@ -197,7 +197,7 @@ def test_task_ids_out_of_range(ids):
 
 
 def test_tasks_and_experts_in_one_model():
-    """A task router reads tasks where a token router beside it is given experts."""
+    """A task router takes task ids; a token router in the same model takes the ids as experts."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     task = LoraMoeConfig(num_experts=8, r=1, target_modules=("0",), router=TaskRouter(2, "expert"))
     token = LoraMoeConfig(num_experts=3, r=1, target_modules=("1",))
@@ -216,7 +216,7 @@ def test_one_module_in_two_configurations():
     assert type(model[0]) is nn.Linear
 
 
-def test_a_routing_goes_over_a_task_router_and_tasks_over_a_routing():
+def test_a_routing_overrides_a_task_router_and_tasks_override_a_routing():
     layer, x = made("expert"), torch.randn(2, D_IN, dtype=torch.float64)
     routing = Routing.from_ids(torch.tensor([3, 3]), num_experts=E)
     with use_routing(layer, task_ids=torch.tensor([0, 1])):
@@ -228,7 +228,7 @@ def test_a_routing_goes_over_a_task_router_and_tasks_over_a_routing():
     assert layer.routing.indices.tolist() == [[0], [1]]
 
 
-def test_a_kind_is_taken_once():
+def test_a_kind_is_registered_once():
     with pytest.raises(ValueError, match="task"):
 
         @register
@@ -240,7 +240,7 @@ def test_a_kind_is_taken_once():
         register(type("Plain", (Router,), {"kind": "plain"}))
 
 
-def test_a_name_of_the_layers_is_refused():
+def test_a_tensor_name_of_the_layer_is_refused():
     @register
     @dataclasses.dataclass(frozen=True)
     class Greedy(Router):

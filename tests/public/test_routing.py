@@ -67,8 +67,8 @@ def test_repeat_gives_each_sequence_its_decision():
     "options", [{}, {"threshold": 0.2}, {"top_p": 0.5, "gate": "softmax"}], ids=str
 )
 @some_cases("odd", "one past a tile", "unequal ranks", "many experts", "no rows", "one token")
-def test_routing_from_logits_is_that_of_the_router(case, options):
-    """To the bit, and so are the gradients of the logits."""
+def test_routing_from_logits_equals_that_of_the_router(case, options):
+    """Bit for bit, and so are the gradients of the logits."""
     v = sample(case)
     options = {"bias": v["bias"], **case.options, **options}
     want = F.router_topk(
@@ -87,7 +87,7 @@ def test_routing_from_logits_is_that_of_the_router(case, options):
         assert torch.equal(a, b)
     no_grad = Routing.from_logits(given.detach(), case.K, **options)
     assert all(map(torch.equal, no_grad, want))
-    # through a router that hands on its input: x = logits, W = 1
+    # a router with identity weights: x = logits, W = I
     eye = torch.eye(case.E)
     x = want.logits.clone().requires_grad_()
     torch.testing.assert_close(
@@ -147,7 +147,7 @@ def _detached(t):
 @pytest.mark.parametrize("renormalize", [True, False])
 @some_cases("tiles fit", "one past a tile", "unequal ranks")
 def test_dropped_experts(case, renormalize, options):
-    """Every pick is kept or dropped as a loop over a token's gates says; values and gradients follow."""
+    """A loop over a token's gates decides which picks are dropped; values and gradients follow."""
     gate = "softmax" if "top_p" in options else case.gate
     case = replace(case, K=3, gate=gate, renormalize=renormalize)
     v = leaves(sample(case), *PARAMETERS)

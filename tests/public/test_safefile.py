@@ -1,4 +1,4 @@
-"""Reading the safetensors container: the format as others see it, and the ways a file may be invalid."""
+"""Reading safetensors files: interchange with the safetensors package, and invalid files."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lora_moe import safefile
 from ..support.containers import METADATA, TENSORS, assert_same, read_all
 
 
-def test_what_we_write_others_read(tmp_path):
+def test_safetensors_reads_our_files(tmp_path):
     path = tmp_path / "x.safetensors"
     safefile.write(path, TENSORS, METADATA)
     assert_same(safetensors.torch.load_file(path), TENSORS)
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
-def test_what_others_write_we_read(tmp_path):
+def test_we_read_files_of_safetensors(tmp_path):
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(TENSORS, path, METADATA)
     metadata, tensors = read_all(path)
     assert metadata == METADATA
     assert_same(tensors, TENSORS)
-    tensors["a"] += 1  # memory of its own
+    tensors["a"] += 1  # the tensor owns its memory
     assert_same(read_all(path)[1], TENSORS)
 
 
@@ -121,7 +121,7 @@ def test_giant_headers_cost_neither_time_nor_memory(tmp_path, kind):
 
 @pytest.mark.parametrize("filler", [b"[],", b'{"":[]},', b"[],          ", b"1,", b'"",'])
 def test_the_largest_header_allowed_is_parsed_in_time(tmp_path, filler):
-    """Many small objects are the worst that fits."""
+    """Many small objects are the worst case that fits."""
     path = tmp_path / "x.safetensors"
     text = b'{"a":[' + filler * ((safefile.MAX_HEADER - 10) // len(filler)) + b"0]}"
     path.write_bytes(raw(text))
@@ -173,7 +173,7 @@ def test_a_file_swapped_after_the_check_is_refused(tmp_path, monkeypatch, trick)
         path.symlink_to(__file__)
     else:
         os.mkfifo(path)
-    monkeypatch.setattr(os, "lstat", lambda path: real)  # what the first look saw
+    monkeypatch.setattr(os, "lstat", lambda path: real)  # a regular file at the check
     with pytest.raises((ValueError, OSError)) as error:
         safefile.open_regular(path)
     if isinstance(error.value, OSError):
@@ -181,7 +181,7 @@ def test_a_file_swapped_after_the_check_is_refused(tmp_path, monkeypatch, trick)
 
 
 class Bomb:
-    """A pickle that leaves a trace when it is loaded."""
+    """A pickle that leaves a trace when loaded."""
 
     def __init__(self, path):
         self.path = path

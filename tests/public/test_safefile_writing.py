@@ -1,4 +1,4 @@
-"""Writing a safetensors container: the old file or the new one whole, and nothing left beside it."""
+"""Writing a safetensors file leaves the old file or the new one, complete, and nothing beside it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, step):
 
 
 def in_a_child(code, *args):
-    """A process of its own, for limits and users that cannot be taken back; returns what it printed."""
+    """Runs code in a child process, for limits and users that cannot be undone; returns its output."""
     code = "import os, resource, sys, torch\nfrom lora_moe import safefile\n" + code
     environment = os.environ | {"LORA_MOE_BACKEND": "reference", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
@@ -66,7 +66,7 @@ def test_a_file_size_limit_leaves_the_old_file(tmp_path, size):
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become someone else")
 @pytest.mark.parametrize("mode", [0o555, 0o333, 0o000])
 def test_a_folder_that_is_not_ours_to_write(tmp_path, mode):
-    """0o333: could be written, but not flushed."""
+    """0o333 can be written but not flushed."""
     folder = tmp_path / "folder"
     folder.mkdir(mode=0o777)
     for parent in (folder, *folder.parents[:-2]):
@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_ours_to_write(tmp_path, mode):
     assert os.listdir(folder) == []
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         safefile.path_in(tmp_path / "file/folder", "x.safetensors")
@@ -131,7 +131,7 @@ def test_tensors_that_could_not_be_read_back_are_not_written(tmp_path, name):
     assert os.listdir(tmp_path) == []
 
 
-def test_tensors_that_lie_side_by_side_in_one_memory_are_written(tmp_path):
+def test_tensors_adjacent_in_one_storage_are_written(tmp_path):
     flat = torch.arange(12.0, requires_grad=True)
     tensors = {"a": flat[:5], "b": flat[5:9].view(2, 2), "c": flat[9:], "d": flat.view(3, 4).T}
     safefile.write(tmp_path / "x.safetensors", tensors, METADATA)
@@ -218,7 +218,7 @@ def test_another_users_file_stays(tmp_path):
 
 
 def test_a_write_holds_its_file_until_it_is_in_place(tmp_path, monkeypatch):
-    """A second write in the middle of a first one does not take its temporary file for abandoned."""
+    """A concurrent write does not mistake the first write's temporary file for an abandoned one."""
     path, fsync = tmp_path / "x.safetensors", os.fsync
 
     def write_another(descriptor):

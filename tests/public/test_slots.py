@@ -1,7 +1,7 @@
 """grouped_lora with one row per slot, in y ("apart") or in x ("sum"), as a black box on every backend.
 
-The reference treats each slot as a separate token, by eager.py in fp64 on the same rounded inputs, with
-gradients from autograd; the tolerance comes from the same formulation in the tested dtype.
+The reference treats each slot as a separate token: eager.py in fp64 on the same rounded inputs, with
+gradients from autograd. The tolerance comes from the same formulation in the tested dtype.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def test_values_and_gradients(case, form, dtype):
     y, *plain = (f(v, case, form) for f, v in zip((ours, theirs, theirs), runs, strict=True))
     assert y.shape == plain[0].shape and y.dtype == dtype
     assert_accurate("y", y, *plain, dtype=dtype)
-    dys = [dy.to(dtype).double() for dy in cotangents([y])]  # the same for all three
+    dys = [dy.to(dtype).double() for dy in cotangents([y])]  # the same for all three runs
     got, want, usual = (
         gradients([out], dys, v, NAMES) for out, v in zip((y, *plain), runs, strict=True)
     )
     for name in got:
-        # where few numbers were rounded to 16 bits, chance decides which of two such results is closer
+        # with few numbers rounded to 16 bits, either of the two results may be the closer one
         few = 1.5 if dtype.itemsize == 2 and got[name].numel() <= 256 else None
         assert_accurate(f"d{name}", got[name], want[name], usual[name], dtype=dtype, factor=few)
 
@@ -55,7 +55,7 @@ def test_no_gradients_same_bits_and_leading_dimensions(form):
 
 
 @every_form
-def test_what_is_not_contiguous(form):
+def test_non_contiguous_operands(form):
     """x, base and the gradient of y as slices, transposed or expanded."""
     case = BY_NAME["unequal ranks"]
     inputs = inputs_of(case, torch.float32, form)
@@ -123,7 +123,7 @@ def test_frozen_experts_get_exact_zeros(form):
 
 
 def test_the_rows_of_x_are_not_copied():
-    """Neither pass holds a row of x, or of a base that tokens share, for each of eight slots."""
+    """Neither pass copies a row of x, or of a base shared by tokens, for each of the eight slots."""
     T, K, D = 64, 8, 4096
     g = torch.Generator().manual_seed(0)
     x, base = (torch.randn(T, n, generator=g) for n in (D, 16))
@@ -152,7 +152,7 @@ def test_the_rows_of_x_are_not_copied():
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_what_does_not_fit_raises(change, message):
+def test_mismatched_operands_raise(change, message):
     case = BY_NAME["odd"]
     v = inputs_of(case, torch.float32, "apart") | change
     ids = v.get("ids", ids_of(case))

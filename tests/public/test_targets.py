@@ -1,4 +1,4 @@
-"""Which modules a configuration selects: patterns, "all-linear", and the messages about the rest."""
+"""Which modules a configuration selects: patterns, "all-linear", and messages about the others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def silence():
-    """No warning but those that a test expects."""
+    """Turns every warning that a test does not expect into an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
@@ -90,7 +90,7 @@ def test_a_regular_expression_must_match_the_whole_path(model, pattern):
         inject(model, config(pattern))
 
 
-def test_all_linear_takes_what_has_no_experts_yet(model):
+def test_all_linear_selects_modules_without_experts(model):
     inject(model, config("q_proj"))
     first = injected(model)
     inject(model, config("all-linear"))
@@ -101,7 +101,7 @@ def test_all_linear_takes_what_has_no_experts_yet(model):
 
 
 class Reader(nn.Module):
-    """Calls one child, reads another's weight, and does both with the third."""
+    """Calls one child, reads the weight of another, and does both with the third."""
 
     def __init__(self):
         super().__init__()
@@ -112,7 +112,7 @@ class Reader(nn.Module):
         return x @ self.both.weight if self.training else self.both(x)
 
 
-def test_all_linear_tells_once_what_it_leaves_out(caplog):
+def test_all_linear_logs_once_what_it_leaves_out(caplog):
     blocks = nn.ModuleList([Reader(), Reader()])
     with caplog.at_level(logging.INFO, logger="lora_moe.all_linear"):
         inject(blocks, config("all-linear"))
@@ -124,7 +124,7 @@ def test_all_linear_tells_once_what_it_leaves_out(caplog):
     )
 
 
-def test_an_explicit_name_is_refused_where_experts_never_run_and_warned_of_where_they_may_not():
+def test_a_name_is_refused_where_experts_never_run_and_warned_of_where_they_may_not():
     with pytest.raises(ValueError, match=r"0\.read \(Reader reads its weight without calling it\)"):
         inject(nn.ModuleList([Reader()]), config("called", "read"))
     with pytest.warns(UserWarning, match=r"in some branches: \*\.both \(in Reader\)"):
@@ -141,7 +141,7 @@ def only_warning(record):
     return str(warning.message)
 
 
-def test_names_that_match_nothing_are_told_in_one_warning(model):
+def test_names_that_match_nothing_give_one_warning(model):
     fields = {"exclude_modules": ("visoin",)}
     with pytest.warns(UserWarning) as record:
         inject(model, config("q_proj", "v_porj", "0.q_porj", "zzzz", **fields))
@@ -153,7 +153,7 @@ def test_names_that_match_nothing_are_told_in_one_warning(model):
     assert len(injected(model)) == 3
 
 
-def test_an_exclude_pattern_that_matches_nothing_is_told(model):
+def test_an_exclude_pattern_that_matches_nothing_warns(model):
     with pytest.warns(UserWarning, match=r"exclude_modules: 'visoin\\\\\.\.\*'") as record:
         inject(model, config("all-linear", exclude_modules=r"visoin\..*"))
     only_warning(record)
@@ -185,7 +185,7 @@ def test_what_matches_nothing_is_refused_with_a_hint(target, hint):
 
 
 def fused():
-    """A stock layer whose kernels read their children's weights, bypassing any wrapper."""
+    """A PyTorch layer with fused kernels that read its children's weights and bypass any wrapper."""
     return nn.ModuleDict({"block": nn.TransformerEncoderLayer(8, 2, 16), "fc": nn.Linear(8, 8)})
 
 
@@ -213,7 +213,7 @@ def test_refused_targets(build, config, message):
     assert all(p.requires_grad for p in model.parameters())
 
 
-# --- heads of transformers' models ---------------------------------------------------------------
+# --- heads of models from transformers -----------------------------------------------------------
 
 SIZES = {
     "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
@@ -247,8 +247,8 @@ def test_all_linear_leaves_heads_alone(family, task, heads, wrap):
 @pytest.mark.parametrize(
     "pattern", ["(", "[", "(" * 2000 + ")" * 2000], ids=["open", "set", "deep"]
 )
-def test_what_is_no_regular_expression_is_named(field, pattern):
-    """At inject, not in the configuration: one from a file must cost nothing to read."""
+def test_an_invalid_regular_expression_is_named(field, pattern):
+    """In inject, not in the configuration: a configuration from a file must be cheap to read."""
     config = LoraMoeConfig(**{"target_modules": ("q",), field: pattern})
     with pytest.raises(ValueError, match=f"{field}: expected a regular expression"):
         inject(nn.ModuleDict({"q": nn.Linear(4, 4)}), config)

@@ -1,4 +1,4 @@
-"""The router's top-k as a black box, on every backend: many experts, its bias, no expert to pick."""
+"""The router's top-k as a black box, on every backend: many experts, the bias, invalid top_k."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..support.functions import (
 @pytest.mark.parametrize("outputs", ["y", "routing", "both"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_router_bias_in_any_dtype_and_stride(dtype, outputs):
-    """It is widened, exactly, and its gradient comes back in its own dtype, rounded once."""
+    """The bias is widened exactly; its gradient is returned in its dtype, rounded once."""
     case = BY_NAME["one past a tile"]
     v = leaves(sample(case, torch.float32), *PARAMETERS)
     narrow = v["router_bias"].detach().to(dtype)
@@ -97,7 +97,7 @@ def test_router_topk(case, dtype):
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("E, K", [(1024, 1024), (4096, 4096), (4096, 100), (1024, 32), (1024, 33)])
 def test_many_experts_are_as_accurate_as_few(E, K, gate):
-    """Weights, statistics and gradients within a few units, whose sums have thousands of terms."""
+    """Weights, statistics and gradients stay within a few units although sums have thousands of terms."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(35, E, generator=g).requires_grad_()
     routing = Routing.from_logits(logits, K, gate=gate)
@@ -120,7 +120,7 @@ def test_many_experts_are_as_accurate_as_few(E, K, gate):
 @pytest.mark.parametrize("K", [1, 32, 33, 63, 64])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_order_of_many_picks(K, with_bias):
-    """Of few picks and of many, found in other ways: ties to the lower id, NaN after everything else."""
+    """Few and many picks use different algorithms; ties go to the lower id, NaN comes last."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randint(-3, 3, (37, 64), generator=g).float()
     logits[5, 7], logits[6], logits[7, ::3] = torch.nan, torch.nan, -torch.inf
@@ -140,7 +140,7 @@ def sorted_ids(score):
 
 
 def test_top_1_renormalized_has_no_router_gradient():
-    """w = p / p = 1: where the true gradient is zero the bound is absolute."""
+    """w = p / p = 1: the true gradient is zero, so the bound is absolute."""
     case = BY_NAME["tiles fit"]
     v = leaves(sample(case), "router_weight")
     y, _ = F.routed_lora(
@@ -151,7 +151,7 @@ def test_top_1_renormalized_has_no_router_gradient():
 
 
 @pytest.mark.parametrize("tokens", [5, 70])
-def test_no_expert_to_pick_raises_without_a_graph_too(tokens):
+def test_an_invalid_top_k_raises_without_a_graph_too(tokens):
     x, w, a, b = (torch.randn(s) for s in ((tokens, 24), (3, 24), (12, 24), (12, 16)))
     for top_k in (0, -1, 4):
         with torch.no_grad(), pytest.raises(ValueError, match="top_k: expected"):

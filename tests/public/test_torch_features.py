@@ -1,4 +1,4 @@
-"""Second derivatives, forward mode and torch.func: each works, or raises a clear error."""
+"""Second derivatives, forward mode and torch.func: each works or raises a clear error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def outputs_of(function, v):
 @pytest.mark.parametrize("allow_unused", [False, True])
 @pytest.mark.parametrize("squared", [False, True])
 def test_second_derivatives_raise(function, allow_unused, squared):
-    """Also where the incoming gradient needs none, as that of y.sum(): PyTorch's own check is silent."""
+    """Even if the incoming gradient needs no gradient, as in y.sum(), where PyTorch's own check is silent."""
     v = leaves(inputs_of(CASE, torch.float32), *USED[function])
     names = [n for n in USED[function] if v[n] is not None and n != "base"]
     outputs, _ = function(v, CASE)
@@ -43,7 +43,7 @@ def test_second_derivatives_raise(function, allow_unused, squared):
 
 @every_function
 def test_create_graph_alone_changes_nothing(function):
-    """Nobody has asked for a second derivative yet."""
+    """create_graph=True without a second derivative gives the same bits."""
     results = []
     for create_graph in (False, True):
         v = leaves(inputs_of(CASE, torch.float32), *USED[function])
@@ -51,14 +51,14 @@ def test_create_graph_alone_changes_nothing(function):
         results.append(
             torch.autograd.grad(outputs_of(function, v), used, create_graph=create_graph)
         )
-        other = torch.ones((), requires_grad=True)  # beside these gradients
+        other = torch.ones((), requires_grad=True)  # independent of these gradients
         total = other * sum(g.detach().sum() for g in results[-1])
         assert torch.autograd.grad(total, other)[0].isfinite()
     assert all(map(torch.equal, *results))
 
 
-def test_what_is_linear_may_be_differentiated_again():
-    """The gradient of base is that of y, whatever else is there."""
+def test_linear_terms_may_be_differentiated_again():
+    """The gradient of base is that of y, whatever the other operands are."""
     v = leaves(sample(CASE), "base")
     y, _ = routed(v, CASE)
     scale = torch.tensor(2.0, requires_grad=True)
@@ -69,12 +69,12 @@ def test_what_is_linear_may_be_differentiated_again():
 @every_function
 @pytest.mark.parametrize("trainable", [False, True])
 def test_forward_mode_raises(function, trainable):
-    """Without trainable parameters the tangent would be dropped, and the derivative zero."""
+    """With no trainable parameter the tangent would be dropped and the derivative silently zero."""
     name = USED[function][0]
     v = inputs_of(CASE, torch.float32)
     v = leaves(v, *USED[function][1:]) if trainable else v
     with forward_ad.dual_level():
-        function(v, CASE)  # a level alone is no derivative
+        function(v, CASE)  # no tangent yet
         v[name] = forward_ad.make_dual(v[name], torch.ones_like(v[name]))
         with pytest.raises(RuntimeError, match=r"forward-mode derivatives .*not implemented"):
             function(v, CASE)
@@ -106,7 +106,7 @@ def test_transforms_of_torch_func_raise(function, transform):
             transformed(transform, function, v)
 
 
-def test_inside_a_transform_of_something_else_it_works():
+def test_a_transform_of_another_function_works():
     v = sample(CASE)
     y, _ = routed(v, CASE)
     got = torch.func.vmap(lambda t: t * routed(v, CASE)[0].sum())(torch.arange(3.0))
@@ -130,7 +130,7 @@ def test_functional_call():
 
 
 def test_the_reference_takes_every_transform():
-    """As the errors say."""
+    """As the error messages claim."""
     v = sample(BY_NAME["odd"], torch.float64)
     rest = [v[k] for k in ("router_weight", "lora_A", "lora_B", "base")]
     case = BY_NAME["odd"]

@@ -1,4 +1,4 @@
-"""Why modules cannot take experts: each kind with its reason, and a similar module that can."""
+"""Why a module cannot take experts: the reason for each kind, and a similar module that can."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def names(*targets):
 
 
 class WeightOnly(nn.Module):
-    """Sizes are known from the weight alone."""
+    """Only the weight gives the sizes."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class WeightOnly(nn.Module):
 
 
 class Pair(nn.Linear):
-    """As Megatron's: the bias is for the caller to add."""
+    """As in Megatron: the caller adds the bias."""
 
     def forward(self, x):
         return F.linear(x, self.weight), self.bias
@@ -67,7 +67,7 @@ def test_kinds_of_modules(make, reason):
 
 
 class Router(nn.Module):
-    """Picks by itself, as in transformers' sparse models."""
+    """Picks experts itself, as in transformers' sparse models."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ class TopKGating(Nested):
 
 
 class DeepRouter(nn.Module):
-    """A router with a network of its own, as Zaya's."""
+    """A router that contains a network, as in Zaya."""
 
     def __init__(self):
         super().__init__()
@@ -146,12 +146,12 @@ def test_routers_of_the_models_own_experts(gate, experts, path):
     assert list(injected(model)) == [*linear, "mlp.proj", "mlp.shared_expert_gate"]
 
 
-def test_a_linear_of_that_size_without_experts_beside_it_is_none():
+def test_a_linear_of_that_size_without_experts_is_no_router():
     model = Sparse(nn.Linear(4, 3), nn.Identity())
     assert why_not(model, "gate") is None
 
 
-def test_fused_experts_are_named_with_what_to_do():
+def test_the_message_for_fused_experts_says_what_to_do():
     model = nn.ModuleDict({"mlp": Sparse(Router(), Bank())})
     with pytest.raises(
         ValueError,

@@ -1,4 +1,4 @@
-"""Modules of whole models that cannot take experts: weights read elsewhere, tied, quantized or sharded."""
+"""Modules of whole models that cannot take experts: read elsewhere, tied, quantized or sharded."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_a_setting_of_the_parent_decides():
     assert list(injected(inject(model, names("dense")))) == ["transformer.h.0.self_attention.dense"]
 
 
-def test_a_quantised_parent_calls_what_it_reads_otherwise():
-    """Jamba and FalconMamba ask their configuration whether dt_proj has a weight to read."""
+def test_a_quantized_parent_calls_what_it_reads_otherwise():
+    """Jamba and FalconMamba check their configuration for whether dt_proj has a weight to read."""
     model = transformers_model("JambaForCausalLM", **JAMBA)
     assert "reads its weight" in why_not(model, "model.layers.0.mamba.dt_proj")
     model.config._is_quantized = True
@@ -76,7 +76,7 @@ def tied(device="cpu"):
 
 
 def offloaded():
-    """Each parameter its own object on meta, as accelerate leaves them."""
+    """Each parameter is a separate object on meta, as accelerate leaves them."""
     model = tied("meta")
     model.lm_head.weight = nn.Parameter(torch.empty_like(model.lm_head.weight))
     return model
@@ -101,7 +101,7 @@ def test_a_tied_head_is_refused(make):
     inject(model, names("q_proj"))
 
 
-def test_what_the_reason_says_unties_the_head(tmp_path):
+def test_the_suggested_change_unties_the_head(tmp_path):
     model, ids = tied(), torch.tensor([[1, 2, 3]])
     model.config.tie_word_embeddings = False
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())

@@ -1,4 +1,4 @@
-"""Warming up runs every kind of layer and leaves no trace."""
+"""warm_up runs every kind of layer and has no side effects."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_each_kind_of_layer_runs_once(monkeypatch):
     assert calls == [(3, 24, False), (3, 16, False)]
 
 
-def test_it_leaves_no_trace():
+def test_it_has_no_side_effects():
     layers = model()
     x = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
     lora_moe.set_routing(layers, task_ids=torch.tensor([0, 1, -1]))
@@ -66,6 +66,6 @@ def test_ffns_run_slot_by_slot(monkeypatch):
     assert calls == [("0", 3, 8, "apart"), ("2", 3, 2, 12, "sum")]
 
 
-def test_a_model_without_layers_of_ours_is_refused():
+def test_a_model_without_experts_is_refused():
     with pytest.raises(ValueError, match="LoraMoeLinear"):
         lora_moe.warm_up(nn.Linear(2, 2))
