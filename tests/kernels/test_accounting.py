@@ -1,4 +1,4 @@
-"""The launches and bytes that experts add to a layer, counted from real launches, stay within the goals."""
+"""The launches and bytes that experts add to a layer, counted from real launches, stay within bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOALS = {
     "E=64, forward": (9, 320, 1250),
     "E=64, backward": (15, 620, 2200),
 }
-OF_SLOTS = {  # of grouped_lora with a row per slot
+OF_SLOTS = {  # grouped_lora with one row per slot
     "apart": ((6, 285, 450), (14, 440, 720)),
     "sum": ((12, 285, 450), (8, 440, 720)),
 }
@@ -40,7 +40,7 @@ def test_accounting(counted, side):
 @pytest.mark.nightly
 @pytest.mark.parametrize("slots", OF_SLOTS)
 def test_accounting_of_slots(slots):
-    """No row is copied for each slot: beside x, base, y and their gradients next to nothing moves."""
+    """No row is copied per slot: x, base, y and their gradients account for almost all traffic."""
     sides = json.loads(run_compiled("benchmarks.accounting", "--json", "--slots", slots))
     for launches, most in zip(sides.values(), OF_SLOTS[slots], strict=True):
         check(launches, *most)
@@ -53,7 +53,7 @@ def check(launches, most_launches, most_mb, most_l2):
 
 
 def test_nothing_is_left_out(counted):
-    """x and the base are read and y is written; dy and x are read twice and dx is written."""
+    """Forward reads x and the base and writes y; backward reads dy and x twice and writes dx."""
     activation = 8192 * 4096 * 2
     assert sum(read for _, read, *_ in counted["E=8, forward"]) > 2 * activation
     assert sum(written for _, _, written, *_ in counted["E=8, forward"]) > activation
@@ -62,7 +62,7 @@ def test_nothing_is_left_out(counted):
 
 
 def test_models_agree_with_published_counts():
-    """Figures that authors and earlier measurements gave at the same shape, in MB and launches."""
+    """Published figures and earlier measurements at the same shape, in launches and MB."""
     from benchmarks.static import schemes
 
     s = schemes.Shape(8192, 4096, 8, 16, 2)

@@ -1,4 +1,4 @@
-"""Backends and instruction sets compared with each other, each in its own process; far-apart rows."""
+"""Backends and instruction sets compared, each in a separate process; rows that are far apart."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def cpp(tmp_path_factory):
 
 @pytest.mark.parametrize("twin", TWINS)
 def test_same_numbers_in_fp32(twin, cpp, tmp_path):
-    """Ids and counts equal; Triton's outputs within 4 u, gradients and other summation orders 8 u."""
+    """Ids and counts are equal; Triton's outputs within 4 u; gradients and other summation orders 8 u."""
     other = run(tmp_path / "out.safetensors", TWINS[twin])
     assert other.keys() == cpp.keys()
     for name, value in other.items():
@@ -54,7 +54,7 @@ def test_same_numbers_in_fp32(twin, cpp, tmp_path):
 
 @pytest.mark.parametrize("isa", BUILT[1:])
 def test_numeric_goals_of_every_instruction_set(isa):
-    """The best one is what all other tests run; a CPU without it gives answers as accurate."""
+    """All other tests run the best instruction set; the others must be as accurate."""
     environment = {**os.environ, "LORA_MOE_BACKEND": "cpp", "LORA_MOE_ISA": isa}
     selected = ["tests/public/test_functional.py", "-k", "test_routed_lora and not float64"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *selected]
@@ -64,7 +64,7 @@ def test_numeric_goals_of_every_instruction_set(isa):
 
 @pytest.mark.skipif(lora_moe.backend_info()["serving"]["cpu"] != "cpp", reason="of the C++ backend")
 def test_offsets_beyond_two_to_the_31():
-    """Rows so far apart that int32 arithmetic would wrap; the memory between them is never touched."""
+    """Rows so far apart that int32 offsets would wrap; the memory between them is never touched."""
     case = BY_NAME["tiles fit"]
     v = sample(case, torch.bfloat16)
     stride, rows = 2**30 + 24, 4
@@ -95,7 +95,7 @@ def test_fork_after_use():
     want, _ = F.routed_lora(*args, rank_offsets=case.ranks)
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork: PyTorch's own rule
+        torch.set_num_threads(1)  # required by PyTorch: OpenMP's threads do not survive a fork
         y, _ = F.routed_lora(*args, rank_offsets=case.ranks)
         os._exit(0 if torch.equal(y, want) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,4 +1,4 @@
-"""The frozen base's part of dx is added within its own product if the base is plain, and only then."""
+"""The frozen base's part of dx is added within its product only if the base is a plain linear."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def tokens(dtype=torch.float32):
 
 
 def gradients(layer, x, dy, run=None):
-    """y, then dx and the gradient of each parameter that trains."""
+    """y, then dx and the gradient of each trainable parameter."""
     y = layer(x) if run is None else run(x)
     trained = [p for p in layer.parameters() if p.requires_grad]
     return y, *torch.autograd.grad(y, [x, *trained], dy)
 
 
 def pytorchs_way(layer):
-    """The same layer with a base of another class, whose part of dx autograd adds."""
+    """The same layer with a base of another class: autograd adds its part of dx."""
     other = copy.deepcopy(layer)
     other.base_layer.__class__ = type("Another", (torch.nn.Linear,), {})
     assert (
@@ -57,7 +57,7 @@ def taken(layer, x):
 
 
 def additions(y, x):
-    """How many gradients meet at x."""
+    """The number of gradients that autograd adds at x."""
     found, todo = 0, [y.grad_fn]
     while todo:
         node = todo.pop()
@@ -157,7 +157,7 @@ def test_only_the_routing_reaches_the_loss():
     assert grads[0].abs().max() > 0
 
 
-def test_switched_off_the_base_has_its_graph():
+def test_with_adapters_disabled_the_base_has_its_graph():
     layer, (x, dy) = new_layer(), tokens()
     model = torch.nn.Sequential(layer)
     with disable_adapters(model):
@@ -165,7 +165,7 @@ def test_switched_off_the_base_has_its_graph():
     torch.testing.assert_close(dx, dy @ layer.base_layer.weight)
 
 
-def test_compiled_whole():
+def test_compiled_with_fullgraph():
     layer, (x, dy) = new_layer(), tokens()
     want = gradients(layer, x, dy)
     torch._dynamo.reset()

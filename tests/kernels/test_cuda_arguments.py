@@ -1,4 +1,4 @@
-"""The CUDA kernels' arguments: strides, gradients that are not needed, large offsets, what is refused."""
+"""The CUDA kernels' arguments: strides, gradients that are not needed, large offsets, refused values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("adapters", [torch.float32, torch.float16, torch.float64], ids=str)
 @some("tiles fit", "unequal ranks")
 def test_parameters_in_their_own_dtype(kernels, case, adapters):
-    """They are rounded to x's dtype for the products; their gradients come back in their own."""
+    """They are rounded to x's dtype for the products; their gradients are returned in their own dtype."""
     inputs = grouped_sample(case, torch.bfloat16, adapter_dtype=adapters)
     rounded = {k: inputs[k].bfloat16() for k in ("lora_A", "lora_B")}
     want = grouped(kernels, inputs | rounded, case, "rank_dense")
@@ -48,7 +48,7 @@ def test_parameters_in_their_own_dtype(kernels, case, adapters):
 
 
 def test_rows_may_lie_anywhere(kernels):
-    """x, base and dy sliced out of wider tensors or expanded: other loads, the same bits."""
+    """x, base and dy as slices of wider tensors or expanded: other load widths, the same bits."""
     case = BY_NAME["tiles fit"]
     v = sample(case)
     dy = noise(case.D_out).expand(case.T, -1)
@@ -70,7 +70,7 @@ def test_rows_may_lie_anywhere(kernels):
 
 
 @some("odd", "unequal ranks", "shared A", "wide: unequal")
-def test_only_what_is_needed(kernels, case):
+def test_gradients_that_are_not_needed(kernels, case):
     v = sample(case)
     out = routed(kernels, v, case, "rank_dense")
     saved = [out[i] for i in (1, 2, 3, 7)]
@@ -91,7 +91,7 @@ def test_only_what_is_needed(kernels, case):
 
 
 def test_offsets_beyond_int32(kernels):
-    """Rows 2^30 elements apart, in memory that is mapped but never touched in between."""
+    """Rows 2^30 elements apart; the memory between them is mapped but never touched."""
     rows, D, stride = 3, 32, 2**30 + 8
     memory = torch.frombuffer(mmap.mmap(-1, 2 * ((rows - 1) * stride + D)), dtype=torch.bfloat16)
     x = memory.as_strided((rows, D), (stride, 1)).copy_(noise(rows, D))

@@ -1,4 +1,4 @@
-"""The CUDA build: what nvcc makes of the kernels, messages if a piece is missing, tests that can fail."""
+"""The CUDA build: the machine code of nvcc, messages for missing pieces, checks that can fail."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_nvcc
-@pytest.mark.parametrize("target", ["sm_75", "sm_80"])  # without and with bf16 on the tensor cores
+@pytest.mark.parametrize("target", ["sm_75", "sm_80"])  # without and with bf16 tensor cores
 def test_machine_code(target):
-    """Without warnings, spills and float atomics; with tensor cores and 128-bit loads.
+    """No warnings, spills or float atomics; tensor cores and 128-bit loads are used.
 
-    `python -m benchmarks.cuda_static` does all architectures.
+    `python -m benchmarks.cuda_static` checks all architectures.
     """
     cuda_static = pytest.importorskip("benchmarks.static.cuda_static")
     rows = cuda_static.rows([target])
@@ -59,9 +59,9 @@ def test_violations_are_found():
 
 @needs_compiler
 def test_missing_masks_and_barriers_are_seen():
-    """Masks and barriers of the kernels, removed; and with all in place, sanitizers are silent.
+    """Sanitizers report each removed mask or barrier, and nothing on the unchanged kernels.
 
-    Every 128th of them; all by `make nightly`.
+    Every 128th mask and barrier is removed here, all of them in `make nightly`.
     """
     step = 1 if os.environ.get("LORA_MOE_NIGHTLY") else 128
     found = [
@@ -109,7 +109,7 @@ def test_no_nvcc(tmp_path):
 
 
 def test_nvcc_of_another_version(tmp_path):
-    """A torch that was built for CUDA 13.0 meets the nvcc of 12.8 that is first in PATH."""
+    """torch was built for CUDA 13.0, but the nvcc in PATH is 12.8."""
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")

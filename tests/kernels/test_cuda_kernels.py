@@ -1,6 +1,6 @@
 """The CUDA kernels, operator by operator, against the reference in fp64 on the same rounded inputs.
 
-Without a GPU they are compiled for the CPU, with one fiber per thread; every test runs the threads of a block
+Without a GPU they are compiled for the CPU with one fiber per thread; every test runs the threads of a block
 first to last and last to first.
 """
 
@@ -41,15 +41,15 @@ every_case = pytest.mark.parametrize("case", CASES + WIDE, ids=lambda case: case
 every_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
 )
-# in units of the dtype: 16-bit results carry one rounding of H or dS and one of the output
+# in units of the dtype: 16-bit results include one rounding of H or dS and one of the output
 UNITS = {torch.float32: 12, torch.bfloat16: 0.85, torch.float16: 0.85}
 ROUTING = ["indices", "weights", "logits", "mean_prob", "lse", "counts"]
 
 
 def compare(names, got, want, dtype, tokens=16):
-    """Integers exactly, the router's numbers as fp32, the others as dtype demands.
+    """Integers exactly, the router's numbers as fp32, the others as their dtype allows.
 
-    Where few numbers were rounded, those of H in few tokens among them, chance decides.
+    The bound is wider where few numbers were rounded, for instance H of few tokens.
     """
     for name, g, w in zip(names, got, want, strict=True):
         assert g.shape == w.shape, name
@@ -60,7 +60,7 @@ def compare(names, got, want, dtype, tokens=16):
             kind = torch.float32 if wide else dtype
             few = g.numel() <= 256 or tokens < 16
             units = 16 if wide else UNITS[kind] * (1.5 if few else 1)
-            if name == "drouter_bias":  # E numbers, in which terms of both signs cancel
+            if name == "drouter_bias":  # E numbers, each a sum in which terms cancel
                 units = 32
             assert_accurate(name, g, w, dtype=kind, units=units)
 
@@ -72,7 +72,7 @@ def in_fp64(values):
 @every_dtype
 @every_case
 def test_routed_lora(kernels, case, dtype):
-    """Forward, then backward with gradients of every output of the routing."""
+    """Forward, then backward with the gradients of all outputs of the routing."""
     inputs = sample(case, dtype)
     got = routed(kernels, inputs, case, "rank_dense")
     want = routed(reference, in_double(inputs), case)
@@ -105,7 +105,7 @@ def test_dropped_experts(kernels, case, drop):
 @every_dtype
 @some("one token", "wide", "unequal ranks", "shared A", "wide: 1024 ranks")
 def test_decode(kernels, case, dtype):
-    """Few tokens: D_in and D_out in splits of 256 columns."""
+    """Few tokens: D_in and D_out are split into ranges of 256 columns."""
     case = replace(case, D_in=600, D_out=530)
     inputs = sample(case, dtype)
     got = routed(kernels, inputs, case, "decode")
@@ -133,7 +133,7 @@ def test_grouped_lora(kernels, case, dtype):
     "case", [c for c in CASES + WIDE if c.K * c.E < 200], ids=lambda case: case.name
 )
 def test_segmented(kernels, case, dtype):
-    """The caller's ids, then the router's: what the rank-dense reference says, from an S by slots."""
+    """The caller's ids, then the router's; S is by slots and the reference is rank-dense."""
     inputs = grouped_sample(case, dtype)
     exact = {k: v.double() if k != "ids" and v is not None else v for k, v in inputs.items()}
     y, s = grouped(kernels, inputs, case, "segmented")
@@ -159,7 +159,7 @@ def test_segmented(kernels, case, dtype):
 
 @slots.every_call
 def test_slots(kernels, case, dtype, form):
-    """Kept apart or summed, forward and backward."""
+    """Rows apart or summed, forward and backward."""
     slots.check(kernels, case, form, dtype)
 
 
@@ -174,7 +174,7 @@ def test_contract_of_slots(kernels, check, form):
 @every_case
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
 def test_router_topk(kernels, case, adapters):
-    """The router alone, its weight in fp32 or in x's dtype; backward of every subset of outputs."""
+    """The router alone, with weights in fp32 or x's dtype; backward with each output left out."""
     v = sample(case, torch.bfloat16)
     v["router_weight"] = v["router_weight"].to(adapters)
 
@@ -186,7 +186,7 @@ def test_router_topk(kernels, case, adapters):
     want = forward(reference, in_double(v))
     compare(ROUTING, forward(kernels, v), want, torch.float32)
     ids, weights, logits = want[0], want[1].float(), want[2].float()
-    for missing in range(5):  # 4: none
+    for missing in range(5):  # 4: none is missing
         aux = [None if i == missing else a for i, a in enumerate(cotangents(case))]
         given = [*aux, ids, weights, logits]
         got = kernels.router_topk_backward(*given, case.gate, case.renormalize)
@@ -197,7 +197,7 @@ def test_router_topk(kernels, case, adapters):
 @every_dtype
 @some("odd", "one past a tile", "no rows", "wide: 1024 ranks", "one expert")
 def test_matmuls(kernels, case, dtype):
-    """shrink, expand with one and two pairs, wgrad, on an fp32 H."""
+    """shrink, expand with one and two pairs, and wgrad on an fp32 H."""
     v = sample(case, dtype)
     x, w, a, b, base = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base"))
     h, h2 = noise(case.T, case.R), noise(case.T, case.E)
@@ -208,8 +208,8 @@ def test_matmuls(kernels, case, dtype):
         ("expand", (h, b, None, None, base), ["y"]),
         ("expand", (h, b, h2, b2, None), ["y"]),
         ("expand", (h, b, h2, b2.to(dtype), base), ["y"]),
-        ("expand", (h2, b2, None, None, base), ["y"]),  # fp32 products beside any x
-        ("wgrad", (h, x), ["S"]),  # an fp32 H keeps its bits
+        ("expand", (h2, b2, None, None, base), ["y"]),  # fp32 products with any dtype of x
+        ("wgrad", (h, x), ["S"]),  # an fp32 H is not rounded
     ]
     for name, args, names in calls:
         more = (dtype,) if name == "expand" else ()
@@ -223,7 +223,7 @@ def test_matmuls(kernels, case, dtype):
 @every_dtype
 @some("long", "wide", "unequal ranks")
 def test_no_worse_than_eager(kernels, case, dtype):
-    """y of plain PyTorch in the same dtype errs at least as much."""
+    """The error of y is at most that of plain PyTorch in the same dtype."""
     inputs = sample(case, dtype)
     got = routed(kernels, inputs, case, "rank_dense")
     want = eager.routed_lora(in_double(inputs), case, got[1])[0]
@@ -244,7 +244,7 @@ def test_public_functions(kernels, chosen, monkeypatch):
 
 @some("odd", "tiles fit", "many experts", "no rows", "wide: 1024 ranks")
 def test_route_logits(kernels, case):
-    """The decisions alone, to the bit those of router_topk, and the given logits stay as they are."""
+    """Decisions equal those of router_topk bit for bit; the given logits are not changed."""
     v = sample(case)
     *want, counts = kernels.router_topk(
         v["x"], v["router_weight"], v["bias"], v["router_bias"], *router(case)
@@ -259,7 +259,7 @@ def test_route_logits(kernels, case):
 
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_a_models_own_experts(kernels, family):
-    """LoraMoeExperts, whose slots are sorted by expert, equals its formula."""
+    """LoraMoeExperts sorts its slots by expert and equals its formula."""
     pytest.importorskip("transformers")
     from ..support.models import moes
 

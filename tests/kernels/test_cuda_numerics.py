@@ -1,4 +1,4 @@
-"""The CUDA kernels' bits: fp32 on tensor cores, numbers that are not finite, ties, order, batches."""
+"""The CUDA kernels bit by bit: fp32 on tensor cores, inf and NaN, ties, order, batches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_an_fp32_operand_keeps_its_bits(kernels, dtype):
-    """Beside an identity of 16 bits each sum is one number; a row's are up to 2^15 apart."""
+    """The other operand is a 16-bit identity, so each sum has one term; terms differ by up to 2^15."""
     one = torch.eye(70, dtype=dtype)
     h = torch.ldexp(noise(70, 33).frexp().mantissa, torch.arange(70 * 33).view(70, 33) % 15)
     assert torch.equal(kernels.wgrad(h, one), h.T)
@@ -45,7 +45,7 @@ def test_an_fp32_operand_keeps_its_bits(kernels, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("power", [-90, -24, 16, 90])
 def test_fp32_operands_of_any_size(kernels, power, dtype):
-    """As a loss is scaled: 2^power times the operand is 2^power times the result, bit for bit."""
+    """As with loss scaling: an operand times 2^power gives the result times 2^power, bit for bit."""
     x, h, w, b = noise(70, 40, dtype=dtype), noise(70, 33), noise(33, 40), noise(33, 72)
     some = torch.where(torch.arange(33) % 3 == 0, 1.0, 2.0**power)
     assert torch.equal(kernels.wgrad(h * some, x), kernels.wgrad(h, x) * some[:, None])
@@ -70,8 +70,8 @@ def test_fp32_operands_of_any_size(kernels, power, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_stays_so(kernels, value, dtype):
-    """In its row of the result, and nowhere else."""
+def test_non_finite_values_stay_in_their_row(kernels, value, dtype):
+    """Their row of the result is not finite; all other rows keep their bits."""
     x, h, b = noise(70, 40, dtype=dtype), noise(70, 33), noise(33, 72)
     wrong = h.clone()
     wrong[60, 5] = value
@@ -86,7 +86,7 @@ def test_what_is_not_finite_stays_so(kernels, value, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_an_infinite_weight_reaches_the_logits_as_in_fp32(kernels, value, dtype):
-    """Not as inf - inf of the terms that it is split into."""
+    """Splitting a weight into terms must not give inf - inf."""
     x, w = noise(16, 64, dtype=dtype), noise(8, 64)
     w[5, 40] = value
     got = kernels.shrink(x, noise(8, 64, dtype=dtype), w)[1]
@@ -104,7 +104,7 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(kernels, case, dtype):
     for rows in slice(0, 1), slice(40, 57):
         part = {**v, "x": v["x"][rows], "base": v["base"][rows]}
         got = routed(kernels, part, case, "rank_dense")
-        for i in (0, 1, 2, 3, 5, 7):  # all but the batch's statistics
+        for i in (0, 1, 2, 3, 5, 7):  # all but the statistics of the batch
             assert torch.equal(got[i], full[i][rows])
 
 
@@ -131,8 +131,8 @@ def test_ties_go_to_the_lower_id(kernels, case):
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @some("tiles fit", "wide: unequal")
-def test_a_wrong_row_stays_alone(kernels, case, value, gate):
-    """Its ids are valid and distinct, and every other token keeps its bits."""
+def test_a_non_finite_row_affects_no_other(kernels, case, value, gate):
+    """Its ids are valid and distinct; all other tokens keep their bits."""
     case = replace(case, gate=gate)
     v = sample(case)
     clean = routed(kernels, v, case, "rank_dense")
@@ -148,7 +148,7 @@ def test_a_wrong_row_stays_alone(kernels, case, value, gate):
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 def test_special_logits_as_in_torch(kernels, gate):
-    """inf, -inf and NaN, alone and together, ties among them: an identity router passes them on."""
+    """inf, -inf and NaN, alone and combined, with ties; an identity router passes them on."""
     values = [0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan]
     rows = torch.cartesian_prod(*[torch.tensor(values)] * 3)
     options = None, None, 2, gate, True, *DROPS["all"]
@@ -165,7 +165,7 @@ def test_special_logits_as_in_torch(kernels, gate):
 
 @some("tiles fit", "wide: unequal")
 def test_nothing_leaks_from_experts_not_picked(kernels, case):
-    """NaN in the A of an expert that nobody picked reaches neither y nor a gradient of another."""
+    """NaN in the A of an expert without tokens reaches neither y nor the gradients of other experts."""
     v = sample(case) | {"dy": noise(case.T, case.D_out), "base": None}
     v |= {"ids": torch.ones(case.T, 1, dtype=torch.int32), "weights": torch.ones(case.T, 1)}
     clean, _ = grouped(kernels, v, case, "rank_dense")
@@ -178,8 +178,8 @@ def test_nothing_leaks_from_experts_not_picked(kernels, case):
 
 
 @some("tiles fit", "shared A")
-def test_a_wrong_lora_B_stays_out_of_gradients(kernels, case):
-    """NaN in the B of an expert that nobody picked: a rank-dense y holds 0 NaN, dx and dA nothing."""
+def test_a_nan_in_lora_B_stays_out_of_gradients(kernels, case):
+    """NaN in the B of an expert without tokens: rank-dense y gets 0 * NaN, but dx and dA stay finite."""
     v = sample(case) | {"dy": noise(case.T, case.D_out)}
     v |= {"ids": torch.ones(case.T, 1, dtype=torch.int32), "weights": torch.ones(case.T, 1)}
     _, s = grouped(kernels, v, case, "rank_dense")

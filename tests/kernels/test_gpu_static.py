@@ -1,4 +1,4 @@
-"""benchmarks/static/gpu_static.py detects kernels that violate a guarantee, on both kinds of machine code."""
+"""benchmarks/static/gpu_static.py finds kernels that violate a guarantee, in PTX and in AMD code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows(request):
     return json.loads(run_compiled("tests.support.triton_kernels.bad_kernels", request.param))
 
 
-def test_a_good_kernel_keeps_every_promise(rows):
+def test_a_good_kernel_has_no_violations(rows):
     assert list(gpu_static.violations(rows["good"])) == []
     assert rows["good"]["tensor_core_ops"] > 0
     assert rows["good"]["fp32_fmas"] == 0
@@ -33,7 +33,7 @@ def test_a_good_kernel_keeps_every_promise(rows):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_broken_promise_is_found(rows, name):
+def test_a_violation_is_found(rows, name):
     words = "; ".join(gpu_static.violations(rows[name]))
     assert EXPECTED[name] in words
 

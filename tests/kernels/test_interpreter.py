@@ -1,4 +1,4 @@
-"""What the kernels and the tests assume about Triton's interpreter; and that the sanitizer can fail."""
+"""Assumptions of kernels and tests about Triton's interpreter; the sanitizer detects planted errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ with interpreting():
 
 
 def test_bf16_dot_is_still_wrong_upstream():
-    """When this fails, the INTERPRETED branches of triton_kernels/numerics.py can go."""
+    """If this fails, remove the INTERPRETED branches of triton_kernels/numerics.py."""
     a = torch.full((16, 16), 3.0, dtype=torch.bfloat16)
     out = torch.empty(16, 16)
     samples.dot[(1,)](a, out)
@@ -24,7 +24,7 @@ def test_bf16_dot_is_still_wrong_upstream():
 
 
 def test_casts_to_bf16_still_truncate_upstream():
-    """Likewise."""
+    """If this fails, remove the same branches."""
     x = torch.full((16,), 1.0 + 2**-8 + 2**-12)
     out = torch.empty(16, dtype=torch.bfloat16)
     samples.copy[(1,)](x, out, 16, BLOCK=16)
@@ -46,8 +46,8 @@ def test_our_rounding_to_bf16_is_torchs():
     assert torch.equal(out2.nan_to_num(7), want.float().nan_to_num(7))
 
 
-def test_three_bf16_terms_hold_an_fp32():
-    """The compiled router relies on it; the interpreter's truncating cast loses nothing either."""
+def test_three_bf16_terms_represent_an_fp32():
+    """The compiled router relies on this; the interpreter's truncating cast must be exact too."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1024, generator=g) * 10.0 ** torch.randint(-12, 12, (1024,), generator=g)
     samples.split_and_add[(1,)](x, out := torch.empty(1024), BLOCK=1024)
@@ -99,7 +99,7 @@ def test_sanitizer_shows_what_a_masked_load_leaves_undefined(dtype):
     assert torch.equal(out.isnan(), torch.arange(32) >= 20)
 
 
-def test_sanitizer_gives_an_undefined_integer_no_meaning():
+def test_sanitizer_makes_an_undefined_integer_large():
     x, out = torch.ones(32, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
     with Sanitizer():
         samples.copy_without_other[(1,)](x, out, 20, BLOCK=32)

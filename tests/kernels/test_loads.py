@@ -1,4 +1,4 @@
-"""Where a compiled kernel's loads come from, as reported by each Triton that torch ships."""
+"""The source of a compiled kernel's loads, as printed by the Triton versions that torch ships with."""
 
 from __future__ import annotations
 

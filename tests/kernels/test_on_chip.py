@@ -1,4 +1,4 @@
-"""The bytes that the accounting says a kernel reads from L2 are those that the interpreter counts."""
+"""The accounting's bytes read from L2 equal those that the interpreter counts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ if torch.cuda.is_available():
 with interpreting():
     kernels = importlib.import_module("lora_moe.triton_kernels")
 
-FULL = Case(
-    "", 70, 8, 2, 16, 136, 200
-)  # every size is ragged but E and R, of which loads are whole
+FULL = Case("", 70, 8, 2, 16, 136, 200)  # ragged sizes except E and R, which loads read whole
 
 
 @contextlib.contextmanager
 def loads():
-    """A list of launches, each with the bytes loaded of every argument and the addresses of them."""
+    """A list of launches, each with the loaded bytes and the addresses per argument."""
     from triton.runtime import interpreter
 
     call, load = (
@@ -82,7 +80,7 @@ def run_every_dense_kernel():
     offsets = list(range(0, FULL.R + 1, 16))
     kernels.router_topk(x, w.float(), None, None, 2, "softmax", True, 2.0, 0.0)
     kernels.shrink(x, a, w.float())
-    for T in (70, 15):  # whole in one launch, and with `shrink` ahead
+    for T in (70, 15):  # in one launch, and with `shrink` first
         *routing, s = kernels.routed_lora(
             x[:T], w.float(), a, b, v["base"][:T], None, None, v["scaling"], offsets, False, 2,
             "softmax", True, 2.0, 0.0, "rank_dense",
@@ -93,7 +91,7 @@ def run_every_dense_kernel():
         )  # fmt: skip
 
 
-def test_reads_are_those_of_the_programs():
+def test_reads_are_counted_for_all_programs():
     with loads() as seen:
         run_every_dense_kernel()
     checked = set()
@@ -120,14 +118,14 @@ def test_a_program_more_than_there_are_multiprocessors_takes_a_second_wave():
     assert gpu_model.seconds(part, 3e12, 0, 0) == 1
 
 
-def test_the_rival_is_no_faster_than_its_operands_pass():
+def test_a_product_is_no_faster_than_reading_its_operands():
     part = gpu_model.GPUS["H100"]
     for M, N, K in ((8192, 128, 4096), (128, 4096, 8192), (8192, 4096, 128), (8192, 8, 4096)):
         floor = 2 * (M * K + N * K + M * N) / part.bytes_per_s
         assert floor <= gpu_model.product(part, M, N, K) < 4 * floor
 
 
-def test_every_side_of_the_table_is_there():
+def test_the_table_has_every_row():
     out = json.loads(
         run_compiled("benchmarks.gpu_model", "--json", "--T", "8192", "--gpus", "H100")
     )

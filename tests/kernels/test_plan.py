@@ -1,4 +1,4 @@
-"""The cost model's choices, what overrides it, and what explain prints."""
+"""The cost model's choices, its overrides, and the output of explain."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def taken(T, E, r, k=2, dtype=BF16, part="sm_90", D=4096):
 
 
 @pytest.mark.parametrize("part", plan.GPUS)
-def test_what_each_plan_is_for(part):
-    """Few tokens: decode.  Few ranks: rank-dense.  Many: segmented, the sooner the dearer a product is."""
+def test_the_use_of_each_plan(part):
+    """decode for few tokens, rank-dense for few ranks, segmented for many: sooner if products cost more."""
     assert taken(1, 8, 16, part=part) == plan.DECODE
     assert taken(8192, 8, 16, part=part) == plan.RANK_DENSE
     assert taken(8192, 256, 16, part=part) == plan.SEGMENTED
     assert taken(8192, 64, 16, dtype=torch.float32, part=part) == plan.SEGMENTED
 
 
-def test_experts_in_a_tile_against_a_count():
-    """Of random routings, sorted as the kernels sort."""
+def test_experts_in_a_tile_equal_a_count():
+    """Counted in random routings, sorted as the kernels sort them."""
     g = torch.Generator().manual_seed(0)
     for E, k, tile in (
         (8, 2, 16),
@@ -48,7 +48,7 @@ def test_experts_in_a_tile_against_a_count():
 
 
 def test_bytes_are_those_of_the_operands():
-    """rank_dense at T = 8192, 4096 x 4096, E = 8, r = 16: x, base, y, A, B and W, once each."""
+    """rank_dense at T = 8192, 4096 x 4096, E = 8, r = 16 moves x, base, y, A, B and W once each."""
     dense = {c.plan: c for c in plan.candidates(8192, 4096, 4096, (16,) * 8, 2, BF16, "sm_90")}
     want = 2 * (3 * 8192 * 4096 + 2 * 128 * 4096) + 4 * 8 * 4096
     assert dense[plan.RANK_DENSE].bytes == want
@@ -74,7 +74,7 @@ def test_override(monkeypatch):
         with pytest.raises(ValueError, match="for the cpp backend"), plan.override(plan.DECODE):
             plan.choose("cpp", *shapes)
     assert plan.choose("triton", *shapes) == plan.RANK_DENSE
-    monkeypatch.setattr(plan, "_forced", "fastest")  # as LORA_MOE_PLAN may name anything
+    monkeypatch.setattr(plan, "_forced", "fastest")  # LORA_MOE_PLAN may hold any text
     with pytest.raises(ValueError, match="'fastest'"):
         plan.choose("triton", *shapes)
     with pytest.raises(ValueError, match="'fastest'"), plan.override("fastest"):
@@ -110,7 +110,7 @@ def test_explain(capsys):
     [{"device": "tpu"}, {"k": 9}, {"k": 0}, {"ranks": []}, {"ranks": [8, 0]}, {"T": -1}],
     ids=str,
 )
-def test_explain_refuses_what_no_call_has(change):
+def test_explain_refuses_invalid_shapes(change):
     call = {
         "T": 8,
         "D_in": 64,
@@ -128,7 +128,7 @@ def test_where_experts_are_mixed_once_per_sample():
     shape = 8, 8, 576, 1536, torch.float32  # E, r, D_in, D_out
     for shared_a in (False, True):
         assert plan.mixes("cpp", 480, 8, *shape, shared_a)
-        assert not plan.mixes("cpp", 16, 16, *shape, shared_a)  # decoding
+        assert not plan.mixes("cpp", 16, 16, *shape, shared_a)  # decode
         assert not plan.mixes("cpp", 480, 480, *shape, shared_a)
         assert not plan.mixes("cpp", 480, 4, 1, *shape[1:], shared_a)
         assert not plan.mixes("reference", 480, 8, *shape, shared_a)

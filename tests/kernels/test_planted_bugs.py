@@ -1,8 +1,8 @@
-"""Bugs planted in our kernels, one substitution in the source each, and the check that must catch them.
+"""Bugs planted in our kernels, one source substitution each, and the check that must catch each.
 
 The checks are those of every kernel test: the sanitizer, memory and undefined lanes filled with NaN,
-assertions on int32, and the comparison with the reference.  A substitution that no longer applies fails:
-move the bug to where the code has gone.
+assertions on int32, and the comparison with the reference.  A substitution that no longer applies is an
+error: move the bug to the new place of the code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if torch.cuda.is_available():
     pytest.skip("with a GPU nothing is interpreted", allow_module_level=True)
 
 SOURCES = Path(__file__).parents[2] / "triton_kernels"
-LAYER = Case("several tiles", 70, 4, 2, 16, 72, 80)  # nothing fits a tile
+LAYER = Case("several tiles", 70, 4, 2, 16, 72, 80)  # no size is a multiple of a tile
 LONG = Case("several splits of tokens", 300, 4, 2, 4, 40, 40)
 FEW = Case("D in splits", 5, 4, 2, 16, 72, 80)
 IDLE = Case("most experts idle", 5, 16, 1, 4, 40, 40, renormalize=False)
@@ -44,7 +44,7 @@ class Bug(NamedTuple):
     file: str
     old: str
     new: str
-    found: str  # by the message of the check
+    found: str  # matches the message of the check
     call: str = "layer"
     case: Case = LAYER
     plan: str = RANK_DENSE
@@ -177,7 +177,7 @@ BUGS = {
 
 @pytest.fixture
 def with_source(tmp_path, monkeypatch):
-    """The kernels again, as another package, from a changed source."""
+    """Imports the kernels as another package, with a changed source."""
 
     def load(file=None, old="", new=""):
         name = f"planted_{next(number)}"
@@ -208,11 +208,11 @@ def test_without_a_bug_nothing_is_found(with_source, call, case, plan):
     CALLS[call](with_source(), Bug("", "", "", "", call, case, plan))
 
 
-# --- what is run ---------------------------------------------------------------------------------
+# --- the calls -----------------------------------------------------------------------------------
 
 
 def layer(kernels, bug):
-    """Forward and backward of routed_lora, all under the sanitizer, against the reference in fp64."""
+    """routed_lora, forward and backward, under the sanitizer and against the reference in fp64."""
     v = sample(bug.case)
     want = results(in_double(v), bug.case, torch.float64)
     v = {k: gapped(t) if k in ("x", "base") else t for k, t in v.items()}
@@ -224,7 +224,7 @@ def layer(kernels, bug):
 
 
 def of_slots(kernels, bug):
-    """Both forms of slots, forward and backward, likewise."""
+    """Both forms of slots, forward and backward, with the same checks."""
     for form in ("apart", "sum"):
         v = slots.inputs_of(bug.case, form, torch.float32)
         v = {k: gapped(t) if k in ("x", "base", "dy") else t for k, t in v.items()}
@@ -234,14 +234,14 @@ def of_slots(kernels, bug):
 
 
 def gapped(t):
-    """The same rows with memory between them that is no one's."""
+    """The same rows with gaps of NaN between them."""
     wide = torch.full((len(t), t.shape[1] + 5), float("nan"), dtype=t.dtype)
     wide[:, :-5] = t
     return wide[:, :-5]
 
 
 def far_apart():
-    """A few rows so far apart that an offset needs 64 bits; the memory is mapped, not filled."""
+    """A few rows so far apart that offsets need 64 bits; the memory is mapped, not filled."""
     rows, D, stride = 3, 32, 2**30 + 8
     memory = torch.frombuffer(mmap.mmap(-1, 2 * ((rows - 1) * stride + D)), dtype=torch.bfloat16)
     return memory.as_strided((rows, D), (stride, 1))

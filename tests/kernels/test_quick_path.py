@@ -1,4 +1,4 @@
-"""The fast path of a decoding step: taken if allowed, equal to the normal path, never skipping a check."""
+"""The fast path of decoding: when it runs, that it equals the normal path and skips no check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def counted():
-    """A list of what the fast path gave: True for a result, False where it left the call to the other."""
+    """A list with True for each call that the fast path served and False for each that it passed on."""
     given, at_once = [], fast_path.routed_lora
 
     def counting(*args):
@@ -57,7 +57,7 @@ OPTIONS = [{}, {"threshold": 0.2}, {"top_p": 0.5, "gate": "softmax"}, {"frozen":
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @some_cases("odd", "one token", "tiles fit", "unequal ranks", "shared A", "no rows")
-def test_it_is_taken_and_gives_the_same(case, dtype, options):
+def test_it_runs_and_equals_the_normal_path(case, dtype, options):
     v = sample(case, dtype)
     with counted() as given:
         got = call(v, case, **options)
@@ -97,8 +97,8 @@ def spread(t):
         ("x", lambda t: spread(t).view(3, 11, -1).transpose(0, 1).contiguous().transpose(0, 1)),
     ],
 )
-def test_operands_that_need_laying_out_go_the_long_way(name, change):
-    """The operator refuses them with a ValueError, of which the caller hears nothing."""
+def test_operands_that_need_a_copy_take_the_normal_path(name, change):
+    """The operator refuses them with a ValueError, which never reaches the caller."""
     case, v = BY_NAME["unequal ranks"], sample(BY_NAME["unequal ranks"])
     want = call(v, case)[0]
     v[name] = change(v[name])
@@ -112,7 +112,7 @@ def test_operands_that_need_laying_out_go_the_long_way(name, change):
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, ZeroDivisionError, AttributeError])
 @torch.no_grad()
-def test_other_errors_than_refusals_are_seen_and_nothing_is_tried_again(error):
+def test_other_errors_propagate_without_a_retry(error):
     case, v = BY_NAME["odd"], sample(BY_NAME["odd"])
     calls = []
 
@@ -179,7 +179,7 @@ def test_it_checks_what_the_public_function_checks(name, value, grad):
         F.routed_lora(**args)
         other = (
             "router_weight" if name == "x" else name
-        )  # x itself may well be on meta: the others are not
+        )  # x alone may be on meta, and then the others do not match it
         with pytest.raises(
             (ValueError, TypeError), match=rf"^({name}|{other}): .*(expected|takes)"
         ):
@@ -187,7 +187,7 @@ def test_it_checks_what_the_public_function_checks(name, value, grad):
 
 
 @pytest.mark.parametrize("where", ["grad", "autocast", "compile", "meta"])
-def test_it_is_not_taken_elsewhere(where):
+def test_it_does_not_run_elsewhere(where):
     case, v = BY_NAME["odd"], sample(BY_NAME["odd"])
     with counted() as given, torch.set_grad_enabled(where == "grad"):
         if where == "autocast":
@@ -206,9 +206,9 @@ def test_it_is_not_taken_elsewhere(where):
 
 @torch.no_grad()
 def test_a_decoding_step_makes_few_python_calls():
-    """Python-level work, counted, as 210 layers pay it per token."""
+    """Counts Python calls: 210 layers make them for each token."""
     case, v = BY_NAME["one token"], sample(BY_NAME["one token"])
-    x, base = v["x"][None], v["base"][None]  # (1, 1, D), as generate passes it
+    x, base = v["x"][None], v["base"][None]  # (1, 1, D), as in generate
     args = (x, v["router_weight"], v["lora_A"], v["lora_B"], case.K)
     rest = {
         "rank_offsets": case.offsets, "scaling": v["scaling"], "base": base, "gate": "softmax",

@@ -13,7 +13,7 @@ DOUBLE = torch.float64
 
 
 def loop_router(x, w, bias, router_bias, K, gate, renormalize):
-    """One token: p, ids, weights."""
+    """p, ids and weights of one token."""
     logits = [sum(float(a) * float(b) for a, b in zip(row, x, strict=True)) for row in w]
     if router_bias is not None:
         logits = [v + float(b) for v, b in zip(logits, router_bias, strict=True)]
@@ -30,7 +30,7 @@ def loop_router(x, w, bias, router_bias, K, gate, renormalize):
 
 
 def loop_experts(x, a, b, ids, weights, scaling, offsets, shared_a):
-    """One token: sum over slots of w s B_e A_e x, row by row."""
+    """sum over slots of w s B_e A_e x for one token, row by row."""
     y = torch.zeros(b.shape[1], dtype=DOUBLE)
     for e, weight in zip(ids, weights, strict=True):
         if e < 0:

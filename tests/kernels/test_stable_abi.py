@@ -1,4 +1,4 @@
-"""Extensions use torch's stable C interface only: what is built here loads in torch >= 2.10."""
+"""Extensions use only torch's stable C interface, so a build loads in any torch >= 2.10."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LIBRARIES = [
     )
     if (path := Path(torch.__file__).parent / "lib" / name).exists()
 ]
-STABLE = re.compile(r"(aoti_)?torch_\w+")  # of torch/csrc/stable/c/shim.h and AOTInductor's
+STABLE = re.compile(r"(aoti_)?torch_\w+")  # of torch/csrc/stable/c/shim.h and of AOTInductor
 pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
 
 
 def symbols(path, *options) -> set[str]:
-    """Demangled, without the versions of symbols."""
+    """Demangled names without symbol versions."""
     command = ["nm", "-D", "-C", *options, path]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {re.sub(r"^[0-9a-f ]*[A-Za-z] ", "", line).split("@")[0] for line in said.splitlines()}
@@ -40,7 +40,7 @@ def of_torch():
 
 
 def unstable(asked: set[str], of_torch: set[str]) -> list[str]:
-    """C++ of torch's, and C functions of its libraries outside of the stable interface."""
+    """C++ symbols of torch, and C functions of its libraries outside the stable interface."""
     inside = {s for s in asked if re.search(r"\b(at|c10|torch|caffe2)::", s)}
     plain = {s for s in asked & of_torch if re.fullmatch(r"\w+", s) and not STABLE.fullmatch(s)}
     return sorted(inside | plain)
@@ -54,7 +54,7 @@ def test_extensions_ask_for_stable_symbols_only(path, of_torch):
     assert unstable(asked, of_torch) == []
 
 
-def test_symbols_outside_of_it_are_found(of_torch):
+def test_unstable_symbols_are_found(of_torch):
     inside = next(s for s in sorted(of_torch) if s.startswith("at::Tensor"))
     plain = next(
         s for s in sorted(of_torch) if re.fullmatch("[a-z]+_[a-z]+", s) and "torch" not in s

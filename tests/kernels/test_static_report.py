@@ -1,4 +1,4 @@
-"""The summaries in docs/ say what the tables of all rows in docs/generated/ say."""
+"""The summaries in docs/ match the full tables in docs/generated/."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("page", ["gpu_static.md", "cuda_static.md"])
-def test_summary_is_that_of_the_rows(page):
+def test_summary_matches_the_rows(page):
     rows = report.read((DOCS / "generated" / page).read_text())
     assert len(rows) > 200
     assert "\n".join(report.summary(rows)) in (DOCS / page).read_text()

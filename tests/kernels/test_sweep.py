@@ -1,4 +1,4 @@
-"""The Triton kernels on shapes that fit no tile: every pair of the factors' values occurs in some case.
+"""The Triton kernels on shapes that fit no tile: each pair of factor values occurs in some case.
 
 Forward and gradients of the public function through the launchers, against the formula in fp64.
 """
@@ -27,9 +27,9 @@ INTERPRETED = not torch.cuda.is_available()
 with interpreting() if INTERPRETED else contextlib.nullcontext():
     kernels = importlib.import_module("lora_moe.triton_kernels")
 
-UNEQUAL = (5, 1, 17, 2)  # repeated for as many experts as there are
-MOST_RANKS = 2100  # of all experts: the interpreter takes milliseconds for a few of them
-# Far below the 1 % by which a wrong result differs, 1.7e5 and 2.6 u; single numbers that cancel are no closer
+UNEQUAL = (5, 1, 17, 2)  # repeated to one rank per expert
+MOST_RANKS = 2100  # of all experts: a few of them take the interpreter milliseconds
+# Wrong results differ by 1 % or more, 1.7e5 and 2.6 u; correct sums that cancel reach these bounds
 UNITS = {torch.float32: 256, torch.bfloat16: 2.0}
 FACTORS = {
     "plan": plans.PLANS,
@@ -45,12 +45,12 @@ FACTORS = {
 def possible(case):
     ranks = case["rank"]
     total = case["E"] * (sum(UNEQUAL) / 4 if ranks == UNEQUAL else ranks)
-    busy = case["T"] * case["E"] > 4200  # minutes in the interpreter
+    busy = case["T"] * case["E"] > 4200  # takes minutes in the interpreter
     return case["K"] <= case["E"] and total <= MOST_RANKS and not busy
 
 
 def covering_cases():
-    """Greedy: of some random cases the one that holds most pairs of values not seen yet."""
+    """Greedy: out of some random cases, pick the one with the most pairs not covered yet."""
     choose, names = random.Random(0), list(FACTORS)
 
     def pairs(case):
@@ -85,7 +85,7 @@ def test_sweep(values):
     v = leaves(inputs, *PARAMETERS)
     with through(kernels), plans.override(values["plan"]):
         y, routing = routed(v, case)
-        dys = [d.to(dtype).double() for d in cotangents([y])]  # as the kernels see it
+        dys = [d.to(dtype).double() for d in cotangents([y])]  # rounded as the kernels read them
         got = gradients([y], dys, v, PARAMETERS)
     ids = routing.indices
     assert all(len(set(row)) == case.K and 0 <= min(row) <= max(row) < E for row in ids.tolist())
@@ -96,13 +96,13 @@ def test_sweep(values):
     usual = eager.routed_lora(plain, case, ids)[0]
     other = gradients([usual], dys, plain, PARAMETERS)
 
-    def check(name, out, truth, eagers):  # eager bounds what is ill-conditioned, as with D = 1
+    def check(name, out, truth, eagers):  # eager's error bounds ill-conditioned sums, as D = 1
         units = max(UNITS[dtype], 1.5 * relative_error(eagers, truth) / UNIT[dtype])
         assert_accurate(name, out, truth, dtype=dtype, units=units)
 
     check("y", y, want, usual)
     for key in got:
-        if case.K == 1 and key == "router_weight":  # w = p / p = 1: no gradient but rounding
+        if case.K == 1 and key == "router_weight":  # w = p / p = 1: its gradient is rounding only
             assert (got[key].abs() <= 1e-3 * max(1.0, float(dys[0].norm()))).all()
         else:
             check(f"d{key}", got[key], expected[key], other[key])

@@ -1,6 +1,6 @@
-"""Any number of tokens: nothing is recompiled once a model is warm, and every grid can be launched.
+"""Any number of tokens: a warm model never recompiles, and every grid is within the launch limits.
 
-The same launches show that the short static check misses no kernel.
+The same launches show that the short static check covers every kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 from ..support.compiled import run_compiled
 
 pytest.importorskip("triton")
-LARGEST = 65_535  # of a grid's second and third axis
+LARGEST = 65_535  # limit of a grid's second and third axis
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def found():
     return json.loads(run_compiled("tests.support.triton_kernels.token_counts"))
 
 
-def test_no_other_number_of_tokens_compiles_anew(found):
+def test_no_number_of_tokens_recompiles(found):
     assert len(found["compiled"]) > 100
     assert {name: kernels for name, kernels in found["compiled"].items() if kernels} == {}
 

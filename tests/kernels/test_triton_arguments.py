@@ -1,4 +1,4 @@
-"""The Triton kernels' arguments: strides, gradients that are not needed, extreme sizes, what is refused."""
+"""The Triton kernels' arguments: strides, gradients not needed, extreme sizes, refused values."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize("T", [7, 40, 70])
 def test_rows_may_lie_anywhere(T):
-    """x, base and dy sliced out of wider tensors or expanded; parameters transposed."""
+    """x, base and dy as slices of wider tensors or expanded; transposed parameters."""
     case = replace(BY_NAME["tiles fit"], T=T)
     v = on_device(sample(case, torch.float32))
     dy = noise(case.D_out).to(DEVICE).expand(T, -1)
@@ -65,11 +65,11 @@ def test_rows_may_lie_anywhere(T):
         )
     for a, b in zip(plain, again):
         assert torch.equal(a, b)
-    assert torch.equal(got[3], grads[3])  # db does not depend on the router
+    assert torch.equal(got[3], grads[3])  # dB does not depend on the router
 
 
 @some("odd", "unequal ranks", "shared A", "wide: unequal")
-def test_only_what_is_needed(case):
+def test_gradients_that_are_not_needed(case):
     v = on_device(sample(case))
     out = routed(kernels, v, case, "rank_dense")
     saved = [out[i] for i in (1, 2, 3, 7)]
@@ -89,12 +89,12 @@ def test_only_what_is_needed(case):
         for got, full in grads:
             if e in frozen:
                 assert not got[rows].any()
-            else:  # in other tiles than before, as a frozen expert's rows cost nothing
+            else:  # frozen rows are skipped, so tiles and sums may differ
                 torch.testing.assert_close(got[rows], full[rows])
 
 
 def test_offsets_beyond_int32():
-    """Rows 2^30 elements apart, in memory that is mapped but never touched in between."""
+    """Rows 2^30 elements apart; the memory between them is mapped but never touched."""
     if not INTERPRETED:
         pytest.skip("needs 13 GB of GPU memory")
     rows, D, stride = 3, 32, 2**30 + 8
@@ -122,7 +122,7 @@ def test_fp64_is_refused():
 
 
 def test_import_under_the_bare_name_is_refused():
-    """That name is another project's, which others probe for."""
+    """Another project owns that name, and other packages probe for it."""
     code = "import sys; sys.path.insert(0, '.'); import triton_kernels"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
@@ -130,7 +130,7 @@ def test_import_under_the_bare_name_is_refused():
 
 
 def test_ranks_from_1_to_1024():
-    """One expert of each rank, whatever the padding."""
+    """One expert of each rank, with any padding."""
     for rank in (1, 2, 3, 7, 12, 17, 24, 64, 127, 257, 1024):
         case = Case("", 5, 2, 1, (rank, 1), 17, 16)
         assert case.offsets == [0, *accumulate((rank, 1))]
@@ -168,7 +168,7 @@ def test_a_tile_that_does_not_fit_is_tried_without_a_pipeline():
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_what_does_not_fit_at_all_is_served_by_the_reference(plan):
-    """Once with the S of every plan, and with one warning that names the operator."""
+    """With the S of every plan; a single warning names the operator."""
     from triton.runtime.errors import OutOfResources
 
     from lora_moe import backend

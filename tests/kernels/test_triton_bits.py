@@ -1,4 +1,4 @@
-"""The Triton kernels' bits: ties, order of programs, batches, numbers that are not finite."""
+"""The Triton kernels bit by bit: ties, order of programs, batches, inf and NaN."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def test_slots_in_any_order_of_programs(monkeypatch, form):
 @some("tiles fit", "unequal ranks", "shared A", "wide: 1024 ranks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype, plan):
-    """Interpreted, not even on the size class of the batch."""
+    """In the interpreter not even on the batch's size class."""
     case = replace(case, T=70)
     v = on_device(sample(case, dtype))
     full = routed(kernels, v, case, plan)
     for rows in (slice(0, 1), slice(40, 57)) if INTERPRETED else (slice(0, 65),):
         part = {**v, "x": v["x"][rows], "base": v["base"][rows]}
         got = routed(kernels, part, case, plan)
-        for i in (0, 1, 2, 3, 5, 7):  # all but the batch's statistics
+        for i in (0, 1, 2, 3, 5, 7):  # all but the statistics of the batch
             assert torch.equal(got[i], full[i][rows])
 
 
@@ -79,7 +79,7 @@ def test_deterministic_in_any_order_of_programs(monkeypatch, plan):
 
 @some("odd", "one past a tile", "unequal ranks", "shared A", "wide: unequal")
 def test_plans_agree(case):
-    """All outputs and gradients in fp32, to 4 u; what the router decides exactly."""
+    """Outputs and gradients in fp32 agree within 4 u, the router's decisions exactly."""
     v, dy = on_device(sample(case)), noise(case.T, case.D_out).to(DEVICE)
 
     def everything(plan):
@@ -121,8 +121,8 @@ def test_ties_go_to_the_lower_id(case):
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @some("tiles fit", "wide: unequal")
-def test_a_wrong_row_stays_alone(case, value, gate):
-    """Its ids are valid and distinct, and every other token keeps its bits."""
+def test_a_non_finite_row_affects_no_other(case, value, gate):
+    """Its ids are valid and distinct; all other tokens keep their bits."""
     case = replace(case, gate=gate)
     v = on_device(sample(case))
     clean = routed(kernels, v, case, "rank_dense")
@@ -138,7 +138,7 @@ def test_a_wrong_row_stays_alone(case, value, gate):
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
 def test_special_logits_as_in_torch(gate):
-    """inf, -inf and NaN, alone and together, ties among them."""
+    """inf, -inf and NaN, alone and combined, with ties."""
     values = [0.0, 1.0, -2.0, torch.inf, -torch.inf, torch.nan]
     rows = torch.cartesian_prod(*[torch.tensor(values)] * 3)
     options = router_file.gate_options(2, gate, True)
@@ -153,7 +153,7 @@ def test_special_logits_as_in_torch(gate):
 
 @some("tiles fit", "wide: unequal")
 def test_nothing_leaks_from_experts_not_picked(case):
-    """NaN in the A of an expert that nobody picked reaches neither y nor a gradient of another."""
+    """NaN in the A of an expert without tokens reaches neither y nor the gradients of other experts."""
     v = on_device(sample(case))
     ids = torch.ones(case.T, 1, dtype=torch.int32, device=DEVICE)
     weights = torch.ones(case.T, 1, device=DEVICE)

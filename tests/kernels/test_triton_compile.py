@@ -1,7 +1,7 @@
-"""What the compiler makes of every Triton kernel; needs no GPU.
+"""The machine code of every Triton kernel, compiled without a GPU.
 
-Spills, shared memory, tensor cores, width of the loads, atomics, with the tiles that the launchers choose;
-docs/generated/gpu_static.md has the table.  Here one GPU; the others by `make nightly`.
+Checks spills, shared memory, tensor cores, load widths and atomics with the launchers' tiles;
+docs/generated/gpu_static.md has the table.  One GPU here, the others in `make nightly`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ WANTED = {
         "many tokens",
         "few tokens",
         "segmented",
-    ),  # differs from bf16 in the router's products only
+    ),  # differs from bf16 only in the router's products
 }
-SMALL = ("many tokens", "few tokens", "segmented")  # for parts with 99 KB of shared memory
+SMALL = ("many tokens", "few tokens", "segmented")  # for GPUs with 99 KB of shared memory
 
 
 @pytest.mark.nightly
@@ -50,7 +50,7 @@ def test_every_scenario(target):
 @pytest.mark.nightly
 @pytest.mark.parametrize("dtype", WANTED)
 def test_small_shared_memory(dtype):
-    """sm_86 and sm_89 are alike, and get what sm_120 gets."""
+    """sm_86 and sm_89 are alike, and use the tiles of sm_120."""
     rows = gpu_static.rows(["sm_86", "sm_120"], [dtype], SMALL)
     assert {row["shared_limit"] for row in rows} == {99 * 1024}
     assert broken(rows) == []
@@ -84,13 +84,13 @@ GOOD = {
     ],
     ids=str,
 )
-def test_each_promise_can_be_broken(bad):
+def test_each_violation_is_detected(bad):
     assert list(gpu_static.violations(GOOD)) == []
     assert list(gpu_static.violations(GOOD | bad)) != []
 
 
 def test_sums_of_the_router_stay_out_of_the_accumulator():
-    """Those over A may stay in it: they are rounded to 16 bits."""
+    """Sums over A may use the accumulator, as they are rounded to 16 bits."""
     for dtypes, found in json.loads(
         run_compiled("tests.support.triton_kernels.router_dots")
     ).items():

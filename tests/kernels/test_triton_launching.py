@@ -1,4 +1,4 @@
-"""Common to all Triton launchers: fp32 precision, tuning, tables of numbers made on the device."""
+"""Common to all Triton launchers: fp32 precision, tuning, tables written on the device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ with interpreting() if INTERPRETED else contextlib.nullcontext():
     table_file = importlib.import_module("lora_moe.triton_kernels.write_table")
     expand_file = importlib.import_module("lora_moe.triton_kernels.expand")
 
-SWITCHES = {  # what a user may do, and the precision that follows
+SWITCHES = {  # settings by a user, and the resulting precision
     "pass": "ieee",
     "matmul.allow_tf32 = True": "tf32",
     "torch.set_float32_matmul_precision('high')": "tf32",
@@ -33,7 +33,7 @@ SWITCHES = {  # what a user may do, and the precision that follows
 
 
 def precision_after(switch, target="sm_90"):
-    """In a process of its own: PyTorch remembers which of its switches were used."""
+    """Runs in a new process: PyTorch remembers which of its switches were used."""
     code = f"""
 import torch
 from benchmarks.static.launches import TARGETS, Driver, triton
@@ -64,7 +64,7 @@ def test_fp32_precision_follows_each_of_pytorchs_switches(switch):
 
 @pytest.mark.parametrize("arch", ["gfx1100", "gfx1201"])
 def test_waves_of_32_threads_are_refused(arch):
-    """With the tiles of the others they would spill thousands of registers; plain PyTorch serves."""
+    """With the other GPUs' tiles they would spill thousands of registers; plain PyTorch runs instead."""
     code = f"""
 import warnings
 import torch
@@ -90,15 +90,15 @@ def test_amd_has_no_tf32():
     assert precision_after("matmul.allow_tf32 = True", "gfx942") == "ieee"
 
 
-def test_autotuning_times_other_layers_anew_but_no_other_t():
+def test_autotuning_repeats_for_other_layers_but_not_for_other_t():
     tuned = launching.tuned(expand_file._expand_kernel, 4)
     assert {"D", "R", "BLOCK_T", "BLOCK_D"} <= set(tuned.keys)
     assert "T" not in tuned.keys
     assert len(tuned.configs) > 1
 
 
-def test_autotuning_varies_nothing_that_decides_bits():
-    """Tiles order the sums of a dot, warps those along a row; stages order nothing."""
+def test_autotuning_never_changes_bits():
+    """Tiles and warps change the order of sums and are fixed; only the number of stages varies."""
     for warps in (2, 8):
         configs = launching.tuned(expand_file._expand_kernel, warps).configs
         assert all(not config.kwargs for config in configs)
@@ -114,7 +114,7 @@ def test_autotuning_varies_nothing_that_decides_bits():
         [],
         [*range(16, 4000)],
         [*range(16), *range(48, 64), *range(5, 7)],
-        [*range(0, 3 * 40, 3)],  # more runs than a launch takes
+        [*range(0, 3 * 40, 3)],  # more runs than one launch takes
         [n for start in range(0, 5000, 100) for n in range(start, start + 20)],
         [2**24, 2**24 - 1, 0],
         [0, 0, 1, 1, 0],

@@ -1,4 +1,4 @@
-"""fp32 with 16-bit operands on tensor cores: by terms, into an accumulator that truncates."""
+"""fp32 times 16 bits on tensor cores: products of bf16 terms, summed in an accumulator that truncates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ with interpreting():
     kernels = importlib.import_module("lora_moe.triton_kernels")
     numerics = importlib.import_module("lora_moe.triton_kernels.numerics")
 
-MANY = 65  # tokens, from which on a program sums over all of D
+MANY = 65  # tokens: from here on one program sums over all of D
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -37,7 +37,7 @@ def units(got, want):
 
 
 def test_the_model_truncates():
-    """1 + 2^-24 stays 1, as would a hundred of them; and all of a product of three terms is there."""
+    """Adding 2^-24 to 1 a hundred times gives 1; subtracting it is exact; sums over D err by over 30 u."""
     one, tiny = np.ones((1, 16), np.float32), np.zeros((16, 1), np.float32)
     tiny[0] = 2.0**-24
     acc = np.ones((1, 1), np.float32)
@@ -59,7 +59,7 @@ def test_router_logits_are_full_fp32(mma, D, dtype):
 
 
 @HALF
-def test_a_router_weight_of_16_bits_likewise(mma, dtype):
+def test_router_logits_of_a_16_bit_weight(mma, dtype):
     x, w = noise(MANY, 4096).to(dtype), noise(8, 4096, seed=1).to(dtype)
     got = kernels.shrink(x, None, w)[1]
     assert units(got, x.double() @ w.double().T) <= 4
@@ -86,9 +86,9 @@ VALUES = [torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max]
 @HALF
 @pytest.mark.parametrize("value", VALUES[:3])
 def test_an_infinite_input_reaches_the_logits_as_in_fp32(mma, dtype, value):
-    """Not as inf - inf of the terms it is multiplied with."""
+    """Multiplying it by terms of a weight must not give inf - inf."""
     x, w = noise(16, 64).to(dtype), noise(8, 64, seed=1)
-    w[3] = w[3].bfloat16().float()  # whose lower terms are zero
+    w[3] = w[3].bfloat16().float()  # its lower terms are zero
     x[2, 5] = value
     x[9, [1, 7]] = torch.tensor([value, -value], dtype=dtype)
     got = kernels.shrink(x, None, w)[1]
@@ -101,7 +101,7 @@ def test_an_infinite_input_reaches_the_logits_as_in_fp32(mma, dtype, value):
 
 @HALF
 @pytest.mark.parametrize("value", VALUES)
-def test_an_infinite_weight_likewise(mma, dtype, value):
+def test_an_infinite_weight_reaches_the_logits_as_in_fp32(mma, dtype, value):
     x, w = noise(16, 64).to(dtype), noise(8, 64, seed=1)
     w[2, 5] = value
     got = kernels.shrink(x, None, w)[1]

@@ -1,4 +1,4 @@
-"""The segmented plan's sort equals PyTorch's stable sort in each window, and a new T never recompiles it."""
+"""The segmented plan's sort equals PyTorch's stable sort in each window; a new T does not recompile it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES)
 
 
 def ids(T, E, K, skew=False):
-    """Some of no expert: empty slots, and ids that no caller should pass."""
+    """Includes empty slots, and ids that are out of range."""
     g = torch.Generator().manual_seed(T)
     drawn = torch.randint(-1, E, (T, K), generator=g, dtype=torch.int32)
     if skew:

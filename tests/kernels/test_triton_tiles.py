@@ -1,8 +1,8 @@
-"""The tiles of each kind of GPU and size class of T, unchanged: other tests interpret smaller ones.
+"""The real tiles of each kind of GPU and size class of T; other tests interpret smaller ones.
 
-One kind of GPU here; the others in `make nightly`.  Interpreted, with the products split into bf16 terms
-as on a GPU, and under the sanitizer.  Bounds between the classes of T are lowered so that dozens of tokens
-reach the tiles of thousands; one test does not lower them.
+One kind of GPU here, the others in `make nightly`.  Interpreted with products split into bf16 terms,
+as on a GPU, and under the sanitizer.  The bounds between classes of T are lowered so that dozens of tokens
+use the tiles of thousands; the last test keeps the real bounds.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def test_decode(part, low_bounds, name):
 
 
 def test_the_tiles_are_those_of_the_gpu(part, low_bounds):
-    """What a test above runs is what a GPU of this kind gets for thousands of tokens."""
+    """The tiles tested above are those that a GPU of this kind uses for thousands of tokens."""
     x = torch.empty(70, 16, dtype=torch.bfloat16)
     lowered = tiles.choose("rank_dense", x, 128)
     assert lowered["BLOCK_T"] * lowered["BLOCK_D"] >= 2048
@@ -90,6 +90,6 @@ def test_the_tiles_are_those_of_the_gpu(part, low_bounds):
 
 
 def test_one_token_past_the_largest_bound(part):
-    """As it is: 4,097 tokens."""
+    """With the real bound: 4,097 tokens."""
     case = Case("", 4097, 8, 2, 16, 48, 80)
     check_routed_lora(case, torch.bfloat16, "rank_dense")
