@@ -19,7 +19,7 @@ from lora_moe import LoraMoeConfig, safefile
 from lora_moe.methods import branch_lora, c_lorae, mmolre
 from lora_moe.methods.branch_lora.continual import TaskSelector
 
-NIGHTLY = int(os.environ.get("LORA_MOE_NIGHTLY") or 1)  # times as many files, calls and seconds
+NIGHTLY = int(os.environ.get("LORA_MOE_NIGHTLY") or 1)  # factor on files, calls and seconds
 DOCUMENTED = (ValueError, OSError)
 
 

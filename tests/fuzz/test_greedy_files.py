@@ -38,7 +38,7 @@ def with_tensors(path, shapes, change=lambda header: None):
 )
 @pytest.mark.parametrize("key", ["text_keys", "image_keys", "both"])
 def test_a_selector_of_any_shape(shape, key, tmp_path):
-    """A loader that trusts the shape would create that many keys, one after another."""
+    """A loader that trusts the shape would create that many keys one by one."""
     loader = LOADERS["branch_lora"]
     path = saved(loader, tmp_path)
     shapes = dict.fromkeys(["selector.text_keys", "selector.image_keys"], shape)
@@ -75,7 +75,7 @@ def test_a_selector_of_many_tasks_is_read(tasks, tmp_path):
 
 
 WIDE = 65_536
-GREEDY = {  # small files whose configuration asks for much
+GREEDY = {  # small files with a configuration that demands much memory
     "branch_lora": lambda d: (d["config"].update(r=1024, num_experts=60), d.update(branches=60)),
     "mmolre": lambda d: d.update(width=65_536, shared_ranks=[1024] * 64, blocks=64),
     "load_adapter": None,
@@ -166,7 +166,7 @@ def test_compiling_a_pattern_is_noticed(monkeypatch):
 @every_loader
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_large_file_is_read_within_the_bounds(name, dtype, tmp_path):
-    """Twice the file's numbers in fp32, which experts are on a bf16 base too: read, then copied."""
+    """fp32 experts on a bf16 base take twice the file's size: the file is read, then copied."""
     loader = LOADERS[name]
     width = 1 << 20 if name != "mmolre" else 1 << 10
     torch.manual_seed(0)
@@ -178,7 +178,7 @@ def test_a_large_file_is_read_within_the_bounds(name, dtype, tmp_path):
     del model
     fresh = loader.fresh(width)
     fresh = fresh if dtype == torch.float32 or fresh is None else fresh.to(dtype)
-    with measured() as plain:  # this machine's cost of reading that many bytes
+    with measured() as plain:  # the cost of reading that many bytes on this machine
         torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).clone()
     with measured() as cost:
         loader.load(fresh, tmp_path)

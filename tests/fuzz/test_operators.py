@@ -1,7 +1,7 @@
 """Random operator calls, each compared with the formula in fp64: shapes, strides, dtypes, gradients.
 
 Randomized are T, E, K, ranks, D; gate, shared A, biases; the memory layout of every operand (contiguous,
-transposed, sliced, expanded); which operands require gradients; and, for every output, a gradient that is
+transposed, sliced, expanded); which operands require gradients; and, for each output, a gradient that is
 contiguous, expanded, transposed, sliced, or missing.  LORA_MOE_NIGHTLY=n draws n times as many; a failure
 names its seed.  LORA_MOE_BACKEND and LORA_MOE_ISA select the implementation under test.
 """
@@ -31,7 +31,7 @@ LIMIT = {
     torch.float64: 1e-12,
     torch.float32: 64 * UNIT[torch.float32],
 }  # of a norm, in small shapes
-MARGIN = 1e-3  # between the last picked gate and the next: closer ones may go either way
+MARGIN = 1e-3  # between the last picked gate and the next; closer ones may be picked either way
 
 
 def memory(tensor, rng):
@@ -64,7 +64,7 @@ def incoming(output, rng):
 
 
 def draw(seed):
-    """The arguments of a call of routed_lora, and of the formula, which takes the same values in fp64."""
+    """The arguments of one routed_lora call, and the same values in fp64 for the formula."""
     rng = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     dtype = rng.choice(DTYPES)
@@ -107,7 +107,7 @@ def leaves(tensors, trained, dtype=None):
 
 
 def close_call(gates, K):
-    """Whether a pick is so close that rounding may decide it."""
+    """Whether rounding may decide a pick."""
     if gates.shape[1] <= K or not len(gates):
         return False
     best = gates.sort(1, descending=True)[0]
@@ -115,16 +115,16 @@ def close_call(gates, K):
 
 
 def compare(seed, name, got, want, dtype, plain=(), terms=None):
-    """Asserts an error of a few units, or, if terms cancel, a few times that of eager PyTorch or of fp32.
+    """Asserts an error of a few units or, if terms cancel, a few times that of eager PyTorch or of fp32.
 
-    The factor allows for chance, as few numbers are rounded in both; `terms`: see terms_of.
+    The factor allows for chance: few numbers are rounded in both.  For `terms` see terms_of.
     """
     if want is None or got is None:
         assert got is None or not got.any(), f"seed {seed}: {name}: a gradient where none is due"
         assert want is None or not want.any(), f"seed {seed}: {name}: no gradient"
         return
     assert got.shape == want.shape, f"seed {seed}: {name}: {tuple(got.shape)}, {tuple(want.shape)}"
-    tiny = float(want.norm()) <= 1e-6 * want.numel() ** 0.5  # zero but for rounding
+    tiny = float(want.norm()) <= 1e-6 * want.numel() ** 0.5  # zero except for rounding
     error = float(got.norm()) if tiny else relative_error(got, want)
     limit = 1e-2 if tiny else LIMIT.get(dtype, 4 * UNIT.get(dtype, 0))
     if dtype != torch.float64 and not tiny:
@@ -158,7 +158,7 @@ def formula(t, ids, ranks, shared, choice):
 
 
 def usual(t, ids, ranks, shared, choice):
-    """y and the weights as eager PyTorch computes them in x's dtype, which rounds H, as kernels may."""
+    """y and the weights as eager PyTorch computes them in x's dtype; H is rounded, as kernels may do."""
     case = SimpleNamespace(E=len(ranks), offsets=[0, *accumulate(ranks)], shared_a=shared, **choice)
     inputs = {
         "x": t["x"], "router_weight": t["w"], "lora_A": t["a"], "lora_B": t["b"], "base": t["base"],
@@ -169,7 +169,7 @@ def usual(t, ids, ranks, shared, choice):
 
 
 def terms_of(t, weights, ids, ranks, shared):
-    """|base| + |H| |B|: bound on the error of y, in units, if its terms cancel and H is rounded."""
+    """|base| + |H| |B| bounds the error of y, in units, if its terms cancel and H is rounded."""
     case = SimpleNamespace(E=len(ranks), offsets=[0, *accumulate(ranks)], shared_a=shared)
     s = (t["x"] @ t["a"].T).abs()
     base = None if t["base"] is None else t["base"].abs()

@@ -1,4 +1,4 @@
-"""Saves that are killed, interrupted or run out of disk space: the old or the new file is always intact."""
+"""Saves that are killed, interrupted or out of disk space leave the old or the new file intact."""
 
 from __future__ import annotations
 

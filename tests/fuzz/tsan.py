@@ -1,7 +1,7 @@
 """python -m tests.fuzz.tsan: threaded calls of the C++ operators under ThreadSanitizer.
 
 OpenMP's joins use futexes that the sanitizer cannot see, so every join would look like a race.  In this
-build, at::parallel_for is replaced by std::thread, whose joins it knows; nothing else changes.  Python
+build, at::parallel_for is replaced by std::thread, whose joins it sees; nothing else changes.  Python
 and torch are not instrumented and are ignored.  A second run has a planted race, which must be found.
 """
 
@@ -30,7 +30,7 @@ void parallel_for_threads(int64_t begin, int64_t end, int64_t, const F& f) {
 }  // namespace torch::stable
 #define parallel_for parallel_for_threads
 """
-# each thread of for_tasks takes the next task; with the planted race, two may take the same one
+# each thread of for_tasks takes the next task; with the planted race two may take the same one
 PLANTED = ("f(i);", "f(i & ~int64_t(1));")
 CALLS = """
 import torch

@@ -1,4 +1,4 @@
-"""The benchmarks' clocks, limits and rows."""
+"""The benchmarks' clocks, limits and tables."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_contenders_take_turns():
     found = timing.interleave({n: n for n in "abc"}, 3, clock, laggard=math.inf)
     assert [call for call, _ in log] == [*"abc", *"abc", *"bca", *"cab"]
     assert {name: len(s) for name, s in found.items()} == {"a": 3, "b": 3, "c": 3}
-    calls = dict(log[3:])  # a sample lasts SAMPLE_S, or one call
+    calls = dict(log[3:])  # a sample takes SAMPLE_S or one call
     assert calls == {
         "a": round(timing.SAMPLE_S / 0.001),
         "b": round(timing.SAMPLE_S / 0.002),
@@ -59,7 +59,7 @@ def test_laggard_keeps_its_first_turns():
     }
 
 
-def test_one_disturbed_turn_makes_no_laggard():
+def test_one_slow_turn_makes_no_laggard():
     turns = {"a": iter([1.0] * 9), "b": iter([1.0, 60.0, 2.0, *[2.0] * 6])}
     found = timing.interleave({n: n for n in "ab"}, 7, lambda call, calls: next(turns[call]))
     assert [len(s) for s in found.values()] == [7, 7]
@@ -75,7 +75,7 @@ def test_clock_that_cannot_time_a_contender():
     assert timing.interleave({"b": "b"}, 2, clock, refuse=told.__setitem__) == {}
 
 
-def test_ratio_goes_turn_by_turn():
+def test_ratios_are_taken_turn_by_turn():
     slow_second_turn = timing.ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.0])
     assert slow_second_turn == timing.Ratio(2.0, 2.0, pytest.approx(2.1))
     assert timing.ratio([3.0, 3.0, 3.0], [1.0]) == timing.Ratio(3.0, 3.0, 3.0)
@@ -83,7 +83,7 @@ def test_ratio_goes_turn_by_turn():
 
 @some_shapes
 @pytest.mark.parametrize("backward", [False, True])
-def test_flops_are_those_that_the_loop_needs(shape, backward):
+def test_flops_are_those_of_the_loop(shape, backward):
     inputs = sample(shape, torch.float64)
     states = entry.states(peers.separate, shape, inputs, backward, 1)
     call = entry.prepare(peers.loop_over_experts, states, shape.K, inputs.dy if backward else None)
@@ -114,15 +114,15 @@ MACHINE = {"gemm": {"float32": 2e9, "bfloat16": 8e9}, "bandwidth": 4e9}
 
 def test_limit_is_the_larger_of_flops_and_bytes():
     judged = report.judge(row_of([4.0] * 7, [6.0] * 7), MACHINE)
-    assert judged.best == "stacked"  # plain LoRA is faster, and another function
+    assert judged.best == "stacked"  # plain LoRA is faster but computes another function
     assert judged.gain.median == 1.5
-    assert judged.limit_s == 1.0  # 8e9 FLOPs at the best rate of any dtype, not 0.25 s of bytes
+    assert judged.limit_s == 1.0  # 8e9 FLOPs at the best rate of any dtype; bytes take 0.25 s
     assert (judged.of_limit, judged.of_own) == (0.25, 1.0)
     starved = report.judge(row_of([4.0] * 7, [6.0] * 7, bytes=8e9), MACHINE)
     assert starved.limit_s == 2.0
 
 
-def test_row_without_ours_or_peers_is_no_verdict():
+def test_row_without_ours_or_peers_has_no_verdict():
     row = row_of([4.0], [6.0])
     assert report.judge(row | {"seconds": {"stacked": [1.0]}}, MACHINE) is None
     assert report.judge(row | {"seconds": {"ours": [1.0], "ours, decode": [1.0]}}, MACHINE) is None
@@ -212,7 +212,7 @@ def test_every_plan_is_a_contender_on_a_gpu(monkeypatch):
     assert forced == list(plan.PLANS)
 
 
-def test_each_clock_gives_a_row_and_says_what_it_cannot_time(monkeypatch):
+def test_each_clock_gives_a_row_and_names_what_it_cannot_time(monkeypatch):
     capturing = []
 
     def syncs(*args):
@@ -240,7 +240,7 @@ def test_each_clock_gives_a_row_and_says_what_it_cannot_time(monkeypatch):
     assert not events["left_out"]
 
 
-def test_a_gpu_is_chosen_where_there_is_one(monkeypatch):
+def test_a_gpu_is_the_default_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     options = command.options_of(command.parse([]))
     assert (options.device, options.clocks) == ("cuda", gpu.CLOCKS)

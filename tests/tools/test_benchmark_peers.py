@@ -1,4 +1,4 @@
-"""The benchmarks' inputs, and their peers against fp64."""
+"""The benchmarks' inputs; their peers against fp64."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ some_shapes = pytest.mark.parametrize("shape", [SMALL, DENSE, SINGLE, FEW], ids=
 
 @some_shapes
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_inputs_hold_the_routing_that_was_drawn(shape, dtype):
+def test_inputs_give_the_drawn_routing(shape, dtype):
     inputs = sample(shape, dtype)
     ids, _, gate = peers.route(inputs.x, inputs.router, shape.K)
     assert torch.equal(ids.sort().values, inputs.ids.sort().values)
     assert all(len(set(row)) == shape.K for row in inputs.ids.tolist())
     assert inputs.touched == ids.unique().numel()
-    assert gate.max() < 0.99  # no expert drowns the others' gradients
+    assert gate.max() < 0.99  # no expert dominates the gradients
 
 
-def test_zipf_has_favourites():
+def test_zipf_is_skewed():
     shape = Shape(4000, 16, 16, 8, 4, 1, "zipf")
     counts = sample(shape, torch.float32).ids.flatten().bincount(minlength=8)
     expected = 1 / torch.arange(1.0, 9)
@@ -40,7 +40,7 @@ def test_zipf_has_favourites():
 
 
 def literal(x, router, a, b, top_k):
-    """Token by token, expert by expert, number by number as the formula has it."""
+    """The formula token by token, expert by expert and number by number."""
     r = len(a) // len(router)
     out = []
     for token in x:
@@ -58,9 +58,9 @@ def literal(x, router, a, b, top_k):
 @some_shapes
 @pytest.mark.parametrize("peer", SAME, ids=lambda peer: peer.name)
 def test_peers_compute_the_formula(shape, peer):
-    """Ours among them; outputs and all gradients."""
+    """Outputs and all gradients, ours included."""
     inputs = sample(shape, torch.float64)
-    if peer.name == "grouped_mm":  # takes no fp64
+    if peer.name == "grouped_mm":  # does not support fp64
         inputs = dataclasses.replace(
             inputs, **{n: getattr(inputs, n).float() for n in ("x", "router", "a", "b", "dy")}
         )
@@ -76,7 +76,7 @@ def test_peers_compute_the_formula(shape, peer):
     assert all(0.05 < t.square().mean().sqrt() < 50 for t in (y, right[1]))
 
 
-def test_plain_lora_is_pefts():
+def test_plain_lora_equals_pefts():
     peft = pytest.importorskip("peft")
     base = torch.nn.Sequential(torch.nn.Linear(24, 16, bias=False))
     config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["0"], init_lora_weights=False)
@@ -117,7 +117,7 @@ def test_wrong_contenders_are_not_timed(monkeypatch, dtype):
     assert all("from fp64" in left_out[f.__name__] for f in names[:3])
 
 
-def test_hopeless_contenders_are_left_out():
+def test_contenders_too_slow_or_too_large_are_left_out():
     with pytest.raises(entry.LeftOut, match="GiB"):
         entry.refuse_hopeless("gather, compiled", Shape(8192, 4096, 4096, 8, 64), 4)
     with pytest.raises(entry.LeftOut, match="experts"):

@@ -22,7 +22,7 @@ def row_of(ours, peer, **rest):
 MACHINE = {"gemm": {"float32": 2e9, "bfloat16": 8e9}, "bandwidth": 4e9}
 
 
-def test_sets_hold_what_was_promised():
+def test_sets_cover_the_promised_shapes():
     assert len(CLAIMS) == 6
     shapes = SETS["all"]
     assert set(CLAIMS) < set(shapes)
@@ -32,11 +32,11 @@ def test_sets_hold_what_was_promised():
     assert {1, 2, 4} <= {s.K for s in shapes}
     assert any(s.K == s.E for s in shapes)
     assert any(s.routing == "zipf" for s in shapes)
-    assert len({str(s) for s in shapes}) == len(shapes)  # compare knows rows by name
+    assert len({str(s) for s in shapes}) == len(shapes)  # compare finds rows by name
 
 
 def run_of(ours):
-    """Seven turns with a spread of 4 %; on a machine that drifts by 30 %."""
+    """Seven turns with a spread of 4 % on a machine that drifts by 30 %."""
     drift = [1.0, 1.1, 1.2, 1.3, 1.2, 1.1, 1.0]
     noise = [1.0, 0.98, 1.02, 1.0, 0.99, 1.01, 1.0]
     row = row_of([ours * d * n for d, n in zip(drift, noise)], [3.0 * d for d in drift])
@@ -70,8 +70,8 @@ def test_compare_says_when_machines_differ():
     assert not regressed
 
 
-def test_a_stopped_run_leaves_what_it_had(tmp_path, monkeypatch, capsys):
-    """By Ctrl-C in the second row, and at the end of the first the file is there already."""
+def test_a_stopped_run_keeps_its_results(tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the second row; the file is written after the first row already."""
     file, measured = tmp_path / "some.json", suite.measure
     shapes = []
 
@@ -158,8 +158,8 @@ def test_end_to_end_without_linux_or_with_one_part():
 
 
 @pytest.mark.parametrize("tokens", [40, 1])
-def test_modules_of_the_examples_compute_our_layer(tokens):
-    """Loop and stacked as the demo and the end-to-end benchmark train them: outputs and gradients."""
+def test_modules_of_the_examples_equal_our_layer(tokens):
+    """Loop and stacked as in the demo and the end-to-end benchmark: outputs and gradients."""
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     from examples.common import peers as modules
@@ -183,7 +183,7 @@ def test_modules_of_the_examples_compute_our_layer(tokens):
     right = [outputs[0], *modules.gradients(model)["ours"]]
     for name, y in zip(("loop", "stacked"), outputs[1:]):
         assert entry.units([y, *modules.gradients(model)[name]], right, torch.float64) < 1000
-    with torch.no_grad():  # the loop then skips idle experts
+    with torch.no_grad():  # without gradients the loop skips idle experts
         assert entry.units([loop(inputs.x)], [outputs[0]], torch.float64) < 1000
 
 
@@ -204,7 +204,7 @@ def test_modules_of_the_examples_compute_our_layer(tokens):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_benchmarks_of_one_layer_run(name, sizes, peer, monkeypatch, capsys):
-    """Every contender agrees with ours before it is timed."""
+    """Each contender is checked against ours before it is timed."""
     pytest.importorskip(peer.lower())
     from benchmarks import ffn, native_experts, one_layer
 

@@ -50,12 +50,12 @@ def test_inspect_shows_config_and_tensors(tmp_path, capsys):
     assert ["all", str(36 + 30 + 18)] in rows
 
 
-def test_inspect_refuses_what_is_no_adapter(tmp_path, capsys):
+def test_inspect_refuses_other_files(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_names_from_a_file_cannot_steer_the_terminal():
+def test_control_characters_in_names_are_escaped():
     assert cli._plain("a\x1b[2Jb\n") == r"a\x1b[2Jb\n"
 
 
@@ -66,20 +66,20 @@ def test_doctor_passes_the_reference(capsys):
     assert all(row.startswith("reference") and row.endswith("ok") for row in rows)
 
 
-def test_doctor_fails_where_a_named_backend_is_not_here(capsys, monkeypatch):
+def test_doctor_fails_if_a_named_backend_is_unavailable(capsys, monkeypatch):
     monkeypatch.setenv("LORA_MOE_ISA", "none")
     assert cli.main(["doctor", "cpp"]) == 1
     assert "unavailable: LORA_MOE_BACKEND=cpp" in capsys.readouterr().out
 
 
-def test_doctor_reports_a_process_that_breaks(capsys):
+def test_doctor_reports_a_process_that_fails(capsys):
     assert cli.main(["doctor", "bogus"]) == 1
     assert "FAIL: ValueError: LORA_MOE_BACKEND" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("states", [(True, False), (False, True), (None, True), (True, None)])
 @pytest.mark.parametrize("named", [True, False])
-def test_doctor_ends_with_1_if_one_of_several_fails(monkeypatch, states, named):
+def test_doctor_exits_with_1_if_one_of_several_fails(monkeypatch, states, named):
     """An unavailable backend, for which _examine returns None, fails only if it was named."""
     found = dict(zip(cli.BACKENDS, [*states, *[True] * len(cli.BACKENDS)]))
     monkeypatch.setattr(cli, "_examine", found.get)
@@ -88,7 +88,7 @@ def test_doctor_ends_with_1_if_one_of_several_fails(monkeypatch, states, named):
 
 
 def test_doctor_examines_this_package_from_any_folder(tmp_path, monkeypatch, capsys):
-    """Not one that happens to lie in the current folder."""
+    """A package of that name in the current folder is ignored."""
     (tmp_path / "lora_moe").mkdir()
     (tmp_path / "lora_moe/__init__.py").write_text("raise SystemExit('the wrong package')")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The comparison must be able to fail: it has to reject each of eight wrong results."""
+"""assert_accurate must be able to fail: it rejects each of eight wrong results."""
 
 import pytest
 import torch

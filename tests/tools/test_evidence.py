@@ -1,4 +1,4 @@
-"""The examples' statistics: the meaning of a difference's interval, and which runs a restart repeats."""
+"""The examples' statistics: the intervals of differences, and which runs a restart repeats."""
 
 import numpy as np
 import pytest
@@ -8,10 +8,10 @@ from examples.common import evidence
 
 def test_intervals_tell_an_effect_from_noise():
     draw = np.random.default_rng(1)
-    items = draw.normal(size=(1, 400)) + 0.1 * draw.normal(size=(3, 400))  # hard and easy items
+    items = draw.normal(size=(1, 400)) + 0.1 * draw.normal(size=(3, 400))  # harder and easier items
     better = items + 0.2 + 0.1 * draw.normal(size=items.shape)
     mean, low, high = evidence.difference(better, items)
-    assert low < 0.2 < high and high - low < 0.1  # paired: the items' own spread is not in it
+    assert low < 0.2 < high and high - low < 0.1  # paired, so it excludes the spread between items
     assert mean == pytest.approx((better - items).mean())
     assert evidence.verdict((mean, low, high)) == "yes"
     assert evidence.verdict(evidence.difference(items, better)) == "**no: the reverse**"
@@ -63,7 +63,7 @@ def test_every_arm_is_tuned_over_the_same_grid(tmp_path, processes):
     assert [line.count("**") for line in text.splitlines()[2:4]] == [2, 2]
 
 
-def test_processes_find_what_one_process_finds(tmp_path):
+def test_several_processes_give_the_results_of_one(tmp_path):
     def run(arm, seed):
         return {"score": [seed, arm]}
 

@@ -1,4 +1,4 @@
-"""The driver for the first day with a GPU: failures are reported, passed stages are kept, a run ends in time.
+"""The driver for the first day with a GPU: it reports failures, keeps passed stages and ends in time.
 
 The stages themselves run at small sizes with `python -m benchmarks.gpu_day --dry-run`.
 """
@@ -17,7 +17,7 @@ from benchmarks.gpu_day.driver import Stage, finding
 
 @pytest.fixture
 def day(monkeypatch, tmp_path):
-    """Two stages whose results a test sets, in place of processes."""
+    """Two stages without processes; a test sets their results."""
     results = {"one": [finding("a", True)], "two": [finding("b", True)]}
     ran = []
 
@@ -51,14 +51,14 @@ def test_without_pytorch_it_says_which_python(monkeypatch, capsys, tmp_path):
     assert f"{sys.executable} has no PyTorch" in capsys.readouterr().out
 
 
-def test_all_right(day):
+def test_all_checks_pass(day):
     status, ran, report = day()
     assert (status, ran) == (0, ["one", "two"])
     assert "All checks passed" in report
     assert report.count("1 check passed") == 2
 
 
-def test_what_is_wrong_comes_first_and_in_the_exit_status(day):
+def test_failures_come_first_and_set_the_exit_status(day):
     day.results["one"] = [finding("bits", False, "they differ"), finding("fact", None, "7")]
     status, ran, report = day()
     assert (status, ran) == (1, ["one", "two"])
@@ -66,7 +66,7 @@ def test_what_is_wrong_comes_first_and_in_the_exit_status(day):
     assert "1 of 1 failed" in report
 
 
-def test_a_second_call_repeats_what_failed_and_what_is_named(day):
+def test_a_second_call_repeats_failed_and_named_stages(day):
     day.results["one"] = [finding("bits", False)]
     day()
     day.results["one"] = [finding("bits", True)]
@@ -123,8 +123,8 @@ def test_counters_of_ncu_are_read():
     assert stages.read_counters("==ERROR== no permission") == {}
 
 
-def test_the_tiles_stage_sees_a_wrong_result(monkeypatch):
-    """Of each result in turn; and the same bits twice."""
+def test_the_tiles_stage_detects_a_wrong_result(monkeypatch):
+    """In each result in turn, and in a second run with other bits."""
     from benchmarks.gpu_day import tiles
 
     said = []

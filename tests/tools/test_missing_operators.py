@@ -1,4 +1,4 @@
-"""The built backends are used, or one line says why not and what to type."""
+"""The built backends run, or one line gives the reason and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def python(tmp_path_factory):
 
 
 def install(checkout, folder, **environment):
-    """A folder for PYTHONPATH with the checkout's wheel in it."""
+    """A folder for PYTHONPATH that holds the checkout's wheel."""
     folder.mkdir()
     wheel, _ = build_wheel(checkout, folder, **environment)
     zipfile.ZipFile(wheel).extractall(folder)
@@ -45,7 +45,7 @@ def install(checkout, folder, **environment):
 
 
 def state(python, cwd, **environment):
-    """The facts on the C++ backend in a new process, and what it said beside them."""
+    """The facts on the C++ backend in a new process, and its standard error."""
     done = run([python, "-c", STATE], cwd=cwd, **environment)
     facts = json.loads(done.stdout)
     assert "\n" not in facts["reason"]
@@ -79,7 +79,7 @@ def test_a_compiler_that_is_not_there_is_named(checkout, python, tmp_path):
 def test_a_build_that_was_skipped_says_so(skipped, python, tmp_path):
     facts, said = state(python, tmp_path, PYTHONPATH=skipped)
     assert "not built (LORA_MOE_SKIP_EXT=1 was set)" in facts["reason"]
-    assert "RuntimeWarning" not in said  # as it was wished
+    assert "RuntimeWarning" not in said  # it was requested
 
 
 def test_a_build_without_pybind11_says_so(checkout, python, tmp_path):
@@ -92,8 +92,8 @@ def test_a_build_without_pybind11_says_so(checkout, python, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_one_instruction_set_that_fails_is_told_beside_the_one_that_serves(python, tmp_path):
-    """And its file of an older build does not get into the wheel."""
+def test_one_instruction_set_that_fails_is_reported_while_another_runs(python, tmp_path):
+    """The file of its older build does not get into the wheel."""
     checkout = copy_checkout(tmp_path / "checkout")
     isas = backend.cpu_isas()
     if len(isas) == 1:
@@ -157,7 +157,7 @@ def test_sources_that_hide_the_installed_package(checkout, skipped, python, tmp_
 
 
 def test_an_editable_install_of_an_old_build_is_not_called_hidden(monkeypatch, tmp_path):
-    """The folder is on sys.path twice, once through a link: it is one and the same."""
+    """The folder is on sys.path twice, once through a link."""
     link = tmp_path / "link"
     link.symlink_to(missing_operators.HERE.parent)
     monkeypatch.setattr(sys, "path", [str(link)])
@@ -203,7 +203,7 @@ NOTES = (ROOT / "setup.py").read_text().split('"""')[1]
         ("MAX_JOBS", "many", "expected a positive number"),
     ],
 )
-def test_a_variable_that_cannot_be(checkout, variable, value, expected):
+def test_an_invalid_variable_is_refused(checkout, variable, value, expected):
     command = [sys.executable, "setup.py", "--version"]
     done = run(command, cwd=checkout, check=False, **{variable: value})
     assert done.returncode == 1
@@ -212,7 +212,7 @@ def test_a_variable_that_cannot_be(checkout, variable, value, expected):
 
 
 def test_an_old_setuptools_says_what_to_type(checkout, tmp_path):
-    """Python 3.11 puts 65.5 into each new environment; it cannot read our pyproject.toml."""
+    """Python 3.11 installs 65.5 in each new environment; that version cannot read our pyproject.toml."""
     (tmp_path / "sitecustomize.py").write_text(
         "import setuptools\nsetuptools.__version__ = '65.5.0'\n"
     )
@@ -224,7 +224,7 @@ def test_an_old_setuptools_says_what_to_type(checkout, tmp_path):
 
 
 def test_the_readme_installs_what_the_build_needs():
-    """With --no-build-isolation pip installs none of it."""
+    """pip installs no build requirements with --no-build-isolation."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     (line,) = re.findall(
         r"^pip install .*--no-build-isolation.*$", (ROOT / "README.md").read_text(), re.M

@@ -1,4 +1,4 @@
-"""The suite runs on the requested device, including a GPU's kernels."""
+"""The suite runs on the requested device and uses a GPU's kernels there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..support.cases import BY_NAME, sample
 
 
 class Recorder:
-    """Stands in for a GPU's operators: notes what came, and answers with the reference's results."""
+    """Stands in for a GPU's operators: records the calls and returns fixed values on meta."""
 
     def __init__(self):
         self.names = []
@@ -32,13 +32,13 @@ class Recorder:
         return run
 
 
-def test_what_was_asked_for_serves():
+def test_the_requested_backend_runs():
     asked = on_device.requested()
     assert not asked or lora_moe.backend_info()["serving"]["cpu"] == asked
 
 
 def test_operators_on_cpu_tensors_run_on_the_device(monkeypatch):
-    """On a device without memory: the call arrives there, and what comes back has none either."""
+    """On meta: the call reaches the device, and its results are on meta as well."""
     monkeypatch.setitem(backend._serving, "cpu", "reference")
     recorder = Recorder()
     with torch.library._scoped_library("lora_moe", "IMPL") as library:
@@ -51,7 +51,7 @@ def test_operators_on_cpu_tensors_run_on_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
-def test_every_operator_goes_there_and_comes_back(name):
+def test_every_operator_moves_its_operands_there_and_back(name):
     """Through a device that is the CPU under another name."""
     seen = []
 
@@ -105,7 +105,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/t
 
 @pytest.mark.parametrize("asked", ["reference", "triton"])
 def test_pytest_itself_stops(asked):
-    """Where a GPU is and nothing moves CPU tensors to it, Triton's tests would run on the reference."""
+    """With a GPU but no transfer of CPU tensors to it, Triton's tests would run on the reference."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"LORA_MOE_BACKEND": "reference", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", PRETEND, asked]

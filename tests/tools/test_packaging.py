@@ -1,4 +1,4 @@
-"""The package as users get it: wheel, editable install, checkout; without Triton, without a compiler."""
+"""The package as installed: wheel, editable install, checkout; without Triton, without a compiler."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def wheel(checkout, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(wheel, tmp_path_factory):
-    """A folder for PYTHONPATH with the wheel in it, beside a stranger named triton_kernels."""
+    """A folder for PYTHONPATH with the wheel and an unrelated package named triton_kernels."""
     folder = tmp_path_factory.mktemp("site")
     run([*PIP, "install", "--no-deps", "--target", folder, wheel], cwd=folder)
     (folder / "triton_kernels").mkdir()
@@ -136,7 +136,7 @@ def test_backend_that_is_forced_and_missing_raises(python, site, tmp_path, backe
     assert why in last
 
 
-def test_importing_is_light(python, site, tmp_path):
+def test_import_loads_no_heavy_package(python, site, tmp_path):
     code = (
         "import sys, torch, lora_moe\n"
         "heavy = {'transformers', 'peft', 'matplotlib', 'pandas'} & set(sys.modules)\n"
@@ -146,7 +146,7 @@ def test_importing_is_light(python, site, tmp_path):
     python(code, cwd=tmp_path, PYTHONPATH=site)
 
 
-def test_what_needs_more_packages_is_imported_on_first_use(python, site, tmp_path):
+def test_optional_packages_are_imported_on_first_use(python, site, tmp_path):
     code = (
         "import sys, lora_moe\n"
         "assert 'hf' in dir(lora_moe) and 'lora_moe.hf' not in sys.modules\n"
@@ -198,7 +198,7 @@ MADE = {"__pycache__", ".so", ".pyc", "_not_built.json"}
 
 
 def make_sdist(folder, **environment):
-    """Of the whole checkout, unpacked elsewhere."""
+    """An sdist of the whole checkout, unpacked in another folder."""
     shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(".*", "build", *MADE))
     command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", folder]
     run(command, cwd=folder / "copy", **environment)
@@ -217,7 +217,7 @@ def files(root):
     return {str(p) for p in found if (root / p).is_file() and not MADE & {*p.parts, p.suffix}}
 
 
-def test_sdist_is_the_checkout(sdist):
+def test_sdist_has_the_files_of_the_checkout(sdist):
     wanted = files(ROOT) | {"Makefile", "SECURITY.md", "CHANGELOG.md", "LICENSE", "README.md"}
     assert not {name for name in wanted if not (sdist / name).is_file()}
     assert not list(sdist.rglob("*.so")) and not (sdist / "build").exists()
@@ -234,7 +234,7 @@ def test_sdist_builds_the_same_wheel(sdist, wheel, tmp_path):
 
 
 def test_sdist_runs_its_own_tests(sdist):
-    """From these sources and no others; that each test's helpers are there, the list above says."""
+    """With the sdist's sources only; the comparison of files above covers the tests' helpers."""
     code = "import lora_moe, pytest; print(lora_moe.__file__); raise SystemExit(pytest.main())"
     options = "-q -p no:cacheprovider tests/public/test_safefile.py"
     done = run([sys.executable, "-c", code], cwd=sdist, PYTHONPATH=sdist, PYTEST_ADDOPTS=options)

@@ -1,4 +1,4 @@
-"""Our layers beside others' packages: loss, dx and gradients agree; and the comparison notices where not."""
+"""Our layers beside other packages: loss, dx and gradients agree; the comparison detects differences."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def side(scale=1.0, name="w", start=2.0):
     return Side(lambda x: scale * (w * x).square().mean(), lambda: {name: w.grad})
 
 
-def test_what_differs_is_noticed():
+def test_differences_are_detected():
     x = torch.ones(2, 3, dtype=torch.float64)
     assert compare(Pair(side(), side(), x)).agrees
     assert not compare(Pair(side(1 + 1e-9), side(), x)).agrees
@@ -42,7 +42,7 @@ def test_what_differs_is_noticed():
     assert compare(Pair(side(1 + 1e-9), side(), x, bound=1e-8)).agrees
     with pytest.raises(ValueError, match=r"ours of \['w'\], theirs of \['v'\]"):
         compare(Pair(side(), side(name="v"), x))
-    with pytest.raises(ValueError, match="not all zero"):  # it would compare nothing
+    with pytest.raises(ValueError, match="not all zero"):  # the comparison would be empty
         compare(Pair(side(start=0.0), side(start=0.0), x))
 
 
@@ -68,7 +68,7 @@ def test_a_process_for_each_package(monkeypatch):
 
 
 @pytest.mark.parametrize("package", [p for p in PACKAGES[1:] if p.apart], ids=lambda p: p.name)
-def test_agrees_in_a_folder_of_its_own(package, monkeypatch):
+def test_agrees_in_a_separate_folder(package, monkeypatch):
     monkeypatch.chdir(ROOT)
     if not Path(FOLDER, package.module).is_dir():
         pytest.skip(package.command)
@@ -76,7 +76,7 @@ def test_agrees_in_a_folder_of_its_own(package, monkeypatch):
         assert row[-1].startswith("agree"), row
 
 
-def test_the_page_shows_every_pair_with_the_version_that_is_named():
+def test_the_page_shows_every_pair_with_the_named_version():
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in TABLE]
     every = [(package, names) for package in PACKAGES for names in package.pairs.values()]
     assert [tuple(row[:2]) for row in rows] == [names for _, names in every]
@@ -86,7 +86,7 @@ def test_the_page_shows_every_pair_with_the_version_that_is_named():
         assert row[-1].startswith("agree"), row
 
 
-def test_what_this_environment_has_is_what_is_named():
+def test_this_environment_pins_the_named_versions():
     pinned = (ROOT / "requirements/constraints.txt").read_text().splitlines()
     assert {need for package in PACKAGES if not package.apart for need in package.needs} <= {
         *pinned

@@ -1,4 +1,4 @@
-"""The README's examples run as they are printed, one after the other, and its links lead somewhere."""
+"""The README's examples run as printed, in order, and its links resolve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIRST, TRAINERS, PEFT = BLOCKS  # each has a test below
 
 
 def ran(block, **scope):
-    """The names that a block leaves."""
+    """The names that a block defines."""
     scope["__name__"] = "readme"
     exec(compile(block, "README.md", "exec", dont_inherit=True), scope)
     return scope

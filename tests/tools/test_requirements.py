@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "requirements"
-OURS = {"torch", "deepspeed"}  # the user chooses its build; has sources only, for optional tests
+OURS = {"torch", "deepspeed"}  # the user chooses torch's build; deepspeed has sources only
 PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s\\;]+)", re.M)
 
 
@@ -28,7 +28,7 @@ def test_every_pin_has_its_hash(path):
 
 
 def test_every_name_is_pinned():
-    """In a requirement file itself, or in the constraints that it takes."""
+    """In the requirements file or in the constraints that it includes."""
     for path in FILES:
         text = path.read_text()
         pinned = pins(text) | (
@@ -40,7 +40,7 @@ def test_every_name_is_pinned():
                 assert re.sub("[-_.]+", "-", name[0]).lower() in pinned, f"{path.name}: {line}"
 
 
-def test_no_hash_stands_alone_and_none_is_weak():
+def test_every_hash_is_used_and_strong():
     used = set().union(*(pins(path.read_text()) for path in FILES))
     assert pins(HASHES).keys() <= used - OURS
     for block in re.split(r"\n(?=\S)", HASHES.strip()):

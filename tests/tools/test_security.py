@@ -28,13 +28,13 @@ CALLS = {
     *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
     *("torch.load", "torch.jit.load", "torch.hub.load", "numpy.load"),
 }
-# the one reader of pickles, which only `lora-moe convert` calls: see test_the_one_reader_of_pickles
+# the only reader of pickles, used only by `lora-moe convert`: see test_the_one_reader_of_pickles
 PICKLES = ROOT / "lora_moe/convert/pickles.py"
 KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}
 
 
 def findings(source: str) -> list[str]:
-    """Line and name of whatever is forbidden; looks at the syntax tree, so prose may name it."""
+    """Line and name of each forbidden call or import; reads the syntax tree, so prose is not matched."""
     tree = ast.parse(source)
     names = dict(imported(tree))
     found = [
@@ -63,7 +63,7 @@ def imports(tree):
 
 
 def imported(tree):
-    """What each local name stands for: np -> numpy, load -> torch.load."""
+    """The full name of each local name: np -> numpy, load -> torch.load."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.asname, alias.name) for alias in node.names if alias.asname)
@@ -88,7 +88,7 @@ def test_shipped_source_runs_no_foreign_code(path):
 
 
 def test_the_one_reader_of_pickles():
-    """It runs no code of a file, and nobody but the importers comes to it."""
+    """It runs no code from a file, and only the importers use it."""
     tree = ast.parse(PICKLES.read_text("utf-8"))
     (call,) = (
         node
@@ -139,9 +139,9 @@ def test_scan_finds_what_is_planted(planted):
         "import subprocess\nsubprocess.run(['ls'], shell=False)",
     ],
 )
-def test_scan_lets_the_innocent_pass(innocent):
+def test_scan_accepts_harmless_code(innocent):
     assert not findings(innocent)
 
 
-def test_scan_sees_the_sources():
+def test_scan_covers_the_sources():
     assert {"io.py", "cli.py", "backend.py"} <= {path.name for path in SHIPPED}

@@ -1,5 +1,5 @@
-"""How the sources are built: imports without circles, no private name overridden, short files and functions,
-and dependencies that are those imported.
+"""How the sources are built: no circular imports or overridden private names, short files and functions,
+and declared dependencies that match the imports.
 """
 
 import ast
@@ -22,7 +22,7 @@ ROOT = Path(lora_moe.__file__).parent
 
 
 def imported_at_the_top(path: Path) -> set[str]:
-    """Modules of ours that a module imports while it is imported itself."""
+    """Our modules that this module imports while it is being imported."""
     package = ["lora_moe", *path.relative_to(ROOT).parts[:-1]]
     found = set()
     for node in ast.parse(path.read_text()).body:
@@ -40,7 +40,7 @@ def graph():
         parts = ["lora_moe", *path.relative_to(ROOT).with_suffix("").parts]
         names[".".join(parts).removesuffix(".__init__")] = path
     edges = {name: imported_at_the_top(path) & names.keys() for name, path in names.items()}
-    # a package's own __init__ runs first, whatever of it is imported
+    # a package's __init__ runs before any of its modules
     return {
         name: {m for m in found if not f"{name}.".startswith(m + ".")}
         for name, found in edges.items()
@@ -55,7 +55,7 @@ def test_imports_form_no_circle():
 
 
 def classes() -> dict[str, tuple[set[str], set[str]]]:
-    """{class: (bases, methods)} of the package, by their names alone."""
+    """{class: (bases, methods)} of the package, by bare names."""
     found = {}
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -76,7 +76,7 @@ def test_no_class_overrides_a_private_name_of_another_of_ours():
             todo += further
             above |= methods
         both = {n for n in functions & above if n.startswith("_") and not n.endswith("__")}
-        # torch's own, which modules are meant to override
+        # torch's private methods, which modules are meant to override
         assert both <= {n for n in vars(nn.Module) if n.startswith("_")}, (name, both)
 
 
@@ -106,7 +106,7 @@ def test_no_file_is_longer_than_300_lines():
 
 
 def lines_of(function: ast.FunctionDef) -> int:
-    """Without the docstring, which of a public function lists arguments and errors."""
+    """Lines without the docstring, which lists arguments and errors in public functions."""
     doc = function.body[0] if ast.get_docstring(function, clean=False) else None
     own = doc.end_lineno - doc.lineno + 1 if doc else 0
     return function.end_lineno - function.lineno + 1 - own
@@ -128,12 +128,12 @@ def test_no_function_but_a_kernel_is_longer_than_60_lines():
     assert long == []
 
 
-# what each of these adds is installed with the extra of its name, or beside vLLM
+# subpackages whose dependencies come with the extra of that name, or with vLLM
 OPTIONAL = ("hf", "peft", "vllm")
 
 
 def packages_imported_at_the_top() -> set[str]:
-    """By any module of ours that needs no extra."""
+    """Packages imported by modules that need no extra."""
     found = set()
     for path in ROOT.rglob("*.py"):
         if path.relative_to(ROOT).parts[0] in OPTIONAL:
