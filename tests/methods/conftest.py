@@ -1,4 +1,4 @@
-"""What several modules need of MMoLRE's example: its packages, and a part of its data."""
+"""Shared by tests of MMoLRE's example: its packages, and a part of its data."""
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +21,7 @@ def mmolre_packages():
 
 @pytest.fixture(scope="session")
 def parts(mmolre_packages):
-    """400 of the lexicon's words, and the kaomoji."""
+    """400 words of the lexicon, and the kaomoji."""
     from examples.mmolre import data
 
     return data.load(most_words=400)

@@ -11,7 +11,7 @@ import torch
 
 from lora_moe.methods.c_lorae.achievement import AchievementLoss
 
-POTENTIALS = {"a": 0.8, "b": 0.5}  # aimed at: 0.84 and 0.525
+POTENTIALS = {"a": 0.8, "b": 0.5}  # targets: 0.84 and 0.525
 LOSSES = {"a": torch.tensor(2.0), "b": torch.tensor(0.5)}
 
 
@@ -19,7 +19,7 @@ def values(tensor):
     return pytest.approx(tensor.tolist(), rel=1e-5)
 
 
-def test_moving_average_starts_with_the_first_metric_as_it_is():
+def test_moving_average_starts_at_the_first_metric():
     loss = AchievementLoss(POTENTIALS)
     loss.update({"a": 0.42, "b": 0.105})
     assert values(loss.achieved) == [0.42, 0.105]
@@ -40,7 +40,7 @@ def test_weights_by_hand():
 
 
 def test_gamma_and_margin():
-    loss = AchievementLoss(POTENTIALS, gamma=3, margin=0.25)  # aimed at: 1 and 0.625
+    loss = AchievementLoss(POTENTIALS, gamma=3, margin=0.25)  # targets: 1 and 0.625
     loss.update({"a": 0.5, "b": 0.5})
     assert values(loss.raw_weights()) == [0.125, 0.2**3]
 
@@ -65,12 +65,12 @@ def test_both_forms_and_their_gradients(form, want):
 
 
 def test_a_solved_task_goes_to_zero_and_a_lagging_one_rises():
-    """Of the raw weights and their shares; the softmax, which divides e^0, has a floor."""
+    """Raw weights and shares go to zero; the softmax has a floor, as e^0 = 1."""
     share, softmax = (AchievementLoss(POTENTIALS, normalization=n) for n in ("sum", "softmax"))
     trace = []
     for _ in range(60):
         for loss in (share, softmax):
-            loss.update({"a": 0.9 if trace else 0.2, "b": 0.1})  # a gets solved, b stays behind
+            loss.update({"a": 0.9 if trace else 0.2, "b": 0.1})  # a is solved, b lags behind
         trace.append((share.raw_weights(), share.weights(), softmax.weights()))
     raw, shares, soft = (torch.stack(series) for series in zip(*trace, strict=True))
     assert raw[0, 0] > 0.5 and raw[-1, 0] == 0
@@ -91,7 +91,7 @@ def test_equal_weights_without_metrics_and_when_all_is_solved(normalization):
     assert values(loss.weights()) == [0.5, 0.5]
 
 
-def test_neighbours_by_hand():
+def test_other_weightings_by_hand():
     a = 0.6, 0.1
     dtp = AchievementLoss(POTENTIALS, weighting="dtp", normalization="sum")
     focal = AchievementLoss(POTENTIALS, weighting="focal", normalization="sum")
@@ -104,7 +104,7 @@ def test_neighbours_by_hand():
     assert zero.weights().tolist() == pytest.approx([1, 0], abs=1e-6)
 
 
-def test_a_loss_of_zero_is_no_nan():
+def test_a_loss_of_zero_gives_no_nan():
     loss = AchievementLoss(POTENTIALS)
     leaf = torch.zeros((), requires_grad=True)
     total = loss({"a": leaf, "b": torch.tensor(1.0)})
@@ -150,7 +150,7 @@ def test_bad_arguments_raise(arguments, message):
         AchievementLoss(**{"potentials": POTENTIALS} | arguments)
 
 
-def test_metrics_are_shares_for_the_neighbours():
+def test_metrics_must_be_shares_for_other_weightings():
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         AchievementLoss(POTENTIALS, weighting="focal").update({"a": 40.0, "b": 0.5})
     AchievementLoss({"a": 60.0, "b": 70.0}).update({"a": 40.0, "b": 0.5})
@@ -159,7 +159,7 @@ def test_metrics_are_shares_for_the_neighbours():
 @pytest.mark.parametrize("form", ["geometric", "sum"])
 @pytest.mark.parametrize("normalization", ["softmax", "sum"])
 def test_a_batch_may_lack_tasks(form, normalization):
-    """The others' weights are divided by their sum; what is not there takes no part."""
+    """Weights of the tasks present are divided by their sum; absent tasks do not count."""
     loss_of = AchievementLoss(
         {"a": 0.8, "b": 0.5, "c": 0.6}, form=form, normalization=normalization
     )

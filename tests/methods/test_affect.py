@@ -1,4 +1,4 @@
-"""The field's metrics on examples computed by hand."""
+"""Metrics of affect recognition on examples computed by hand."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def test_sentiment_by_hand():
     guess = torch.tensor([-1.4, 0.5, -0.2, 1.6, 3.9, 0.0])
     found = sentiment_metrics(guess, truth)
     assert found["mae"] == pytest.approx((0.6 + 1.5 + 0.2 + 0.6 + 0.9 + 0.0) / 6)
-    # rounded to classes: -1 0 0 2 3 0 against -2 -1 0 1 3 0; halves go to even, 3.9 is clipped
+    # rounded to classes: -1 0 0 2 3 0 against -2 -1 0 1 3 0; halves round to even, 3.9 is clipped
     assert found["acc7"] == pytest.approx(3 / 6)
-    # negative against non-negative: guesses - + - + + +, truth - - + + + +
+    # negative against non-negative: predictions - + - + + +, truth - - + + + +
     assert found["acc2_non_negative"] == pytest.approx(4 / 6)
     negative, others = 2 * 1 / (2 + 2), 2 * 3 / (4 + 4)
     assert found["f1_non_negative"] == pytest.approx((2 * negative + 4 * others) / 6)
-    # the four that are not 0: guesses - + + +, truth - - + +
+    # only the four nonzero labels: predictions - + + +, truth - - + +
     assert found["acc2_positive"] == pytest.approx(3 / 4)
     negative, positive = 2 * 1 / (1 + 2), 2 * 2 / (3 + 2)
     assert found["f1_positive"] == pytest.approx((negative + positive) / 2)
@@ -42,7 +42,7 @@ def test_correlation_of_lines_and_of_a_constant():
     assert math.isnan(sentiment_metrics(torch.ones(3), y)["corr"])
 
 
-def test_only_neutral_items_leave_nothing_for_two_classes():
+def test_neutral_items_alone_give_no_two_class_metrics():
     found = sentiment_metrics(torch.tensor([1.0, -1.0]), torch.zeros(2))
     assert math.isnan(found["acc2_positive"]) and math.isnan(found["f1_positive"])
 
@@ -57,7 +57,7 @@ def test_shapes_that_differ_raise():
 def test_weighted_f1_by_hand():
     true = torch.tensor([0, 0, 0, 1, 1, 2])
     picked = torch.tensor([0, 0, 1, 1, 3, 0])
-    # f1: class 0 4/6, class 1 2/4, class 2 0; class 3 is never true and weighs nothing
+    # f1: class 0 4/6, class 1 2/4, class 2 0; class 3 is never true and has weight 0
     assert weighted_f1(picked, true) == pytest.approx((3 * 4 / 6 + 2 * 2 / 4 + 0) / 6)
     logits = torch.nn.functional.one_hot(picked, 4).float()
     found = multiclass_metrics(logits, true)

@@ -1,4 +1,4 @@
-"""BranchLoRA's layer against its formula, with PyTorch's features, and what it refuses."""
+"""BranchLoRA's layer against its formula; PyTorch's features; refused inputs."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def gradients(y, dy, model, x):
 
 @every_reading
 @pytest.mark.parametrize("masked", [True, False], ids=["padded", "full"])
-def test_the_layer_is_its_formula(route_by, masked):
+def test_the_layer_equals_its_formula(route_by, masked):
     model, x = host(route_by), tokens().requires_grad_()
     mask = MASK if masked else torch.ones_like(MASK)
     y = model(x, attention_mask=mask if masked else None)
@@ -90,7 +90,7 @@ def test_the_layer_is_its_formula(route_by, masked):
 
 
 @every_reading
-def test_on_tritons_kernels(route_by):
+def test_on_the_triton_kernels(route_by):
     pytest.importorskip("triton")
     with interpreting() if not torch.cuda.is_available() else contextlib.nullcontext():
         kernels = importlib.import_module("lora_moe.triton_kernels")
@@ -120,7 +120,7 @@ def test_each_sequence_may_have_its_own_task(route_by):
         assert torch.equal(model(x, attention_mask=MASK)[b], mixed[b])
 
 
-def test_starts_as_the_base_bit_for_bit_and_without_a_task_it_says_so():
+def test_starts_as_the_base_bit_for_bit_and_requires_a_task():
     model = Host(torch.float32)
     want = model.linear(tokens(torch.float32))
     bl.inject(model, bl.branch_lora(E, R, target_modules=("linear",)))
@@ -156,7 +156,7 @@ def test_compiles(route_by):
     assert relative_error(compiled(x), layer(x)) < 1e-15
 
 
-def test_copies_are_apart():
+def test_copies_are_independent():
     model = host(tasks=2)
     model(tokens(), attention_mask=MASK)
     copied = copy.deepcopy(model)
@@ -210,7 +210,7 @@ def test_bad_input(call, message):
         call(host())
 
 
-def test_moelora_is_its_formula():
+def test_moelora_equals_its_formula():
     """y = W0 x + (alpha / r) sum_e softmax(W x)_e B_e A_e x, each expert of rank r / E."""
     torch.manual_seed(0)
     layer = lora_moe.LoraMoeLinear(nn.Linear(D_IN, D_OUT).double(), bl.moelora(4, 12, 30.0))

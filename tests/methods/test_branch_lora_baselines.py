@@ -30,7 +30,7 @@ def learner_of(kind, *options):
     targets = normalize(torch.randn(A, D), dim=1)
     learner = kind(minilm.Upper(model, 0), targets, *options)
     for layer in lora_moe.injected(learner.model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.02)  # as after some steps
+        torch.nn.init.normal_(layer.lora_B, std=0.02)  # nonzero, as after some steps
     return learner
 
 
@@ -49,7 +49,7 @@ def batches_of(answers, count=2, items=4, seed=1):
 
 
 def step(learner, batches):
-    """A large step, and the loss before it."""
+    """Takes a large step and returns the loss before it."""
     optimizer = optimizer_of(learner.model, 1e-2)
     loss = learner.loss(0, batches[0])
     loss.backward()
@@ -62,7 +62,7 @@ def plain(learner, batch):
     return cross_entropy(learner.scores(batch), batch.wanted)
 
 
-def test_ewc_holds_what_the_task_before_needed():
+def test_ewc_penalizes_changes_of_what_the_last_task_needed():
     learner, batches = learner_of(Ewc, 50.0), batches_of([0, 1])
     learner.begin(batches)
     assert learner.loss(0, batches[0]).item() == plain(learner, batches[0]).item()
@@ -78,10 +78,10 @@ def test_ewc_holds_what_the_task_before_needed():
     added = learner.loss(1, batches[1]) - plain(learner, batches[1])
     assert added.item() == pytest.approx(50 / 2 * by_hand, rel=1e-3)
     learner.end(batches)
-    assert learner.penalty() == 0  # the next task starts from here
+    assert learner.penalty() == 0  # the next task is anchored here
 
 
-def test_ewcs_fisher_is_the_mean_of_squared_gradients_over_the_models_answers():
+def test_the_fisher_of_ewc_is_the_mean_of_squared_gradients_over_sampled_answers():
     learner, (batch,) = learner_of(Ewc, 1.0), batches_of([0, 1], count=1)
     exact = 0.0
     for i in range(len(batch.wanted)):
@@ -101,7 +101,7 @@ def test_ewcs_fisher_is_the_mean_of_squared_gradients_over_the_models_answers():
     assert estimates.std() / len(estimates) ** 0.5 < 0.1 * exact
 
 
-def test_lwf_keeps_the_old_models_answers_on_the_new_items():
+def test_lwf_keeps_the_answers_of_the_old_model_on_new_items():
     learner, old, new = learner_of(Lwf, 0.7), batches_of([0, 3]), batches_of([1, 2], seed=2)
     learner.begin(old)
     assert learner.loss(0, old[0]).item() == plain(learner, old[0]).item()
@@ -121,7 +121,7 @@ def test_lwf_keeps_the_old_models_answers_on_the_new_items():
     assert learner.seen == [0, 1, 2, 3]
 
 
-def test_a_lora_per_task_is_as_large_as_one_and_the_others_stay():
+def test_loras_per_task_have_the_size_of_one_and_keep_old_tasks():
     learner, batches = learner_of(PerTask, 3), batches_of([0, 1])
     layers = lora_moe.injected(learner.model).values()
     one = learner_of(Learner)
@@ -144,7 +144,7 @@ def test_a_lora_per_task_is_as_large_as_one_and_the_others_stay():
     assert torch.equal(again[0::2], known[0::2]) and not torch.allclose(again[1::2], known[1::2])
 
 
-def test_arms_are_of_one_scale():
+def test_arms_have_the_same_scale():
     for learner in (learner_of(Learner), learner_of(Learner, 8), learner_of(Branched, arms.Rung())):
         layers = lora_moe.injected(learner.model).values()
         assert {s for layer in layers for s in layer.config.scales} == {2.0}

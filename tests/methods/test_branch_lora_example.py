@@ -1,4 +1,4 @@
-"""BranchLoRA's evidence: its orders and splits, its metrics, and the quick mode."""
+"""BranchLoRA's evidence: orders and splits of tasks, metrics, and the quick mode."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from examples.branch_lora import tasks as branch_lora_tasks
 ROOT = Path(__file__).parents[2]
 
 
-def test_items_meet_in_every_order():
-    """In each order the measures are those of its accuracies, and item k is the same item."""
+def test_items_are_matched_across_orders():
+    """In each order the metrics are those of its accuracies, and item k is the same item."""
     draw = torch.Generator().manual_seed(0)
     for order in itertools.permutations(range(3)):
         right = [[torch.rand(4, generator=draw).tolist() for _ in range(i + 1)] for i in range(3)]
@@ -42,7 +42,7 @@ def test_items_meet_in_every_order():
     assert list(report.by_item(right[-1:], [2, 1, 0])) == ["ACC"]
 
 
-def test_settings_are_the_best_of_rates_and_strengths(tmp_path):
+def test_settings_are_the_best_over_rates_and_strengths(tmp_path):
     path = tmp_path / "rates.json"
     scores = {
         "lora": {"0.0001": [0.5, 0.1], "0.001": [0.4, 0.4]},
@@ -97,7 +97,7 @@ def test_three_orders_of_the_same_tasks():
     assert [tasks[::-1][t].name for t in turned] == [tasks[t].name for t in orders["hashed"]]
 
 
-def test_nothing_crosses_the_splits_of_the_evidence():
+def test_the_splits_of_the_evidence_are_disjoint():
     needs("nrclex", "emosent")
     tasks = branch_lora_tasks.load_tasks()
     splits = branch_lora_tasks.SPLITS

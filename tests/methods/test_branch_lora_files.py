@@ -1,4 +1,4 @@
-"""BranchLoRA's state on disk, and the example of its page."""
+"""BranchLoRA's state on disk, and the example of its docs page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..support.branch_lora import D_IN, MASK, E, Host, K, R, learn, randomise, s
 
 
 def life(model, steps):
-    """Two tasks, new branches, and a third task up to its middle; returns its optimizer."""
+    """Trains two tasks, adds branches and begins a third task; returns its optimizer."""
     for task in range(2):
         if task:
             bl.begin_task(model)
@@ -85,7 +85,7 @@ def test_state_survives_save_and_load_in_the_middle_of_a_task(tmp_path):
     for (name, tensor), (_, twin) in zip(
         model.state_dict().items(), other.state_dict().items(), strict=True
     ):
-        if "router_weight_3" not in name:  # drawn anew
+        if "router_weight_3" not in name:  # newly initialized
             assert torch.equal(tensor, twin), name
     for task in (0, 1, 2, [0, 1, 2, 0]):
         bl.set_task(model, task), bl.set_task(other, task)
@@ -96,7 +96,7 @@ def test_state_survives_save_and_load_in_the_middle_of_a_task(tmp_path):
 
 
 def rewrite(folder, change=lambda tensors, description: None):
-    """The saved file with something changed in it."""
+    """Rewrites the saved file with a change."""
     path = Path(folder) / bl.FILE_NAME
     with safefile.open_regular(path) as file:
         metadata, slices = safefile.read_header(file)
@@ -150,7 +150,7 @@ def test_a_changed_file_is_refused_and_the_model_is_as_it_was(tmp_path, name):
     )
 
 
-def test_an_ordinary_adapter_is_no_state_and_a_full_model_takes_none(tmp_path):
+def test_a_plain_adapter_has_no_state_and_a_model_with_experts_loads_none(tmp_path):
     model = begun()
     bl.save(model, tmp_path)
     assert bl.load(projected(), tmp_path) is None
@@ -164,7 +164,7 @@ def test_an_ordinary_adapter_is_no_state_and_a_full_model_takes_none(tmp_path):
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_example_of_the_page(tmp_path, monkeypatch):
+def test_the_example_of_the_docs_page(tmp_path, monkeypatch):
     page = (ROOT / "docs/branch_lora.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert len(block.splitlines()) < 30

@@ -1,4 +1,4 @@
-"""BranchLoRA in transformers' models: decisions while generating, and the paper's parameter counts."""
+"""BranchLoRA in transformers' models: decisions during generation, and the paper's parameter counts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def branched(model, targets=("q_proj", "down_proj"), tasks=1, **options):
 PROMPTS = torch.randint(3, 38, (3, 5), generator=torch.Generator().manual_seed(0))
 
 
-def test_first_token_of_a_causal_model_warns_and_reads_the_mean():
+def test_first_token_of_a_causal_model_warns_and_uses_the_mean():
     with pytest.warns(UserWarning, match="routing by the mean instead"):
         model = llama()
         bl.inject(model, bl.branch_lora(E, R, target_modules=("q_proj",)))
@@ -62,7 +62,7 @@ def test_first_token_of_a_causal_model_warns_and_reads_the_mean():
 
 
 @pytest.mark.parametrize("route_by", ["first", "mean"])
-def test_generation_keeps_the_prompts_decision(route_by):
+def test_generation_keeps_the_decision_of_the_prompt(route_by):
     model = branched(llama(), route_by=route_by, fixed_opening=False)
     prompt = torch.cat([torch.zeros(3, 2, dtype=torch.long), PROMPTS], 1)
     mask = (prompt > 0).long()
@@ -76,7 +76,7 @@ def test_generation_keeps_the_prompts_decision(route_by):
         torch.equal(r.indices, first[0]) and torch.equal(r.weights, first[1])
         for _, r in decided[1:]
     )
-    # the same tokens without a cache, the prompt alone deciding
+    # the same tokens without a cache, routed by the prompt only
     with torch.no_grad():
         seen = torch.zeros_like(out[:, :-1]).bool()
         seen[:, :7] = mask.bool()
@@ -88,7 +88,7 @@ def test_generation_keeps_the_prompts_decision(route_by):
     assert torch.equal(logits[:, 6:].argmax(-1), out[:, 7:])
 
 
-def test_beams_keep_their_prompts_decision():
+def test_beams_keep_the_decision_of_their_prompt():
     model = branched(llama(), route_by="mean")
     out = model.generate(PROMPTS, max_new_tokens=5, num_beams=3, do_sample=False)
     layer = next(iter(bl.branch_layers(model).values()))
@@ -108,7 +108,7 @@ def test_a_cache_of_other_prompts_is_refused():
 
 @pytest.mark.parametrize("route_by", ["first", "mean"])
 def test_answers_do_not_decide(route_by):
-    """In training the answer stands behind the prompt; at test time it does not."""
+    """In training the answer follows the prompt; at test time there is none."""
     model = branched(llama(), route_by=route_by, fixed_opening=False)
     layer = next(iter(bl.branch_layers(model).values()))
 
@@ -122,7 +122,7 @@ def test_answers_do_not_decide(route_by):
     assert torch.allclose(decision(both, labels=labels), alone, atol=1e-6)
     if route_by == "mean":
         assert not torch.allclose(decision(both), alone, atol=1e-3)
-    # nothing but answers: the first token, which every one of them sees
+    # answers without a prompt: the first token decides, which all tokens see
     first = decision(both[:, :1])
     assert torch.allclose(decision(both, labels=both), first, atol=1e-6)
 
@@ -145,7 +145,7 @@ def test_padding_changes_no_decision():
 @pytest.mark.parametrize("route_by", ["first", "token"])
 @pytest.mark.parametrize("name", MODELS)
 def test_in_models_of_every_kind(name, route_by):
-    """Starts as the base; a step trains the trunk, a router and the branches that were picked."""
+    """The output equals the base's; a step trains the trunk, a router and the picked branches."""
     model, batch, config = build(name)
     batch |= {"attention_mask": torch.ones_like(batch["input_ids"])}
     with torch.no_grad():
@@ -171,7 +171,7 @@ LLAVA_LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def llava_7b():
-    """LLaVA-1.5-7B's shapes without its memory."""
+    """LLaVA-1.5-7B's shapes without allocated memory."""
     vision = transformers.CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
         image_size=336, patch_size=14, projection_dim=768,
@@ -191,8 +191,8 @@ def trainable(model):
 
 
 def test_parameters_of_the_paper_on_llava_7b():
-    """r = 16 x 8 in all seven linears of 32 layers, the projector tuned: 222.4 M and 349.9 M."""
-    ins, outs = 6 * 4096 + 11008, 5 * 4096 + 2 * 11008  # of the seven linears together
+    """r = 16 x 8 in all seven linears of 32 layers, with the projector trained: 222.4 M and 349.9 M."""
+    ins, outs = 6 * 4096 + 11008, 5 * 4096 + 2 * 11008  # summed over the seven linears
     projector = 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     model = llava_7b()
     with pytest.warns(UserWarning, match="mean"):
@@ -207,7 +207,7 @@ def test_parameters_of_the_paper_on_llava_7b():
     assert next(iter(bl.branch_layers(model).values())).scales[0] == 2.0
     bl.end_task(model, 0)
     bl.begin_task(model)
-    assert trainable(model) == 222_371_840  # one router trains at a time
+    assert trainable(model) == 222_371_840  # only one router trains at a time
 
     model = llava_7b()
     lora_moe.inject(model, bl.moelora(target_modules=LLAVA_LINEARS))

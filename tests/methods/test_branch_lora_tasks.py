@@ -30,7 +30,7 @@ from ..support.branch_lora import (
 BACKEND = lora_moe.backend_info()["serving"]["cpu"]
 
 
-def test_frozen_branches_do_not_change_by_a_bit():
+def test_frozen_branches_keep_their_bits():
     model = host()
     optimizer = learn(model)
     used = model.linear.usage.clone()
@@ -40,7 +40,7 @@ def test_frozen_branches_do_not_change_by_a_bit():
     before = {n: p.detach().clone() for n, p in layer.named_parameters()}
     branches = [rows.detach().clone() for rows in bl.branches_of(layer)]
     bl.begin_task(model)
-    for i in range(3):  # also with the old optimizer, whose momentum remembers them
+    for i in range(3):  # also with the old optimizer, which has momentum for them
         step(model, optimizer, i)
     learn(model, seed=1)
     for e in range(E):
@@ -50,7 +50,7 @@ def test_frozen_branches_do_not_change_by_a_bit():
     assert not torch.equal(layer.lora_A, before["lora_A"])
 
 
-def test_only_training_of_the_open_task_is_counted():
+def test_usage_counts_only_training_of_the_current_task():
     model, usage = host(tasks=2), lambda: model.linear.usage.tolist()
     bl.set_task(model, 0)
     model(tokens(), attention_mask=MASK)
@@ -67,7 +67,7 @@ def test_only_training_of_the_open_task_is_counted():
 
 
 class Backward(TorchDispatchMode):
-    """Counts the multiply-adds of dB that a backward is asked for: slots of branches not frozen."""
+    """Counts the multiply-adds of dB in a backward: those of slots whose branch is not frozen."""
 
     def __init__(self):
         super().__init__()
@@ -104,8 +104,8 @@ def test_frozen_branches_cost_no_work_in_dB(route_by):
 
 
 @pytest.mark.skipif(BACKEND != "cpp", reason="of the C++ backend")
-def test_the_kernel_does_not_touch_what_a_frozen_branch_would_read():
-    """0 x NaN is NaN: had dB been computed and thrown away, it would show."""
+def test_the_kernel_reads_no_row_of_a_frozen_branch():
+    """0 x NaN is NaN, so a dB that was computed and discarded would show."""
     x = tokens()[0]
     routing = lora_moe.Routing.from_ids(torch.tensor([1, 0, 1, 0, 0, 1]), num_experts=2)
     a, b = torch.randn(R, D_IN).double(), torch.randn(2 * R, D_OUT).double().requires_grad_()
@@ -119,7 +119,7 @@ def test_the_kernel_does_not_touch_what_a_frozen_branch_would_read():
 
 
 @every_reading
-def test_new_branches_keep_old_outputs_bit_for_bit_and_serve_new_tasks(route_by):
+def test_new_branches_keep_old_outputs_bit_for_bit_and_are_used_by_new_tasks(route_by):
     model, x = host(route_by, tasks=2), tokens()
     bl.end_task(model)
     model.eval()
@@ -141,7 +141,7 @@ def test_new_branches_keep_old_outputs_bit_for_bit_and_serve_new_tasks(route_by)
     assert (
         bl.routers_of(layer)[2].shape[0] == E + 3 == len(bl.branches_of(layer)) == len(layer.usage)
     )
-    with torch.no_grad():  # a router that wants the new ones only
+    with torch.no_grad():  # a router that picks the new ones only
         bl.routers_of(layer)[2].zero_()[E:] = 10 * x[:, 0].sum(0)
     chosen = model(x, attention_mask=MASK) is not None and layer.routing.indices
     assert (chosen >= E).any()
@@ -155,7 +155,7 @@ def test_all_frozen_warns():
         bl.begin_task(model)
 
 
-def test_keys_are_where_the_gradient_of_the_loss_leads():
+def test_keys_minimize_the_loss():
     g = torch.Generator().manual_seed(0)
     text, image = torch.randn(40, 6, generator=g) + 1, torch.randn(40, 4, generator=g) - 1
     selector = TaskSelector(6, 4)
@@ -184,7 +184,7 @@ def test_the_nearest_key_picks_the_task():
         selector.observe(torch.tensor([text]), torch.tensor([image]))
     text = torch.tensor([[0.9, 0.5, 0], [0.2, 0.1, 5], [0.6, 0.8, 0]])
     assert selector(text).tolist() == [0, 0, 1]
-    image = torch.tensor([[0.0, 1], [0, 1], [1, 0]])  # the picture is surer than the text
+    image = torch.tensor([[0.0, 1], [0, 1], [1, 0]])  # the image decides more clearly than the text
     assert selector(text, image).tolist() == [1, 1, 0]
     with pytest.raises(ValueError, match=r"text: expected \(B, 3\), got \(3, 2\)"):
         selector(image)

@@ -1,4 +1,4 @@
-"""C-LoRAE's layer against its formula, and with PyTorch's features."""
+"""C-LoRAE's layer against its formula; PyTorch's features."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def adapter(layer):
 
 
 def by_hand(config, layer, x):
-    """The formula, token by token, in fp64 on copies of the parameters; (y, leaves)."""
+    """The formula, token by token, in fp64 on copies of the parameters: (y, leaves)."""
     p = {n: t.detach().double().requires_grad_() for n, t in adapter(layer).items()}
     x = x.detach().double().requires_grad_()
     starts = [sum(config.ranks[:e]) for e in range(len(config.ranks) + 1)]
@@ -58,7 +58,7 @@ def by_hand(config, layer, x):
 
 
 def forward_and_gradients(config, x):
-    """{name: tensor} of the layer, and the same by hand."""
+    """{name: tensor} of the layer and of by_hand."""
     layer = make(config)
     x = x.requires_grad_()
     y = layer(x)
@@ -111,7 +111,7 @@ def test_both_experts_of_every_task_run_in_one_call():
     assert torch.allclose(routing.weights.sum(1), torch.ones(20))
 
 
-def test_starts_as_the_base_and_other_tasks_experts_get_no_gradient():
+def test_starts_as_the_base_and_experts_of_other_tasks_get_no_gradient():
     layer, x = make(dtype=torch.float32), samples(torch.float32)
     nn.init.zeros_(layer.lora_B)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -148,7 +148,7 @@ def test_checkpoint_recomputes_with_the_same_tasks(reentrant):
     assert all(map(torch.equal, plain, again))
 
 
-def test_compiles_whole():
+def test_compiles_with_fullgraph():
     layer = make(dtype=torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -168,7 +168,7 @@ def test_copies_keep_the_tasks(duplicate):
     assert torch.equal(other(x), y) and pooling.mean is not None
 
 
-def test_dropout_spares_the_gate():
+def test_dropout_does_not_affect_the_gate():
     layer = make(dataclasses.replace(CONFIGS["softmax"], dropout=0.5), torch.float32)
     x = samples(torch.float32)
     first, second = layer(x), layer(x)

@@ -1,4 +1,4 @@
-"""C-LoRAE's experiments on words: the dial, the arms' batches and losses, the reports, their quick modes."""
+"""C-LoRAE's experiments on words: the dial, the arms' batches and losses, the reports, the quick modes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ missing = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
 
 
-def test_the_dial_turns_answers_of_the_second_half_alone():
+def test_the_dial_swaps_answers_of_the_second_half_only():
     from examples.c_lorae import questions
 
     items = questions.load("test", 40)
@@ -36,7 +36,7 @@ def test_the_dial_turns_answers_of_the_second_half_alone():
         assert of_task == twin
 
 
-def test_no_root_of_a_word_is_on_two_sides():
+def test_no_root_of_a_word_is_in_two_splits():
     from examples.c_lorae import questions
     from examples.common.tasks import root_of
 
@@ -57,15 +57,15 @@ def test_arms_have_equal_sizes_and_only_the_dial_differs():
         batch = study.items["train"].batch([0, 1, 30])
         assert torch.allclose(
             learner.scores(batch), study.encoder.scores(study.encoder.adaptable(), batch), atol=1e-4
-        )  # experts start at zero
+        )  # lora_B is zero at the start
     equal = [size for name, size in sizes.items() if name != "universal only"]
     assert max(equal) < 1.03 * min(equal) and sizes["universal only"] < 0.52 * min(equal)
     first, last = study.at(0, "test"), study.at(3, "test")
     assert first.hidden is last.hidden and not torch.equal(first.wanted, last.wanted)
-    assert torch.equal(study.at(0, "test").wanted, first.wanted)  # the study itself is not turned
+    assert torch.equal(study.at(0, "test").wanted, first.wanted)  # `at` leaves the study as it is
 
 
-def test_gradients_of_twins_agree_at_no_conflict_and_oppose_each_other_at_full():
+def test_gradients_of_twins_agree_without_conflict_and_oppose_at_full_conflict():
     from examples.c_lorae import conflict, learning
 
     study = conflict.Study(steps=2, train=24, validation=12, test=12)
@@ -81,16 +81,16 @@ def test_gradients_of_twins_agree_at_no_conflict_and_oppose_each_other_at_full()
     assert cosines[0] > 0.5 and cosines[3] < -0.5
 
 
-def test_the_rise_of_a_gain_is_its_slope_over_conflict():
+def test_the_slope_of_a_gain_over_conflict():
     from examples.c_lorae import conflict_report, questions
 
     draw = np.random.default_rng(0).normal(size=(1, 2, 5))
     c = np.array(questions.DIAL)[:, None, None] / questions.DIAL[-1]
-    gain = 0.3 + c * draw  # each seed and item rises by a number of its own
+    gain = 0.3 + c * draw  # each seed and item has its own slope
     np.testing.assert_allclose(conflict_report.slope(gain), draw[0], atol=1e-12)
 
 
-def test_tasks_weigh_alike_and_batches_draw_each_item_once_before_any_again():
+def test_tasks_have_equal_weight_and_batches_draw_each_item_once_per_round():
     from examples.c_lorae import learning, natural_report
 
     class Items:
@@ -137,7 +137,7 @@ def test_quick_mode_tunes_trains_and_reports(tmp_path, name, arm):
     assert picture.stat().st_size > 10_000
 
 
-def test_looks_during_training_leave_it_as_it_is():
+def test_evaluation_during_training_does_not_change_it():
     from examples.c_lorae import conflict, learning
 
     study = conflict.Study(steps=2, train=24, validation=12, test=12)

@@ -1,4 +1,4 @@
-"""The code of docs/c_lorae.md as it is printed, on batches that lack tasks."""
+"""The code of docs/c_lorae.md as printed, on batches that lack tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEXT = (Path(__file__).parents[2] / "docs/c_lorae.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def test_the_pages_code_runs_and_is_short(tmp_path, monkeypatch):
+def test_the_code_of_the_page_runs_and_is_short(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -21,7 +21,7 @@ def test_the_pages_code_runs_and_is_short(tmp_path, monkeypatch):
     metrics = {"entities": 0.5, "relations": 0.1, "events": 0.3}
     images = torch.randn(6, 4, 12)
     whole = task, ids, images, labels
-    without = [[given[task != t] for given in whole] for t in range(3)]  # real batches lack tasks
+    without = [[given[task != t] for given in whole] for t in range(3)]  # as in real batches
     scope = {
         "batches": [whole, *without] * 25 + [whole],
         "evaluate": lambda model: metrics,

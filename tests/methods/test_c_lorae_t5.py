@@ -36,7 +36,7 @@ def t5(config=None, seed=0):
 
 
 def answers():
-    """Four tokens and the end: of task 0 from the words, of task 1 from the picture."""
+    """Four tokens and the end token: from the words for task 0, from the image for task 1."""
     seen = 3 + (IMAGES.sum((1, 2)) > 0).long()
     first = torch.where(IDS == 0, WORDS[:, 0], seen)
     return torch.stack([first, first, WORDS[:, 1], torch.ones_like(first)], 1)
@@ -81,7 +81,7 @@ def logits(model):
     return model(input_ids=WORDS, decoder_input_ids=answers()).logits
 
 
-def test_tasks_and_images_matter_sample_by_sample():
+def test_tasks_and_images_act_sample_by_sample():
     model = randomised(t5())
     whole = logits(model)
     c_lorae.set_tasks(model, IDS[[1, 0, 2, 3, 4, 5]])
@@ -109,8 +109,8 @@ def test_gradient_checkpointing_in_t5(reentrant):
         assert relative_error(grad, plain[name]) < 1e-10, name
 
 
-def test_decoder_generates_as_it_computes():
-    """With a cache, token by token, the same as in one forward."""
+def test_decoder_generation_equals_its_forward():
+    """Token by token with a cache, against one forward."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=2,
@@ -173,7 +173,7 @@ def test_load_in_the_middle_of_training_continues_bit_for_bit(tmp_path):
         ({"target_modules": ("q", "v")}, "the model has None"),
     ],
 )
-def test_another_models_file_is_refused_and_nothing_changes(tmp_path, change, message):
+def test_a_file_of_another_model_is_refused_and_nothing_changes(tmp_path, change, message):
     c_lorae.save(randomised(t5()), tmp_path)
     other = t5(dataclasses.replace(OF_T5, **change))
     before = {n: p.clone() for n, p in other.named_parameters()}

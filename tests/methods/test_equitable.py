@@ -1,4 +1,4 @@
-"""EMTL's weights against the minimum of their objective, and Nash-MTL's example if torchjd is installed."""
+"""EMTL's weights minimize their objective; Nash-MTL's example, if torchjd is installed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def objective(w, strength):
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 5.0])
-def test_weights_minimise_the_objective(strength):
+def test_weights_minimize_the_objective(strength):
     w = equitable_weights(LOSSES, NORMS, strength).requires_grad_()
     assert w.sum().item() == pytest.approx(1) and (w > 0).all()
     (grad,) = torch.autograd.grad(objective(w, strength), w)
-    assert (grad - grad.mean()).abs().max() < 1e-12  # no way down along sum w = 1
+    assert (grad - grad.mean()).abs().max() < 1e-12  # stationary along sum w = 1
     if strength:
         assert (w - 1 / 3).abs().max() > 0.02
     else:
@@ -38,7 +38,7 @@ def test_a_large_strength_gives_every_task_the_same_share_of_its_loss():
 
 
 def test_loss_and_gradient():
-    """L_t = scale_t * sum_i p_i^2 / 2 over its half of p: ||g_t|| = scale_t * ||p half||."""
+    """L_t = scale_t * sum_i p_i^2 / 2 over half of p, so ||g_t|| = scale_t * ||half of p||."""
     p = torch.tensor([3.0, 4.0, 6.0, 8.0], dtype=torch.float64, requires_grad=True)
     losses = {"a": p[:2].square().sum() / 2, "b": 10 * p[2:].square().sum() / 2}
     got = EquitableLoss(2.0)(losses, [p, torch.nn.Parameter(torch.ones(1), requires_grad=False)])
@@ -85,7 +85,7 @@ def test_nash_mtl_bargains():
     a = torch.linalg.lstsq(G.T, moved).solution
     torch.testing.assert_close(a @ G, moved, rtol=1e-3, atol=1e-5)
     assert (a > 0).all()
-    product = (G @ G.T @ a) * a  # the same for every task
+    product = (G @ G.T @ a) * a  # equal for all tasks
     assert product[0] / product[1] == pytest.approx(1, rel=0.01)
     first, last = nash_mtl.main(steps=40)
     assert all(after < 0.7 * start for start, after in zip(first, last, strict=True))

@@ -1,4 +1,4 @@
-"""Instructions, answers and scores on handwritten examples, both well-formed and malformed."""
+"""Instructions, answers and scores on handwritten examples, well-formed and malformed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_write(schema, records, want):
 )
 def test_write_refuses_what_could_not_be_read_back(schema, records):
     if records == ["happy", "happy "]:
-        assert extraction.write(schema, records) == "happy; happy"  # read back as the same set
+        assert extraction.write(schema, records) == "happy; happy"  # reads back as the same set
         return
     with pytest.raises(ValueError, match="records: expected"):
         extraction.write(schema, records)
@@ -108,7 +108,7 @@ plain = text.map(lambda value: " ".join(value.split()))
 
 
 @given(st.frozensets(st.builds(Relation, st.sampled_from(RELATIONS.types), plain, plain)))
-def test_relations_survive(records):
+def test_relations_round_trip(records):
     assert extraction.read(RELATIONS, extraction.write(RELATIONS, records)) == Reading(records, 0)
 
 
@@ -116,12 +116,12 @@ arguments = st.frozensets(st.tuples(st.sampled_from(EVENTS.roles), plain))
 
 
 @given(st.frozensets(st.builds(Event, st.sampled_from(EVENTS.types), plain, arguments)))
-def test_events_survive(records):
+def test_events_round_trip(records):
     assert extraction.read(EVENTS, extraction.write(EVENTS, records)) == Reading(records, 0)
 
 
 @given(st.text(st.sampled_from("person place:;|=\\ \nab"), max_size=40))
-def test_whatever_a_model_says_can_be_read(answer):
+def test_any_answer_can_be_read(answer):
     reading = extraction.read(ENTITIES, answer)
     assert extraction.read(ENTITIES, extraction.write(ENTITIES, reading.records)).records == (
         reading.records
@@ -129,13 +129,13 @@ def test_whatever_a_model_says_can_be_read(answer):
 
 
 def test_entity_f1_by_hand():
-    """Said four (one malformed), two of them right, of three."""
+    """Four predicted (one malformed), two of them correct, three wanted."""
     predicted = [of(ADA, LONDON), of(Entity("place", "Ada"), malformed=1)]
     wanted = [frozenset({ADA, LONDON}), frozenset({Entity("person", "Ada")})]
     assert extraction.f1(predicted, wanted) == pytest.approx((2 / 4, 2 / 3, 4 / 7))
 
 
-def test_relation_f1_needs_head_tail_and_type_in_their_places():
+def test_relation_f1_requires_head_tail_and_type_in_order():
     wanted = [frozenset({BORN})]
     assert extraction.f1([of(BORN)], wanted).f1 == 1
     for wrong in (Relation("works for", *BORN[1:]), Relation("born in", "London", "Ada Lovelace")):
@@ -143,7 +143,7 @@ def test_relation_f1_needs_head_tail_and_type_in_their_places():
 
 
 def test_event_scores_by_hand():
-    """Right trigger, one of two arguments right; a second event with a wrong type."""
+    """A correct trigger with one of two arguments correct; a second event with a wrong type."""
     said = Event("attack", "bombed", frozenset({("attacker", "rebels"), ("target", "a bridge")}))
     predicted, wanted = [of(said, Event("attack", "met", frozenset()))], [frozenset({RAID, TALK})]
     assert extraction.trigger_f1(predicted, wanted) == pytest.approx((1 / 2, 1 / 2, 1 / 2))

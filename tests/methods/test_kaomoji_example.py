@@ -25,7 +25,7 @@ def small_llama(layers):
     return transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def test_lower_and_upper_layers_in_a_row_are_the_model():
+def test_lower_and_upper_layers_together_equal_the_model():
     from examples.kaomoji import upper as parts
 
     model = small_llama(5)
@@ -36,17 +36,17 @@ def test_lower_and_upper_layers_in_a_row_are_the_model():
         assert torch.allclose(upper(inputs_embeds=hidden[None]).logits, whole, atol=1e-5)
 
 
-def test_answers_are_those_of_the_whole_model_and_ended_ones_leave_the_batch():
+def test_answers_equal_those_of_the_model_and_ended_ones_leave_the_batch():
     from examples.kaomoji import upper as parts
 
     model = small_llama(5)
     rows = [torch.randint(8, 40, (n,)).tolist() for n in (3, 6, 3, 5, 3)]
     lower, upper = parts.Lower(model, 3), parts.upper(model, 3)
     free = [greedy(model, row, 6) for row in rows]
-    end = free[0][2]  # so that the first answer has three tokens
+    end = free[0][2]  # the first answer then has three tokens
     groups, lengths = lower.prompts(rows), set()
     assert sorted(i for group in groups for i in group.items) == [0, 1, 2, 3, 4]
-    for group in groups * 2:  # the second time finds the prompts as they were
+    for group in groups * 2:  # twice: generation must leave the prompts unchanged
         told = []
         said = parts.generate(lower, upper, group, end, 6, told.append).tolist()
         wanted = [
@@ -85,13 +85,13 @@ def test_a_step_weighs_items_not_tokens():
         assert losses[row].item() == pytest.approx(want.item(), rel=1e-5)
 
 
-def test_one_lora_and_one_a_task_are_no_smaller_than_c_lorae():
+def test_one_lora_and_one_lora_per_task_are_no_smaller_than_c_lorae():
     transformers = pytest.importorskip("transformers")
     import lora_moe
     from examples.kaomoji.arms import ARMS
 
     sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}  # as in SmolLM2-135M
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3}  # SmolLM2-135M's
 
     def count(arm):
         with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""MMoLRE's block against its formula in literal loops, under every mask."""
+"""MMoLRE's block against its formula in loops, with every mask."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ every_block = pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
 
 
 def block(options, dtype=DTYPE):
-    """A block with biases that are not zero and routers that disagree."""
+    """A block with nonzero biases and random routers."""
     torch.manual_seed(0)
     made = UniTSE(WIDTH, **({"shared_ranks": (3, 3), "task_ranks": (3, 3)} | options)).to(dtype)
     for bias in (made.bias_A, made.bias_B):
@@ -42,7 +42,7 @@ def block(options, dtype=DTYPE):
 
 
 def by_loops(layer, x, mask):
-    """The formula: tasks, items, positions and experts one by one; x (tasks, B, L, D)."""
+    """The formula in loops over tasks, items, positions and experts; x (tasks, B, L, D)."""
     tasks, B, L, D = x.shape
     experts, start = [], 0  # (A (r, 3 D) of the unfolded input, b1, B, b2)
     for e, r in enumerate(layer.ranks):
@@ -83,7 +83,7 @@ def loops_over_one_input(layer, x, mask):
 
 
 def forward_and_gradients(layer, x, mask, run):
-    """y and the gradients of x and of every parameter for one random gradient of y."""
+    """y, and the gradients of x and all parameters for one random gradient of y."""
     x = x.detach().requires_grad_()
     y = run(layer, x, mask)
     leaves = [x, *layer.parameters()]
@@ -122,7 +122,7 @@ def test_block_runs_on_the_triton_kernels(options):
 
 
 @every_block
-def test_padding_changes_nothing_whatever_lies_there(options):
+def test_padding_changes_nothing_whatever_its_values(options):
     layer = block(options)
     short = normal(2, 4, WIDTH)
     want = layer(short)
@@ -140,7 +140,7 @@ def test_no_position_and_one_position():
     assert relative_error(layer(x), want) <= LIMIT[DTYPE]
 
 
-def test_a_tasks_own_expert_learns_from_its_task_alone():
+def test_a_task_expert_learns_from_its_task_only():
     layer = block({})
     y = layer(normal(2, 5, WIDTH))
     y[0].square().sum().backward()
@@ -188,7 +188,7 @@ def test_bf16_input_with_fp32_parameters():
         ({"hard_sharing": True}, "task_rank: expected 0 with hard_sharing"),
     ],
 )  # fmt: skip
-def test_config_says_what_is_wrong(fields, message):
+def test_config_names_the_invalid_field(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **fields)
 
@@ -202,7 +202,7 @@ def test_config_says_what_is_wrong(fields, message):
         ({"weight": float("inf")}, "weight: expected a number"),
     ],
 )
-def test_task_says_what_is_wrong(fields, message):
+def test_task_names_the_invalid_field(fields, message):
     with pytest.raises(ValueError, match=message):
         Task(**fields)
 
@@ -248,7 +248,7 @@ def test_inputs_that_do_not_fit_raise():
         UniTSE(WIDTH, (2,), (3,), route="first")
 
 
-def test_block_compiles_in_one_graph():
+def test_block_compiles_to_one_graph():
     layer, mask = block({}), mask_of(LENGTHS)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = normal(*mask.shape, WIDTH)
@@ -258,7 +258,7 @@ def test_block_compiles_in_one_graph():
         assert relative_error(got[name], value) <= LIMIT[DTYPE], name
 
 
-def test_gates_are_a_softmax_over_a_tasks_own_choice():
+def test_gates_are_a_softmax_over_the_experts_of_a_task():
     layer = block({})
     layer(normal(2, 5, WIDTH))
     assert layer.gates.shape == (2, 2, 5, 4)

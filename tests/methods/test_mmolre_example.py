@@ -1,4 +1,4 @@
-"""The documentation's program runs as printed, the evidence in its short form; its statistics."""
+"""The program of the docs runs as printed; the evidence in quick mode; its statistics."""
 
 import copy
 import re
@@ -23,7 +23,7 @@ def test_program_of_the_documentation(tmp_path, monkeypatch, capsys):
     labels = {"sentiment": torch.randn(6, generator=g), "emotion": torch.arange(6)}
     exec(block, {"batches": [(features, masks, labels)] * 12})
     printed = capsys.readouterr().out
-    assert "'mae': 0." in printed and "'accuracy': 1.0" in printed  # six items, learned by heart
+    assert "'mae': 0." in printed and "'accuracy': 1.0" in printed  # six items, memorized
 
 
 def test_links_of_the_documentation():
@@ -32,7 +32,7 @@ def test_links_of_the_documentation():
 
 
 @pytest.mark.usefixtures("mmolre_packages")
-def test_evidence_in_short(tmp_path, capsys):
+def test_evidence_in_quick_mode(tmp_path, capsys):
     from examples.mmolre import experiment as mmolre
 
     mmolre.main(["--quick", "--seeds", "0", "1", "--out", str(tmp_path)])
@@ -41,15 +41,15 @@ def test_evidence_in_short(tmp_path, capsys):
     assert all(f"| {arm} |" in text for arm in mmolre.ARMS)
     assert (tmp_path / "gains.png").stat().st_size > 5000
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 2 * len(mmolre.ARMS)  # the setting is the first
+    assert len(lines) == 1 + 2 * len(mmolre.ARMS)  # the first line is the setting
     again = ["--quick", "--seeds", "1", "--arms", "text alone", "hard sharing"]
-    mmolre.main([*again, "--out", str(tmp_path)])  # nothing trains again
+    mmolre.main([*again, "--out", str(tmp_path)])  # nothing is trained again
     assert "| MMoLRE |" not in (tmp_path / "results.md").read_text().split("\n\n", 3)[3]
     assert (tmp_path / "runs.jsonl").read_text().splitlines() == lines
 
 
 @pytest.mark.usefixtures("mmolre_packages")
-def test_one_block_is_timed_in_short(capsys):
+def test_timing_in_quick_mode(capsys):
     from examples.mmolre import experiment as mmolre
 
     mmolre.main(["--quick", "--times"])
@@ -57,7 +57,7 @@ def test_one_block_is_timed_in_short(capsys):
 
 
 @pytest.mark.usefixtures("mmolre_packages")
-def test_arms_are_of_equal_size():
+def test_arms_have_equal_sizes():
     from examples.mmolre.arms import ARMS, TASKS, build, parameters
 
     def size(name):
@@ -86,7 +86,7 @@ def test_hard_sharing_has_one_vector_for_all_tasks(parts):
 
 
 @pytest.mark.usefixtures("mmolre_packages")
-def test_gradients_of_tasks_are_compared_over_what_they_share():
+def test_gradients_of_tasks_are_compared_on_shared_parameters():
     from examples.mmolre.comparisons import HARD, Conflict
 
     g = torch.tensor([[1.0, 0], [1, 1], [-2, 0], [0, 3]], dtype=torch.double)
@@ -103,7 +103,7 @@ def test_gradients_of_tasks_are_compared_over_what_they_share():
 
 @pytest.mark.usefixtures("mmolre_packages")
 @pytest.mark.parametrize("streams", [1, 2])
-def test_plain_block_computes_ours(streams):
+def test_plain_block_equals_ours(streams):
     from examples.mmolre.plain import PlainUniTSE, plain
     from lora_moe.methods.mmolre import UniTSE
 
@@ -124,7 +124,7 @@ def test_plain_block_computes_ours(streams):
 
 
 @pytest.mark.usefixtures("mmolre_packages")
-def test_gains_are_means_over_labelled_items():
+def test_gains_are_means_over_labeled_items():
     import numpy as np
 
     from examples.mmolre.arms import TASKS
@@ -132,7 +132,7 @@ def test_gains_are_means_over_labelled_items():
 
     draw = np.random.default_rng(0)
     base = draw.random((len(TASKS), 300))
-    base[2, 30:] = np.nan  # a tenth is labeled
+    base[2, 30:] = np.nan  # a tenth has labels
     saved = dict(zip(TASKS, (0.0, 0.2, -0.2, 0.4)))
 
     def run(share):

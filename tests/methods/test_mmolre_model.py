@@ -1,4 +1,4 @@
-"""MMoLRE's model: missing modalities, fusion, losses, and training that goes on from a file."""
+"""MMoLRE's model: missing modalities, fusion, losses, and training resumed from a file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_padding_of_nan_reaches_no_gradient():
     assert all(torch.equal(*pair) for pair in zip(*grads))
 
 
-def test_a_missing_modality_has_no_part_in_its_item():
+def test_a_missing_modality_has_no_effect_on_its_item():
     made, (features, masks, _) = model(), batch()
     masks["audio"][2] = False
     out = made(features, masks)
@@ -69,7 +69,7 @@ def test_a_missing_modality_has_no_part_in_its_item():
         assert torch.isfinite(out[task]).all()
     masks = {name: mask.clone() for name, mask in masks.items()}
     for mask in masks.values():
-        mask[2] = False  # nothing is there at all
+        mask[2] = False  # no modality is left
     loss = sum(out.square().sum() for out in made(features, masks).values())
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in made.parameters())
@@ -139,7 +139,7 @@ def test_losses_by_hand():
     assert float(mmolre.total_loss(config, outputs, empty)) == 0
 
 
-def test_training_goes_on_from_a_saved_middle_as_if_nothing_had_been(tmp_path):
+def test_training_resumes_from_a_file_with_the_same_result(tmp_path):
     def steps(made, optimizer, count, seed):
         for i in range(count):
             features, masks, labels = batch(seed=seed + i)
@@ -183,7 +183,7 @@ def test_load_refuses_what_does_not_fit(tmp_path):
         mmolre.load(write(width=10**9))
     with pytest.raises(ValueError, match="activation: expected one of"):
         mmolre.load(write(activation=[]))
-    with pytest.raises(ValueError, match="tensors of 192 blocks"):  # none of them is made
+    with pytest.raises(ValueError, match="tensors of 192 blocks"):  # raised before any is allocated
         mmolre.load(write(blocks=64))
     with pytest.raises(ValueError, match="finite"):
         name = next(iter(tensors))

@@ -1,4 +1,4 @@
-"""What MMoLRE's example trains on and how: its data, its losses, the step at which it stops."""
+"""The training of MMoLRE's example: its data, its losses, and the step that it keeps."""
 
 import math
 
@@ -27,11 +27,11 @@ def test_splits_hold_out_words_by_root_and_kaomoji_by_face(parts):
         assert sum(map(len, parts.split.values())) == len(parts.names)
     items = data.held_out(words, kaomoji, "test", 1000)
     rows = items.features["text"][items.masks["text"]]
-    assert len(rows.unique(dim=0)) == len(rows)  # no word in two items
+    assert len(rows.unique(dim=0)) == len(rows)  # no word is in two items
     assert 0 < items.labels["subject"].isnan().any(1).sum() < len(items.labels["subject"])
 
 
-def test_items_are_put_together_as_described(parts):
+def test_items_are_composed_as_described(parts):
     words, kaomoji = parts
     items = data.compose(words, kaomoji, [[3, 8], [5, 1]], [7, 4])
     for row, (pair, face) in enumerate((([3, 8], 7), ([5, 1], 4))):
@@ -46,7 +46,7 @@ def test_items_are_put_together_as_described(parts):
         assert float(items.labels["sentiment"][row]) == pytest.approx(score)
         assert (
             items.masks["text"].any(0).all() and items.masks["image"].any(0).all()
-        )  # no more padding
+        )  # no unneeded padding
         either = [max(*words.emotions[pair, e], kaomoji.emotions[face, e]) for e in range(6)]
         assert items.labels["emotion"][row].tolist() == either
         for name, of in kaomoji.sets.items():
@@ -85,7 +85,7 @@ def test_a_constant_predictor_has_loss_1(parts):
     assert all(loss > 1 for by in (-0.3, 0.3) for loss in mean_losses(by).values())
 
 
-def test_the_loss_that_is_trained_is_the_mean_of_the_losses_that_are_judged(parts):
+def test_the_training_loss_is_the_mean_of_the_evaluated_losses(parts):
     items, model = data.held_out(*parts, "test", 40), build(OURS).eval()
     each = item_losses(forward(model, items), items.labels)
     scale = dict(zip(TASKS, (1.0, 2.0, 3.0, 4.0)))
@@ -99,14 +99,14 @@ def test_items_without_labels_train_nothing(parts):
         of.fill_(torch.nan)
     model, _ = trained([batch] * 3, data.held_out(*parts, "validation", 20))
     torch.manual_seed(0)
-    for name, initial in build(OURS).named_parameters():  # weight decay alone has moved them
+    for name, initial in build(OURS).named_parameters():  # only weight decay changes them
         torch.testing.assert_close(model.get_parameter(name), initial, rtol=1e-4, atol=0)
 
 
-def test_the_best_look_at_the_validation_items_is_kept(parts):
+def test_the_step_with_the_best_validation_loss_is_kept(parts):
     validation = data.held_out(*parts, "validation", 20)
     batches = [*data.training(*parts, 12, 4, 0)]
-    batches[8:] = [wrong(batch) for batch in batches[8:]]  # from here on it only gets worse
+    batches[8:] = [wrong(batch) for batch in batches[8:]]  # the loss rises from here on
     model, happened = trained(batches, validation)
     means = {step: sum(losses.values()) / 4 for step, losses in happened["validation"]}
     assert list(means) == list(range(1, 13))

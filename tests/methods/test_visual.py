@@ -1,4 +1,4 @@
-"""The gated visual adapter against its formulas, and inside models that must start unchanged."""
+"""The gated visual adapter against its formulas, and in models whose outputs it must not change at first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def adapter(mode, gate=0.7):
 
 
 def by_loops(m, h, images, mask):
-    """Sample by sample, token by token, head by head."""
+    """In loops over samples, tokens and heads."""
     out = h.clone()
     for b in range(B):
         v = images[b][mask[b]]  # (patches, D_v)
@@ -94,16 +94,16 @@ def run(model):
 
 @pytest.mark.parametrize("mode", visual.MODES)
 @pytest.mark.parametrize("build", [llama, t5])
-def test_a_model_starts_unchanged_and_then_sees(build, mode):
+def test_a_model_starts_unchanged_and_then_uses_images(build, mode):
     torch.manual_seed(0)
     model, blocks = build()
     plain, names = run(model), {n for n, _ in model.named_parameters()}
     visual.add_visual(model, blocks, D_V, mode=mode)
-    assert names < {n for n, _ in model.named_parameters()}  # no path has changed
+    assert names < {n for n, _ in model.named_parameters()}  # no parameter was renamed
     assert torch.equal(run(model), plain)
     visual.set_images(model, IMAGES, MASK)
     y = run(model)
-    assert torch.equal(y, plain)  # bit for bit: the gates are zero
+    assert torch.equal(y, plain)  # bit for bit, as the gates are zero
     y.square().sum().backward()
     assert all(model.get_submodule(path).visual.gate.grad for path in blocks)
     for path in blocks:
@@ -112,7 +112,7 @@ def test_a_model_starts_unchanged_and_then_sees(build, mode):
     assert (changed > 1e-3).all()
     moved = IMAGES.clone()
     moved[2, 0] += 1  # a patch that the mask hides
-    moved[1, 0] += 1  # and one that it shows
+    moved[1, 0] += 1  # a patch that it shows
     before = run(model)
     visual.set_images(model, moved, MASK)
     assert (run(model) != before).flatten(1).any(1).tolist() == [False, True, False]
@@ -121,7 +121,7 @@ def test_a_model_starts_unchanged_and_then_sees(build, mode):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_look_through_their_own_adapters(duplicate):
+def test_copies_use_their_own_adapters(duplicate):
     model, blocks = llama()
     visual.add_visual(model, blocks, D_V)
     other = duplicate(model)
@@ -134,7 +134,7 @@ def test_copies_look_through_their_own_adapters(duplicate):
     assert not torch.equal(run(other), before)
 
 
-def test_what_is_refused():
+def test_refused_arguments():
     model, blocks = llama()
     with pytest.raises(ValueError, match=r"blocks: expected paths .*'model.layers.7'"):
         visual.add_visual(model, ("model.layers.7",), D_V)

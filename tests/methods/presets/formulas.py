@@ -1,4 +1,4 @@
-"""Every preset, small, with its formula written plainly: einsum and loops, no function of the package.
+"""Every preset at small sizes, and its formula in einsum and loops, without functions of the package.
 
     Case(make, formula, tasks, mask)      formula(p, x, tasks, mask, train) -> the experts' sum (B, L, D_out)
 
@@ -26,7 +26,7 @@ def dense(p, x, r, scale, shared=False, **_):
     return by_token(x, decide, experts(p, E, r, shared), [scale] * E)
 
 
-moelora = functools.partial(dense, r=2, scale=8 / 6)  # alpha / r of all
+moelora = functools.partial(dense, r=2, scale=8 / 6)  # alpha / r of all experts together
 hydralora = functools.partial(dense, r=2, scale=8 / 2, shared=True)
 loramoe = functools.partial(dense, r=2, scale=8 / 2)
 
@@ -143,7 +143,7 @@ def conditional_mixlora(p, x, mask, **_):
 
 
 def smola(p, x, mask, tasks=None, modalities=(-1,) * 4, **_):
-    """Two segments of two tokens; padding is in no slot."""
+    """Two segments of two tokens; padding fills no slot."""
     pairs, y = experts(p, 4, 2), torch.zeros(B, L, D_OUT, dtype=x.dtype)
     rows = [[None] * L for _ in range(B)]
     for b in range(B):

@@ -1,4 +1,4 @@
-"""What the formulas share: a case, experts' matrices, a token's mixture."""
+"""Shared by the formulas: a case, the experts' matrices, the mixture of a token."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,14 +10,14 @@ B, L, D_IN, D_OUT = *MASK.shape, 6, 5
 
 
 class Case(NamedTuple):
-    make: Callable  # of keywords of LoraMoeConfig
+    make: Callable  # takes keywords of LoraMoeConfig
     formula: Callable
     tasks: bool = False
-    sequence: bool = False  # decides over several tokens
+    sequence: bool = False  # one decision for several tokens
 
 
 def experts(p, E, r, shared=False):
-    """A_e (r, D_in) and B_e (D_out, r) of each expert, of rank r or of the ranks r."""
+    """A_e (r, D_in) and B_e (D_out, r) of each expert; r is one rank or a rank per expert."""
     ranks = [r] * E if isinstance(r, int) else r
     A = [p["lora_A"]] * E if shared else p["lora_A"].split(ranks)
     return [(a, b.T) for a, b in zip(A, p["lora_B"].split(ranks), strict=True)]

@@ -1,4 +1,4 @@
-"""Routers and middles of the presets beyond their formulas: empty slots, dropped experts, scales."""
+"""Routers and middles of the presets: empty slots, dropped experts, scales."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def layer_of(config, std=0.7, dtype=torch.float64):
     return layer, torch.randn(1, T, D, dtype=dtype)
 
 
-def test_adamole_takes_from_no_expert_to_all():
+def test_adamole_picks_from_no_expert_to_all():
     layer, x = layer_of(presets.adamole(4, 2, max_threshold=1.0, target_modules=("0",)), std=0.3)
     layer.threshold_bias.data.fill_(-1.2)
     y = layer(x)
@@ -31,7 +31,7 @@ def test_adamole_takes_from_no_expert_to_all():
     assert torch.equal(y[0, taken == 0], layer.base_layer(x)[0, taken == 0])
 
 
-def test_mlore_without_a_task_is_the_generic_expert_alone():
+def test_mlore_without_a_task_is_the_generic_expert():
     layer, x = layer_of(
         presets.mlore(2, (1, 2), 1, 8, generic_r=2, task_r=1, target_modules=("0",))
     )
@@ -41,14 +41,14 @@ def test_mlore_without_a_task_is_the_generic_expert_alone():
     torch.testing.assert_close(y, layer.base_layer(x) + 8 / 2 * (x @ A.T @ B))
 
 
-def test_dropped_experts_leave_one_and_are_none_of_the_losses():
+def test_expert_dropout_leaves_one_and_does_not_affect_losses():
     router = NoisyRouter(expert_dropout=0.9)
     config = LoraMoeConfig(num_experts=4, r=2, top_k=2, router=router, target_modules=("0",))
     layer, x = layer_of(config)
     layer(x)
     weights, ids = layer.routing.weights, layer.routing.indices
     torch.testing.assert_close(weights.sum(1), torch.ones(T, dtype=weights.dtype))
-    assert (weights.amax(1) == 1).float().mean() > 0.5  # mostly one is left
+    assert (weights.amax(1) == 1).float().mean() > 0.5  # usually one expert is left
     clean = x[0] @ layer.router_weight.T
     assert (ids[:, 0] != clean.argmax(1)).float().mean() > 0.4
     torch.testing.assert_close(layer.routing.logits, clean)
@@ -59,8 +59,8 @@ def test_dropped_experts_leave_one_and_are_none_of_the_losses():
     assert torch.equal(layer.routing.indices[:, 0].long(), clean.argmax(1))
 
 
-def test_noise_has_the_standard_deviation_that_was_asked_for():
-    """Of two equal logits the noise picks either, by a margin of std * sqrt(2) * n."""
+def test_noise_has_the_requested_standard_deviation():
+    """Of two equal logits, noise picks either one with a margin of std * sqrt(2) * n."""
     router = NoisyRouter(std=0.5)
     config = LoraMoeConfig(num_experts=2, r=1, top_k=2, router=router, target_modules=("0",))
     layer, _ = layer_of(config)
@@ -77,7 +77,7 @@ def test_unpaired_factors_take_the_scale_of_b():
     i, j = layer.routing.indices[0].long().chunk(2)
     assert (i != j).any()
     scaled, _ = layer_of(
-        LoraMoeConfig(**layer.config.to_dict() | {"alpha": scales})  # the same draws
+        LoraMoeConfig(**layer.config.to_dict() | {"alpha": scales})  # the same random state
     )
     got = scaled(x) - scaled.base_layer(x)
     want = sum(scales[b] * (x @ layer.lora_A[a])[..., None] * layer.lora_B[b] for a, b in zip(i, j))
@@ -85,7 +85,7 @@ def test_unpaired_factors_take_the_scale_of_b():
     torch.testing.assert_close(
         y, 0.5 * sum((x @ layer.lora_A[a])[..., None] * layer.lora_B[b] for a, b in zip(i, j))
     )
-    assert not layer.routing.weights.requires_grad  # the public code's routers get no gradient
+    assert not layer.routing.weights.requires_grad  # in the public code neither
 
 
 @pytest.mark.parametrize("segments", [3, 7])

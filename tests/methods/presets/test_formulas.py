@@ -1,6 +1,6 @@
 """Forward and all gradients of every preset equal its formula, in fp64.
 
-LORA_MOE_BACKEND=triton runs the same in fp32 on the Triton kernels, interpreted.
+LORA_MOE_BACKEND=triton runs the same tests in fp32 on the interpreted Triton kernels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lora_moe.routers import FactorRouter, GenericRouter, HiddenRouter, NoisyRou
 from .formulas import CASES
 from .mixtures import D_IN, D_OUT, MASK, TASKS, B, L
 
-TRITON = backend_info()["serving"]["cpu"] == "triton"  # which has no fp64
+TRITON = backend_info()["serving"]["cpu"] == "triton"  # Triton has no fp64
 DTYPE = torch.float32 if TRITON else torch.float64
 NEAR = {"rtol": 1e-4, "atol": 2e-5} if TRITON else {"rtol": 1e-12, "atol": 1e-12}
 
@@ -43,7 +43,7 @@ class One(nn.Module):
 
 
 def prepared(name, seed=0):
-    """A linear with experts, everything random, and its input."""
+    """A linear with experts, all tensors random, and its input."""
     torch.manual_seed(seed)
     model = inject(One(), CASES[name].make(target_modules=("linear",)))
     layer = model.linear
@@ -82,8 +82,8 @@ def test_equals_its_formula(name, train):
         truth = torch.zeros_like(tensor) if p[key].grad is None else p[key].grad
         torch.testing.assert_close(tensor.grad, truth, **NEAR, msg=lambda m, k=key: f"{k}: {m}")
         still = key == "noise_weight" and not train
-        still |= (name, key) == ("moa", "router_weight")  # weight 1: the label loss trains it
-        still |= key == "router_weight_1"  # of a task that the batch has not
+        still |= (name, key) == ("moa", "router_weight")  # weight 1: only the label loss trains it
+        still |= key == "router_weight_1"  # of a task without samples in the batch
         assert (truth.abs().max() > 1e-6) != still, key
 
 
@@ -101,7 +101,7 @@ def test_frozen_experts_take_no_gradient(name):
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n].tasks])
-def test_a_sample_of_no_task_and_tasks_that_were_not_said(name):
+def test_a_sample_without_a_task_and_a_forward_without_task_ids(name):
     model, layer, x = prepared(name)
     model.eval()
     with pytest.raises(RuntimeError, match="task_ids"):
@@ -112,12 +112,12 @@ def test_a_sample_of_no_task_and_tasks_that_were_not_said(name):
         got = model(x)
     torch.testing.assert_close(got[0], want[0])
     assert not torch.equal(got[1], want[1])
-    shares_experts = name in ("mlore", "c_lorae", "smola_modal")  # with what is for all tasks
+    shares_experts = name in ("mlore", "c_lorae", "smola_modal")  # these have experts for all tasks
     assert torch.equal(got[1], layer.base_layer(x)[1]) != shares_experts
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_bfloat16_it_is_the_formula_of_the_rounded_values(name):
+def test_in_bfloat16_it_equals_the_formula_of_the_rounded_values(name):
     torch.manual_seed(0)
     model = One().to(torch.bfloat16)
     layer = inject(model, CASES[name].make(target_modules=("linear",))).linear.eval()
@@ -170,7 +170,7 @@ def test_contrastive_loss_of_more():
     torch.testing.assert_close(*grads, **NEAR)
 
 
-def test_more_of_mola_a_list_for_each_layer():
+def test_mola_with_a_list_for_each_layer():
     made = presets.mola((2, 4), (8, 3), target_modules=("q_proj", "v_proj"))
     assert [(c.num_experts, c.r, c.top_k) for c in made] == [(2, 8, 2), (4, 3, 2)]
     model = nn.Module()
@@ -228,7 +228,7 @@ def test_what_is_refused(make, message):
         make()
 
 
-def test_moelora_is_branch_loras_baseline():
+def test_moelora_equals_the_baseline_of_branch_lora():
     from lora_moe.methods import branch_lora
 
     given = {"num_experts": 4, "r": 8, "alpha": 6.0, "target_modules": ("linear",)}
@@ -247,7 +247,7 @@ def test_the_table_of_methods_has_every_preset():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_balance_and_statistics_do_not_ask_which_preset(name):
+def test_balance_and_statistics_work_for_every_preset(name):
     coefficients = {"z_coef": 0.1, "balance_coef": 0.0 if name == "mlore" else 0.1}
     torch.manual_seed(0)
     config = CASES[name].make(target_modules=("linear",), **coefficients)
@@ -255,7 +255,7 @@ def test_balance_and_statistics_do_not_ask_which_preset(name):
     with told(model, CASES[name]):
         model(torch.randn(B, L, D_IN, dtype=DTYPE))
     loss = aux_loss(model)
-    if name == "c_lorae":  # both experts are given, so that there is nothing to balance
+    if name == "c_lorae":  # both experts are given, so there is nothing to balance
         assert loss == 0
     else:
         loss.backward()
@@ -267,7 +267,7 @@ def test_balance_and_statistics_do_not_ask_which_preset(name):
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sum"])
-def test_c_lorae_is_the_methods_mixture(gate):
+def test_c_lorae_equals_the_mixture_of_the_method(gate):
     from lora_moe.methods.c_lorae import CLoraeConfig
 
     given = {"num_tasks": 3, "r": 7, "alpha": 5.0, "task_alpha": 2.0, "gate": gate, "dropout": 0.1}

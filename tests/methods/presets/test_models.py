@@ -1,4 +1,4 @@
-"""Every preset in a tiny Llama: one step, a file read by another process, decoding with a cache."""
+"""Every preset in a tiny Llama: a training step, a file read by another process, decoding with a cache."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_step_lowers_the_loss(name):
     trained = [p for p in made.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.Adam(trained, lr=0.01), []
     for _ in range(2):
-        torch.manual_seed(0)  # of the noise
+        torch.manual_seed(0)  # the same noise in each step
         with told(made, name):
             losses.append(made(**batch).loss)
         losses[-1].backward()
@@ -69,7 +69,7 @@ def test_a_step_lowers_the_loss(name):
 
 
 def logits_of(directory):
-    """In another process: what each folder's model says."""
+    """Runs in another process: saves the logits of each folder's model."""
     found = {}
     for name in CASES:
         made = ready(load_adapter(tiny.base(0), f"{directory}/{name}"), name).eval()
@@ -111,7 +111,7 @@ def generated(made, **options):
 
 
 def assert_as_in_one_forward(made, name):
-    """Each step's logits are those of a forward over all that was there."""
+    """The logits of each step equal those of a forward over all tokens so far."""
     sequences, steps = generated(made, use_cache=name != "xlora")
     with torch.no_grad():
         whole = made(sequences[:, :-1], use_cache=False).logits[:, IDS.shape[1] - 1 :]
@@ -119,15 +119,15 @@ def assert_as_in_one_forward(made, name):
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if not CASES[n].sequence])
-def test_generate_with_a_cache_is_the_full_forward(name):
-    """xlora recomputes without a cache."""
+def test_generate_with_a_cache_equals_the_full_forward(name):
+    """xlora recomputes everything and takes no cache."""
     made = model(name).eval()
     with told(made, name):
         assert_as_in_one_forward(made, name)
 
 
 @pytest.mark.parametrize("name", SEQUENCE)
-def test_generate_keeps_the_prompts_decision(name):
+def test_generate_keeps_the_decision_of_the_prompt(name):
     made = model(name).eval()
     with torch.no_grad(), told(made, name):
         made(IDS)
@@ -153,7 +153,7 @@ def test_slots_are_not_causal_and_refuse_a_cache(name):
             made.generate(IDS, max_new_tokens=2, pad_token_id=0)
 
 
-def test_xlora_asks_for_its_first_pass_and_for_no_cache():
+def test_xlora_requires_its_first_pass_and_no_cache():
     made = inject(tiny.base(0), CASES["xlora"].make(target_modules=TARGETS))
     with pytest.raises(RuntimeError, match="two_passes"):
         made(IDS)

@@ -1,4 +1,4 @@
-"""X-LoRA of PEFT on the same weights; frozen experts of PEFT.  More of others' code: examples/parity."""
+"""PEFT's X-LoRA with the same weights; frozen experts from PEFT.  More such tests: examples/parity."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HIDDEN = 16
 
 
 def loras(folder):
-    """Directories of three LoRAs that matter, of unequal ranks and scales, and their logits."""
+    """Directories of three LoRAs with random weights and unequal ranks and scales, and their logits."""
     made = []
     for i, (r, alpha) in enumerate([(2, 8), (3, 5), (1, 4)]):
         config = peft.LoraConfig(
@@ -41,7 +41,7 @@ def loras(folder):
 
 @pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_xlora_is_pefts(by_layer, top_k, tmp_path):
+def test_xlora_equals_pefts(by_layer, top_k, tmp_path):
     saved = [directory for directory, _ in loras(tmp_path)]
     config = peft.XLoraConfig(
         task_type="CAUSAL_LM",
@@ -53,7 +53,7 @@ def test_xlora_is_pefts(by_layer, top_k, tmp_path):
         top_k_lora=top_k,
     )
     base = tiny.base(0)
-    base.config.use_cache = False  # PEFT asks for it
+    base.config.use_cache = False  # required by PEFT
     theirs = peft.get_peft_model(base, config).eval()
     classifier = theirs.base_model.internal_xlora_classifier.layers[-1]
     ours = presets.xlora(HIDDEN, adapters=saved, temperature=0.6, top_k=top_k)

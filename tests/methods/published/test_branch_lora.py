@@ -23,7 +23,7 @@ TASKS = ("ScienceQA", "TextVQA")
 
 
 def write(data, images):
-    """Four training and two test questions of three tasks; of ScienceQA's one has no image."""
+    """Four training and two test questions for each of three tasks; one of ScienceQA's has no image."""
     for task, (text, answer) in QUESTIONS.items():
         image = f"{task}/a.png"
         tiny.draw(images / image, "red")
@@ -61,7 +61,7 @@ def command(place, out, *more):
 
 @pytest.fixture(scope="module")
 def whole(place, tmp_path_factory):
-    """(folder, scores) of a run that was not stopped."""
+    """(folder, scores) of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     return out, branch_lora.main(command(place, out))
 
@@ -88,8 +88,8 @@ def test_trains_freezes_saves_and_reads_back(place, whole):
     assert min(moved) > 0 and {p.dtype for p in tuned.parameters()} == {torch.float32}
 
 
-def test_the_selector_knows_the_task_of_a_question(whole):
-    assert whole[1]["selector"][-1] == [1.0, 1.0]  # the tasks' words differ
+def test_the_selector_finds_the_task_of_a_question(whole):
+    assert whole[1]["selector"][-1] == [1.0, 1.0]  # each task has other words
 
 
 def test_acc_maa_and_bwt(whole):
@@ -100,10 +100,10 @@ def test_acc_maa_and_bwt(whole):
 
 
 @pytest.mark.parametrize("call, kept", [(17, "checkpoint-2"), (13, None)], ids=["amid", "between"])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+def test_a_stopped_run_resumes_with_the_same_result(
     place, whole, tmp_path, monkeypatch, call, kept
 ):
-    """A step is two calls, a task is six steps: it stops in the second task."""
+    """A step makes two calls and a task has six steps, so the run stops in the second task."""
     loss, calls = System.loss, []
 
     def stop(self, batch):
@@ -193,7 +193,7 @@ def sample(answer, answers=()):
         ("Grounding", "[0.0, 0.0, 0.4, 0.4]", sample("[0.0, 0.0, 0.4, 0.6]"), 1),  # 2 / 3
         ("Grounding", "[0.0, 0.0, 0.4, 0.4]", sample("[0.2, 0.0, 0.6, 0.4]"), 0),  # 1 / 3
         ("Grounding", "on the left", sample("[0.2, 0.0, 0.6, 0.4]"), 0),
-        # two of ten: of the nine others, two agree eight times, one agrees twice
+        # two of ten say so: of nine others, two agree eight times and one agrees twice
         ("TextVQA", "stop", sample("stop", ("stop",) * 2 + ("go",) * 8), (8 * 2 + 2) / 30),
         ("TextVQA", "stop", sample("stop", ("stop",) * 4 + ("go",) * 6), 1),
     ],
@@ -220,7 +220,7 @@ def test_right_answers(task, said, wanted, share):
         ),
     ],
 )
-def test_broken_data_is_told_in_one_sentence(tmp_path, name, content, told):
+def test_broken_data_is_reported_in_one_line(tmp_path, name, content, told):
     if content is not None:
         (tmp_path / "data/GQA").mkdir(parents=True)
         (tmp_path / name).write_text(json.dumps(content))

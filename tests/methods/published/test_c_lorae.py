@@ -43,7 +43,7 @@ def sentence(number, *events):
 
 
 def write(data):
-    """Six tweets and two pairs a split, twenty sentences; pictures."""
+    """Six tweets and two pairs per split, twenty sentences, and images."""
     for split in ("train", "valid", "test"):
         (data / "twitter2015").mkdir(parents=True, exist_ok=True)
         text = "".join(TWEET.format(number) for number in range(7, 13))
@@ -85,31 +85,31 @@ def command(place, out, *more):
 
 @pytest.fixture(scope="module")
 def whole(place, tmp_path_factory):
-    """(folder, scores) of a run that was not stopped."""
+    """(folder, scores) of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     return out, c_lorae.main(command(place, out))
 
 
-def test_items_are_what_the_files_say(place):
+def test_items_match_the_files(place):
     tweets = extraction_data.twitter(place["data"], "twitter2015")
     item = tweets.train[0]
     places = {Entity("location", "New York"), Entity("location", "Ohio")}
     assert item.records == {Entity("miscellaneous", "The Reeves"), *places}
     assert (item.text, item.image.name) == ("RT The Reeves in New York Ohio", "7.jpg")
-    assert tweets.train[1].image is None  # of the tweets some have lost theirs
+    assert tweets.train[1].image is None  # some tweets have no image
     pairs = extraction_data.mnre(place["data"])
     relation = Relation(PAIR["relation"], "David Bowie", "Earls Court")
     assert [item.records for item in pairs.test] == [{relation}, frozenset()]
     assert pairs.test[0].text == "David Bowie at Earls Court Head: David Bowie. Tail: Earls Court."
     events = extraction_data.m2e2(place["data"])
     sizes = [len(split) for split in events[2:]]
-    assert sum(sizes) == 20 and min(sizes) > 0  # the two files' sentences are merged
+    assert sum(sizes) == 20 and min(sizes) > 0  # the sentences of both files are merged
     attack = Event("attack", "airstrike", frozenset({("place", "Kobani")}))
     found = [item.records for split in events[2:] for item in split]
     assert found.count({attack}) == 15 and found.count(frozenset()) == 5
 
 
-def test_ace_is_what_events_learn_from_if_there(tmp_path, place):
+def test_ace_is_the_training_set_of_events_if_present(tmp_path, place):
     (tmp_path / "m2e2").symlink_to(place["data"] / "m2e2")
     (tmp_path / "ace").mkdir()
     for name in ("train.json", "dev.json"):
@@ -119,7 +119,7 @@ def test_ace_is_what_events_learn_from_if_there(tmp_path, place):
     assert found.train[0].image is None
 
 
-def test_answers_read_back_as_what_was_written(place):
+def test_answers_read_back_as_written(place):
     for name in ("twitter2015", "mnre", "m2e2"):
         found = extraction_data.READ[name](place["data"])
         for item in found.train:
@@ -131,7 +131,7 @@ def test_measures_by_hand():
     schema = extraction.Schema("events", "events", ("attack", "meet"), ("place", "target"))
     wanted = [frozenset({Event("attack", "bombed", frozenset({("place", "x"), ("target", "y")}))})]
     said = [extraction.read(schema, "attack: bombed | place = x; meet: met | place = x")]
-    found = measures(schema, said, wanted)  # one of two said triggers, one of two said arguments
+    found = measures(schema, said, wanted)  # one of two triggers and one of two arguments
     assert found == pytest.approx({"trigger f1": 2 / 3, "argument f1": 1 / 2})
     schema = extraction.Schema("entities", "entities", ("person",))
     said = [
@@ -160,7 +160,7 @@ def test_trains_saves_and_reads_back(place, whole):
 
 
 def stop_in_call(patch, number):
-    """System.losses ends the run when it is called for the number-th time."""
+    """Makes the number-th call of System.losses end the run."""
     losses, calls = System.losses, []
 
     def stop(self, batch):
@@ -172,7 +172,7 @@ def stop_in_call(patch, number):
     patch.setattr(System, "losses", stop)
 
 
-def test_potentials_weigh_the_tasks_over_a_stop(place, tmp_path, monkeypatch):
+def test_potentials_weigh_the_tasks_across_a_stop(place, tmp_path, monkeypatch):
     potentials = {"mner": 0.5, "mre": 0.4, "mee": 0.3}
     for task, value in potentials.items():
         (tmp_path / task).mkdir()
@@ -184,7 +184,7 @@ def test_potentials_weigh_the_tasks_over_a_stop(place, tmp_path, monkeypatch):
         stop_in_call(patch, 2)
         c_lorae.main(command(place, tmp_path / "out", *more))
     found = c_lorae.main(command(place, tmp_path / "out", *more))
-    missing = [1 - 0.5 / 0.525, 1 - 0.2 / 0.42, 1]  # of the potentials and 5 % more
+    missing = [1 - 0.5 / 0.525, 1 - 0.2 / 0.42, 1]  # relative to the potentials plus 5 %
     weights = torch.tensor(missing).square().softmax(0)
     assert list(found["weights"].values()) == pytest.approx(weights.tolist())
     told = r"potentials: expected .*'mee', 'mner', 'mre'.*got .*'mner'"
@@ -205,7 +205,7 @@ def test_one_task_alone_has_a_universal_expert_only(place, tmp_path):
     assert list(found["achieved"]) == ["mre"]
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(place, whole, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_same_result(place, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_in_call(patch, 3)
         c_lorae.main(command(place, tmp_path, "--save-every=2"))
@@ -237,7 +237,7 @@ def damage(data, name, text):
         ("m2e2/m2e2_annotations/text_only_event.json", "[{}]", "expected the field 'words'"),
     ],
 )
-def test_broken_data_is_told_in_one_sentence(tmp_path, name, text, told):
+def test_broken_data_is_reported_in_one_line(tmp_path, name, text, told):
     damage(write(tmp_path), name, text)
     with pytest.raises(SystemExit, match=told) as end:
         extraction_data.READ[name.partition("/")[0]](tmp_path)

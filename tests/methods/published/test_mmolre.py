@@ -19,7 +19,7 @@ LENGTH, SIZES = 6, {"text": 8, "audio": 5, "vision": 3}
 
 
 def split(count, seed):
-    """Clips whose first text feature is their sentiment; of unequal length, padded in front."""
+    """Clips of unequal length, padded in front; the first text feature is the sentiment."""
     draw = np.random.default_rng(seed)
     labels = draw.uniform(-3, 3, count).astype(np.float32)
     lengths = draw.integers(2, LENGTH + 1, count)
@@ -28,7 +28,7 @@ def split(count, seed):
     features["text"][:, :, 0] = labels[:, None]
     for x in features.values():
         x[padding] = 0
-    features["audio"][0, -1, 0] = -np.inf  # as COVAREP has it
+    features["audio"][0, -1, 0] = -np.inf  # COVAREP's features contain -inf
     clips = [f"video{seed}$_${i}" for i in range(count)]
     mask = np.stack([0 * padding, ~padding, 0 * padding], 1).astype(np.float32)
     text = {"raw_text": np.array(clips), "id": np.array(clips, dtype=object), "text_bert": mask}
@@ -36,7 +36,7 @@ def split(count, seed):
 
 
 def write(folder):
-    """A pickle, and tables of both kinds of emotions."""
+    """A pickle, and tables with both kinds of emotions."""
     data = {"train": split(24, 0), "valid": split(8, 1), "test": split(8, 2)}
     path = folder / "aligned_50.pkl"
     path.write_bytes(pickle.dumps(data))
@@ -73,7 +73,7 @@ def command(data, out, *more):
     ]
 
 
-def test_features_and_masks_are_what_the_file_says(data):
+def test_features_and_masks_match_the_file(data):
     found = affect_data.read(data, ["text", "audio"])
     train = pickle.loads(data.read_bytes())["train"]
     assert torch.equal(found["train"].masks["text"], torch.from_numpy(train["text_bert"][:, 1] > 0))
@@ -94,8 +94,8 @@ def test_arrays_of_all_protocols_are_read(tmp_path, protocol):
         "c": [1],
     }
     texts = [pickle.dumps(written, protocol)]
-    if protocol < 4:  # later ones state the lengths of names
-        texts.append(texts[0].replace(b"numpy._core", b"numpy.core"))  # as numpy 1 wrote it
+    if protocol < 4:  # later protocols store the lengths of names
+        texts.append(texts[0].replace(b"numpy._core", b"numpy.core"))  # as written by numpy 1
     for text in texts:
         (tmp_path / "a.pkl").write_bytes(text)
         found = affect_data.unpickled(tmp_path / "a.pkl")
@@ -107,7 +107,7 @@ class Harmful:
         return os.mkdir, ("harm",)
 
 
-def test_nothing_else_is_run(tmp_path, monkeypatch):
+def test_other_pickled_code_never_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"train": np.array([Harmful()], dtype=object)}))
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_trains_saves_and_reads_back(data, tmp_path):
 
 
 def test_the_model_with_the_lowest_validation_loss_is_kept(data, tmp_path):
-    more = ["--rate=1", "--evaluate-every=1"]  # bounces
+    more = ["--rate=1", "--evaluate-every=1"]  # the loss oscillates
     found = mmolre.main(command(data, tmp_path, *more))
     model, splits = method.load(tmp_path / mmolre.FILE), affect_data.read(data, ["text", "audio"])
     _, emotions = affect_data.emotions(data.parent / "many.csv", splits)
@@ -150,7 +150,7 @@ def test_strongest_emotions_are_classes(data, tmp_path):
     assert kind == "multiclass" and labels["train"][0] == -100  # the table lacks the first clip
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(data, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_with_the_same_result(data, tmp_path, monkeypatch):
     whole = mmolre.main(command(data, tmp_path / "whole"))
     loss, calls = mmolre.Judge.loss, []
 
@@ -186,7 +186,7 @@ def broken(change):
         (lambda d: d["train"].update(id=["a"]), "expected as many labels, ids and features"),
     ],
 )
-def test_broken_data_is_told_in_one_sentence(tmp_path, change, told):
+def test_broken_data_is_reported_in_one_line(tmp_path, change, told):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(broken(change)))
     with pytest.raises(SystemExit, match=told) as end:
         affect_data.read(tmp_path / "a.pkl", ["text", "audio"])

@@ -1,4 +1,4 @@
-"""docs/published.md names commands that the scripts take, and their help says where defaults come from."""
+"""The scripts accept the commands of docs/published.md, and their help says where defaults come from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMANDS = re.findall(r"^python -m examples\.published\.(\w+) (.+)$", PAGE, re.M
 SCRIPTS = {"branch_lora": branch_lora, "c_lorae": c_lorae, "mmolre": mmolre}
 
 
-def test_commands_are_understood():
+def test_commands_are_accepted():
     assert {name for name, _ in COMMANDS} == SCRIPTS.keys()
     for name, line in COMMANDS:
         assert SCRIPTS[name].arguments(shlex.split(line)).out
@@ -30,7 +30,7 @@ def test_help_says_whether_a_default_is_published(name, capsys):
     assert told.count("(inferred; ") >= 5 and told.count("(published; ") >= 1
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_those_of_the_papers():
     commands = dict(COMMANDS)
     args = branch_lora.arguments(shlex.split(commands["branch_lora"]))
     assert (args.branches, args.rank, args.top_k, args.alpha) == (8, 16, 2, 256.0)

@@ -1,4 +1,4 @@
-"""Tiny models in folders, with the classes and files that the scripts load; nothing from a hub."""
+"""Tiny models in folders, with the classes and files that the scripts load; no hub is used."""
 
 import torch
 import transformers as hf
@@ -13,7 +13,7 @@ IDS = {"pad_token_id": 0, "eos_token_id": 1}
 
 
 def tokenizer(bos):
-    """Bytes; an end (T5) or a beginning (Llama) is added."""
+    """Byte tokens; an end token (T5) or a beginning token (Llama) is added."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
