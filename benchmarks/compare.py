@@ -1,4 +1,4 @@
-"""Compares two runs: did ours get slower relative to the best peer, beyond the spread over turns?
+"""Compares two runs: whether ours got slower relative to the best peer by more than the turns vary.
 
 Ratios within a run are compared, so that a slower machine does not count as a regression.
 """

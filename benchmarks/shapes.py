@@ -78,7 +78,7 @@ class Inputs:
     a: torch.Tensor  # (R, D_in)
     b: torch.Tensor  # (R, D_out)
     dy: torch.Tensor  # (T, D_out)
-    ids: torch.Tensor  # (T, K), what the router will pick
+    ids: torch.Tensor  # (T, K), the experts that the router will pick
 
     @property
     def touched(self):

@@ -43,7 +43,7 @@ def interleave(contenders, repeats, clock=warm, *, laggard=LAGGARD, refuse=None)
         for name in names[start:] + names[:start]:
             seconds[name].append(clock(contenders[name], calls[name]))
         if turn + 1 == LAGGARD_TURNS:
-            best = min(map(min, seconds.values()))  # minima: one disturbed turn makes no laggard
+            best = min(map(min, seconds.values()))  # minima, as one slow turn makes no laggard
             names = [n for n in names if min(seconds[n]) <= laggard * best]
     return seconds
 

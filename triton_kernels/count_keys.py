@@ -1,4 +1,4 @@
-"""How many of a block's items have each key: the first half of the sort in sort_tokens.py.
+"""The number of a block's items with each key: the first half of the sort in sort_tokens.py.
 
 Items are slots, keyed by their expert, or tokens, keyed by the lower or higher expert of their first two
 slots. Ids that name no expert count as E, so such items come last. Reads 4*N*K bytes, writes

@@ -1,4 +1,4 @@
-"""What happens in registers between the two matmuls: top-k, gates, and their gradients.
+"""Computations in registers between the two matmuls: top-k, gates, and their gradients.
 
 A tile of ranks has TILE_E * TILE_R columns: TILE_E experts of TILE_R ranks each, both powers of two, with
 TILE_R at least the largest rank.  Viewed as (BLOCK_T, TILE_E, TILE_R), the gate of an expert is a broadcast
@@ -64,7 +64,7 @@ def gate_values(logits, e_ok, GATE: tl.constexpr):
 
 @triton.jit
 def topk(p, bias_ptr, first_bias, top_p, threshold, e, e_ok, K: tl.constexpr):
-    """Ids and gates of the K experts with the largest p + bias (None: zeros), and who was picked.
+    """Ids and gates of the K experts with the largest p + bias (None: zeros), and a mask of the picked.
 
     Ties go to the lower id, and NaN comes last.  A mask of free experts, rather than a sentinel in the
     scores, prevents an id from being picked twice.  A picked expert is dropped (id -1, gate 0) if its p

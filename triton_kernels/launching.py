@@ -1,4 +1,4 @@
-"""How every kernel is launched: on its operands' device, tuned if asked for, with what fp32 precision."""
+"""Launching kernels: the operands' device, optional tuning, and the precision of fp32."""
 
 import functools
 import os

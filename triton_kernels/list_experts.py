@@ -1,6 +1,6 @@
 """The experts that a tile of sorted tokens holds, in ascending order, and their number.
 
-A tile then loops over its own experts only; the list has a static bound, so the host never waits for the
+A tile then loops over its own experts only.  The list has a static bound, so the host need not read the
 number. Reads 4*T*K bytes, writes 4*tiles*(L + 1).
 
 Letters: T tokens, E experts, K slots per token, L entries of a tile's list: min(E, BLOCK_T * K).

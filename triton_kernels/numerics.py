@@ -1,4 +1,4 @@
-"""Products and roundings that every kernel shares.
+"""Products and roundings shared by all kernels.
 
 16-bit operands go to the tensor cores unchanged, and sums are fp32.  An fp32 operand multiplied by a
 16-bit one keeps all of its bits, so the router's products have full fp32 precision at tensor-core speed.

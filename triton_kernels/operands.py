@@ -1,4 +1,4 @@
-"""What launchers take: dtypes and strides."""
+"""Requirements on the operands of launchers: dtypes and strides."""
 
 import torch
 
@@ -12,7 +12,7 @@ def require_supported(*operands, dtype=None):
 
 
 def rows_contiguous(v):
-    """v with unit stride along its columns, copied only if it has another; None stays None."""
+    """v with unit stride along its columns, copied only if needed; None stays None."""
     if v is None or v.stride(-1) == 1 or v.shape[-1] == 1 or v.numel() == 0:
         return v
     return v.contiguous()

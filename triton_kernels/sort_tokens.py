@@ -1,4 +1,4 @@
-"""A stable counting sort by expert, window by window, in which the host never waits for a count:
+"""A stable counting sort by expert, window by window, without host synchronization:
 
     position of an item = items of the window with a smaller key + those with its key in earlier blocks
                           + those with its key before it in its block

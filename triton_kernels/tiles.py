@@ -75,12 +75,12 @@ def rank_dense(gpu, T, half, width):
 
 
 def rank_dense_many_experts(gpu, T, half, width):
-    """Their logits and gates leave no room for an S of more than 128 ranks."""
+    """The logits and gates of many experts leave no room for an S of more than 128 ranks."""
     return rank_dense(gpu, MEDIUM_T if width > 128 else T, half, width)
 
 
 def rank_dense_shared(gpu, T, half, width):
-    """A has so few rows that loading whole rows takes a longer step."""
+    """A shared A has few rows, so a step can load more columns of it."""
     tile = rank_dense(gpu, T, half, width)
     return tile | {"BLOCK_D": 128 if half else 64}
 

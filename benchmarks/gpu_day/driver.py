@@ -1,4 +1,4 @@
-"""What to run on the first day with a GPU: verifies the kernels on it, or reports what is wrong.
+"""The checks for the first day with a GPU: verifies the kernels on it and reports failures.
 
     python -m benchmarks.gpu_day [--dry-run] [--stages a,b] [--out DIR]          (make check-gpu)
 

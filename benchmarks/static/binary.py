@@ -1,4 +1,4 @@
-"""Reads a compiled kernel's machine code: its loops, and what they do.
+"""Reads a compiled kernel's machine code: its loops and their instructions.
 
 Both SASS and amdgcn are read into a list of instructions.  Branches give the control flow, and its
 strongly connected components are the loops.  This finds the loops that run, wherever the compiler has

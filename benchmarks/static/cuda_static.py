@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels in csrc/cuda; needs no GPU.
+"""The machine code of the kernels in csrc/cuda, as compiled by nvcc; needs no GPU.
 
     python -m benchmarks.cuda_static [--targets sm_80,sm_90] [--json FILE] [--markdown FILE] [--summary FILE]
 

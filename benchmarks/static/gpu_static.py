@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel; needs no GPU.
+"""The machine code of every Triton kernel; needs no GPU.
 
     python -m benchmarks.gpu_static [--targets sm_90,gfx942] [--dtypes bfloat16] [--scenarios "many tokens"]
                                     [--json FILE] [--markdown FILE] [--summary FILE] [--check]

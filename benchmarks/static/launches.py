@@ -70,7 +70,7 @@ def launches(target, *, compiled=True):
     def note(jit, *args, grid, warmup, **options):
         try:
             kernel = run(jit, *args, grid=grid, warmup=True, **options) if compiled else None
-        except (CompilationError, RuntimeError) as error:  # from the front end, from a pass
+        except (CompilationError, RuntimeError) as error:  # raised by the front end or by a pass
             kernel = error
         arguments = dict(flatten(zip(jit.arg_names, args)))
         seen.append(Launch(jit.__name__, kernel, arguments, options, tuple(grid)))

@@ -108,8 +108,8 @@ class Sums {
 
   void write() const { write(0, D_, kChunk, nullptr); }
 
-  // The same for few rows, where reading the weights dominates (that many bytes): every thread
-  // reads its own columns, in parts of each row that are as long as possible.
+  // The same for few rows, where reading the weights, `bytes` in all, dominates: every thread reads
+  // its own columns, in parts of each row that are as long as possible.
   void write_few(int64_t bytes) const {
     const int64_t share = (D_ / torch::stable::get_num_threads() + 63) / 64 * 64;
     const int64_t chunk = std::clamp<int64_t>(share, 64, kFewChunk);

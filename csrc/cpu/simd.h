@@ -15,7 +15,7 @@
 #endif
 
 #pragma GCC diagnostic ignored "-Wpsabi"                // the whole extension has the same flags
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own AVX-512 intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 on its own AVX-512 intrinsics
 
 #define LORA_MOE_INLINE inline __attribute__((always_inline))
 

@@ -27,7 +27,7 @@ inline void add_biases(Router& router, const MaybeTensor& bias, const MaybeTenso
 }
 
 // A router's outputs: indices, weights and lse per token; `finish` adds mean_prob and counts.
-// Whoever computes the logits allocates them.
+// The caller that computes the logits allocates them.
 struct RouterResults {
   Tensor indices, weights, logits, mean_prob, lse, counts, prob_partial, count_partial;
   Routing routing;

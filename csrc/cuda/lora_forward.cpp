@@ -7,7 +7,7 @@
 namespace lora_moe::cuda {
 namespace {
 
-// One forward over T tokens, up to H; the caller says where the routing comes from.
+// One forward over T tokens, up to H; the caller provides the routing or the router.
 template <class T>
 struct Forward {
   OnDevice device;

@@ -19,7 +19,7 @@ namespace lora_moe::cuda {
 
 constexpr int kRouterColumns = 32;  // per block: a warp has experts warp, warp + 8, ..
 
-// Logits of tokens lane, lane + 32 for each of a warp's experts, in fp32 multiply-adds.
+// Logits of tokens lane and lane + 32 for each of a warp's experts, in fp32 multiply-adds.
 template <class T, int BM>
 struct RouterSums {
   static constexpr int kRows = BM / 32, kExperts = kRouterColumns / kWarps;
