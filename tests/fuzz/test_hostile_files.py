@@ -16,7 +16,7 @@ from .refusals import every_loader, read_or_refuse, refuse
 
 
 @every_loader
-def test_what_is_damaged_below_was_whole(name, tmp_path):
+def test_the_undamaged_files_are_read(name, tmp_path):
     loader = LOADERS[name]
     path = saved(loader, tmp_path)
     loader.load(loader.fresh(8), tmp_path)

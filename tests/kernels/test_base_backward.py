@@ -99,7 +99,7 @@ def test_one_gradient_meets_at_x():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dx_errs_at_most_as_much_as_the_sum_of_two(dtype):
+def test_dx_errs_at_most_as_much_as_the_sum_by_autograd(dtype):
     layer, (x, dy) = new_layer(dtype), tokens(dtype)
     truth = copy.deepcopy(layer).double()
     with torch.no_grad():
@@ -227,7 +227,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_anything_else_goes_pytorchs_way(change):
+def test_any_other_base_is_left_to_autograd(change):
     layer, (x, dy) = new_layer(), tokens()
     want = gradients(layer, x, dy)
     assert taken(layer, x)
@@ -238,7 +238,7 @@ def test_anything_else_goes_pytorchs_way(change):
         torch.testing.assert_close(torch.autograd.grad(layer(x), [x], dy)[0], want[1])
 
 
-def test_autocast_and_hooks_of_all_modules_go_pytorchs_way():
+def test_autocast_and_global_hooks_are_left_to_autograd():
     layer, (x, _) = new_layer(), tokens()
     with torch.autocast("cpu", torch.bfloat16):
         assert not taken(layer, x)
@@ -252,7 +252,7 @@ def test_autocast_and_hooks_of_all_modules_go_pytorchs_way():
     assert taken(layer, x)
 
 
-def test_dropout_of_the_experts_goes_pytorchs_way():
+def test_dropout_of_the_experts_is_left_to_autograd():
     layer, (x, _) = new_layer(dropout=0.5), tokens()
     assert "NoneType" not in type(layer(x).grad_fn).__name__
     assert additions(layer(x), x) > 1

@@ -54,7 +54,7 @@ every_dtype = pytest.mark.parametrize(
 @every_dtype
 @every_case
 def test_routed_lora(case, dtype):
-    """Forward, then backward with gradients of every output of the routing."""
+    """Forward, then backward with the gradients of all outputs of the routing."""
     check_routed_lora(case, dtype, "rank_dense")
 
 
@@ -118,7 +118,7 @@ def check_grouped_lora(case, dtype, plan):
 
 @slots.every_call
 def test_slots(case, dtype, form):
-    """Kept apart or summed, forward and backward."""
+    """Rows apart or summed, forward and backward."""
     with watched():
         slots.check(kernels, case, form, dtype, DEVICE)
 
@@ -135,7 +135,7 @@ def test_contract_of_slots(check, form):
 @every_case
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
 def test_router_topk(case, adapters):
-    """The router alone, its weight in fp32 or in x's dtype; backward of every subset of outputs."""
+    """The router alone, with weights in fp32 or x's dtype; backward with each output left out."""
     v = sample(case, torch.bfloat16)
     v["router_weight"] = v["router_weight"].to(adapters)
 
@@ -149,7 +149,7 @@ def test_router_topk(case, adapters):
     want = forward(reference, in_double(v))
     compare(ROUTING, got, want, torch.float32)
     ids, weights, logits = want[0], want[1].float(), want[2].float()
-    for missing in range(5):  # 4: none
+    for missing in range(5):  # 4: none is missing
         aux = [None if i == missing else a for i, a in enumerate(cotangents(case))]
         given = [*aux, ids, weights, logits]
         with watched():
@@ -163,7 +163,7 @@ def test_router_topk(case, adapters):
 @every_dtype
 @some("odd", "one past a tile", "no rows", "wide: 1024 ranks", "one expert")
 def test_matmuls(case, dtype):
-    """shrink, expand with one and two pairs, wgrad, on an fp32 H."""
+    """shrink, expand with one and two pairs, and wgrad on an fp32 H."""
     v = sample(case, dtype)
     x, w, a, b, base = (v[k] for k in ("x", "router_weight", "lora_A", "lora_B", "base"))
     h, h2 = noise(case.T, case.R), noise(case.T, case.E)
@@ -174,7 +174,7 @@ def test_matmuls(case, dtype):
         ("expand", (h, b, None, None, base), ["y"]),
         ("expand", (h, b, h2, b2, None), ["y"]),
         ("expand", (h, b, h2, b2.to(dtype), base), ["y"]),
-        ("wgrad", (h, x), ["S"]),  # an fp32 H keeps its bits
+        ("wgrad", (h, x), ["S"]),  # an fp32 H is not rounded
     ]
     for name, args, names in calls:
         more = (dtype,) if name == "expand" else ()
@@ -189,7 +189,7 @@ def test_matmuls(case, dtype):
 @every_dtype
 @some("long", "wide", "unequal ranks")
 def test_no_worse_than_eager(case, dtype):
-    """y of plain PyTorch in the same dtype errs at least as much."""
+    """The error of y is at most that of plain PyTorch in the same dtype."""
     inputs = sample(case, dtype)
     got = routed(kernels, on_device(inputs), case, "rank_dense")
     ids = got[1].cpu()
@@ -199,7 +199,7 @@ def test_no_worse_than_eager(case, dtype):
 
 @some("odd", "tiles fit", "many experts", "no rows", "wide: 1024 ranks")
 def test_route_logits(case):
-    """The decisions alone, to the bit those of router_topk, and the given logits stay as they are."""
+    """Decisions equal those of router_topk bit for bit; the given logits are not changed."""
     v = on_device(sample(case))
     *want, counts = kernels.router_topk(
         v["x"], v["router_weight"], v["bias"], v["router_bias"], *router(case)

@@ -56,7 +56,7 @@ def in_a_process(code):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_fp32_precision_follows_each_of_pytorchs_switches(switch):
+def test_fp32_precision_follows_each_switch_of_pytorch(switch):
     if "fp32_precision" in switch and not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this torch has only the older switch")
     assert precision_after(switch) == SWITCHES[switch]
@@ -121,13 +121,13 @@ def test_autotuning_never_changes_bits():
     ],
     ids=lambda numbers: f"{len(numbers)} numbers",
 )
-def test_tables_hold_what_was_asked_for(numbers):
+def test_tables_hold_the_given_numbers(numbers):
     with Sanitizer() if INTERPRETED else contextlib.nullcontext():
         table = table_file.write_table(numbers, torch.empty(1, device=DEVICE))
     assert table.dtype == torch.int32
     assert table.tolist() == numbers
 
 
-def test_tables_beyond_what_fp32_counts_are_refused():
+def test_tables_beyond_the_integers_of_fp32_are_refused():
     with pytest.raises(ValueError, match="16777216 rank rows, got 16777217"):
         table_file.write_table([0, 2**24 + 1], torch.empty(1, device=DEVICE))

@@ -151,7 +151,7 @@ def train(model, optimizer, steps=3):
 @pytest.mark.parametrize("bank", ["equal", "shared"])
 @pytest.mark.parametrize("router", ["fresh", "keep"])
 @pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adafactor"])
-def test_an_optimizer_goes_on(kind, router, bank):
+def test_an_optimizer_continues(kind, router, bank):
     model = with_experts(bank)
     more = {"SGD": {"momentum": 0.9}}.get(kind, {})
     optimizer = getattr(torch.optim, kind)(groups(model), **more)

@@ -30,7 +30,7 @@ def card_of(model, folder):
     return (folder / "README.md").read_text()
 
 
-def test_says_method_and_size_and_leaves_the_rest_to_the_author(tmp_path):
+def test_has_method_and_size_and_leaves_the_rest_to_the_author(tmp_path):
     model = adapted()
     text = card_of(model, tmp_path)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
