@@ -46,7 +46,7 @@ def test_our_rounding_to_bf16_is_torchs():
     assert torch.equal(out2.nan_to_num(7), want.float().nan_to_num(7))
 
 
-def test_three_bf16_terms_represent_an_fp32():
+def test_three_bf16_terms_hold_an_fp32():
     """The compiled router relies on this; the interpreter's truncating cast must be exact too."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1024, generator=g) * 10.0 ** torch.randint(-12, 12, (1024,), generator=g)

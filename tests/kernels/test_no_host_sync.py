@@ -40,13 +40,13 @@ def test_no_host_sync(waits):
     assert {name: found for name, found in calls.items() if found} == {}
 
 
-def test_each_kind_of_sync_is_found(waits):
+def test_each_kind_of_wait_is_found(waits):
     planted = {name: found for name, found in waits.items() if name.startswith("planted")}
     assert len(planted) == 9
     assert [name for name, found in planted.items() if not found] == []
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_kernel_sources_call_no_sync(source):
+def test_kernels_name_no_wait(source):
     lines = source.read_text().splitlines()
     assert [line for line in lines if WAITS.search(line)] == []

@@ -187,7 +187,7 @@ def test_it_checks_what_the_public_function_checks(name, value, grad):
 
 
 @pytest.mark.parametrize("where", ["grad", "autocast", "compile", "meta"])
-def test_it_does_not_run_elsewhere(where):
+def test_it_is_not_taken_elsewhere(where):
     case, v = BY_NAME["odd"], sample(BY_NAME["odd"])
     with counted() as given, torch.set_grad_enabled(where == "grad"):
         if where == "autocast":

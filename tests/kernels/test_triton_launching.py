@@ -56,7 +56,7 @@ def in_a_process(code):
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_fp32_precision_follows_each_switch_of_pytorch(switch):
+def test_fp32_precision_follows_each_of_pytorchs_switches(switch):
     if "fp32_precision" in switch and not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("this torch has only the older switch")
     assert precision_after(switch) == SWITCHES[switch]

@@ -104,7 +104,7 @@ def test_other_weightings_by_hand():
     assert zero.weights().tolist() == pytest.approx([1, 0], abs=1e-6)
 
 
-def test_a_loss_of_zero_gives_no_nan():
+def test_a_loss_of_zero_is_no_nan():
     loss = AchievementLoss(POTENTIALS)
     leaf = torch.zeros((), requires_grad=True)
     total = loss({"a": leaf, "b": torch.tensor(1.0)})

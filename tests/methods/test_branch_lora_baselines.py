@@ -101,7 +101,7 @@ def test_the_fisher_of_ewc_is_the_mean_of_squared_gradients_over_sampled_answers
     assert estimates.std() / len(estimates) ** 0.5 < 0.1 * exact
 
 
-def test_lwf_keeps_the_answers_of_the_old_model_on_new_items():
+def test_lwf_keeps_the_old_models_answers_on_the_new_items():
     learner, old, new = learner_of(Lwf, 0.7), batches_of([0, 3]), batches_of([1, 2], seed=2)
     learner.begin(old)
     assert learner.loss(0, old[0]).item() == plain(learner, old[0]).item()

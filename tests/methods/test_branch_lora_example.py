@@ -42,7 +42,7 @@ def test_items_are_matched_across_orders():
     assert list(report.by_item(right[-1:], [2, 1, 0])) == ["ACC"]
 
 
-def test_settings_are_the_best_over_rates_and_strengths(tmp_path):
+def test_settings_are_the_best_of_rates_and_strengths(tmp_path):
     path = tmp_path / "rates.json"
     scores = {
         "lora": {"0.0001": [0.5, 0.1], "0.001": [0.4, 0.4]},

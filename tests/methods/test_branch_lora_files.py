@@ -164,7 +164,7 @@ def test_a_plain_adapter_has_no_state_and_a_model_with_experts_loads_none(tmp_pa
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_example_of_the_docs_page(tmp_path, monkeypatch):
+def test_the_example_of_the_page(tmp_path, monkeypatch):
     page = (ROOT / "docs/branch_lora.md").read_text()
     (block,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert len(block.splitlines()) < 30

@@ -62,7 +62,7 @@ def test_first_token_of_a_causal_model_warns_and_uses_the_mean():
 
 
 @pytest.mark.parametrize("route_by", ["first", "mean"])
-def test_generation_keeps_the_decision_of_the_prompt(route_by):
+def test_generation_keeps_the_prompts_decision(route_by):
     model = branched(llama(), route_by=route_by, fixed_opening=False)
     prompt = torch.cat([torch.zeros(3, 2, dtype=torch.long), PROMPTS], 1)
     mask = (prompt > 0).long()
@@ -88,7 +88,7 @@ def test_generation_keeps_the_decision_of_the_prompt(route_by):
     assert torch.equal(logits[:, 6:].argmax(-1), out[:, 7:])
 
 
-def test_beams_keep_the_decision_of_their_prompt():
+def test_beams_keep_their_prompts_decision():
     model = branched(llama(), route_by="mean")
     out = model.generate(PROMPTS, max_new_tokens=5, num_beams=3, do_sample=False)
     layer = next(iter(bl.branch_layers(model).values()))

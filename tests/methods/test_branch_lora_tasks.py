@@ -119,7 +119,7 @@ def test_the_kernel_reads_no_row_of_a_frozen_branch():
 
 
 @every_reading
-def test_new_branches_keep_old_outputs_bit_for_bit_and_are_used_by_new_tasks(route_by):
+def test_new_branches_keep_old_outputs_bit_for_bit_and_serve_new_tasks(route_by):
     model, x = host(route_by, tasks=2), tokens()
     bl.end_task(model)
     model.eval()

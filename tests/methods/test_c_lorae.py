@@ -111,7 +111,7 @@ def test_both_experts_of_every_task_run_in_one_call():
     assert torch.allclose(routing.weights.sum(1), torch.ones(20))
 
 
-def test_starts_as_the_base_and_experts_of_other_tasks_get_no_gradient():
+def test_starts_as_the_base_and_other_tasks_experts_get_no_gradient():
     layer, x = make(dtype=torch.float32), samples(torch.float32)
     nn.init.zeros_(layer.lora_B)
     assert torch.equal(layer(x), layer.base_layer(x))
@@ -168,7 +168,7 @@ def test_copies_keep_the_tasks(duplicate):
     assert torch.equal(other(x), y) and pooling.mean is not None
 
 
-def test_dropout_does_not_affect_the_gate():
+def test_dropout_spares_the_gate():
     layer = make(dataclasses.replace(CONFIGS["softmax"], dropout=0.5), torch.float32)
     x = samples(torch.float32)
     first, second = layer(x), layer(x)

@@ -50,7 +50,7 @@ def test_mutual_information_loss_equals_the_formula(negatives):
         assert relative_error(one, other) < 1e-11
 
 
-def test_mutual_information_loss_falls_in_training_and_starts_with_a_finite_gradient():
+def test_mutual_information_rises_in_training_and_starts_with_a_finite_gradient():
     config = dataclasses.replace(CONFIGS["softmax"], mutual_information=True)
     torch.manual_seed(0)
     layer, x = CollaborativeLinear(nn.Linear(D_IN, D_OUT), config), samples(torch.float32)
@@ -71,7 +71,7 @@ def test_mutual_information_loss_falls_in_training_and_starts_with_a_finite_grad
     assert trace[-1] < 0.5 * trace[1]
 
 
-def test_mutual_information_requires_its_option_and_a_forward():
+def test_mutual_information_needs_its_option_and_a_forward():
     with pytest.raises(ValueError, match="mutual_information=True"):
         c_lorae.mutual_information_loss(make(dtype=torch.float32))
     layer = make(dataclasses.replace(CONFIGS["softmax"], mutual_information=True))

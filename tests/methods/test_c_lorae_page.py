@@ -12,7 +12,7 @@ TEXT = (Path(__file__).parents[2] / "docs/c_lorae.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
-def test_the_code_of_the_page_runs_and_is_short(tmp_path, monkeypatch):
+def test_the_pages_code_runs_and_is_short(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

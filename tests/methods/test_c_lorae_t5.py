@@ -81,7 +81,7 @@ def logits(model):
     return model(input_ids=WORDS, decoder_input_ids=answers()).logits
 
 
-def test_tasks_and_images_act_sample_by_sample():
+def test_tasks_and_images_matter_sample_by_sample():
     model = randomised(t5())
     whole = logits(model)
     c_lorae.set_tasks(model, IDS[[1, 0, 2, 3, 4, 5]])
@@ -173,7 +173,7 @@ def test_load_in_the_middle_of_training_continues_bit_for_bit(tmp_path):
         ({"target_modules": ("q", "v")}, "the model has None"),
     ],
 )
-def test_a_file_of_another_model_is_refused_and_nothing_changes(tmp_path, change, message):
+def test_another_models_file_is_refused_and_nothing_changes(tmp_path, change, message):
     c_lorae.save(randomised(t5()), tmp_path)
     other = t5(dataclasses.replace(OF_T5, **change))
     before = {n: p.clone() for n, p in other.named_parameters()}

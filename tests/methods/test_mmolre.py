@@ -248,7 +248,7 @@ def test_inputs_that_do_not_fit_raise():
         UniTSE(WIDTH, (2,), (3,), route="first")
 
 
-def test_block_compiles_to_one_graph():
+def test_block_compiles_in_one_graph():
     layer, mask = block({}), mask_of(LENGTHS)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = normal(*mask.shape, WIDTH)

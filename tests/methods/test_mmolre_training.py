@@ -31,7 +31,7 @@ def test_splits_hold_out_words_by_root_and_kaomoji_by_face(parts):
     assert 0 < items.labels["subject"].isnan().any(1).sum() < len(items.labels["subject"])
 
 
-def test_items_are_composed_as_described(parts):
+def test_items_are_put_together_as_described(parts):
     words, kaomoji = parts
     items = data.compose(words, kaomoji, [[3, 8], [5, 1]], [7, 4])
     for row, (pair, face) in enumerate((([3, 8], 7), ([5, 1], 4))):

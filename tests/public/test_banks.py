@@ -143,6 +143,6 @@ def test_all_banks_are_two_launches(monkeypatch):
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_mismatched_operands_raise(change, error, message):
+def test_what_does_not_fit_raises(change, error, message):
     with pytest.raises(error, match=message):
         F.routed_lora_banks(**banks_of(torch.float32, 5) | change)

@@ -92,7 +92,7 @@ def test_a_second_configuration_for_other_modules(model):
     assert model.layers[0].v_proj.config.num_experts == 2
 
 
-def test_replaced_modules_are_logged(model, caplog):
+def test_what_was_replaced_is_logged(model, caplog):
     inject(model, config("v_proj"))
     with caplog.at_level(logging.INFO, logger="lora_moe.injection"):
         inject(model, config("1.q_proj", "shared"))

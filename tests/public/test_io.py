@@ -99,7 +99,7 @@ def test_the_model_decides_the_dtype(saved, dtype):
         assert layer.lora_A.dtype == dtype and torch.equal(layer.lora_A, want.to(dtype))
 
 
-def test_fields_that_a_model_may_choose(saved):
+def test_what_a_model_may_choose_for_itself(saved):
     own = LoraMoeConfig(**{**CONFIG.to_dict(), "dropout": 0.3, "balance_coef": 0.0})
     model = trained(own, seed=2)
     load_adapter(model, saved)

@@ -196,7 +196,7 @@ def test_lying_descriptions_are_refused(saved, change, message):
     assert_unchanged(model, before)
 
 
-def test_no_memory_is_allocated_for_what_a_file_only_claims(saved):
+def test_no_memory_is_taken_for_what_the_file_only_claims(saved):
     """A valid configuration with 4096 rank rows per module, in a file of a few kilobytes."""
     describe(saved, lambda info: [config_field(*f)(info) for f in (("r", [1024] * 4),)] and info)
     wide = nn.ModuleDict({"blocks": nn.ModuleList([Block(100_000), Block(100_000)]).to("meta")})

@@ -50,7 +50,7 @@ def test_starts_as_the_base_bit_for_bit(config):
     assert not torch.equal(layer(x), layer.base_layer(x))
 
 
-def test_initial_values_come_from_the_torch_generator():
+def test_initial_values_come_from_torchs_generator():
     config = LoraMoeConfig(num_experts=16, r=16)
     first, again, other = (
         (torch.manual_seed(seed), LoraMoeLinear(nn.Linear(64, 8), config))[1] for seed in (0, 0, 1)

@@ -96,7 +96,7 @@ def test_what_is_an_ffn():
         (Gated(), {"target_modules": ()}, ValueError, "target_modules: expected names from"),
     ],
 )
-def test_mismatched_configurations_raise(base, fields, error, message):
+def test_what_does_not_fit_raises(base, fields, error, message):
     config = {"num_experts": E, "r": R, "placement": "ffn", "target_modules": ("up_proj",)} | fields
     with pytest.raises(error, match=message):
         LoraMoeMLP(base, LoraMoeConfig(**config))

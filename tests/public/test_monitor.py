@@ -164,7 +164,7 @@ def test_history_travels(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_a_long_history_covers_the_whole_run():
+def test_a_long_history_keeps_its_whole_course():
     made = history(steps=4 * MAX_STEPS, layers=1)
     assert len(made.steps) <= MAX_STEPS
     assert made.steps[0] == 1 and made.steps[-1] >= 4 * MAX_STEPS - 8
@@ -225,7 +225,7 @@ def share_of(path, color):
 WHITE, DARK, RED = (0.97, 0.97, 0.97), (0.01, 0.06, 0.15), (0.73, 0.16, 0.20)
 
 
-def test_the_plot_shows_balance_and_collapse(tmp_path):
+def test_the_picture_shows_balance_and_collapse(tmp_path):
     pytest.importorskip("matplotlib")
     from lora_moe.heatmap import draw
 
@@ -239,7 +239,7 @@ def test_the_plot_shows_balance_and_collapse(tmp_path):
 @pytest.mark.parametrize(
     "layers, experts", [(1, 2), (90, 8), (3, 40)], ids=["one", "many layers", "many experts"]
 )
-def test_plots_of_every_size(tmp_path, layers, experts):
+def test_pictures_of_every_size(tmp_path, layers, experts):
     pytest.importorskip("matplotlib")
     from lora_moe.heatmap import draw
 

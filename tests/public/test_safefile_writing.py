@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_ours_to_write(tmp_path, mode):
     assert os.listdir(folder) == []
 
 
-def test_a_folder_that_cannot_be_created(tmp_path):
+def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         safefile.path_in(tmp_path / "file/folder", "x.safetensors")
@@ -131,7 +131,7 @@ def test_tensors_that_could_not_be_read_back_are_not_written(tmp_path, name):
     assert os.listdir(tmp_path) == []
 
 
-def test_tensors_adjacent_in_one_storage_are_written(tmp_path):
+def test_tensors_that_lie_side_by_side_in_one_memory_are_written(tmp_path):
     flat = torch.arange(12.0, requires_grad=True)
     tensors = {"a": flat[:5], "b": flat[5:9].view(2, 2), "c": flat[9:], "d": flat.view(3, 4).T}
     safefile.write(tmp_path / "x.safetensors", tensors, METADATA)

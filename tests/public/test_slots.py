@@ -152,7 +152,7 @@ def test_the_rows_of_x_are_not_copied():
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
-def test_mismatched_operands_raise(change, message):
+def test_what_does_not_fit_raises(change, message):
     case = BY_NAME["odd"]
     v = inputs_of(case, torch.float32, "apart") | change
     ids = v.get("ids", ids_of(case))

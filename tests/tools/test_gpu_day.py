@@ -123,7 +123,7 @@ def test_counters_of_ncu_are_read():
     assert stages.read_counters("==ERROR== no permission") == {}
 
 
-def test_the_tiles_stage_detects_a_wrong_result(monkeypatch):
+def test_the_tiles_stage_sees_a_wrong_result(monkeypatch):
     """In each result in turn, and in a second run with other bits."""
     from benchmarks.gpu_day import tiles
 

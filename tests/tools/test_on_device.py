@@ -51,7 +51,7 @@ def test_operators_on_cpu_tensors_run_on_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
-def test_every_operator_moves_its_operands_there_and_back(name):
+def test_every_operator_goes_there_and_comes_back(name):
     """Through a device that is the CPU under another name."""
     seen = []
 

@@ -217,7 +217,7 @@ def files(root):
     return {str(p) for p in found if (root / p).is_file() and not MADE & {*p.parts, p.suffix}}
 
 
-def test_sdist_has_the_files_of_the_checkout(sdist):
+def test_sdist_is_the_checkout(sdist):
     wanted = files(ROOT) | {"Makefile", "SECURITY.md", "CHANGELOG.md", "LICENSE", "README.md"}
     assert not {name for name in wanted if not (sdist / name).is_file()}
     assert not list(sdist.rglob("*.so")) and not (sdist / "build").exists()

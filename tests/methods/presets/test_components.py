@@ -20,7 +20,7 @@ def layer_of(config, std=0.7, dtype=torch.float64):
     return layer, torch.randn(1, T, D, dtype=dtype)
 
 
-def test_adamole_picks_from_no_expert_to_all():
+def test_adamole_takes_from_no_expert_to_all():
     layer, x = layer_of(presets.adamole(4, 2, max_threshold=1.0, target_modules=("0",)), std=0.3)
     layer.threshold_bias.data.fill_(-1.2)
     y = layer(x)
@@ -31,7 +31,7 @@ def test_adamole_picks_from_no_expert_to_all():
     assert torch.equal(y[0, taken == 0], layer.base_layer(x)[0, taken == 0])
 
 
-def test_mlore_without_a_task_is_the_generic_expert():
+def test_mlore_without_a_task_is_the_generic_expert_alone():
     layer, x = layer_of(
         presets.mlore(2, (1, 2), 1, 8, generic_r=2, task_r=1, target_modules=("0",))
     )

@@ -127,7 +127,7 @@ def test_generate_with_a_cache_equals_the_full_forward(name):
 
 
 @pytest.mark.parametrize("name", SEQUENCE)
-def test_generate_keeps_the_decision_of_the_prompt(name):
+def test_generate_keeps_the_prompts_decision(name):
     made = model(name).eval()
     with torch.no_grad(), told(made, name):
         made(IDS)

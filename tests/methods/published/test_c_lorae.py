@@ -172,7 +172,7 @@ def stop_in_call(patch, number):
     patch.setattr(System, "losses", stop)
 
 
-def test_potentials_weigh_the_tasks_across_a_stop(place, tmp_path, monkeypatch):
+def test_potentials_weigh_the_tasks_over_a_stop(place, tmp_path, monkeypatch):
     potentials = {"mner": 0.5, "mre": 0.4, "mee": 0.3}
     for task, value in potentials.items():
         (tmp_path / task).mkdir()
