@@ -1,6 +1,6 @@
 """routed_lora and grouped_lora, by plan:
 
-    rank_dense   one kernel, `rank_dense`; where S of all experts does not fit, `shrink`, gate and `expand`
+    rank_dense   `shrink`, then `rank_dense`; where S of all experts does not fit, `shrink`, gate and `expand`
     segmented    tokens sorted by expert: `segmented_shrink`, `segmented_expand`
     decode       `shrink` in splits of D_in, then `decode` over splits of D_out
 
@@ -17,14 +17,13 @@ from .expand import expand
 from .experts import bundle_experts
 from .gate_ranks import gate_ranks
 from .operands import require_supported, rows_contiguous
-from .rank_dense import rank_dense, tile_of
+from .rank_dense import rank_dense
 from .router_topk import (
     NO_BIASES,
     RoutingBuffers,
     biases_of,
     decide,
     gate_options,
-    new_routing,
     router_topk,
 )
 from .segmented_expand import segmented_expand
@@ -70,9 +69,9 @@ def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, sl
     if len(x) == 0 or not experts.fit_registers:
         s, _ = shrink(x, a, None)
         return _expand_gated(s, routing, experts, base, x.dtype), s
-    tile = tile_of(x, experts)
     gate = gate_options(indices.shape[1])
-    return rank_dense(x, None, NO_BIASES, experts, base, routing, gate, tile)
+    y, _, s = rank_dense(x, None, NO_BIASES, experts, base, routing, gate)
+    return y, s
 
 
 def _rank_dense(x, w, biases, base, experts, gate):
@@ -80,10 +79,8 @@ def _rank_dense(x, w, biases, base, experts, gate):
         s, logits = shrink(x, experts.a, w)
         routing = decide(logits, biases, gate)
         return _expand_gated(s, RoutingBuffers(*routing[:2]), experts, base, x.dtype), *routing, s
-    tile = tile_of(x, experts)
-    routing = new_routing(x, len(w), gate["K"], tile["BLOCK_T"])
-    y, s = rank_dense(x, rows_contiguous(w), biases, experts, base, routing, gate, tile)
-    return y, *routing.results(), s
+    y, routing, s = rank_dense(x, w, biases, experts, base, None, gate)
+    return y, *routing, s
 
 
 def _segmented(x, base, routing, experts):

@@ -16,8 +16,7 @@ from lora_moe.plan import experts_in_a_tile
 # axes of the grid along which programs read the same tile of an operand
 AGAIN = {
     "_rank_dense_kernel": {
-        "x_ptr": (1,), "a_ptr": (0, 1), "w_ptr": (0, 1), "b_ptr": (0,), "s_partial_ptr": (1,),
-        "logits_partial_ptr": (1,),
+        "b_ptr": (0,), "s_partial_ptr": (1,), "logits_partial_ptr": (1,),
     },
     "_rank_gradient_kernel": {"b_ptr": (0,)},
     "_router_topk_kernel": {"w_ptr": (0,)},
@@ -68,18 +67,15 @@ def products(c):
     D = c.get("D") or c.get("D_in") or c.get("D_out")
     wide = (c.get("TILE_E") or 1) * (c.get("TILE_R") or 1)
     if c.name == "_rank_dense_kernel":
-        if c.tensor("x_ptr"):
-            yield T, D, wide
-            if c.tensor("w_ptr"):
-                yield T, D, 3 * c.get("BLOCK_E")
         if c.tensor("y_ptr"):
-            yield T, wide, c.get("D_out")
+            yield c.tile_rows, wide, c.get("D_out")
     elif c.name == "_router_topk_kernel" and c.tensor("x_ptr"):
         yield T, D, 3 * c.get("BLOCK_E")
     elif c.name == "_rank_gradient_kernel" and c.tensor("dy_ptr"):
         yield T, D, wide
     elif c.name == "_shrink_kernel":
-        yield T, D, padded(c.get("R"), c.get("BLOCK_R")) + 3 * padded(E, c.get("BLOCK_E"))
+        ranks = c.grid[1] * c.get("BLOCK_R") if c.get("R") else 0
+        yield c.tile_rows, D, ranks + 3 * padded(E, c.get("BLOCK_E"))
     elif c.name in ("_expand_kernel", "_wgrad_kernel"):
         R, R2 = c.get("R"), c.get("R2")
         yield T, D, padded(R, c.get("BLOCK_R")) + 3 * padded(R2, c.get("BLOCK_R2"))
@@ -110,6 +106,11 @@ class Call:
 
     def tensor(self, name):
         return hasattr(self.values.get(name), "shape")
+
+    @property
+    def tile_rows(self):
+        """Of all tiles of tokens, idle ones included."""
+        return self.grid[0] * self.get("BLOCK_T")
 
     @property
     def slots(self):
