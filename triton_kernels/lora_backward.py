@@ -24,7 +24,7 @@ from .segmented_expand import segmented_expand
 from .segmented_shrink import segmented_rank_gradient, segments_of
 from .segmented_wgrad import segmented_wgrad, sorted_slots
 from .slots import of_each_slot, segments_of_slots
-from .wgrad import wgrad, wgrad_pair_splits, wgrad_splits
+from .wgrad import Weight, wgrad, wgrad_splits
 from .write_table import write_table
 
 
@@ -77,33 +77,26 @@ class RankDense:
 
     def results(self, need_x, need_a, need_router, need_b):
         """dx, da, dw, db; empty if not needed."""
-        sums = {}
-        if need_a and need_router:
-            sums["a"], sums["w"] = self.a_and_w()
-        elif need_a:
-            sums["a"] = self.a()
-        elif need_router:
-            sums["w"] = wgrad_splits(self.dlogits, self.x, self.w.dtype)
-        if need_b:
-            sums["b"] = self.b()
+        sums = self.sums(need_a, need_router, need_b)
         dx = self.input() if need_x else self.dy.new_empty(0)
         add_splits(*((partials, out) for partials, out in sums.values() if partials is not None))
         return dx, *(sums[name][1] if name in sums else self.dy.new_empty(0) for name in "awb")
 
+    def sums(self, need_a, need_router, need_b):
+        """(partial sums, gradient) of each weight that is needed, all from one launch."""
+        of_x, of_dy = {}, {}
+        if need_a:
+            rows = self.rows(self.experts.shared_a)
+            of_x["a"] = Weight(self.ds, self.experts.a.dtype, rows)
+        if need_router:
+            of_x["w"] = Weight(self.dlogits, self.w.dtype)
+        if need_b:
+            of_dy["b"] = Weight(self.h, self.experts.b.dtype, self.rows(False))
+        found = wgrad_splits(self.x, [*of_x.values()], self.dy, [*of_dy.values()])
+        return dict(zip((*of_x, *of_dy), found))
+
     def input(self):
         return expand(self.ds, self.experts.a, self.dlogits, self.w, None, self.x.dtype)
-
-    def a_and_w(self):
-        kinds = self.experts.a.dtype, self.w.dtype
-        return wgrad_pair_splits(
-            self.ds, self.dlogits, self.x, *kinds, self.rows(self.experts.shared_a)
-        )
-
-    def a(self):
-        return wgrad_splits(self.ds, self.x, self.experts.a.dtype, self.rows(self.experts.shared_a))
-
-    def b(self):
-        return wgrad_splits(self.h, self.dy, self.experts.b.dtype, self.rows(False))
 
     def rows(self, shared):
         """The rows that are not frozen, or None for all.  A frozen expert still passes gradients to x."""
@@ -147,16 +140,18 @@ class Segmented(RankDense):
         """The gradient for a shared A: the sum over a token's slots."""
         return self.ds.sum(1).to(self.x.dtype)
 
-    def a_and_w(self):
-        return self.a(), wgrad_splits(self.dlogits, self.x, self.w.dtype)
-
-    def a(self):
-        if self.experts.shared_a:
-            return wgrad_splits(self.shared_ds, self.x, self.experts.a.dtype)
-        return self.by_expert(self.ds, self.x, self.experts.a.dtype)
-
-    def b(self):
-        return self.by_expert(self.h, self.dy, self.experts.b.dtype)
+    def sums(self, need_a, need_router, need_b):
+        sums = {}
+        if need_a and self.experts.shared_a:
+            shared = Weight(self.shared_ds, self.experts.a.dtype)
+            (sums["a"],) = wgrad_splits(self.x, [shared])
+        elif need_a:
+            sums["a"] = self.by_expert(self.ds, self.x, self.experts.a.dtype)
+        if need_router:
+            (sums["w"],) = wgrad_splits(self.x, [Weight(self.dlogits, self.w.dtype)])
+        if need_b:
+            sums["b"] = self.by_expert(self.h, self.dy, self.experts.b.dtype)
+        return sums
 
     def by_expert(self, h, x, dtype):
         return segmented_wgrad(h, x, self.slots, self.experts, self.frozen_flags, dtype)

@@ -90,17 +90,7 @@ def decode(gpu, T, half, width):
 
 
 def rank_gradient(gpu, T, half, width):
-    if T <= MEDIUM_T:
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "SHRINK_FIRST": True}
-    rows = 16 if not half else 32 if gpu == "ampere" or width > 128 else 64
-    tile = {"BLOCK_T": rows, "BLOCK_D": 64, "SHRINK_FIRST": False, "num_warps": 8}
-    return tile | {"num_stages": 3 if half else 2}
-
-
-def rank_gradient_unequal(gpu, T, half, width):
-    """With a table of rows, every element of S needs its own address: half as many tokens fit."""
-    tile = rank_gradient(gpu, T, half, width)
-    return tile | {"BLOCK_T": min(tile["BLOCK_T"], 32), "BLOCK_D": 64}
+    return {"BLOCK_T": 16}
 
 
 def expand(gpu, T, half, width):
@@ -112,14 +102,12 @@ def expand(gpu, T, half, width):
 def wgrad(gpu, T, half, width):
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8, "num_stages": 2}
-    narrow = {"num_warps": 4, "num_stages": 2}  # with three stages it spills on sm_100
-    return {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128} | (
-        {"num_warps": 8} if width > 16 else narrow
-    )
+    # H: from L2 once per tile of columns
+    return {"BLOCK_T": 32, "BLOCK_D": 128 if gpu == "hopper" else 64, "MAX_R": 128, "num_warps": 8}
 
 
 def wgrad_many_experts(gpu, T, half, width):
-    return wgrad(gpu, T, half, width)
+    return wgrad(gpu, T, half, width) | {"BLOCK_D": 64}
 
 
 def segmented(gpu, T, half, width):
@@ -164,7 +152,6 @@ TILES = {
         rank_dense_shared,
         decode,
         rank_gradient,
-        rank_gradient_unequal,
         expand,
         wgrad,
         wgrad_many_experts,
@@ -190,13 +177,11 @@ def interpreted(kernel, T, half):
         tile["MAX_R"] = 128
     elif kernel == "segmented":
         tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
-    elif kernel.startswith("rank_gradient"):
-        tile["SHRINK_FIRST"] = few
     elif kernel.startswith("rank_dense"):
         tile |= {"BLOCK_N": 64, "SHRINK_FIRST": few, "D_OUT_SPLIT": None}
         if half and some:  # as on a GPU; fp32 sums in `expand` use a different order
             tile["D_OUT_SPLIT"] = 64 if few else ALL
-    elif kernel in ("router_topk_backward", "gate_ranks"):
+    elif kernel in ("rank_gradient", "router_topk_backward", "gate_ranks"):
         del tile["BLOCK_D"]
     return tile
 

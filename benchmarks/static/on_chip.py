@@ -13,17 +13,18 @@ from typing import NamedTuple
 
 from lora_moe.plan import experts_in_a_tile
 
-# axes of the grid along which programs read the same tile of an operand
+# axes of the grid, or columns in tiles, along which programs read the same tile of an operand
 AGAIN = {
     "_rank_dense_kernel": {
         "x_ptr": (1,), "a_ptr": (0, 1), "w_ptr": (0, 1), "b_ptr": (0,), "s_partial_ptr": (1,),
         "logits_partial_ptr": (1,),
     },
-    "_rank_gradient_kernel": {"b_ptr": (0,)},
     "_router_topk_kernel": {"w_ptr": (0,)},
     "_shrink_kernel": {"x_ptr": (1,), "a_ptr": (0,), "w_ptr": (0,)},
     "_expand_kernel": {"h_ptr": (1,), "h2_ptr": (1,), "b_ptr": (0,), "b2_ptr": (0,)},
-    "_wgrad_kernel": {"x_ptr": (1,), "h_ptr": (0,), "h2_ptr": (0,)},
+    "_wgrad_kernel": {
+        "x_ptr": (1,), "h_ptr": ("D",), "h2_ptr": ("D",), "x3_ptr": (1,), "h3_ptr": ("D3",),
+    },
 }  # fmt: skip
 
 
@@ -44,14 +45,17 @@ def on_chip(launch, read):
         read = SEGMENTED[launch.name](Call(launch), read)
     else:
         axes = AGAIN.get(launch.name, {})
-        read = {name: size * times(launch.grid, axes.get(name, ())) for name, size in read.items()}
+        read = {name: size * times(Call(launch), axes.get(name, ())) for name, size in read.items()}
     return OnChip(round(sum(read.values())), round(flops(launch)), programs)
 
 
-def times(grid, axes):
+def times(c, axes):
     n = 1
     for axis in axes:
-        n *= grid[axis] if axis < len(grid) else 1
+        if isinstance(axis, str):
+            n *= -(-c.get(axis) // c.get("BLOCK_D"))
+        else:
+            n *= c.grid[axis] if axis < len(c.grid) else 1
     return n
 
 
@@ -76,13 +80,12 @@ def products(c):
             yield T, wide, c.get("D_out")
     elif c.name == "_router_topk_kernel" and c.tensor("x_ptr"):
         yield T, D, 3 * c.get("BLOCK_E")
-    elif c.name == "_rank_gradient_kernel" and c.tensor("dy_ptr"):
-        yield T, D, wide
     elif c.name == "_shrink_kernel":
         yield T, D, padded(c.get("R"), c.get("BLOCK_R")) + 3 * padded(E, c.get("BLOCK_E"))
     elif c.name in ("_expand_kernel", "_wgrad_kernel"):
         R, R2 = c.get("R"), c.get("R2")
         yield T, D, padded(R, c.get("BLOCK_R")) + 3 * padded(R2, c.get("BLOCK_R2"))
+        yield T, c.get("D3"), padded(c.get("R3"), c.get("BLOCK_R3"))
     elif c.name == "_segmented_wgrad_kernel":
         yield c.slots, D, c.get("BLOCK_R")
     elif c.name in ("_segmented_shrink_kernel", "_segmented_expand_kernel"):

@@ -100,7 +100,12 @@ def test_reads_are_those_of_the_programs():
     for launch, total, distinct in seen:
         if launch.name not in AGAIN:
             continue
-        wide = {n for n in AGAIN[launch.name] if total[n]} | {"x_ptr", "dy_ptr", "base_ptr"}
+        wide = {n for n in AGAIN[launch.name] if total[n]} | {
+            "x_ptr",
+            "x3_ptr",
+            "dy_ptr",
+            "base_ptr",
+        }
         once = {
             n: len(addresses) * launch.args[n].element_size()
             for n, addresses in distinct.items()

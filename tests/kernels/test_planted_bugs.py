@@ -104,7 +104,8 @@ BUGS = {
         "wgrad", "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n",
         "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n"
         "    far = out_ptr + ((split + 1) * R + row)[:, None] * D + d\n"
-        "    total += tl.load(far, mask=(last + 0 * d < T) & (row < R)[:, None] & (d < D), other=0.0)\n",
+        "    more = (split + 1 + 0 * d < tl.num_programs(2)) & (row < R)[:, None] & (d < D)\n"
+        "    total += tl.load(far, mask=more, other=0.0)\n",
         TWO, case=LONG,
     ),
     "last tile left unwritten": Bug(
