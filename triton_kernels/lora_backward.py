@@ -5,7 +5,7 @@
     drouter_bias = dlogits^T 1
 
 Four launches and one that adds up partial sums, each skipped if its gradient is not needed; dy and x
-are read twice, dx is written once.  The segmented plan does the same on tiles of sorted tokens.
+are read twice, dx is written once.  The segmented plan does the same on sorted slots and tokens.
 """
 
 import functools
@@ -13,7 +13,6 @@ import functools
 import torch
 
 from .add_splits import add_splits
-from .arrange_slots import arrange_slots
 from .expand import expand
 from .experts import bundle_experts
 from .operands import require_supported, rows_contiguous
@@ -21,9 +20,10 @@ from .rank_gradient import rank_gradient
 from .router_topk import RoutingBuffers
 from .router_topk_backward import aux_gradients, logits_gradient
 from .segmented_expand import segmented_expand
-from .segmented_shrink import segmented_rank_gradient, segments_of
+from .segmented_rank_gradient import segmented_rank_gradient
+from .segmented_shrink import segments_of
 from .segmented_wgrad import segmented_wgrad, sorted_slots
-from .slots import of_each_slot, segments_of_slots
+from .slots import segments_of_slots
 from .wgrad import Weight, wgrad, wgrad_splits
 from .write_table import write_table
 
@@ -112,28 +112,30 @@ class RankDense:
 
 
 class Segmented(RankDense):
-    """dS and H of picked experts only: tile by tile for dx, slot by slot for dA and dB."""
+    """dS and H of picked experts only, slot by slot; dx from tiles of sorted tokens."""
 
     def __init__(self, dy, x, w, s, routing, experts, frozen, router):
         self.dy, self.x, self.w, self.experts, self.frozen = dy, x, w, experts, frozen
         self.indices, self.dlogits = routing.indices, None
-        self.segments = segments_of(x, routing.indices, experts)
-        out = segmented_rank_gradient(dy, s.contiguous(), routing, experts, self.segments)
-        self.columns, self.ds, self.h, self.dweights = out
+        self.slots = sorted_slots(routing.indices, len(experts.scaling))
+        out = segmented_rank_gradient(dy, s.contiguous(), routing, experts, self.slots)
+        self.ds, self.h, self.dweights = out
         if router is not None:
             self.dlogits = logits_gradient(self.dweights, routing, router)
 
     def input(self):
         if self.experts.shared_a:
             return expand(self.shared_ds, self.experts.a, self.dlogits, self.w, None, self.x.dtype)
-        a = self.experts.a
-        return segmented_expand(
-            self.columns, a, self.dlogits, self.w, None, self.segments, self.experts, self.x.dtype
+        return self.input_of(
+            segments_of(self.x, self.indices, self.experts, "segmented_dx"), self.indices
         )
 
-    @functools.cached_property
-    def slots(self):
-        return sorted_slots(self.indices, len(self.experts.scaling))
+    def input_of(self, segments, indices):
+        """dx of tokens with these indices, whose order and tiles `segments` holds."""
+        own, dtype = RoutingBuffers(indices, None), self.x.dtype  # dS includes its gate
+        return segmented_expand(
+            self.ds, own, self.experts.a, self.dlogits, self.w, None, segments, self.experts, dtype
+        )
 
     @functools.cached_property
     def shared_ds(self):
@@ -168,21 +170,14 @@ class OfSlots(Segmented):
     """The same with slots as tokens (slots.py): dx is summed over a token's slots if y was not."""
 
     def __init__(self, dy, x, w, s, routing, experts, frozen, slots):
-        self.dy, self.x, self.w, self.experts, self.frozen = dy, x, w, experts, frozen
-        self.indices, self.dlogits, self.apart = routing.indices, None, slots == "apart"
-        each = of_each_slot(routing)
-        self.segments, self.slots = segments_of_slots(x, each, experts)
-        self.columns, self.ds, self.h, dweights = segmented_rank_gradient(
-            dy, s.contiguous(), each, experts, self.segments, in_tiles=not self.apart
-        )
-        self.dweights = dweights.view(self.indices.shape)
+        self.apart = slots == "apart"
+        super().__init__(dy, x, w, s, routing, experts, frozen, None)
 
     def input(self):
         if self.indices.numel() == 0:
             return torch.zeros_like(self.x)
         if self.apart:
-            self.segments = segments_of(self.x, self.indices, self.experts)
-            self.columns = arrange_slots(
-                self.ds, None, self.indices, self.experts, self.segments, self.x
-            )
-        return super().input()
+            return super().input()
+        each, order = self.indices.view(-1, 1), self.slots[0]
+        segments = segments_of_slots(self.x, each, order, self.experts, "segmented_dx")
+        return self.input_of(segments, each)

@@ -119,6 +119,20 @@ def segmented(gpu, T, half, width):
     return tile | {"num_warps": 4 if width <= 128 else 8, "num_stages": 3 if half else 2}
 
 
+def segmented_dx(gpu, T, half, width):
+    """The same for dx: a larger tile of tokens reads the router's W and shared rows of A once."""
+    tile = segmented(gpu, T, half, width)
+    if T <= SMALL_T or not half or width > 128:
+        return tile
+    return tile | {"BLOCK_T": 64, "BLOCK_N": 128, "num_warps": 8}
+
+
+def segmented_rank_gradient(gpu, T, half, width):
+    """A tile of slots of one expert; they are many if picks are spread over few experts."""
+    rows = 64 if half and width <= 128 else 16
+    return {"BLOCK_T": rows, "BLOCK_D": 64 if half else 32, "num_warps": 4 if width <= 64 else 8}
+
+
 def segmented_wgrad(gpu, T, half, width):
     return {"BLOCK_T": 32 if half else 16, "BLOCK_D": 64}
 
@@ -156,6 +170,8 @@ TILES = {
         wgrad,
         wgrad_many_experts,
         segmented,
+        segmented_dx,
+        segmented_rank_gradient,
         segmented_wgrad,
         router_topk,
         route_logits,
@@ -175,7 +191,7 @@ def interpreted(kernel, T, half):
         tile = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": 128}
     elif kernel.startswith("wgrad"):
         tile["MAX_R"] = 128
-    elif kernel == "segmented":
+    elif kernel in ("segmented", "segmented_dx"):
         tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
     elif kernel.startswith("rank_dense"):
         tile |= {"BLOCK_N": 64, "SHRINK_FIRST": few, "D_OUT_SPLIT": None}
@@ -186,11 +202,9 @@ def interpreted(kernel, T, half):
     return tile
 
 
-def sort_window(by):
-    """How many items are sorted together; fewer for slots, as one program handles all of an expert's."""
-    if INTERPRETED:
-        return 256
-    return 8192 if by == "slot" else 16384
+def sort_window():
+    """How many items are sorted together; one program of `segmented_wgrad` may get them all."""
+    return 256 if INTERPRETED else 16384
 
 
 def choose(kernel, x, width):

@@ -88,6 +88,8 @@ def products(c):
         yield T, c.get("D3"), padded(c.get("R3"), c.get("BLOCK_R3"))
     elif c.name == "_segmented_wgrad_kernel":
         yield c.slots, D, c.get("BLOCK_R")
+    elif c.name == "_segmented_rank_gradient_kernel":
+        yield c.grid[0] * c.grid[1] * c.get("BLOCK_T"), D, c.get("TILE_R")
     elif c.name in ("_segmented_shrink_kernel", "_segmented_expand_kernel"):
         yield T, D, c.held * c.get("TILE_R")
         if c.tensor("h2_ptr"):
@@ -125,9 +127,7 @@ class Call:
     @property
     def held(self):
         """Experts of a tile."""
-        L = self.values["experts_ptr"].shape[1]
-        K = self.get("K") or max(1, L // self.get("BLOCK_T"))
-        return experts_in_a_tile(self.get("T"), self.get("E"), K, self.get("BLOCK_T"))
+        return experts_in_a_tile(self.get("T"), self.get("E"), self.get("K"), self.get("BLOCK_T"))
 
     @property
     def rows(self):
@@ -142,13 +142,12 @@ def segmented_shrink(c, read):
 
 
 def segmented_expand(c, read):
-    blocks = c.get("BLOCKS")
-    h = c.values["h_ptr"]
-    own = c.get("T") * c.held * c.get("TILE_R") * h.element_size()
-    again = {"h_ptr": own * blocks, "b_ptr": c.tiles * c.rows}
+    """Every tile of columns reads all of S, once in all for its experts, and the routing as well."""
+    of_tokens = ("s_ptr", "indices_ptr", "weights_ptr", "h2_ptr")
+    again = {name: read[name] * c.get("BLOCKS") for name in of_tokens if name in read}
     if c.tensor("h2_ptr"):
-        again |= {"h2_ptr": read["h2_ptr"] * blocks, "b2_ptr": read["b2_ptr"] * c.tiles}
-    return read | again
+        again["b2_ptr"] = read["b2_ptr"] * c.tiles
+    return read | again | {"b_ptr": c.tiles * c.rows}
 
 
 def segmented_wgrad(c, read):
@@ -159,7 +158,15 @@ def segmented_wgrad(c, read):
     return read | {"x_ptr": gathered, "h_ptr": read["h_ptr"] * c.grid[0]}
 
 
+def segmented_rank_gradient(c, read):
+    """Every slot gathers its row of dy, and every tile reads one expert's rows, as if all tiles were used."""
+    dy, tiles = c.values["dy_ptr"], c.grid[0] * c.grid[1]
+    gathered = c.slots * dy.shape[1] * dy.element_size()
+    return read | {"dy_ptr": gathered, "b_ptr": tiles * read["b_ptr"] / c.get("E")}
+
+
 SEGMENTED = {
+    "_segmented_rank_gradient_kernel": segmented_rank_gradient,
     "_segmented_shrink_kernel": segmented_shrink,
     "_segmented_expand_kernel": segmented_expand,
     "_segmented_wgrad_kernel": segmented_wgrad,
