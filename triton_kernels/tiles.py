@@ -32,7 +32,7 @@ class UnsupportedGPU(OutOfResources):
 
 @functools.lru_cache
 def family(device):
-    """interpreter, hopper (227 KB of shared memory per block), ampere and similar (99) or cdna (64)."""
+    """interpreter, hopper and blackwell (227 KB of shared memory a block), ampere and similar (99), cdna (64)."""
     if INTERPRETED:
         return "interpreter"
     with torch.cuda.device_of(torch.empty(0, device=device)):
@@ -41,7 +41,7 @@ def family(device):
         if target.warp_size != 64:  # with the tiles of the others, up to 2,367 registers spill
             raise UnsupportedGPU(target.arch)
         return "cdna"
-    return "hopper" if target.arch // 10 in (9, 10) else "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(target.arch // 10, "ampere")
 
 
 def padded(n, most):
@@ -94,7 +94,9 @@ def rank_gradient(gpu, T, half, width):
 
 
 def expand(gpu, T, half, width):
-    if gpu == "hopper" and half and T > SMALL_T:  # H and B: from L2 once per tile of the other axis
+    if (
+        gpu in ("hopper", "blackwell") and half and T > SMALL_T
+    ):  # H and B: from L2 once per tile of the other axis
         return {"BLOCK_T": 128, "BLOCK_D": 128, "num_warps": 8}
     return {"BLOCK_T": 16 if T <= SMALL_T else 64, "BLOCK_D": 64}
 
@@ -102,12 +104,15 @@ def expand(gpu, T, half, width):
 def wgrad(gpu, T, half, width):
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8, "num_stages": 2}
-    # H: from L2 once per tile of columns
-    return {"BLOCK_T": 32, "BLOCK_D": 128 if gpu == "hopper" else 64, "MAX_R": 128, "num_warps": 8}
+    tile = {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8}
+    if gpu == "hopper":  # H: from L2 once per tile of columns; as many spill on sm_100
+        tile["BLOCK_D"] = 128
+    return tile
 
 
 def wgrad_many_experts(gpu, T, half, width):
-    return wgrad(gpu, T, half, width) | {"BLOCK_D": 64}
+    """The sums of dW take the place of the larger tile."""
+    return wgrad("ampere", T, half, width)
 
 
 def segmented(gpu, T, half, width):
@@ -129,8 +134,9 @@ def segmented_dx(gpu, T, half, width):
 
 def segmented_rank_gradient(gpu, T, half, width):
     """A tile of slots of one expert; they are many if picks are spread over few experts."""
-    rows = 64 if half and width <= 128 else 16
-    return {"BLOCK_T": rows, "BLOCK_D": 64 if half else 32, "num_warps": 4 if width <= 64 else 8}
+    if half and width <= 128:
+        return {"BLOCK_T": 64, "BLOCK_D": 64, "num_warps": 4 if width <= 64 else 8}
+    return {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32}
 
 
 def segmented_wgrad(gpu, T, half, width):

@@ -152,15 +152,14 @@ BUGS = {
         "of_slots", SLOTS,
     ),
     "slots: a repeated id counts once": Bug(
-        "arrange_slots", "h += tl.where(hit[:, :, None], s[:, None, :], 0.0)",
-        "h = tl.where(hit[:, :, None], s[:, None, :], h)", WRONG, "of_slots", SLOTS,
+        "segmented_expand", "return h + s", "return tl.where(mine[:, None], s, h)", WRONG, "of_slots", SLOTS,
     ),
     "slots: weight of the wrong slot": Bug(
-        "arrange_slots", "tl.load(weights_ptr + slot,", "tl.load(weights_ptr + t * K,", WRONG,
+        "segmented_expand", "tl.load(weights_ptr + slot,", "tl.load(weights_ptr + t * K,", WRONG,
         "of_slots", SLOTS,
     ),
     "slots: other dropped in front of a dot": Bug(
-        "arrange_slots", "mask=mine[:, None] & (c < r), other=0.0)", "mask=mine[:, None] & (c < r))", NAN,
+        "segmented_expand", "mask=mine[:, None] & (c < r), other=0.0)", "mask=mine[:, None] & (c < r))", NAN,
         "of_slots", SLOTS,
     ),
     "decode: every program writes S": Bug(
