@@ -32,7 +32,7 @@ class UnsupportedGPU(OutOfResources):
 
 @functools.lru_cache
 def family(device):
-    """interpreter, hopper and blackwell (227 KB of shared memory a block), ampere and similar (99), cdna (64)."""
+    """interpreter, hopper, blackwell (227 KB of shared memory a block), ampere and similar (99) or cdna."""
     if INTERPRETED:
         return "interpreter"
     with torch.cuda.device_of(torch.empty(0, device=device)):
@@ -105,8 +105,10 @@ def wgrad(gpu, T, half, width):
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8, "num_stages": 2}
     tile = {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8}
-    if gpu == "hopper":  # H: from L2 once per tile of columns; as many spill on sm_100
+    if gpu in ("hopper", "blackwell"):  # H: from L2 once per tile of columns
         tile["BLOCK_D"] = 128
+    if gpu == "blackwell":  # 32 tokens spill
+        tile |= {"BLOCK_T": 64, "num_stages": 2}
     return tile
 
 
