@@ -78,7 +78,7 @@ def _segmented_wgrad_kernel(
 
 def sorted_slots(indices, E):
     """Slots by expert, the start of each expert's slots in every window, and the window size."""
-    return *sort_slots(indices, E), sort_window()
+    return *sort_slots(indices, E), sort_window("slot")
 
 
 def segmented_wgrad(h, x, slots, experts, frozen, dtype):

@@ -81,7 +81,7 @@ def sort_slots(indices, E):
 
 
 def _sort(indices, source, N, E, by):
-    window = sort_window()
+    window = sort_window(by)
     counts, order = count_keys(indices, source, N, E, by), indices.new_empty(N)
     starts = indices.new_empty(triton.cdiv(N, window), E + 1) if by == "slot" else None
     launch(

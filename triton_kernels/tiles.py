@@ -210,9 +210,11 @@ def interpreted(kernel, T, half):
     return tile
 
 
-def sort_window():
-    """How many items are sorted together; one program of `segmented_wgrad` may get them all."""
-    return 256 if INTERPRETED else 16384
+def sort_window(by):
+    """How many items are sorted together; fewer for slots, as one program handles all of an expert's."""
+    if INTERPRETED:
+        return 256
+    return 8192 if by == "slot" else 16384
 
 
 def choose(kernel, x, width):

@@ -15,7 +15,7 @@ GOALS = {
     "E=8, forward": (2, 220, 430),
     "E=8, backward": (5, 410, 750),
     "E=64, forward": (9, 320, 1250),
-    "E=64, backward": (14, 540, 1250),
+    "E=64, backward": (14, 610, 1300),
 }
 OF_SLOTS = {  # of grouped_lora with a row per slot
     "apart": ((6, 285, 450), (14, 440, 720)),

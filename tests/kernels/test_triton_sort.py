@@ -62,7 +62,7 @@ def test_tokens_by_their_experts(shape, skew):
         order = sort_file.sort_tokens(indices.to(DEVICE), E, 16).cpu()
     known = torch.where((indices >= 0) & (indices < E), indices, E).long()[:, :2]
     key = known.amin(1) * (E + 1) + known.amax(1)
-    want = torch.arange(T) if T <= 16 else stable(key, tiles.sort_window())
+    want = torch.arange(T) if T <= 16 else stable(key, tiles.sort_window("token"))
     assert order.dtype == torch.int32
     assert torch.equal(order.long(), want)
 
@@ -70,7 +70,7 @@ def test_tokens_by_their_experts(shape, skew):
 @every_shape
 def test_slots_by_their_expert(shape):
     E = shape[1]
-    indices, window = ids(*shape), tiles.sort_window()
+    indices, window = ids(*shape), tiles.sort_window("slot")
     with watched():
         order, starts = (v.cpu() for v in sort_file.sort_slots(indices.to(DEVICE), E))
     key = torch.where((indices >= 0) & (indices < E), indices, E).long().flatten()
