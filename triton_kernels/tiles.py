@@ -131,6 +131,8 @@ def segmented_dx(gpu, T, half, width):
     tile = segmented(gpu, T, half, width)
     if T <= SMALL_T or not half or width > 128:
         return tile
+    if gpu == "ampere":
+        return tile | {"BLOCK_T": 64}
     return tile | {"BLOCK_T": 64, "BLOCK_N": 128, "num_warps": 8}
 
 
