@@ -11,7 +11,6 @@ Each plan computes the same formula; lora_moe/plan.py chooses.
 
 import torch
 
-from .arrange_slots import arrange_slots
 from .decode import decode
 from .expand import expand
 from .experts import bundle_experts
@@ -30,6 +29,7 @@ from .segmented_expand import segmented_expand
 from .segmented_shrink import segmented_shrink, segments_of
 from .shrink import shrink
 from .slots import of_each_slot, segments_of_slots
+from .sort_tokens import sort_slots
 
 
 def routed_lora(
@@ -89,8 +89,9 @@ def _segmented(x, base, routing, experts):
         columns = experts.largest * (1 if experts.shared_a else routing.indices.shape[1])
         return x.new_empty(0, experts.b.shape[1]), x.new_empty(0, columns, dtype=torch.float32)
     segments = segments_of(x, routing.indices, experts)
-    s, h = segmented_shrink(x, experts.a, s, routing, experts, segments)
-    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
+    if s is None:
+        s = segmented_shrink(x, experts.a, routing.indices, experts, segments)
+    y = segmented_expand(s, routing, experts.b, None, None, base, segments, experts, x.dtype)
     return y, s.view(len(x), -1)
 
 
@@ -102,12 +103,12 @@ def _of_slots(x, base, routing, experts, slots):
         s = x.new_empty(T, K * experts.largest, dtype=torch.float32)
         return y if base is None or apart else base + y, s
     each = of_each_slot(routing)
-    segments, _ = segments_of_slots(x, each, experts)
-    s, h = segmented_shrink(x, experts.a, None, each, experts, segments, in_tiles=apart)
+    order, _ = sort_slots(each.indices, len(experts.scaling))
+    segments = segments_of_slots(x, each.indices, order, experts)
+    s = segmented_shrink(x, experts.a, each.indices, experts, segments)
     if not apart:
-        segments = segments_of(x, routing.indices, experts)
-        h = arrange_slots(s, routing.weights, routing.indices, experts, segments, x)
-    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
+        each, segments = routing, segments_of(x, routing.indices, experts)
+    y = segmented_expand(s, each, experts.b, None, None, base, segments, experts, x.dtype)
     return y, s.view(T, -1)
 
 

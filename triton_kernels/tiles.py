@@ -32,7 +32,7 @@ class UnsupportedGPU(OutOfResources):
 
 @functools.lru_cache
 def family(device):
-    """interpreter, hopper (227 KB of shared memory per block), ampere and similar (99) or cdna (64)."""
+    """interpreter, hopper, blackwell (227 KB of shared memory a block), ampere and similar (99) or cdna."""
     if INTERPRETED:
         return "interpreter"
     with torch.cuda.device_of(torch.empty(0, device=device)):
@@ -41,7 +41,7 @@ def family(device):
         if target.warp_size != 64:  # with the tiles of the others, up to 2,367 registers spill
             raise UnsupportedGPU(target.arch)
         return "cdna"
-    return "hopper" if target.arch // 10 in (9, 10) else "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(target.arch // 10, "ampere")
 
 
 def padded(n, most):
@@ -96,21 +96,13 @@ def decode(gpu, T, half, width):
 
 
 def rank_gradient(gpu, T, half, width):
-    if T <= MEDIUM_T:
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "SHRINK_FIRST": True}
-    rows = 16 if not half else 32 if gpu == "ampere" or width > 128 else 64
-    tile = {"BLOCK_T": rows, "BLOCK_D": 64, "SHRINK_FIRST": False, "num_warps": 8}
-    return tile | {"num_stages": 3 if half else 2}
-
-
-def rank_gradient_unequal(gpu, T, half, width):
-    """With a table of rows, every element of S needs its own address: half as many tokens fit."""
-    tile = rank_gradient(gpu, T, half, width)
-    return tile | {"BLOCK_T": min(tile["BLOCK_T"], 32), "BLOCK_D": 64}
+    return {"BLOCK_T": 16}
 
 
 def expand(gpu, T, half, width):
-    if gpu == "hopper" and half and T > SMALL_T:  # H and B: from L2 once per tile of the other axis
+    if (
+        gpu in ("hopper", "blackwell") and half and T > SMALL_T
+    ):  # H and B: from L2 once per tile of the other axis
         return {"BLOCK_T": 128, "BLOCK_D": 128, "num_warps": 8}
     return {"BLOCK_T": 16 if T <= SMALL_T else 64, "BLOCK_D": 64}
 
@@ -118,14 +110,17 @@ def expand(gpu, T, half, width):
 def wgrad(gpu, T, half, width):
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8, "num_stages": 2}
-    narrow = {"num_warps": 4, "num_stages": 2}  # with three stages it spills on sm_100
-    return {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128} | (
-        {"num_warps": 8} if width > 16 else narrow
-    )
+    tile = {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8}
+    if gpu in ("hopper", "blackwell"):  # H: from L2 once per tile of columns
+        tile["BLOCK_D"] = 128
+    if gpu == "blackwell":  # 32 tokens spill
+        tile |= {"BLOCK_T": 64, "num_stages": 2}
+    return tile
 
 
 def wgrad_many_experts(gpu, T, half, width):
-    return wgrad(gpu, T, half, width)
+    """The sums of dW take the place of the larger tile."""
+    return wgrad("ampere", T, half, width)
 
 
 def segmented(gpu, T, half, width):
@@ -135,6 +130,23 @@ def segmented(gpu, T, half, width):
     """
     tile = {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32, "BLOCK_N": 64, "COLUMNS": max(128, width)}
     return tile | {"num_warps": 4 if width <= 128 else 8, "num_stages": 3 if half else 2}
+
+
+def segmented_dx(gpu, T, half, width):
+    """The same for dx: a larger tile of tokens reads the router's W and shared rows of A once."""
+    tile = segmented(gpu, T, half, width)
+    if T <= SMALL_T or not half or width > 128:
+        return tile
+    if gpu == "ampere":
+        return tile | {"BLOCK_T": 64}
+    return tile | {"BLOCK_T": 64, "BLOCK_N": 128, "num_warps": 8}
+
+
+def segmented_rank_gradient(gpu, T, half, width):
+    """A tile of slots of one expert; they are many if picks are spread over few experts."""
+    if half and width <= 128:
+        return {"BLOCK_T": 64, "BLOCK_D": 64, "num_warps": 4 if width <= 64 else 8}
+    return {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32}
 
 
 def segmented_wgrad(gpu, T, half, width):
@@ -168,11 +180,12 @@ TILES = {
         rank_dense,
         decode,
         rank_gradient,
-        rank_gradient_unequal,
         expand,
         wgrad,
         wgrad_many_experts,
         segmented,
+        segmented_dx,
+        segmented_rank_gradient,
         segmented_wgrad,
         router_topk,
         route_logits,
@@ -184,7 +197,6 @@ TILES = {
 
 def interpreted(kernel, T, half, width):
     """A program takes milliseconds whatever its tile; the size classes are small enough for tests."""
-    few = T <= 16
     tile = {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32}
     if kernel == "shrink":
         tile["BLOCK_R"] = width
@@ -192,13 +204,11 @@ def interpreted(kernel, T, half, width):
         tile = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": 128}
     elif kernel.startswith("wgrad"):
         tile["MAX_R"] = 128
-    elif kernel == "segmented":
+    elif kernel in ("segmented", "segmented_dx"):
         tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
-    elif kernel.startswith("rank_gradient"):
-        tile["SHRINK_FIRST"] = few
     elif kernel.startswith("rank_dense"):
         tile = {"BLOCK_T": 32, "BLOCK_N": BLOCK_N}
-    elif kernel in ("router_topk_backward", "gate_ranks"):
+    elif kernel in ("rank_gradient", "router_topk_backward", "gate_ranks"):
         del tile["BLOCK_D"]
     return tile
 
