@@ -112,8 +112,8 @@ BUGS = {
         "expand", '(triton.cdiv(T, tile["BLOCK_T"]), triton', '(T // tile["BLOCK_T"], triton', NAN,
     ),
     "partial sum left unwritten": Bug(
-        "shrink", "inside = t_ok[:, None] & (row < R)[None, :]",
-        "inside = t_ok[:, None] & (row < R - split * R)[None, :]", NAN, case=FEW,
+        "shrink", "inside = t_ok[:, None] & row_ok[None, :]",
+        "inside = t_ok[:, None] & (row_ok & (row < R - split * R))[None, :]", NAN, case=FEW,
     ),
     "ranks past the first block forgotten": Bug(
         "expand", "for r0 in range(0, R, BLOCK_R):", "for r0 in range(0, tl.minimum(R, 16), 16):", WRONG,

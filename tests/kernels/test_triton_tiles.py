@@ -95,12 +95,12 @@ def test_decode(part, low_bounds, name):
 
 def test_the_tiles_are_those_of_the_gpu(part, low_bounds):
     """What a test above runs is what a GPU of this kind gets for thousands of tokens."""
-    x = torch.empty(70, 16, dtype=torch.bfloat16)
-    lowered = tiles.choose("rank_gradient", x, 128)
+    x = torch.empty(60, 16, dtype=torch.bfloat16)
+    lowered = tiles.choose("segmented_dx", x, 128)
     assert lowered["BLOCK_T"] * lowered["BLOCK_D"] >= 2048
     tiles.SMALL_T, tiles.MEDIUM_T = 64, 4096
-    assert tiles.choose("rank_gradient", x.new_empty(4097, 16), 128) == lowered
-    assert tiles.choose("rank_gradient", x, 128) != lowered
+    assert tiles.choose("segmented_dx", x.new_empty(4097, 16), 128) == lowered
+    assert tiles.choose("segmented_dx", x, 128) != lowered
 
 
 @pytest.mark.parametrize("tokens, sms", [(150, 4), (8192, 132), (8192, 108), (8192, 148)])
