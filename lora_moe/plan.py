@@ -65,7 +65,8 @@ class Candidate(NamedTuple):
 def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list[Candidate]:
     """Cost of each plan on a GPU, cheapest first; decode only for few tokens.
 
-    Bytes count mandatory traffic: x, base, y, the rows of A and B that are read, and the router's W.
+    Bytes count mandatory traffic: x, base, y, the rows of A and B that are read, the router's W, and
+    what one launch leaves for the next.
     """
     device, E, R = GPUS[gpu], len(ranks), sum(ranks)
     size = 2 if dtype in (torch.bfloat16, torch.float16) else 4
@@ -81,11 +82,12 @@ def candidates(T, D_in, D_out, ranks, top_k, dtype, gpu, shared_a=False) -> list
     router = 2.0 * T * D_in * E
     products = 2.0 * T * (D_in * rows_a + D_out * R)
     weights = size * (D_in * rows_a + D_out * R)
-    middle = 0 if R <= 256 else (8 + 2 * size) * T * R  # S and H go through memory
+    # partial sums of S go through memory, or S and H
+    middle = 16 * T * R if R <= 128 else (8 + 2 * size) * T * R
     if T <= DECODE_T:
         used_b = size * D_out * R * min(1.0, T * top_k / E)
         add(DECODE, 2, outside + size * D_in * rows_a + used_b, router + products)
-    add(RANK_DENSE, 2 if R <= 256 else 4, outside + weights + middle, router + products)
+    add(RANK_DENSE, 3 if R <= 128 else 4, outside + weights + middle, router + products)
 
     held = experts_in_a_tile(T, E, top_k, tile=16)
     columns = held * max(ranks)

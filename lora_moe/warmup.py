@@ -16,7 +16,8 @@ from .mlp import LoraMoeMLP
 from .native_experts import LoraMoeExperts
 from .routing import Routing
 
-TOKENS = (1, 1024, 8192)  # one per size class of plans and tiles
+# one per size class of plans and tiles
+TOKENS = (1, *(n * 2**i for i in range(4, 12) for n in (2, 3)), 8192)
 
 
 def warm_up(model: nn.Module, *, tokens: Sequence[int] = TOKENS, backward: bool = True) -> int:

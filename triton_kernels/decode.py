@@ -137,7 +137,7 @@ def decode(x, w, biases, base, experts, routing, gate):
     """y (T, D_out), the router's decision (None if `routing` is given), S (T, R or r)."""
     a, b = experts.a, experts.b
     T, E, (_, D_out) = len(x), len(experts.scaling), b.shape
-    s_partial, logits_partial = shrink_splits(x, a, w)
+    s_partial, logits_partial = shrink_splits(x, a, w, few_tokens=True)
     results = None
     if w is None:
         logits_partial = None
@@ -182,5 +182,6 @@ def decode_banks(x, w, biases, base, experts, columns, gate, y):
     (BANKS E,); `columns` as in the kernel.
     """
     E = len(w) // len(columns)
-    partials, tile = shrink_splits(x, experts.a, w), choose("decode", x, experts.TILE_R)
+    partials = shrink_splits(x, experts.a, w, few_tokens=True)
+    tile = choose("decode", x, experts.TILE_R)
     _launch(x, partials, columns, biases, base, experts, E, None, None, y, gate, tile)

@@ -5,7 +5,7 @@
     drouter_bias = dlogits^T 1
 
 Four launches and one that adds up partial sums, each skipped if its gradient is not needed; dy and x
-are read twice, dx is written once.  The segmented plan does the same on tiles of sorted tokens.
+are read twice, dx is written once.  The segmented plan does the same on sorted slots and tokens.
 """
 
 import functools
@@ -13,7 +13,6 @@ import functools
 import torch
 
 from .add_splits import add_splits
-from .arrange_slots import arrange_slots
 from .expand import expand
 from .experts import bundle_experts
 from .operands import require_supported, rows_contiguous
@@ -21,10 +20,11 @@ from .rank_gradient import rank_gradient
 from .router_topk import RoutingBuffers
 from .router_topk_backward import aux_gradients, logits_gradient
 from .segmented_expand import segmented_expand
-from .segmented_shrink import segmented_rank_gradient, segments_of
+from .segmented_rank_gradient import segmented_rank_gradient
+from .segmented_shrink import segments_of
 from .segmented_wgrad import segmented_wgrad, sorted_slots
-from .slots import of_each_slot, segments_of_slots
-from .wgrad import wgrad, wgrad_pair_splits, wgrad_splits
+from .slots import segments_of_slots
+from .wgrad import Weight, wgrad, wgrad_splits
 from .write_table import write_table
 
 
@@ -77,33 +77,26 @@ class RankDense:
 
     def results(self, need_x, need_a, need_router, need_b):
         """dx, da, dw, db; empty if not needed."""
-        sums = {}
-        if need_a and need_router:
-            sums["a"], sums["w"] = self.a_and_w()
-        elif need_a:
-            sums["a"] = self.a()
-        elif need_router:
-            sums["w"] = wgrad_splits(self.dlogits, self.x, self.w.dtype)
-        if need_b:
-            sums["b"] = self.b()
+        sums = self.sums(need_a, need_router, need_b)
         dx = self.input() if need_x else self.dy.new_empty(0)
         add_splits(*((partials, out) for partials, out in sums.values() if partials is not None))
         return dx, *(sums[name][1] if name in sums else self.dy.new_empty(0) for name in "awb")
 
+    def sums(self, need_a, need_router, need_b):
+        """(partial sums, gradient) of each weight that is needed, all from one launch."""
+        of_x, of_dy = {}, {}
+        if need_a:
+            rows = self.rows(self.experts.shared_a)
+            of_x["a"] = Weight(self.ds, self.experts.a.dtype, rows)
+        if need_router:
+            of_x["w"] = Weight(self.dlogits, self.w.dtype)
+        if need_b:
+            of_dy["b"] = Weight(self.h, self.experts.b.dtype, self.rows(False))
+        found = wgrad_splits(self.x, [*of_x.values()], self.dy, [*of_dy.values()])
+        return dict(zip((*of_x, *of_dy), found))
+
     def input(self):
         return expand(self.ds, self.experts.a, self.dlogits, self.w, None, self.x.dtype)
-
-    def a_and_w(self):
-        kinds = self.experts.a.dtype, self.w.dtype
-        return wgrad_pair_splits(
-            self.ds, self.dlogits, self.x, *kinds, self.rows(self.experts.shared_a)
-        )
-
-    def a(self):
-        return wgrad_splits(self.ds, self.x, self.experts.a.dtype, self.rows(self.experts.shared_a))
-
-    def b(self):
-        return wgrad_splits(self.h, self.dy, self.experts.b.dtype, self.rows(False))
 
     def rows(self, shared):
         """The rows that are not frozen, or None for all.  A frozen expert still passes gradients to x."""
@@ -119,44 +112,48 @@ class RankDense:
 
 
 class Segmented(RankDense):
-    """dS and H of picked experts only: tile by tile for dx, slot by slot for dA and dB."""
+    """dS and H of picked experts only, slot by slot; dx from tiles of sorted tokens."""
 
     def __init__(self, dy, x, w, s, routing, experts, frozen, router):
         self.dy, self.x, self.w, self.experts, self.frozen = dy, x, w, experts, frozen
         self.indices, self.dlogits = routing.indices, None
-        self.segments = segments_of(x, routing.indices, experts)
-        out = segmented_rank_gradient(dy, s.contiguous(), routing, experts, self.segments)
-        self.columns, self.ds, self.h, self.dweights = out
+        self.slots = sorted_slots(routing.indices, len(experts.scaling))
+        out = segmented_rank_gradient(dy, s.contiguous(), routing, experts, self.slots)
+        self.ds, self.h, self.dweights = out
         if router is not None:
             self.dlogits = logits_gradient(self.dweights, routing, router)
 
     def input(self):
         if self.experts.shared_a:
             return expand(self.shared_ds, self.experts.a, self.dlogits, self.w, None, self.x.dtype)
-        a = self.experts.a
-        return segmented_expand(
-            self.columns, a, self.dlogits, self.w, None, self.segments, self.experts, self.x.dtype
+        return self.input_of(
+            segments_of(self.x, self.indices, self.experts, "segmented_dx"), self.indices
         )
 
-    @functools.cached_property
-    def slots(self):
-        return sorted_slots(self.indices, len(self.experts.scaling))
+    def input_of(self, segments, indices):
+        """dx of tokens with these indices, whose order and tiles `segments` holds."""
+        own, dtype = RoutingBuffers(indices, None), self.x.dtype  # dS includes its gate
+        return segmented_expand(
+            self.ds, own, self.experts.a, self.dlogits, self.w, None, segments, self.experts, dtype
+        )
 
     @functools.cached_property
     def shared_ds(self):
         """The gradient for a shared A: the sum over a token's slots."""
         return self.ds.sum(1).to(self.x.dtype)
 
-    def a_and_w(self):
-        return self.a(), wgrad_splits(self.dlogits, self.x, self.w.dtype)
-
-    def a(self):
-        if self.experts.shared_a:
-            return wgrad_splits(self.shared_ds, self.x, self.experts.a.dtype)
-        return self.by_expert(self.ds, self.x, self.experts.a.dtype)
-
-    def b(self):
-        return self.by_expert(self.h, self.dy, self.experts.b.dtype)
+    def sums(self, need_a, need_router, need_b):
+        sums = {}
+        if need_a and self.experts.shared_a:
+            shared = Weight(self.shared_ds, self.experts.a.dtype)
+            (sums["a"],) = wgrad_splits(self.x, [shared])
+        elif need_a:
+            sums["a"] = self.by_expert(self.ds, self.x, self.experts.a.dtype)
+        if need_router:
+            (sums["w"],) = wgrad_splits(self.x, [Weight(self.dlogits, self.w.dtype)])
+        if need_b:
+            sums["b"] = self.by_expert(self.h, self.dy, self.experts.b.dtype)
+        return sums
 
     def by_expert(self, h, x, dtype):
         return segmented_wgrad(h, x, self.slots, self.experts, self.frozen_flags, dtype)
@@ -173,21 +170,14 @@ class OfSlots(Segmented):
     """The same with slots as tokens (slots.py): dx is summed over a token's slots if y was not."""
 
     def __init__(self, dy, x, w, s, routing, experts, frozen, slots):
-        self.dy, self.x, self.w, self.experts, self.frozen = dy, x, w, experts, frozen
-        self.indices, self.dlogits, self.apart = routing.indices, None, slots == "apart"
-        each = of_each_slot(routing)
-        self.segments, self.slots = segments_of_slots(x, each, experts)
-        self.columns, self.ds, self.h, dweights = segmented_rank_gradient(
-            dy, s.contiguous(), each, experts, self.segments, in_tiles=not self.apart
-        )
-        self.dweights = dweights.view(self.indices.shape)
+        self.apart = slots == "apart"
+        super().__init__(dy, x, w, s, routing, experts, frozen, None)
 
     def input(self):
         if self.indices.numel() == 0:
             return torch.zeros_like(self.x)
         if self.apart:
-            self.segments = segments_of(self.x, self.indices, self.experts)
-            self.columns = arrange_slots(
-                self.ds, None, self.indices, self.experts, self.segments, self.x
-            )
-        return super().input()
+            return super().input()
+        each, order = self.indices.view(-1, 1), self.slots[0]
+        segments = segments_of_slots(self.x, each, order, self.experts, "segmented_dx")
+        return self.input_of(segments, each)

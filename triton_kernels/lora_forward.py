@@ -1,6 +1,6 @@
 """routed_lora and grouped_lora, by plan:
 
-    rank_dense   one kernel, `rank_dense`; where S of all experts does not fit, `shrink`, gate and `expand`
+    rank_dense   `shrink`, then `rank_dense`; where S of all experts does not fit, `shrink`, gate and `expand`
     segmented    tokens sorted by expert: `segmented_shrink`, `segmented_expand`
     decode       `shrink` in splits of D_in, then `decode` over splits of D_out
 
@@ -11,26 +11,25 @@ Each plan computes the same formula; lora_moe/plan.py chooses.
 
 import torch
 
-from .arrange_slots import arrange_slots
 from .decode import decode
 from .expand import expand
 from .experts import bundle_experts
 from .gate_ranks import gate_ranks
 from .operands import require_supported, rows_contiguous
-from .rank_dense import rank_dense, tile_of
+from .rank_dense import rank_dense
 from .router_topk import (
     NO_BIASES,
     RoutingBuffers,
     biases_of,
     decide,
     gate_options,
-    new_routing,
     router_topk,
 )
 from .segmented_expand import segmented_expand
 from .segmented_shrink import segmented_shrink, segments_of
 from .shrink import shrink
 from .slots import of_each_slot, segments_of_slots
+from .sort_tokens import sort_slots
 
 
 def routed_lora(
@@ -70,9 +69,9 @@ def grouped_lora(x, a, b, base, indices, weights, scaling, offsets, shared_a, sl
     if len(x) == 0 or not experts.fit_registers:
         s, _ = shrink(x, a, None)
         return _expand_gated(s, routing, experts, base, x.dtype), s
-    tile = tile_of(x, experts)
     gate = gate_options(indices.shape[1])
-    return rank_dense(x, None, NO_BIASES, experts, base, routing, gate, tile)
+    y, _, s = rank_dense(x, None, NO_BIASES, experts, base, routing, gate)
+    return y, s
 
 
 def _rank_dense(x, w, biases, base, experts, gate):
@@ -80,10 +79,8 @@ def _rank_dense(x, w, biases, base, experts, gate):
         s, logits = shrink(x, experts.a, w)
         routing = decide(logits, biases, gate)
         return _expand_gated(s, RoutingBuffers(*routing[:2]), experts, base, x.dtype), *routing, s
-    tile = tile_of(x, experts)
-    routing = new_routing(x, len(w), gate["K"], tile["BLOCK_T"])
-    y, s = rank_dense(x, rows_contiguous(w), biases, experts, base, routing, gate, tile)
-    return y, *routing.results(), s
+    y, routing, s = rank_dense(x, w, biases, experts, base, None, gate)
+    return y, *routing, s
 
 
 def _segmented(x, base, routing, experts):
@@ -92,8 +89,9 @@ def _segmented(x, base, routing, experts):
         columns = experts.largest * (1 if experts.shared_a else routing.indices.shape[1])
         return x.new_empty(0, experts.b.shape[1]), x.new_empty(0, columns, dtype=torch.float32)
     segments = segments_of(x, routing.indices, experts)
-    s, h = segmented_shrink(x, experts.a, s, routing, experts, segments)
-    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
+    if s is None:
+        s = segmented_shrink(x, experts.a, routing.indices, experts, segments)
+    y = segmented_expand(s, routing, experts.b, None, None, base, segments, experts, x.dtype)
     return y, s.view(len(x), -1)
 
 
@@ -105,12 +103,12 @@ def _of_slots(x, base, routing, experts, slots):
         s = x.new_empty(T, K * experts.largest, dtype=torch.float32)
         return y if base is None or apart else base + y, s
     each = of_each_slot(routing)
-    segments, _ = segments_of_slots(x, each, experts)
-    s, h = segmented_shrink(x, experts.a, None, each, experts, segments, in_tiles=apart)
+    order, _ = sort_slots(each.indices, len(experts.scaling))
+    segments = segments_of_slots(x, each.indices, order, experts)
+    s = segmented_shrink(x, experts.a, each.indices, experts, segments)
     if not apart:
-        segments = segments_of(x, routing.indices, experts)
-        h = arrange_slots(s, routing.weights, routing.indices, experts, segments, x)
-    y = segmented_expand(h, experts.b, None, None, base, segments, experts, x.dtype)
+        each, segments = routing, segments_of(x, routing.indices, experts)
+    y = segmented_expand(s, each, experts.b, None, None, base, segments, experts, x.dtype)
     return y, s.view(T, -1)
 
 

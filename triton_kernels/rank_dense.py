@@ -1,13 +1,13 @@
-"""The rank-dense plan: router top-k, shrink, gate and expand, in one pass over x and one over y:
+"""The second half of the rank-dense plan, after `shrink`: router top-k, gate and expand, in one pass over y:
 
-    [S | logits] = x @ [A | W]^T      H = gate(S, logits)      y = base + H @ B
+    [S | logits] = partial sums, added in order      H = gate(S, logits)      y = base + H @ B
 
-Phase 1 loops over D_in and computes S and the logits from the same tile of x; top-k and gating happen in
-registers, where H is the operand of phase 2, which loops over D_out.  Nothing is sorted, gathered
-or read twice.  If H does not fit next to a tile of y, it is stored instead and `expand` is a second
-launch.  If T is too small to fill a device, `shrink` runs first, split along D_in, and phase 2 is split
-along D_out.
-Reads T*D_in + (R+E)*D_in + R*D_out + T*D_out (base), writes T*D_out + 4*T*(R + 2K + E).
+Top-k and gating happen in registers, where H is the operand of the product.  Nothing is sorted, gathered or
+read twice.  The second axis of the grid splits D_out until the programs fill the device: every program
+of a tile of tokens repeats the decision, which costs less than waiting for another launch, and the
+first one stores it.  If H does not fit next to a tile of y, it is stored instead, and `expand` is another
+launch.
+Reads 4*SPLITS*T*(R+E) + R*D_out + T*D_out (base), writes T*D_out + 4*T*(R + 2K + E).
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.
 """
@@ -18,24 +18,20 @@ import triton.language as tl
 
 from .expand import expand
 from .gating import apply_gate, expert_rows, narrow, route, saved_rows, scatter_slots
+from .grids import multiprocessors, output_shares
 from .launching import launch, precision
-from .numerics import convert, dot, in_first, load_total, project, round_to, rows_of, widen
+from .numerics import convert, dot, in_first, load_total, round_to, rows_of, widen
+from .router_topk import new_routing
 from .shrink import shrink_splits
-from .tiles import choose
+from .tiles import BLOCK_N, choose, token_sizes
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "T_SPLIT"])
 def _rank_dense_kernel(
-    x_ptr,  # (T, D_in), or None: `shrink` wrote partial sums
-    stride_xt,
     s_partial_ptr,  # (SPLITS, T, R or r)
-    logits_partial_ptr,  # (SPLITS, T, E)
+    logits_partial_ptr,  # (SPLITS, T, E), or None: the routing is given
     SPLITS,
-    w_ptr,  # (E, D_in), or None: the routing is given
-    stride_we,
     biases,
-    a_ptr,  # (R, D_in), or (r, D_in) shared by the experts
-    stride_ar,
     b_ptr,  # (R, D_out)
     stride_br,
     base_ptr,  # (T, D_out) or None
@@ -50,8 +46,8 @@ def _rank_dense_kernel(
     T,
     E,
     R,
-    D_in,
     D_out,
+    T_SPLIT,  # tokens per program, at most BLOCK_T
     D_OUT_SPLIT,  # columns of y per program
     top_p,
     threshold,
@@ -62,34 +58,25 @@ def _rank_dense_kernel(
     TILE_E: tl.constexpr,
     TILE_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
+    t0 = tl.program_id(0).to(tl.int64) * T_SPLIT
     t = t0 + tl.arange(0, BLOCK_T)
-    t_ok = t < T
+    t_ok = (t < T) & (tl.arange(0, BLOCK_T) < T_SPLIT)
     e = tl.arange(0, BLOCK_E)
     row, row_ok = expert_rows(offsets_ptr, rank, 0, E, TILE_E, TILE_R)
     s_row, s_ok, width = saved_rows(offsets_ptr, rank, 0, E, R, TILE_E, TILE_R, SHARED)
     s_inside = t_ok[:, None] & s_ok[None, :]
     split = tl.program_id(1)  # a split of y; the first one stores what all of them compute
 
-    if x_ptr is None:
-        s = load_total(s_partial_ptr, SPLITS, T, t0, width, s_row, s_inside, BLOCK_T)
-        logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-        if w_ptr is not None:
-            inside = t_ok[:, None] & (e < E)[None, :]
-            logits = load_total(logits_partial_ptr, SPLITS, T, t0, E, e, inside, BLOCK_T)
-    else:
-        s, logits = project(
-            x_ptr, stride_xt, t, t_ok, a_ptr, stride_ar, s_row, s_ok, w_ptr, stride_we, e, e < E,
-            0, D_in, BLOCK_D, PRECISION,
-        )  # fmt: skip
+    s = load_total(s_partial_ptr, SPLITS, T, t0, width, s_row, s_inside, BLOCK_T)
     tl.store(rows_of(s_ptr, t0, width, s_row, BLOCK_T), s, mask=in_first(s_inside, split))
 
-    if w_ptr is not None:
+    if logits_partial_ptr is not None:
+        inside = t_ok[:, None] & (e < E)[None, :]
+        logits = load_total(logits_partial_ptr, SPLITS, T, t0, E, e, inside, BLOCK_T)
         gate = route(
             logits, biases, top_p, threshold, routing, split, t0, t, t_ok, e, e < E, T, E, 0,
             K, GATE, RENORMALIZE,
@@ -118,40 +105,44 @@ def _rank_dense_kernel(
             tl.store(y_ptr + t[:, None] * D_out + n, y, mask=in_y)
 
 
-def tile_of(x, experts):
-    kernel = "rank_dense"
-    if experts.shared_a:
-        kernel = "rank_dense_shared"
-    elif experts.TILE_E > 16:
-        kernel = "rank_dense_many_experts"
-    return choose(kernel, x, experts.TILE_E * experts.TILE_R)
-
-
-def rank_dense(x, w, biases, experts, base, routing, gate, tile):
-    """y (T, D_out) and S (T, R or r) in fp32.  Also fills `routing`, unless w is None: it is given then."""
-    a, b = experts.a, experts.b
+def rank_dense(x, w, biases, experts, base, routing, gate):
+    """y (T, D_out), the router's decision (None if `routing` is given), S (T, R or r) in fp32."""
+    b = experts.b
     T, E, (R, D_out) = len(x), len(experts.scaling), b.shape
-    s = x.new_empty(T, len(a), dtype=torch.float32)
-    d_out_split = tile.pop("D_OUT_SPLIT")
-    y = None if d_out_split is None else x.new_empty(T, D_out)
-    h = x.new_empty(T, R) if d_out_split is None else None
-    splits = 1 if d_out_split is None else max(1, triton.cdiv(D_out, d_out_split))
-    source = (x, x.stride(0), None, None, 0)
-    if tile.pop("SHRINK_FIRST"):
-        sums = shrink_splits(x, a, w)
-        source = (None, 0, *sums, len(sums[0]))
+    s_partial, logits_partial = shrink_splits(x, experts.a, w)
+    tokens, columns, block_t = shares(x, base, experts, s_partial, logits_partial)
+    tile = choose("rank_dense", x, experts.TILE_E * experts.TILE_R, block_t)
+    tokens = tokens or tile["BLOCK_T"]
+    if w is not None:
+        routing = new_routing(x, E, gate["K"], tokens)
+    s = x.new_empty(T, len(experts.a), dtype=torch.float32)
+    y = x.new_empty(T, D_out) if columns else None
+    h = None if columns else x.new_empty(T, R)
     launch(
         x,
         _rank_dense_kernel,
-        (triton.cdiv(T, tile["BLOCK_T"]), splits),
-        *(*source, w, 0 if w is None else w.stride(0), biases),
-        *(a, a.stride(0), b, b.stride(0), base, 0 if base is None else base.stride(0)),
+        (triton.cdiv(T, tokens), triton.cdiv(D_out, columns) if columns else 1),
+        *(s_partial, None if w is None else logits_partial, len(s_partial), biases),
+        *(b, b.stride(0), base, 0 if base is None else base.stride(0)),
         *(experts.scaling, experts.offsets, experts.rank, routing, s, h, y),
-        *(T, E, R, x.shape[1], D_out, d_out_split or D_out),
+        *(T, E, R, D_out, tokens, columns or D_out),
         BLOCK_E=max(16, experts.TILE_E),
         PRECISION=precision(x),
         **experts.options,
         **gate,
         **tile,
     )
-    return expand(h, b, None, None, base, x.dtype) if y is None else y, s
+    if y is None:
+        y = expand(h, b, None, None, base, x.dtype)
+    return y, None if w is None else routing.results(), s
+
+
+def shares(x, base, experts, *partials):
+    """(tokens, columns of y) per program and BLOCK_T; None if `expand` writes y."""
+    sizes, b = token_sizes(x, experts), experts.b
+    if not sizes:
+        return None, None, None
+    again = sum(4 * len(v) * v.shape[2] for v in partials)
+    once = 0 if base is None else b.shape[1] * base.itemsize
+    per_tile, device = b.numel() * b.itemsize, multiprocessors(x.device)
+    return output_shares(len(x), b.shape[1], sizes, BLOCK_N, again, per_tile, once, device)

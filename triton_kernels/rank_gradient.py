@@ -1,11 +1,11 @@
-"""Backward to rank space:  G = dy @ B^T,  and from it
+"""Backward to rank space, after `shrink`, which computes  G = dy @ B^T  in one pass over dy:
 
     dS = G g s      dg_te = s_e * sum over rows r of e of G_tr S_tr      dlogits = router backward of dg
 
-One pass over dy leaves G in registers, where the rest is computed with the saved S (T, R): the gate's
-gradient needs nothing of size D_out.  H is recomputed rather than saved: dB = H^T dy.
-If the ranks do not fit, `shrink` writes G and `gate_ranks_backward` does the rest.
-Reads T*D_out + R*D_out + 4*T*(R + 3K + E), writes T*(R + R) + 4*T*E.
+With G and the saved S (T, R), the gate's gradient needs nothing of size D_out.  H is recomputed rather than
+saved: dB = H^T dy.  G comes as partial sums over splits of D_out, which let few programs share B and yet
+fill a device.  If the ranks do not fit into registers, `gate_ranks_backward` takes a few at a time.
+Reads 4*T*((SPLITS + 1)*R + 3K + E), writes T*(R + R) + 4*T*E.
 
 Letters: T tokens, E experts, K picked experts per token, R rank rows of all experts, r one expert's.
 """
@@ -24,8 +24,8 @@ from .gating import (
     scatter_slots,
     share_of_slots,
 )
-from .launching import launch, precision
-from .numerics import load_total, project, round_to, rows_of
+from .launching import launch
+from .numerics import load_total, round_to, rows_of
 from .router_topk_backward import aux_gradients, logits_gradient
 from .shrink import shrink, shrink_splits
 from .tiles import choose
@@ -33,12 +33,8 @@ from .tiles import choose
 
 @triton.jit(do_not_specialize=["T"])
 def _rank_gradient_kernel(
-    dy_ptr,  # (T, D_out), or None: `shrink` wrote partial sums of G
-    stride_dyt,
     g_partial_ptr,  # (SPLITS, T, R)
     SPLITS,
-    b_ptr,  # (R, D_out)
-    stride_br,
     s_ptr,  # (T, R), or (T, r) shared by the experts
     indices_ptr,  # (T, K)
     weights_ptr,  # (T, K)
@@ -54,7 +50,6 @@ def _rank_gradient_kernel(
     T,
     E,
     R,
-    D_out,
     K: tl.constexpr,
     GATE: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -62,8 +57,6 @@ def _rank_gradient_kernel(
     TILE_E: tl.constexpr,
     TILE_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     t0 = tl.program_id(0).to(tl.int64) * BLOCK_T
     t = t0 + tl.arange(0, BLOCK_T)
@@ -73,13 +66,7 @@ def _rank_gradient_kernel(
     s_row, s_ok, width = saved_rows(offsets_ptr, rank, 0, E, R, TILE_E, TILE_R, SHARED)
     inside, s_inside = t_ok[:, None] & row_ok[None, :], t_ok[:, None] & s_ok[None, :]
 
-    if dy_ptr is None:
-        g = load_total(g_partial_ptr, SPLITS, T, t0, R, row, inside, BLOCK_T)
-    else:
-        g, _ = project(
-            dy_ptr, stride_dyt, t, t_ok, b_ptr, stride_br, row, row_ok, None, 0, e, e_ok,
-            0, D_out, BLOCK_D, PRECISION,
-        )  # fmt: skip
+    g = load_total(g_partial_ptr, SPLITS, T, t0, R, row, inside, BLOCK_T)
     g = tl.where(row_ok[None, :], g, 0.0)
     s = tl.load(rows_of(s_ptr, t0, width, s_row, BLOCK_T), mask=s_inside, other=0.0)
 
@@ -122,24 +109,19 @@ def rank_gradient(dy, s, routing, experts, router):
     ds, h = dy.new_empty(s.shape), dy.new_empty(len(dy), len(b))
     dweights = torch.zeros_like(weights) if router is None else None
     dlogits = None if router is None else torch.empty_like(logits)
-    kernel = "rank_gradient" if experts.offsets is None else "rank_gradient_unequal"
-    tile = choose(kernel, dy, experts.TILE_E * experts.TILE_R)
-    source = (dy, dy.stride(0), None, 0)
-    if tile.pop("SHRINK_FIRST"):
-        g, _ = shrink_splits(dy, b, None)
-        source = (None, 0, g, len(g))
+    g, _ = shrink_splits(dy, b, None)
+    tile = choose("rank_gradient", dy, experts.TILE_E * experts.TILE_R)
     launch(
         dy,
         _rank_gradient_kernel,
         (triton.cdiv(len(dy), tile["BLOCK_T"]),),
-        *(*source, b, b.stride(0), s, indices, weights),
+        *(g, len(g), s, indices, weights),
         *(experts.scaling, experts.offsets, experts.rank, logits, aux),
         *(ds, h, dweights, dlogits),
-        *(len(dy), len(experts.scaling), *b.shape),
+        *(len(dy), len(experts.scaling), len(b)),
         K=indices.shape[1],
         GATE=gate,
         RENORMALIZE=renormalize,
-        PRECISION=precision(dy),
         **experts.options,
         **tile,
     )

@@ -1,10 +1,15 @@
-"""Expand by picked experts only, on tiles of sorted tokens:  y = base + H B (+ H2 B2).
+"""Expand by picked experts only, on tiles of sorted tokens:  y = base + H B (+ H2 B2),
 
-The loop over ranks in `expand` covers the columns of the tile's own experts instead of all R; rows of base
-and y are gathered and scattered, which is free at their width.  The second pair is dense: dlogits W.
-Reads T*D (base), H and the rows of B of every tile's experts, writes T*D.
+    H_te = sum over slots j that name e of  S_tj g_tj s_e,  or of dS_tj, which includes its gate
 
-Letters: T tokens, E experts, R rank rows, L experts a tile may hold, D columns of y.
+The loop over ranks in `expand` covers the columns of the tile's own experts instead of all R.  For each of
+these experts, H is gathered from the slots in registers: with the zeros of a tile it would be larger,
+and every tile of columns reads all of it.  Rows of base and y are gathered and scattered, which is free at
+their width.  The second pair is dense: dlogits W.
+Reads T*D (base), T*K*(r + 2) and the rows of B of every tile's experts, writes T*D.
+
+Letters: T tokens, E experts, K slots per token, R rank rows, r the largest rank, L experts a tile may hold, D
+columns of y.
 """
 
 import triton
@@ -14,12 +19,19 @@ from .expand import add_product, rank_step
 from .launching import launch, precision
 from .numerics import dot, matched, round_to, widen
 from .operands import rows_contiguous
-from .segmented_shrink import listed_rows, sharing
+from .segmented_shrink import sharing
+
+UNROLLED = tl.constexpr(
+    8
+)  # slots; a loop over more of them keeps the loop over ranks from being pipelined
 
 
 @triton.jit(do_not_specialize=["T"])
 def _segmented_expand_kernel(
-    h_ptr,  # (tiles, BLOCK_T, L*TILE_R)
+    s_ptr,  # S or dS (T, K, r), or S (T, r) shared by the experts
+    indices_ptr,  # (T, K)
+    weights_ptr,  # (T, K), or None: S includes its gate
+    scaling_ptr,  # (E,)
     b_ptr,  # (R, D)
     stride_br,
     h2_ptr,  # (T, R2) or None
@@ -37,9 +49,12 @@ def _segmented_expand_kernel(
     T,
     E,
     L,
+    r,
     R2,
     D,
     BLOCKS,  # of columns; one axis of the grid takes any number of tiles, the others at most 65,535
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
     SHARE: tl.constexpr,  # consecutive tokens that read the same row of base
     TILE_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -55,17 +70,32 @@ def _segmented_expand_kernel(
     d = tl.program_id(0) % BLOCKS * BLOCK_D + tl.arange(0, BLOCK_D)
     number = tl.load(number_ptr + tile)
     experts_ptr += tile * L
-    h_ptr += tile * BLOCK_T * (L * TILE_R)
 
     y = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for first in range(0, number * TILE_R, BLOCK_R):
-        column = first + tl.arange(0, BLOCK_R)
-        row, row_ok = listed_rows(offsets_ptr, rank, experts_ptr, number, first, E, BLOCK_R, TILE_R)
-        h = h_ptr + tl.arange(0, BLOCK_T)[:, None] * (L * TILE_R) + column[None, :]
-        h = tl.load(h, mask=t_ok[:, None] & (column < number * TILE_R)[None, :], other=0.0)
+        e = tl.load(experts_ptr + first // TILE_R)
+        c = first % TILE_R + tl.arange(0, BLOCK_R)
+        if offsets_ptr is None:
+            start = e * rank
+            stop = start + rank
+        else:
+            start = tl.load(offsets_ptr + e)
+            stop = tl.load(offsets_ptr + e + 1)
+        row = start + c
+        h = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        if K <= UNROLLED:
+            for j in tl.static_range(K):
+                h = add_slot(
+                    h, s_ptr, indices_ptr, weights_ptr, scaling_ptr, t, t_ok, j, e, c, r, K, SHARED
+                )
+        else:
+            for j in range(K):
+                h = add_slot(
+                    h, s_ptr, indices_ptr, weights_ptr, scaling_ptr, t, t_ok, j, e, c, r, K, SHARED
+                )
         b = b_ptr + row[:, None].to(tl.int64) * stride_br + d[None, :]
-        b = tl.load(b, mask=row_ok[:, None] & (d < D)[None, :], other=0.0)
-        h, b = matched(h, b, y_ptr.dtype.element_ty)
+        b = tl.load(b, mask=(row < stop)[:, None] & (d < D)[None, :], other=0.0)
+        h, b = matched(round_to(h, y_ptr.dtype.element_ty), b, y_ptr.dtype.element_ty)
         y = dot(h, b, y, PRECISION)
     if h2_ptr is not None:
         y = add_product(
@@ -81,11 +111,40 @@ def _segmented_expand_kernel(
     tl.store(y_ptr + t[:, None] * D + d[None, :], y, mask=inside)
 
 
-def segmented_expand(h, b, h2, b2, base, segments, experts, dtype):
-    """y (T, D) in dtype, from H tile by tile."""
+@triton.jit
+def add_slot(
+    h,
+    s_ptr,
+    indices_ptr,
+    weights_ptr,
+    scaling_ptr,
+    t,
+    t_ok,
+    j,
+    e,
+    c,
+    r,
+    K: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """h + S_tj g_tj s_e of the tokens whose slot j names e, columns c."""
+    slot = t * K + j
+    mine = tl.load(indices_ptr + slot, mask=t_ok, other=-1) == e
+    at = t if SHARED else slot
+    s = tl.load(s_ptr + at[:, None] * r + c, mask=mine[:, None] & (c < r), other=0.0)
+    s = widen(s)
+    if weights_ptr is not None:
+        factor = tl.load(weights_ptr + slot, mask=mine, other=0.0) * tl.load(scaling_ptr + e)
+        s = tl.where((factor != 0)[:, None], s * factor[:, None], 0.0)
+    return h + s
+
+
+def segmented_expand(s, routing, b, h2, b2, base, segments, experts, dtype):
+    """y (T, D) in dtype, from S by slot; routing.weights None: S includes its gate."""
     order, listed, number, tile = segments
-    T, D = len(order), b.shape[1]
-    y = h.new_empty(T, D, dtype=dtype)
+    indices, weights, *_ = routing
+    (T, K), D = indices.shape, b.shape[1]
+    y = s.new_empty(T, D, dtype=dtype)
     if y.numel() == 0:
         return y
     b = rows_contiguous(b)
@@ -96,19 +155,23 @@ def segmented_expand(h, b, h2, b2, base, segments, experts, dtype):
     base = rows_contiguous(base)
     blocks = triton.cdiv(D, tile["BLOCK_N"])
     launch(
-        h,
+        y,
         _segmented_expand_kernel,
         (blocks * len(number),),
-        *(h, b, b.stride(0), *second, base, 0 if base is None else base.stride(0), y),
+        *(s, indices, weights, experts.scaling, b, b.stride(0), *second),
+        *(base, 0 if base is None else base.stride(0), y),
         *(order, listed, number, experts.offsets, experts.rank),
-        *(T, len(experts.scaling), listed.shape[1], 0 if b2 is None else len(b2), D, blocks),
+        *(T, len(experts.scaling), listed.shape[1], experts.largest),
+        *(0 if b2 is None else len(b2), D, blocks),
+        K=K,
+        SHARED=experts.shared_a,
         SHARE=1 if base is None else sharing(T, base),
         TILE_R=experts.own_columns,
         BLOCK_T=tile["BLOCK_T"],
         BLOCK_D=tile["BLOCK_N"],
-        BLOCK_R=min(rank_step(h, b), experts.own_columns),
+        BLOCK_R=min(rank_step(y, b), experts.own_columns),
         BLOCK_R2=16 if b2 is None else rank_step(h2, b2),
-        PRECISION=precision(h),
+        PRECISION=precision(y),
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
     )

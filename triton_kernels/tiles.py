@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 from .numerics import INTERPRETED
 
-ALL = 2**30
+BLOCK_N = 64  # columns of y per step of `rank_dense`
 SMALL_T, MEDIUM_T = 64, 4096  # up to these sizes T alone does not fill a device: `shrink` splits D
 
 
@@ -32,7 +32,7 @@ class UnsupportedGPU(OutOfResources):
 
 @functools.lru_cache
 def family(device):
-    """interpreter, hopper (227 KB of shared memory per block), ampere and similar (99) or cdna (64)."""
+    """interpreter, hopper, blackwell (227 KB of shared memory a block), ampere and similar (99) or cdna."""
     if INTERPRETED:
         return "interpreter"
     with torch.cuda.device_of(torch.empty(0, device=device)):
@@ -41,7 +41,7 @@ def family(device):
         if target.warp_size != 64:  # with the tiles of the others, up to 2,367 registers spill
             raise UnsupportedGPU(target.arch)
         return "cdna"
-    return "hopper" if target.arch // 10 in (9, 10) else "ampere"
+    return {9: "hopper", 10: "blackwell"}.get(target.arch // 10, "ampere")
 
 
 def padded(n, most):
@@ -49,40 +49,46 @@ def padded(n, most):
     return min(most, max(16, triton.next_power_of_2(n)))
 
 
+def split_of_d(D, ranks, few_tokens):
+    """Columns of x per program of `shrink`: by plan and shape, never by T, as sums depend on it."""
+    if few_tokens:  # the decode plan
+        return 64 if INTERPRETED else 512
+    parts = 2 if ranks <= 128 else 1  # more ranks fill a device with programs of their own
+    return triton.cdiv(triton.cdiv(D, parts), 64) * 64 or 64
+
+
+def rank_sizes(x, most):
+    """Sizes that a tile of ranks may have in `shrink`, and the most tokens of one."""
+    gpu = family(x.device)
+    if gpu == "interpreter" or x.itemsize == 4:
+        return (most,), 32 if INTERPRETED else 16
+    return tuple(n for n in (16, 32, 64, 128) if n <= most), 64 if gpu == "cdna" else 128
+
+
 def shrink(gpu, T, half, width):
-    """D_SPLIT: columns of x per program; without it, all of them."""
-    split = {"D_SPLIT": 512 if T <= SMALL_T else 1024} if T <= MEDIUM_T else {}
-    if T <= SMALL_T and half:
-        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **split}
+    """A tile of T tokens and `width` ranks (grids.py)."""
+    tile = {"BLOCK_T": T, "BLOCK_R": width, "BLOCK_D": 64}
     if not half:
-        return {"BLOCK_T": 16, "BLOCK_D": 64, "num_warps": 8, "num_stages": 2, **split}
-    if gpu == "ampere":
-        return {"BLOCK_T": 32, "BLOCK_D": 64, "num_warps": 8 if width > 16 else 4, **split}
-    return {"BLOCK_T": 64, "BLOCK_D": 64, **split}
+        return tile | {"num_warps": 8, "num_stages": 2}
+    warps = 8 if T * width > 64 * 64 or width > T else 4
+    return tile | {"num_warps": warps, "num_stages": 2 if gpu == "ampere" else 3}
+
+
+def token_sizes(x, experts):
+    """Sizes that a tile of tokens may have in `rank_dense`; none if `expand` writes y."""
+    if x.itemsize == 4 or experts.TILE_E * experts.TILE_R > 128:
+        return ()
+    if INTERPRETED:
+        return (32,)
+    # with a table of rows, every element of S needs its own address: half as many tokens fit
+    return (64, 128) if experts.offsets is None else (64,)
 
 
 def rank_dense(gpu, T, half, width):
-    """D_OUT_SPLIT: columns of y that a program writes, at most all of them; None: `expand` writes y."""
-    if T <= MEDIUM_T or (gpu == "ampere" and width > 128):
-        columns = 512 if half and T <= MEDIUM_T else None
-        tile = {"BLOCK_T": 16, "BLOCK_D": 32, "BLOCK_N": 32, "num_warps": 4 if width <= 128 else 8}
-        return tile | {"SHRINK_FIRST": True, "D_OUT_SPLIT": columns}
-    columns = ALL if half and width <= 128 and gpu != "ampere" else None
-    tile = {"BLOCK_N": 64, "num_warps": 8, "SHRINK_FIRST": False, "D_OUT_SPLIT": columns}
-    if half:
-        return tile | {"BLOCK_T": 64, "BLOCK_D": 32 if gpu == "ampere" else 64}
-    return tile | {"BLOCK_T": 32 if width <= 128 else 16, "BLOCK_D": 32}
-
-
-def rank_dense_many_experts(gpu, T, half, width):
-    """The logits and gates of many experts leave no room for an S of more than 128 ranks."""
-    return rank_dense(gpu, MEDIUM_T if width > 128 else T, half, width)
-
-
-def rank_dense_shared(gpu, T, half, width):
-    """A shared A has few rows, so a step can load more columns of it."""
-    tile = rank_dense(gpu, T, half, width)
-    return tile | {"BLOCK_D": 128 if half else 64}
+    """A tile of T tokens (grids.py), if y is written."""
+    if not half or width > 128:
+        return {"BLOCK_T": 16, "BLOCK_N": BLOCK_N, "num_warps": 4 if width <= 128 else 8}
+    return {"BLOCK_T": T, "BLOCK_N": BLOCK_N, "num_warps": 8}
 
 
 def decode(gpu, T, half, width):
@@ -90,21 +96,13 @@ def decode(gpu, T, half, width):
 
 
 def rank_gradient(gpu, T, half, width):
-    if T <= MEDIUM_T:
-        return {"BLOCK_T": 16, "BLOCK_D": 32, "SHRINK_FIRST": True}
-    rows = 16 if not half else 32 if gpu == "ampere" or width > 128 else 64
-    tile = {"BLOCK_T": rows, "BLOCK_D": 64, "SHRINK_FIRST": False, "num_warps": 8}
-    return tile | {"num_stages": 3 if half else 2}
-
-
-def rank_gradient_unequal(gpu, T, half, width):
-    """With a table of rows, every element of S needs its own address: half as many tokens fit."""
-    tile = rank_gradient(gpu, T, half, width)
-    return tile | {"BLOCK_T": min(tile["BLOCK_T"], 32), "BLOCK_D": 64}
+    return {"BLOCK_T": 16}
 
 
 def expand(gpu, T, half, width):
-    if gpu == "hopper" and half and T > SMALL_T:  # H and B: from L2 once per tile of the other axis
+    if (
+        gpu in ("hopper", "blackwell") and half and T > SMALL_T
+    ):  # H and B: from L2 once per tile of the other axis
         return {"BLOCK_T": 128, "BLOCK_D": 128, "num_warps": 8}
     return {"BLOCK_T": 16 if T <= SMALL_T else 64, "BLOCK_D": 64}
 
@@ -112,14 +110,17 @@ def expand(gpu, T, half, width):
 def wgrad(gpu, T, half, width):
     if not half:
         return {"BLOCK_T": 16, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8, "num_stages": 2}
-    narrow = {"num_warps": 4, "num_stages": 2}  # with three stages it spills on sm_100
-    return {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128} | (
-        {"num_warps": 8} if width > 16 else narrow
-    )
+    tile = {"BLOCK_T": 32, "BLOCK_D": 64, "MAX_R": 128, "num_warps": 8}
+    if gpu in ("hopper", "blackwell"):  # H: from L2 once per tile of columns
+        tile["BLOCK_D"] = 128
+    if gpu == "blackwell":  # 32 tokens spill
+        tile |= {"BLOCK_T": 64, "num_stages": 2}
+    return tile
 
 
 def wgrad_many_experts(gpu, T, half, width):
-    return wgrad(gpu, T, half, width)
+    """The sums of dW take the place of the larger tile."""
+    return wgrad("ampere", T, half, width)
 
 
 def segmented(gpu, T, half, width):
@@ -129,6 +130,23 @@ def segmented(gpu, T, half, width):
     """
     tile = {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32, "BLOCK_N": 64, "COLUMNS": max(128, width)}
     return tile | {"num_warps": 4 if width <= 128 else 8, "num_stages": 3 if half else 2}
+
+
+def segmented_dx(gpu, T, half, width):
+    """The same for dx: a larger tile of tokens reads the router's W and shared rows of A once."""
+    tile = segmented(gpu, T, half, width)
+    if T <= SMALL_T or not half or width > 128:
+        return tile
+    if gpu == "ampere":
+        return tile | {"BLOCK_T": 64}
+    return tile | {"BLOCK_T": 64, "BLOCK_N": 128, "num_warps": 8}
+
+
+def segmented_rank_gradient(gpu, T, half, width):
+    """A tile of slots of one expert; they are many if picks are spread over few experts."""
+    if half and width <= 128:
+        return {"BLOCK_T": 64, "BLOCK_D": 64, "num_warps": 4 if width <= 64 else 8}
+    return {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32}
 
 
 def segmented_wgrad(gpu, T, half, width):
@@ -160,15 +178,14 @@ TILES = {
     for tile in (
         shrink,
         rank_dense,
-        rank_dense_many_experts,
-        rank_dense_shared,
         decode,
         rank_gradient,
-        rank_gradient_unequal,
         expand,
         wgrad,
         wgrad_many_experts,
         segmented,
+        segmented_dx,
+        segmented_rank_gradient,
         segmented_wgrad,
         router_topk,
         route_logits,
@@ -178,25 +195,20 @@ TILES = {
 }
 
 
-def interpreted(kernel, T, half):
+def interpreted(kernel, T, half, width):
     """A program takes milliseconds whatever its tile; the size classes are small enough for tests."""
-    few, some = T <= 16, T <= 64
     tile = {"BLOCK_T": 32, "BLOCK_D": 64 if half else 32}
-    if kernel == "shrink" and few:
-        tile["D_SPLIT"] = tile["BLOCK_D"]
+    if kernel == "shrink":
+        tile["BLOCK_R"] = width
     elif kernel == "decode":
         tile = {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_R": 128}
     elif kernel.startswith("wgrad"):
         tile["MAX_R"] = 128
-    elif kernel == "segmented":
+    elif kernel in ("segmented", "segmented_dx"):
         tile |= {"BLOCK_T": 16, "BLOCK_N": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 1}
-    elif kernel.startswith("rank_gradient"):
-        tile["SHRINK_FIRST"] = few
     elif kernel.startswith("rank_dense"):
-        tile |= {"BLOCK_N": 64, "SHRINK_FIRST": few, "D_OUT_SPLIT": None}
-        if half and some:  # as on a GPU; fp32 sums in `expand` use a different order
-            tile["D_OUT_SPLIT"] = 64 if few else ALL
-    elif kernel in ("router_topk_backward", "gate_ranks"):
+        tile = {"BLOCK_T": 32, "BLOCK_N": BLOCK_N}
+    elif kernel in ("rank_gradient", "router_topk_backward", "gate_ranks"):
         del tile["BLOCK_D"]
     return tile
 
@@ -208,15 +220,16 @@ def sort_window(by):
     return 8192 if by == "slot" else 16384
 
 
-def choose(kernel, x, width):
-    """Launch options of `kernel` for operands like x and `width` columns of ranks or experts."""
-    gpu, T, half = family(x.device), len(x), x.itemsize == 2
+def choose(kernel, x, width, tokens=None):
+    """Launch options of `kernel` for operands like x and `width` columns of ranks or experts.
+
+    `tokens`: of a tile, where grids.py chooses it.
+    """
+    gpu, T, half = family(x.device), len(x) if tokens is None else tokens, x.itemsize == 2
     if gpu == "interpreter":
-        return interpreted(kernel, T, half)
-    if x.dtype == torch.float16 and gpu == "ampere" and kernel == "rank_dense":
-        T = min(T, MEDIUM_T)  # the two terms of x leave no room for S: `shrink` runs first
+        return interpreted(kernel, T, half, width)
     tile = {"num_warps": 4, "num_stages": 3} | TILES[kernel](gpu, T, half, width)
-    splits_x = kernel == "router_topk" or (kernel in ("shrink", "rank_dense") and width > 16)
+    splits_x = kernel in ("router_topk", "shrink")
     tight = kernel == "wgrad_many_experts" or (kernel == "wgrad" and gpu == "ampere")
     if x.dtype == torch.float16 and tight:
         tile |= {"BLOCK_D": 32, "MAX_R": 64, "num_warps": 4}  # the same holds with dlogits

@@ -1,14 +1,17 @@
-"""Weight gradients (wgrad):  H^T x  and  H2^T x, in one pass over x.
+"""Weight gradients (wgrad):  H^T x  and  H2^T x, in one pass over x, and in the same launch  H3^T x3.
 
 The gradients of A and of the router's W share x, so [dS | dlogits]^T x is computed tile by tile in two
-dots; a single concatenated operand would be padded to twice its size.  A program owns a tile of columns, a
-tile of ranks and a split of the tokens; `add_splits` adds the partial sums of the splits in order, so the
-result does not depend on the schedule.  Rows of frozen experts cost nothing: a table lists the others.
-An fp32 H keeps all of its bits.
-Reads T*D + T*(R+R2), writes 4*SPLITS*(R+R2)*D.
+dots; a single concatenated operand would be padded to twice its size.  The gradient of B, H^T dy, needs none
+of this, but its programs fill the device beside theirs: half as many splits are left to add up.  A program
+owns a tile of columns of x or of x3, a tile of ranks and a split of the tokens; `add_splits` adds the
+partial sums of the splits in order, so the result does not depend on the schedule.  Rows of frozen experts
+cost nothing: a table lists the others.  An fp32 H keeps all of its bits.
+Reads T*(D+D3) + T*(R+R2+R3), writes 4*SPLITS*((R+R2)*D + R3*D3).
 
 Letters: T tokens, R rank rows, D columns of x.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,30 +32,82 @@ def _wgrad_kernel(
     stride_ht,
     rows_ptr,  # (ROWS,): which columns of H are needed; None: all
     out_ptr,  # (SPLITS, R, D)
+    ROWS,
+    R,
+    D,
     h2_ptr,  # (T, R2) or None
     stride_h2t,
     out2_ptr,  # (SPLITS, R2, D)
+    R2,
+    x3_ptr,  # (T, D3) or None
+    stride_x3t,
+    h3_ptr,  # (T, R3)
+    stride_h3t,
+    rows3_ptr,  # (ROWS3,) or None
+    out3_ptr,  # (SPLITS, R3, D3)
+    ROWS3,
+    R3,
+    D3,
     T,
     T_SPLIT,  # tokens per program
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_R2: tl.constexpr,
+    BLOCK_R3: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    column = tl.program_id(0)
+    columns = tl.cdiv(D, BLOCK_D)
+    split = tl.program_id(2).to(tl.int64)
+    first = split * T_SPLIT
+    last = tl.minimum(first + T_SPLIT, T)
+    if column < columns:
+        products(
+            x_ptr, stride_xt, h_ptr, stride_ht, rows_ptr, out_ptr, ROWS, R, D, h2_ptr, stride_h2t,
+            out2_ptr, R2, column, split, first, last, BLOCK_T, BLOCK_D, BLOCK_R, BLOCK_R2, PRECISION,
+        )  # fmt: skip
+    else:
+        if x3_ptr is not None:
+            products(
+                x3_ptr, stride_x3t, h3_ptr, stride_h3t, rows3_ptr, out3_ptr, ROWS3, R3, D3, None, 0,
+                None, 0, column - columns, split, first, last, BLOCK_T, BLOCK_D, BLOCK_R3, BLOCK_R2,
+                PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit
+def products(
+    x_ptr,
+    stride_xt,
+    h_ptr,
+    stride_ht,
+    rows_ptr,
+    out_ptr,
     ROWS,
     R,
-    R2,
     D,
+    h2_ptr,
+    stride_h2t,
+    out2_ptr,
+    R2,
+    column,
+    split,
+    first,
+    last,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_R2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """A tile of H^T x and, unless H2 is None, of H2^T x, over tokens first..last - 1."""
+    d = column * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ok = row < ROWS
     if rows_ptr is not None:
         row = tl.load(rows_ptr + row, mask=row_ok, other=0)
     row2 = tl.program_id(1) * BLOCK_R2 + tl.arange(0, BLOCK_R2)
-    split = tl.program_id(2).to(tl.int64)
-    first = split * T_SPLIT
-    last = tl.minimum(first + T_SPLIT, T)
 
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)
@@ -76,61 +131,100 @@ def _wgrad_kernel(
 
 def wgrad(h, x):
     """H^T x (R, D), fp32."""
-    partials, out = wgrad_splits(h, x, torch.float32)
+    ((partials, out),) = wgrad_splits(x, [Weight(h, torch.float32)])
     if partials is not None:
         add_splits((partials, out))
     return out
 
 
-def wgrad_splits(h, x, dtype, rows=None):
-    """H^T x: partial sums (SPLITS, R, D), or None if there is one split, and `out` (R, D) in dtype.
+class Weight(NamedTuple):
+    """A gradient H^T x: H (T, R), the dtype of the result, a table of the rows needed (None: all)."""
+
+    h: torch.Tensor
+    dtype: torch.dtype
+    rows: torch.Tensor | None = None
+
+    @property
+    def wanted(self):
+        return self.h.shape[1] if self.rows is None else len(self.rows)
+
+
+def wgrad_splits(x, of_x, x3=None, of_x3=()):
+    """For every Weight: partial sums (SPLITS, R, D), or None if there is one split, and `out` (R, D).
 
     `out` is complete if there is one split, else `add_splits` fills it.  With a table of rows, the other
-    rows are zero.
+    rows are zero.  `of_x` may name two weights, the second without a table; `of_x3` one, of which x3 is
+    the other operand.
     """
-    return _wgrad_splits(h, x, dtype, rows, None, torch.float32)[0]
+    if not of_x:
+        return wgrad_splits(x3, of_x3) if of_x3 else []
+    require_supported(x, *(w.h for w in (*of_x, *of_x3)))
+    if nothing_to_add(x, of_x):
+        return [empty_gradient(x, w) for w in of_x] + wgrad_splits(x3, of_x3)
+    if of_x3 and nothing_to_add(x3, of_x3):
+        return wgrad_splits(x, of_x) + [empty_gradient(x3, w) for w in of_x3]
+    return _launch(rows_contiguous(x), of_x, rows_contiguous(x3) if of_x3 else None, of_x3)
 
 
-def wgrad_pair_splits(h, h2, x, dtype, dtype2, rows=None):
-    """The same for H^T x and H2^T x in one pass over x."""
-    return _wgrad_splits(h, x, dtype, rows, h2, dtype2)
+def nothing_to_add(x, weights):
+    return x.numel() == 0 or sum(w.wanted for w in weights) == 0
 
 
-def _wgrad_splits(h, x, dtype, rows, h2, dtype2):
-    require_supported(h, x)
-    h, x = rows_contiguous(h), rows_contiguous(x)
-    h2 = rows_contiguous(h2)
-    (T, D), R, R2 = x.shape, h.shape[1], 0 if h2 is None else h2.shape[1]
-    wanted = R if rows is None else len(rows)
-    if T == 0 or D == 0 or R == 0 or wanted + R2 == 0:
-        return [(None, x.new_zeros(n, D, dtype=kind)) for n, kind in ((R, dtype), (R2, dtype2))]
-    tile = choose("wgrad" if R2 <= 16 else "wgrad_many_experts", x, R)
-    block_r, block_r2 = padded(wanted, tile.pop("MAX_R")), padded(R2, 64)
-    columns = triton.cdiv(D, tile["BLOCK_D"])
-    blocks = max(triton.cdiv(wanted, block_r), triton.cdiv(R2, block_r2))
-    t_split = split_tokens(T, columns * blocks, tile["BLOCK_T"])
-    splits = triton.cdiv(T, t_split)
+def empty_gradient(x, weight):
+    return None, x.new_zeros(weight.h.shape[1], x.shape[1], dtype=weight.dtype)
 
-    def room(n, kind, empty):
-        out = empty(n, D, dtype=kind)
-        return (None, out) if splits == 1 else (empty(splits, n, D, dtype=torch.float32), out)
 
-    first = room(R, dtype, x.new_empty if rows is None else x.new_zeros)
-    second = room(R2, dtype2, x.new_empty)
-    at, at2 = (out if partials is None else partials for partials, out in (first, second))
+def _launch(x, of_x, x3, of_x3):
+    one, two = (*of_x, None)[:2]
+    three = of_x3[0] if of_x3 else None
+    R2 = 0 if two is None else two.wanted
+    width = max(w.h.shape[1] for w in (one, *of_x3))
+    tile = choose("wgrad" if R2 <= 16 else "wgrad_many_experts", x, width)
+    most = tile.pop("MAX_R")
+    blocks = [padded(w.wanted, most) for w in (one, *of_x3)]
+    block2 = padded(R2, 64)
+    columns = sum(triton.cdiv(v.shape[1], tile["BLOCK_D"]) for v in (x, x3) if v is not None)
+    rows = [triton.cdiv(w.wanted, block) for w, block in zip((one, *of_x3), blocks)]
+    rows = max(*rows, triton.cdiv(R2, block2))
+    t_split = split_tokens(len(x), columns * rows, tile["BLOCK_T"])
+    splits = triton.cdiv(len(x), t_split)
+    found = [room(x, w, splits) for w in of_x] + [room(x3, w, splits) for w in of_x3]
+    outs = [out if partials is None else partials for partials, out in found]
     launch(
         x,
         _wgrad_kernel,
-        (columns, blocks, splits),
-        *(x, x.stride(0), h, h.stride(0), rows, at),
-        *(h2, 0 if h2 is None else h2.stride(0), at2),
-        *(T, t_split, wanted, R, R2, D),
-        BLOCK_R=block_r,
-        BLOCK_R2=block_r2,
+        (columns, rows, splits),
+        *operands(x, one, outs[0]),
+        *operands(x, two, outs[-1])[2:4],
+        *(None if two is None else outs[1], R2),
+        *operands(x3, three, outs[-1]),
+        *(len(x), t_split),
+        BLOCK_R=blocks[0],
+        BLOCK_R2=block2,
+        BLOCK_R3=blocks[-1],
         PRECISION=precision(x),
         **tile,
     )
-    return [first, second]
+    return found
+
+
+def room(x, weight, splits):
+    """Where the programs write a gradient: (partial sums or None, out)."""
+    n, D = weight.h.shape[1], x.shape[1]
+    empty = x.new_empty if weight.rows is None else x.new_zeros
+    out = empty(n, D, dtype=weight.dtype)
+    return (None if splits == 1 else empty(splits, n, D, dtype=torch.float32)), out
+
+
+def operands(x, weight, out):
+    """A product as the kernel takes it."""
+    if weight is None:
+        return None, 0, None, 0, None, None, 0, 0, 0
+    h = rows_contiguous(weight.h)
+    return (
+        *(x, x.stride(0), h, h.stride(0), weight.rows, out),
+        *(weight.wanted, h.shape[1], x.shape[1]),
+    )
 
 
 def split_tokens(T, programs, block_t):

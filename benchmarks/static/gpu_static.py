@@ -188,8 +188,8 @@ def tile(config):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--targets", default=",".join(DEFAULT), help=f"also {', '.join(SMALL)}")
-    parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--targets", help=f"default: {','.join(DEFAULT)}; also {', '.join(SMALL)}")
+    parser.add_argument("--dtypes", help=f"default: {','.join(DTYPES)}")
     parser.add_argument("--scenarios", default="", help="names, separated by semicolons")
     parser.add_argument("--jobs", type=int, default=2, help="targets compiled at a time")
     parser.add_argument("--json", type=Path)
@@ -198,18 +198,19 @@ def main():
     parser.add_argument(
         "--check",
         action="store_true",
-        help="compile each kernel once, bf16, sm_90; fail if a guarantee is violated",
+        help="fail if a guarantee is violated; unless others are named, each kernel once, bf16, sm_90",
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    dtypes = args.dtypes.split(",")
     scenarios = [name for name in args.scenarios.split(";") if name]
+    targets = args.targets.split(",") if args.targets else ["sm_90"] if args.check else DEFAULT
+    dtypes = args.dtypes.split(",") if args.dtypes else ["bfloat16"] if args.check else DTYPES
     if args.one:
         compile_for(args.one, dtypes, scenarios)
         return
     if args.check:
-        sys.exit(0 if check(rows(["sm_90"], ["bfloat16"], EACH_KERNEL, args.jobs)) else 1)
-    found = rows(args.targets.split(","), dtypes, scenarios, args.jobs)
+        sys.exit(0 if check(rows(targets, dtypes, scenarios or EACH_KERNEL, args.jobs)) else 1)
+    found = rows(targets, dtypes, scenarios, args.jobs)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.summary:

@@ -24,6 +24,10 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90
 
 if triton.knobs.runtime.interpret:
     raise ImportError("unset TRITON_INTERPRET: kernels are compiled here, not interpreted")
+# of the GPU that stands for an architecture: A100, RTX 3090 Ti, RTX 4090, H100, B200, RTX 5090, MI250X, …
+MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170} | {
+    "gfx90a": 110, "gfx942": 304, "gfx950": 256,
+}  # fmt: skip
 backend._serving["meta"] = "triton"
 
 
@@ -49,7 +53,10 @@ class Driver:
     """Names a target, without a device."""
 
     def __init__(self, target):
-        self.target = target
+        self.target, self.utils = target, self
+
+    def get_device_properties(self, device):
+        return {"multiprocessor_count": MULTIPROCESSORS[self.target.arch]}
 
     def get_current_target(self):
         return self.target
@@ -65,6 +72,8 @@ class Driver:
 def launches(target, *, compiled=True):
     """Yields a list that collects every Launch and Operator, in order."""
     triton.runtime.driver.set_active(Driver(TARGETS[target]))
+    for remembered in (triton_kernels.tiles.family, triton_kernels.grids.multiprocessors):
+        remembered.cache_clear()
     run, seen = JITFunction.run, []
 
     def note(jit, *args, grid, warmup, **options):

@@ -13,17 +13,17 @@ from typing import NamedTuple
 
 from lora_moe.plan import experts_in_a_tile
 
-# axes of the grid along which programs read the same tile of an operand
+# axes of the grid, or columns in tiles, along which programs read the same tile of an operand
 AGAIN = {
     "_rank_dense_kernel": {
-        "x_ptr": (1,), "a_ptr": (0, 1), "w_ptr": (0, 1), "b_ptr": (0,), "s_partial_ptr": (1,),
-        "logits_partial_ptr": (1,),
+        "b_ptr": (0,), "s_partial_ptr": (1,), "logits_partial_ptr": (1,),
     },
-    "_rank_gradient_kernel": {"b_ptr": (0,)},
     "_router_topk_kernel": {"w_ptr": (0,)},
     "_shrink_kernel": {"x_ptr": (1,), "a_ptr": (0,), "w_ptr": (0,)},
     "_expand_kernel": {"h_ptr": (1,), "h2_ptr": (1,), "b_ptr": (0,), "b2_ptr": (0,)},
-    "_wgrad_kernel": {"x_ptr": (1,), "h_ptr": (0,), "h2_ptr": (0,)},
+    "_wgrad_kernel": {
+        "x_ptr": (1,), "h_ptr": ("D",), "h2_ptr": ("D",), "x3_ptr": (1,), "h3_ptr": ("D3",),
+    },
 }  # fmt: skip
 
 
@@ -44,14 +44,17 @@ def on_chip(launch, read):
         read = SEGMENTED[launch.name](Call(launch), read)
     else:
         axes = AGAIN.get(launch.name, {})
-        read = {name: size * times(launch.grid, axes.get(name, ())) for name, size in read.items()}
+        read = {name: size * times(Call(launch), axes.get(name, ())) for name, size in read.items()}
     return OnChip(round(sum(read.values())), round(flops(launch)), programs)
 
 
-def times(grid, axes):
+def times(c, axes):
     n = 1
     for axis in axes:
-        n *= grid[axis] if axis < len(grid) else 1
+        if isinstance(axis, str):
+            n *= -(-c.get(axis) // c.get("BLOCK_D"))
+        else:
+            n *= c.grid[axis] if axis < len(c.grid) else 1
     return n
 
 
@@ -68,23 +71,21 @@ def products(c):
     D = c.get("D") or c.get("D_in") or c.get("D_out")
     wide = (c.get("TILE_E") or 1) * (c.get("TILE_R") or 1)
     if c.name == "_rank_dense_kernel":
-        if c.tensor("x_ptr"):
-            yield T, D, wide
-            if c.tensor("w_ptr"):
-                yield T, D, 3 * c.get("BLOCK_E")
         if c.tensor("y_ptr"):
-            yield T, wide, c.get("D_out")
+            yield c.tile_rows, wide, c.get("D_out")
     elif c.name == "_router_topk_kernel" and c.tensor("x_ptr"):
         yield T, D, 3 * c.get("BLOCK_E")
-    elif c.name == "_rank_gradient_kernel" and c.tensor("dy_ptr"):
-        yield T, D, wide
     elif c.name == "_shrink_kernel":
-        yield T, D, padded(c.get("R"), c.get("BLOCK_R")) + 3 * padded(E, c.get("BLOCK_E"))
+        ranks = c.grid[1] * c.get("BLOCK_R") if c.get("R") else 0
+        yield c.tile_rows, D, ranks + 3 * padded(E, c.get("BLOCK_E"))
     elif c.name in ("_expand_kernel", "_wgrad_kernel"):
         R, R2 = c.get("R"), c.get("R2")
         yield T, D, padded(R, c.get("BLOCK_R")) + 3 * padded(R2, c.get("BLOCK_R2"))
+        yield T, c.get("D3"), padded(c.get("R3"), c.get("BLOCK_R3"))
     elif c.name == "_segmented_wgrad_kernel":
         yield c.slots, D, c.get("BLOCK_R")
+    elif c.name == "_segmented_rank_gradient_kernel":
+        yield c.grid[0] * c.grid[1] * c.get("BLOCK_T"), D, c.get("TILE_R")
     elif c.name in ("_segmented_shrink_kernel", "_segmented_expand_kernel"):
         yield T, D, c.held * c.get("TILE_R")
         if c.tensor("h2_ptr"):
@@ -112,6 +113,11 @@ class Call:
         return hasattr(self.values.get(name), "shape")
 
     @property
+    def tile_rows(self):
+        """Of all tiles of tokens, idle ones included."""
+        return self.grid[0] * self.get("BLOCK_T")
+
+    @property
     def slots(self):
         return self.values["order_ptr"].numel()
 
@@ -122,9 +128,7 @@ class Call:
     @property
     def held(self):
         """Experts of a tile."""
-        L = self.values["experts_ptr"].shape[1]
-        K = self.get("K") or max(1, L // self.get("BLOCK_T"))
-        return experts_in_a_tile(self.get("T"), self.get("E"), K, self.get("BLOCK_T"))
+        return experts_in_a_tile(self.get("T"), self.get("E"), self.get("K"), self.get("BLOCK_T"))
 
     @property
     def rows(self):
@@ -139,13 +143,12 @@ def segmented_shrink(c, read):
 
 
 def segmented_expand(c, read):
-    blocks = c.get("BLOCKS")
-    h = c.values["h_ptr"]
-    own = c.get("T") * c.held * c.get("TILE_R") * h.element_size()
-    again = {"h_ptr": own * blocks, "b_ptr": c.tiles * c.rows}
+    """Every tile of columns reads all of S, once in all for its experts, and the routing as well."""
+    of_tokens = ("s_ptr", "indices_ptr", "weights_ptr", "h2_ptr")
+    again = {name: read[name] * c.get("BLOCKS") for name in of_tokens if name in read}
     if c.tensor("h2_ptr"):
-        again |= {"h2_ptr": read["h2_ptr"] * blocks, "b2_ptr": read["b2_ptr"] * c.tiles}
-    return read | again
+        again["b2_ptr"] = read["b2_ptr"] * c.tiles
+    return read | again | {"b_ptr": c.tiles * c.rows}
 
 
 def segmented_wgrad(c, read):
@@ -156,7 +159,15 @@ def segmented_wgrad(c, read):
     return read | {"x_ptr": gathered, "h_ptr": read["h_ptr"] * c.grid[0]}
 
 
+def segmented_rank_gradient(c, read):
+    """Every slot gathers its row of dy, and every tile reads one expert's rows, as if all tiles were used."""
+    dy, tiles = c.values["dy_ptr"], c.grid[0] * c.grid[1]
+    gathered = c.slots * dy.shape[1] * dy.element_size()
+    return read | {"dy_ptr": gathered, "b_ptr": tiles * read["b_ptr"] / c.get("E")}
+
+
 SEGMENTED = {
+    "_segmented_rank_gradient_kernel": segmented_rank_gradient,
     "_segmented_shrink_kernel": segmented_shrink,
     "_segmented_expand_kernel": segmented_expand,
     "_segmented_wgrad_kernel": segmented_wgrad,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.static import gpu_model
-from benchmarks.static.on_chip import AGAIN, on_chip
+from benchmarks.static.on_chip import AGAIN, SEGMENTED, Call, on_chip
 
 from ..support.cases import Case, sample
 from ..support.compiled import run_compiled
@@ -76,19 +76,25 @@ def loads():
 
 def run_every_dense_kernel():
     v = sample(FULL, torch.bfloat16)
-    x, w, a, b = (v[n] for n in ("x", "router_weight", "lora_A", "lora_B"))
-    offsets = list(range(0, FULL.R + 1, 16))
-    kernels.router_topk(x, w.float(), None, None, 2, "softmax", True, 2.0, 0.0)
-    kernels.shrink(x, a, w.float())
+    kernels.router_topk(
+        v["x"], v["router_weight"].float(), None, None, 2, "softmax", True, 2.0, 0.0
+    )
+    kernels.shrink(v["x"], v["lora_A"], v["router_weight"].float())
     for T in (70, 15):  # in one launch, and with `shrink` first
-        *routing, s = kernels.routed_lora(
-            x[:T], w.float(), a, b, v["base"][:T], None, None, v["scaling"], offsets, False, 2,
-            "softmax", True, 2.0, 0.0, "rank_dense",
-        )  # fmt: skip
-        kernels.routed_lora_backward(
-            v["base"][:T], None, None, None, None, x[:T], w.float(), a, b, s, *routing[1:4],
-            v["scaling"], offsets, False, "softmax", True, (), *[True] * 4, False, "rank_dense",
-        )  # fmt: skip
+        forward_and_backward(v, T, "rank_dense")
+
+
+def forward_and_backward(v, T, plan):
+    x, w, a, b = (v[n] for n in ("x", "router_weight", "lora_A", "lora_B"))
+    w, offsets = w.float(), list(range(0, FULL.R + 1, 16))
+    *routing, s = kernels.routed_lora(
+        x[:T], w, a, b, v["base"][:T], None, None, v["scaling"], offsets, False, 2, "softmax", True,
+        2.0, 0.0, plan,
+    )  # fmt: skip
+    kernels.routed_lora_backward(
+        v["base"][:T], None, None, None, None, x[:T], w, a, b, s, *routing[1:4], v["scaling"], offsets,
+        False, "softmax", True, (), *[True] * 4, False, plan,
+    )  # fmt: skip
 
 
 def test_reads_are_counted_for_all_programs():
@@ -98,7 +104,12 @@ def test_reads_are_counted_for_all_programs():
     for launch, total, distinct in seen:
         if launch.name not in AGAIN:
             continue
-        wide = {n for n in AGAIN[launch.name] if total[n]} | {"x_ptr", "dy_ptr", "base_ptr"}
+        wide = {n for n in AGAIN[launch.name] if total[n]} | {
+            "x_ptr",
+            "x3_ptr",
+            "dy_ptr",
+            "base_ptr",
+        }
         once = {
             n: len(addresses) * launch.args[n].element_size()
             for n, addresses in distinct.items()
@@ -108,7 +119,30 @@ def test_reads_are_counted_for_all_programs():
         checked |= {(launch.name, n) for n in once}
     assert {name for name, _ in checked} == set(AGAIN)
     left = {(name, n) for name, axes in AGAIN.items() for n in axes} - checked
-    assert left <= {("_shrink_kernel", "w_ptr"), ("_rank_dense_kernel", "s_partial_ptr")}, left
+    assert left == set(), left
+
+
+GATHERED = {  # what does not depend on how many experts a tile holds
+    "_segmented_rank_gradient_kernel": ("dy_ptr",),
+    "_segmented_expand_kernel": ("s_ptr", "h2_ptr", "b2_ptr", "base_ptr"),
+    "_segmented_wgrad_kernel": ("x_ptr", "h_ptr"),
+}
+
+
+def test_reads_of_the_segmented_plan():
+    with loads() as seen:
+        forward_and_backward(sample(FULL, torch.bfloat16), 70, "segmented")
+    checked = set()
+    for launch, total, distinct in seen:
+        once = {n: len(at) * launch.args[n].element_size() for n, at in distinct.items()}
+        if launch.name in GATHERED:
+            counted = SEGMENTED[launch.name](Call(launch), once)
+            names = [n for n in GATHERED[launch.name] if n in total]
+            assert {n: counted[n] for n in names} == {n: total[n] for n in names}, launch.name
+            checked |= {(launch.name, n) for n in names}
+        if launch.name == "_segmented_rank_gradient_kernel":  # some tiles are left over
+            assert total["b_ptr"] <= counted["b_ptr"]
+    assert checked == {(kernel, n) for kernel, names in GATHERED.items() for n in names}
 
 
 def test_a_program_more_than_there_are_multiprocessors_takes_a_second_wave():

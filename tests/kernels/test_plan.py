@@ -48,9 +48,9 @@ def test_experts_in_a_tile_equal_a_count():
 
 
 def test_bytes_are_those_of_the_operands():
-    """rank_dense at T = 8192, 4096 x 4096, E = 8, r = 16 moves x, base, y, A, B and W once each."""
+    """rank_dense at T = 8192, 4096 x 4096, E = 8, r = 16: x, base, y, A, B and W once, S in two halves."""
     dense = {c.plan: c for c in plan.candidates(8192, 4096, 4096, (16,) * 8, 2, BF16, "sm_90")}
-    want = 2 * (3 * 8192 * 4096 + 2 * 128 * 4096) + 4 * 8 * 4096
+    want = 2 * (3 * 8192 * 4096 + 2 * 128 * 4096) + 4 * 8 * 4096 + 2 * 2 * 4 * 8192 * 128
     assert dense[plan.RANK_DENSE].bytes == want
     assert dense[plan.RANK_DENSE].flops == 2 * 8192 * 4096 * (2 * 128 + 8)
     assert plan.DECODE not in dense

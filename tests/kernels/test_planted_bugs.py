@@ -104,15 +104,16 @@ BUGS = {
         "wgrad", "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n",
         "    total2 = tl.zeros((BLOCK_R2, BLOCK_D), tl.float32)\n"
         "    far = out_ptr + ((split + 1) * R + row)[:, None] * D + d\n"
-        "    total += tl.load(far, mask=(last + 0 * d < T) & (row < R)[:, None] & (d < D), other=0.0)\n",
+        "    more = (split + 1 + 0 * d < tl.num_programs(2)) & (row < R)[:, None] & (d < D)\n"
+        "    total += tl.load(far, mask=more, other=0.0)\n",
         TWO, case=LONG,
     ),
     "last tile left unwritten": Bug(
         "expand", '(triton.cdiv(T, tile["BLOCK_T"]), triton', '(T // tile["BLOCK_T"], triton', NAN,
     ),
     "partial sum left unwritten": Bug(
-        "shrink", "inside = t_ok[:, None] & (row < R)[None, :]",
-        "inside = t_ok[:, None] & (row < R - split * R)[None, :]", NAN, case=FEW,
+        "shrink", "inside = t_ok[:, None] & row_ok[None, :]",
+        "inside = t_ok[:, None] & (row_ok & (row < R - split * R))[None, :]", NAN, case=FEW,
     ),
     "ranks past the first block forgotten": Bug(
         "expand", "for r0 in range(0, R, BLOCK_R):", "for r0 in range(0, tl.minimum(R, 16), 16):", WRONG,
@@ -151,15 +152,14 @@ BUGS = {
         "of_slots", SLOTS,
     ),
     "slots: a repeated id counts once": Bug(
-        "arrange_slots", "h += tl.where(hit[:, :, None], s[:, None, :], 0.0)",
-        "h = tl.where(hit[:, :, None], s[:, None, :], h)", WRONG, "of_slots", SLOTS,
+        "segmented_expand", "return h + s", "return tl.where(mine[:, None], s, h)", WRONG, "of_slots", SLOTS,
     ),
     "slots: weight of the wrong slot": Bug(
-        "arrange_slots", "tl.load(weights_ptr + slot,", "tl.load(weights_ptr + t * K,", WRONG,
+        "segmented_expand", "tl.load(weights_ptr + slot,", "tl.load(weights_ptr + t * K,", WRONG,
         "of_slots", SLOTS,
     ),
     "slots: other dropped in front of a dot": Bug(
-        "arrange_slots", "mask=mine[:, None] & (c < r), other=0.0)", "mask=mine[:, None] & (c < r))", NAN,
+        "segmented_expand", "mask=mine[:, None] & (c < r), other=0.0)", "mask=mine[:, None] & (c < r))", NAN,
         "of_slots", SLOTS,
     ),
     "decode: every program writes S": Bug(

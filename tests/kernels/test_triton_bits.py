@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 from dataclasses import replace
 
@@ -59,6 +60,21 @@ def test_a_tokens_bits_do_not_depend_on_its_batch(case, dtype, plan):
             assert torch.equal(got[i], full[i][rows])
 
 
+@some("tiles fit", "unequal ranks", "wide: 1024 ranks")
+def test_bits_do_not_depend_on_the_number_of_programs(monkeypatch, case):
+    """Programs with fewer tokens or ranks than their tile has rows, as the multiprocessors make them."""
+    case = replace(case, T=40)
+    v, found = on_device(sample(case, torch.bfloat16)), []
+    for multiprocessors in (1, 7, 40):
+        for name in ("shrink", "rank_dense"):
+            module = importlib.import_module(f"lora_moe.triton_kernels.{name}")
+            monkeypatch.setattr(module, "multiprocessors", lambda device, n=multiprocessors: n)
+        found.append(routed(kernels, v, case, "rank_dense"))
+    for other in found[1:]:
+        for i in (0, 1, 2, 3, 5, 6, 7):  # all but the mean over tokens
+            assert torch.equal(other[i], found[0][i])
+
+
 @every_plan
 def test_deterministic_in_any_order_of_programs(monkeypatch, plan):
     case = BY_NAME["one past a tile"]
@@ -102,7 +118,9 @@ def shuffle_programs(monkeypatch):
 
     order = random.Random(0)
 
-    def shuffled(n):
+    def shuffled(n, *more):
+        if more:  # of a static loop in a kernel
+            return range(n, *more)
         programs = list(range(n))
         order.shuffle(programs)
         return programs

@@ -19,6 +19,7 @@ from ..support.triton_calls import check_routed_lora
 if torch.cuda.is_available():
     pytest.skip("every test runs on the GPU's own tiles", allow_module_level=True)
 tiles = importlib.import_module("lora_moe.triton_kernels.tiles")
+grids = importlib.import_module("lora_moe.triton_kernels.grids")
 numerics = importlib.import_module("lora_moe.triton_kernels.numerics")
 
 SMALL_T, MEDIUM_T = 8, 24
@@ -49,6 +50,13 @@ def low_bounds(monkeypatch):
     monkeypatch.setattr(tiles, "MEDIUM_T", MEDIUM_T)
 
 
+@pytest.fixture
+def multiprocessors(request, monkeypatch):
+    for name in ("shrink", "rank_dense"):
+        module = importlib.import_module(f"lora_moe.triton_kernels.{name}")
+        monkeypatch.setattr(module, "multiprocessors", lambda device: request.param)
+
+
 def check(name, T, dtype, plan):
     check_routed_lora(replace(CASES[name], T=T), dtype, plan)
 
@@ -56,11 +64,17 @@ def check(name, T, dtype, plan):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_many_tokens(part, low_bounds, name, dtype):
-    check(name, 70, dtype, "rank_dense")
+    check(name, 150, dtype, "rank_dense")
 
 
 def test_many_tokens_of_fp16(part, low_bounds):
-    check("128 ranks", 70, torch.float16, "rank_dense")
+    check("128 ranks", 150, torch.float16, "rank_dense")
+
+
+@pytest.mark.parametrize("multiprocessors", [4, 16, 64], indirect=True)
+def test_tiles_of_more_multiprocessors(part, low_bounds, multiprocessors):
+    """64 x 128, 64 x 64 and 32 x 32 tokens and ranks."""
+    check("128 ranks", 70, torch.bfloat16, "rank_dense")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -81,12 +95,19 @@ def test_decode(part, low_bounds, name):
 
 def test_the_tiles_are_those_of_the_gpu(part, low_bounds):
     """The tiles tested above are those that a GPU of this kind uses for thousands of tokens."""
-    x = torch.empty(70, 16, dtype=torch.bfloat16)
-    lowered = tiles.choose("rank_dense", x, 128)
+    x = torch.empty(60, 16, dtype=torch.bfloat16)
+    lowered = tiles.choose("segmented_dx", x, 128)
     assert lowered["BLOCK_T"] * lowered["BLOCK_D"] >= 2048
     tiles.SMALL_T, tiles.MEDIUM_T = 64, 4096
-    assert tiles.choose("rank_dense", x.new_empty(4097, 16), 128) == lowered
-    assert tiles.choose("rank_dense", x, 128) != lowered
+    assert tiles.choose("segmented_dx", x.new_empty(4097, 16), 128) == lowered
+    assert tiles.choose("segmented_dx", x, 128) != lowered
+
+
+@pytest.mark.parametrize("tokens, sms", [(150, 4), (8192, 132), (8192, 108), (8192, 148)])
+def test_the_largest_tile_of_shrink(tokens, sms):
+    """The many tokens above have the tile of a GPU's thousands."""
+    most = (16, 32, 64, 128), 128
+    assert grids.shrink_shares(tokens, 128, 8, 2, *most, sms)[2] == (128, 128)
 
 
 def test_one_token_past_the_largest_bound(part):

@@ -9,9 +9,9 @@ import json
 import re
 
 import torch
+from lora_moe.triton_kernels.shrink import shrink_splits
 
 from benchmarks.static.launches import Launch, launches
-from lora_moe import triton_kernels as kernels
 
 DOT = re.compile(r"(%\S+) = tt\.dot \S+, \S+, (%[^ ,]+)")
 
@@ -33,8 +33,8 @@ def main():
             x = torch.empty(8192, 4096, device="meta", dtype=x_dtype)
             w = torch.empty(8, 4096, device="meta", dtype=w_dtype)
             with launches("sm_90") as seen:
-                kernels.shrink(x, None, w)
-                kernels.shrink(x, w.to(x_dtype), None)
+                shrink_splits(x, None, w)
+                shrink_splits(x, w.to(x_dtype), None)
             router, plain = (e.kernel.asm["ttir"] for e in seen if isinstance(e, Launch))
             found[f"{x_dtype}, {w_dtype}"] = {"router": starts(router), "A": starts(plain)}
     print(json.dumps(found))
