@@ -115,6 +115,8 @@ def wgrad(gpu, T, half, width):
         tile["BLOCK_D"] = 128
     if gpu == "blackwell":  # 32 tokens spill
         tile |= {"BLOCK_T": 64, "num_stages": 2}
+        if width > 256:
+            tile["BLOCK_D"] = 64
     return tile
 
 
@@ -135,7 +137,7 @@ def segmented(gpu, T, half, width):
 def segmented_dx(gpu, T, half, width):
     """The same for dx: a larger tile of tokens reads the router's W and shared rows of A once."""
     tile = segmented(gpu, T, half, width)
-    if T <= SMALL_T or not half or width > 128:
+    if T <= SMALL_T or not half or width > 128 or gpu == "cdna":
         return tile
     if gpu == "ampere":
         return tile | {"BLOCK_T": 64}
