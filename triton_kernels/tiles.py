@@ -131,7 +131,8 @@ def segmented(gpu, T, half, width):
     Few tokens hold few experts, so little is multiplied by zero; one size fits every T.
     """
     tile = {"BLOCK_T": 16, "BLOCK_D": 64 if half else 32, "BLOCK_N": 64, "COLUMNS": max(128, width)}
-    return tile | {"num_warps": 4 if width <= 128 else 8, "num_stages": 3 if half else 2}
+    stages = 3 if half or gpu == "blackwell" else 2  # there, two spill
+    return tile | {"num_warps": 4 if width <= 128 else 8, "num_stages": stages}
 
 
 def segmented_dx(gpu, T, half, width):
@@ -139,8 +140,8 @@ def segmented_dx(gpu, T, half, width):
     tile = segmented(gpu, T, half, width)
     if T <= SMALL_T or not half or width > 128 or gpu == "cdna":
         return tile
-    if gpu == "ampere":
-        return tile | {"BLOCK_T": 64}
+    if gpu != "hopper":  # 64 tokens spill
+        return tile | {"BLOCK_T": 32}
     return tile | {"BLOCK_T": 64, "BLOCK_N": 128, "num_warps": 8}
 
 
