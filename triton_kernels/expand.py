@@ -105,7 +105,7 @@ def expand(h, b, h2, b2, base, dtype):
         h2, b2 = rows_contiguous(h2), rows_contiguous(b2)
         second = (h2, h2.stride(0), b2, b2.stride(0))
     base = rows_contiguous(base)
-    tile = choose("expand", b, len(b))
+    tile = choose("expand", y, len(b))
     launch(
         h,
         _expand_kernel,
