@@ -62,7 +62,9 @@ def rank_sizes(x, most):
     gpu = family(x.device)
     if gpu == "interpreter" or x.itemsize == 4:
         return (most,), 32 if INTERPRETED else 16
-    return tuple(n for n in (16, 32, 64, 128) if n <= most), 64 if gpu == "cdna" else 128
+    # without asynchronous products, taller tiles spill next to the three terms of the router's W
+    most_tokens = {"ampere": 32, "cdna": 64, "hopper": 128, "blackwell": 128}[gpu]
+    return tuple(n for n in (16, 32, 64, 128) if n <= most), most_tokens
 
 
 def shrink(gpu, T, half, width):
@@ -71,7 +73,7 @@ def shrink(gpu, T, half, width):
     if not half:
         return tile | {"num_warps": 8, "num_stages": 2}
     warps = 8 if T * width > 64 * 64 or width > T else 4
-    return tile | {"num_warps": warps, "num_stages": 2 if gpu == "ampere" else 3}
+    return tile | {"num_warps": warps}
 
 
 def token_sizes(x, experts):
