@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 from .numerics import INTERPRETED
 
 BLOCK_N = 64  # columns of y per step of `rank_dense`
-SMALL_T, MEDIUM_T = 64, 4096  # up to these sizes T alone does not fill a device: `shrink` splits D
+SMALL_T = 64  # up to so many tokens, taller tiles would leave programs idle
 
 
 class UnsupportedGPU(OutOfResources):

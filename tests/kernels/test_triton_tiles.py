@@ -22,7 +22,7 @@ tiles = importlib.import_module("lora_moe.triton_kernels.tiles")
 grids = importlib.import_module("lora_moe.triton_kernels.grids")
 numerics = importlib.import_module("lora_moe.triton_kernels.numerics")
 
-SMALL_T, MEDIUM_T = 8, 24
+SMALL_T = 8
 CASES = {
     "128 ranks": Case("", 0, 8, 2, 16, 136, 200),
     "256 ranks": Case("", 0, 16, 2, 16, 72, 136, renormalize=False),
@@ -47,7 +47,6 @@ def part(request, monkeypatch):
 @pytest.fixture
 def low_bounds(monkeypatch):
     monkeypatch.setattr(tiles, "SMALL_T", SMALL_T)
-    monkeypatch.setattr(tiles, "MEDIUM_T", MEDIUM_T)
 
 
 @pytest.fixture
@@ -98,7 +97,7 @@ def test_the_tiles_are_those_of_the_gpu(part, low_bounds):
     x = torch.empty(60, 16, dtype=torch.bfloat16)
     lowered = tiles.choose("segmented_dx", x, 128)
     assert lowered["BLOCK_T"] * lowered["BLOCK_D"] >= 2048
-    tiles.SMALL_T, tiles.MEDIUM_T = 64, 4096
+    tiles.SMALL_T = 64
     assert tiles.choose("segmented_dx", x.new_empty(4097, 16), 128) == lowered
     assert tiles.choose("segmented_dx", x, 128) != lowered
 
