@@ -159,7 +159,9 @@ def draw(path, found, arms, seeds):
         figure, (left, right_) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
         draw_gains(left, found, arms, seeds)
         draw_course(right_, found, arms, seeds)
-        handles, labels = right_.get_legend_handles_labels()
+        handles, labels = map(
+            list.__add__, *(a.get_legend_handles_labels() for a in (right_, left))
+        )
         figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
         figures.save(figure, path)
 
@@ -176,10 +178,12 @@ def draw_gains(axes, found, arms, seeds):
             axes.fill_between(c, low, high, color=COLORS[arm], alpha=0.15, lw=0)
         axes.plot(c, mean, "o-", color=COLORS[arm], lw=width, ms=width + 2)
     tuned = 100 * gains(found, "C-LoRAE", seeds).mean((1, 2))
-    axes.plot(c, tuned, "--", color=COLORS["C-LoRAE"], lw=1.4)
-    axes.annotate("C-LoRAE over one LoRA\nat its tuned rate", (c[2], tuned[2]), (0.12, 20))
+    label = "C-LoRAE, over one LoRA at its tuned rate"
+    axes.plot(c, tuned, "--", color=COLORS["C-LoRAE"], lw=1.4, label=label)
     axes.set_xticks(c, [f"{conflict(at)}" for at in DIAL])
-    axes.set(xlabel="conflict: share of twins that swap yes and no", ylabel="points of accuracy")
+    axes.set(
+        xlabel="conflict c: share of questions whose twin swaps yes and no", ylabel="gain, points"
+    )
     axes.set_title("Gain over one LoRA at its best rate for each c", size=12)
 
 
@@ -189,5 +193,5 @@ def draw_course(axes, found, arms, seeds):
         at = np.linspace(0, 100, len(values))
         width = 3.2 if arm in ("C-LoRAE", ONE) else 1.8
         axes.plot(at, values, "o-", color=COLORS[arm], lw=width, ms=width + 2, label=arm)
-    axes.set(xlabel="steps, % of the run", ylabel="accuracy on validation words, points")
-    axes.set_title("Training where every twin disagrees (c = 1)", size=12)
+    axes.set(xlabel="steps, % of the run", ylabel="validation accuracy, %")
+    axes.set_title("Training where all twins disagree (c = 1)", size=12)

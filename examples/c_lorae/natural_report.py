@@ -94,7 +94,7 @@ def draw(path, study, found, seeds):
             axes.plot(np.tile(at + shift, (len(seeds), 1)), each, ".", color=figures.INK, ms=3)
         axes.set_xticks(at, [task.name for task in study.tasks])
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set(ylim=(0.3, None), ylabel="held-out accuracy; dots: seeds")
+        axes.set(ylabel="held-out accuracy; dots: seeds")
         axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
         axes.set_title("Seven tasks trained together", pad=34)
         figures.save(figure, path)
