@@ -179,7 +179,9 @@ def test_calls_without_a_graph_give_the_same_bits(shape, scaling):
     with torch.no_grad():
         y, routing = run(scaling)
         for bad in (math.nan, math.inf, True, "2", [1.0]):
-            with pytest.raises(ValueError, match="scaling: expected a finite float or 3 finite floats"):
+            with pytest.raises(
+                ValueError, match="scaling: expected a finite float or 3 finite floats"
+            ):
                 run(bad)
     b.requires_grad_()
     want, want_routing = run(scaling)
