@@ -13,6 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lora_moe.warmup import TOKENS
+
 from ..support.cases import Case
 from ..support.triton_calls import check_routed_lora
 
@@ -107,6 +109,11 @@ def test_the_largest_tile_of_shrink(tokens, sms):
     """The many tokens above have the tile of a GPU's thousands."""
     most = (16, 32, 64, 128), 128
     assert grids.shrink_shares(tokens, 128, 8, 2, *most, sms)[2] == (128, 128)
+
+
+def test_warm_up_runs_every_class_of_tokens():
+    """grids.py and warm_up list the classes separately, since warm_up works without Triton."""
+    assert {grids.class_of(T) for T in TOKENS} == set(grids.CLASSES)
 
 
 def test_one_token_past_the_largest_bound(part):
